@@ -1,0 +1,90 @@
+"""Pairs of renderings as one batch: padded inputs of both sides and the alignment of their scored tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diglot.alignment import Alignment, Side, align
+from diglot.rendering import Rendered, Role
+from diglot.batches.packed import PackedSide, pack
+from diglot.batches.reading import ReadPair
+
+
+@dataclass
+class AlignedBatch:
+    """What one forward and backward pass works on.
+
+    `counts` says over how many items (of all ranks and accumulation steps) each term of the loss is averaged;
+    `teacher_hidden`, `logp_old`, `logp_t`, `advantage` and `weight` [N] are filled when they outlive one pass.
+    """
+
+    pairs: list[ReadPair]
+    student: PackedSide
+    teacher: PackedSide
+    alignment: Alignment  # torch tensors
+    stats: dict[str, float]  # sums and counts for the log
+    on_policy: bool
+    counts: Mapping[str, float] | None = None
+    teacher_hidden: Tensor | None = None  # [N_t, H_t]
+    logp_old: Tensor | None = None
+    logp_t: Tensor | None = None
+    advantage: Tensor | None = None
+    weight: Tensor | None = None
+    reference: PackedSide | None = None  # text for a language-modelling loss, student side only
+
+    def to(self, device: torch.device) -> AlignedBatch:
+        """The same with inputs and alignment on `device`."""
+        return replace(
+            self, student=self.student.to(device), teacher=self.teacher.to(device), alignment=self.alignment.to(device)
+        )
+
+
+def align_pairs(
+    pairs: Sequence[ReadPair | None],
+    *,
+    pad_s: int,
+    pad_t: int,
+    on_policy: bool,
+    unscored_roles: frozenset[Role] = frozenset(),
+) -> AlignedBatch:
+    """Pad, pack and align. Dropped samples (None) take no place; a batch of nothing else becomes one row of padding.
+
+    Tokens of `unscored_roles` on the student's side count as not comparable: their chunks carry no loss.
+    """
+    kept = [pair for pair in pairs if pair is not None]
+    segments = [max(len(p.student.segment_bytes), len(p.teacher.segment_bytes)) for p in kept]
+    student = pack([p.student for p in kept] or [_nothing(pad_s)], segments or [0], pad_s)
+    teacher = pack([p.teacher for p in kept] or [_nothing(pad_t)], segments or [0], pad_t)
+    excluded = np.isin(student.role, [int(role) for role in unscored_roles])
+    sides = [
+        Side(end=side.end, segment=side.segment, exact=exact, stop=side.stop.numpy())
+        for side, exact in ((student, student.exact & ~excluded), (teacher, teacher.exact))
+    ]
+    aligned = align(*sides, sum(segments))
+    in_exact = (aligned.chunk_s >= 0) & aligned.chunk_exact[aligned.chunk_s] if len(aligned.chunk_exact) else aligned.chunk_s >= 0
+    written = sum(int(((p.student.segment >= 0) | (p.student.roles != Role.PROMPT)).sum()) for p in kept)
+    stats = {
+        "tokens": float((~excluded).sum()),
+        "covered": float(in_exact.sum()),
+        "one_to_one": float(len(aligned.pair_s)),
+        "dropped": float((aligned.chunk_s < 0).sum()),
+        "chunks": float(aligned.chunk_exact.sum()),
+        "written": float(written),
+        "bytes": float(sum(len(text) for p in kept for text in p.student.segment_bytes)),
+        "stopped": float(sum(p.student.stopped[-1] for p in kept)),
+        "samples": float(len(kept)),
+    }
+    return AlignedBatch(kept, student, teacher, aligned.to("cpu"), stats, on_policy)
+
+
+def _nothing(pad_id: int) -> Rendered:
+    """One unscored token: keeps a batch without samples runnable, so that all ranks take part in the step."""
+    return Rendered(
+        ids=np.array([pad_id]), roles=np.array([Role.PROMPT], dtype=np.int8), segment=np.array([-1], dtype=np.int32),
+        end=np.zeros(1, dtype=np.int64), exact=np.zeros(1, dtype=np.bool_), segment_bytes=(), stopped=(),
+    )

@@ -1,0 +1,66 @@
+"""Rendered samples of one side as one padded batch, with the places of their scored tokens.
+
+Shapes: `B` samples, `T` longest of them, `N` scored tokens of the whole batch in order of sample and position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diglot.rendering import Rendered, Role
+
+
+@dataclass(frozen=True)
+class PackedSide:
+    """One side of a batch. Row `rows[i]` of the flattened model output `[B * T]` predicts scored token `i`."""
+
+    input_ids: Tensor  # int64 [B, T], padded on the right
+    attention_mask: Tensor  # int64 [B, T]
+    rows: Tensor  # int64 [N]
+    targets: Tensor  # int64 [N], the token that was written
+    stop: Tensor  # bool [N], is it the stop event?
+    end: NDArray[np.int64]  # [N] byte end inside the segment
+    segment: NDArray[np.int64]  # [N] segment in the batch
+    exact: NDArray[np.bool_]  # [N]
+    role: NDArray[np.int8]  # [N]
+
+    def to(self, device: torch.device | str) -> PackedSide:
+        """The same with its tensors on `device`."""
+        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+
+def pack(samples: Sequence[Rendered], num_segments: Sequence[int], pad_id: int) -> PackedSide:
+    """Pad `samples` to one batch. Segments are numbered through in order of sample, `num_segments` for each.
+
+    A sample whose first token would have to be predicted from nothing cannot occur: prompts are never empty.
+    """
+    width = max((len(r.ids) for r in samples), default=1)
+    ids = np.full((len(samples), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    rows, segments = [], []
+    first_segment = np.cumsum([0, *num_segments])
+    for b, r in enumerate(samples):
+        ids[b, : len(r.ids)] = r.ids
+        mask[b, : len(r.ids)] = 1
+        scored = np.flatnonzero(r.segment >= 0)
+        rows.append(b * width + scored - 1)
+        segments.append(r.segment[scored].astype(np.int64) + first_segment[b])
+
+    def joined(name: str, dtype: type) -> NDArray:
+        return np.concatenate([getattr(r, name)[r.segment >= 0] for r in samples] or [[]]).astype(dtype)
+
+    segment = np.concatenate(segments or [[]]).astype(np.int64)
+    flat_rows = np.concatenate(rows or [[]]).astype(np.int64)
+    role = joined("roles", np.int8)
+    return PackedSide(
+        input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), rows=torch.from_numpy(flat_rows),
+        targets=torch.from_numpy(joined("ids", np.int64)), stop=torch.from_numpy(role == Role.STOP),
+        end=joined("end", np.int64), segment=segment, exact=joined("exact", np.bool_), role=role,
+    )

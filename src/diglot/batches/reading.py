@@ -1,0 +1,119 @@
+"""One sample as both models read it: the student's ids as written, the teacher's own rendering of the same bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diglot.alignment import check_bytes
+from diglot.data import Sample
+from diglot.errors import DataError
+from diglot.rendering import Conversation, Rendered, Renderer, Role, truncate
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ReadPair:
+    """One sample on both sides. Segment `k` of the one is segment `k` of the other."""
+
+    conversation: Conversation
+    student: Rendered
+    teacher: Rendered
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the student before its last reply."""
+        return int(np.flatnonzero(self.student.roles == Role.PROMPT)[-1]) + 1
+
+
+class PairReader:
+    """Renders samples for student and teacher.
+
+    Args:
+        same_vocabulary: feed the teacher the student's very ids instead of re-encoding their bytes.
+        max_length, teacher_max_length: longest input of each side in its own tokens; ends are cut, fronts never.
+        score_turns: "last" or "all" assistant turns.
+    """
+
+    def __init__(
+        self,
+        student: Renderer,
+        teacher: Renderer,
+        *,
+        same_vocabulary: bool,
+        max_length: int | None = None,
+        teacher_max_length: int | None = None,
+        score_turns: str = "last",
+    ) -> None:
+        self.student, self.teacher = student, teacher
+        self.same_vocabulary = same_vocabulary
+        self.max_length, self.teacher_max_length = max_length, teacher_max_length
+        self.score_turns = score_turns
+        self.dropped: Counter[str] = Counter()  # reason -> samples, since the last `take_dropped`
+
+    def take_dropped(self) -> Counter[str]:
+        """How many samples were dropped for which reason since the last call."""
+        dropped, self.dropped = self.dropped, Counter()
+        return dropped
+
+    def prompt_ids(self, conversation: Conversation, room: int) -> Ids | None:
+        """The student's prompt, or None (and counted) if it leaves less than `room` tokens of `max_length`."""
+        ids = self.student.prompt_ids(conversation)
+        if self.max_length is not None and len(ids) + room > self.max_length:
+            self.dropped["prompt_too_long"] += 1
+            return None
+        return ids
+
+    def sampled(self, conversation: Conversation, completion_ids: Ids, prompt_ids: Ids | None = None) -> ReadPair | None:
+        """A completion that the student wrote: its ids stay as they are."""
+        student = self.student.from_sampled(conversation, completion_ids, prompt_ids=prompt_ids)
+        thinking = self.student.opens_thinking(conversation)
+        if self.same_vocabulary:
+            content = student.ids[(student.segment >= 0) & (student.roles != Role.STOP)]
+            ending = [self.teacher.stop_id] if student.stopped[-1] else []
+            own = self.teacher.from_sampled(conversation, np.append(content, ending).astype(np.int64), thinking=thinking)
+        else:
+            text = student.segment_bytes[-1].decode("utf-8")
+            own = self.teacher.render(conversation, text, stopped=student.stopped[-1], thinking=thinking)
+        return self._fit(conversation, student, own)
+
+    def written(self, sample: Sample, *, stopped: bool = True) -> ReadPair | None:
+        """A completion that somebody else wrote, as text: each side encodes it."""
+        if sample.reply is None:
+            raise DataError(f"{sample.where} has no completion. Train on-policy (lmbda=1) or let the teacher write (seq_kd).")
+        conversation, thinking = sample.conversation, self.student.opens_thinking(sample.conversation)
+        student, teacher = (
+            side.render(conversation, sample.reply, stopped=stopped, score=self.score_turns, thinking=thinking)
+            for side in (self.student, self.teacher)
+        )
+        return self._fit(conversation, student, teacher)
+
+    def reference(self, sample: Sample) -> Rendered | None:
+        """A text to imitate, on the student's side only; None (and counted) if its prompt alone fills the limit."""
+        if sample.reply is None:
+            raise DataError(f"{sample.where} has no completion to imitate. Give rows with a completion, messages or text.")
+        rendered = self.student.render(sample.conversation, sample.reply, score=self.score_turns)
+        try:
+            return truncate(rendered, self.max_length) if self.max_length else rendered
+        except DataError:
+            self.dropped["prompt_too_long"] += 1
+            return None
+
+    def _fit(self, conversation: Conversation, student: Rendered, teacher: Rendered) -> ReadPair | None:
+        """Cut both sides to their limits; a prompt that fills a limit alone drops the sample and is counted."""
+        try:
+            cut_student = truncate(student, self.max_length) if self.max_length else student
+            cut_teacher = truncate(teacher, self.teacher_max_length) if self.teacher_max_length else teacher
+        except DataError:
+            self.dropped["prompt_too_long"] += 1
+            return None
+        for of_student, of_teacher in zip(cut_student.segment_bytes, cut_teacher.segment_bytes, strict=False):
+            shared = min(len(of_student), len(of_teacher))
+            check_bytes(of_student[:shared], of_teacher[:shared], where="student and teacher")
+        return ReadPair(conversation, cut_student, cut_teacher)
+

@@ -1,0 +1,76 @@
+"""One row of a dataset as a sample: what is read, and what was answered, if anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diglot.errors import DataError
+from diglot.rendering import Conversation
+from diglot.rendering.template import content_text
+
+COLUMNS = "`prompt`, `prompt` and `completion`, `messages`, or `text`"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation and the reply to it, None where the data hold a prompt only. `where` names the row in messages."""
+
+    conversation: Conversation
+    reply: str | None
+    where: str
+
+
+def to_sample(row: Mapping[str, Any], where: str) -> Sample:
+    """A row with columns `prompt`, `prompt` + `completion`, `messages` or `text`, as strings or lists of messages.
+
+    Raises:
+        DataError: none of these columns, or a value of the wrong kind; the message names the row.
+    """
+    tools = tuple(row["tools"]) if row.get("tools") else None
+    if row.get("messages") is not None:
+        return _from_messages(_messages(row["messages"], "messages", where), tools, where)
+    if row.get("prompt") is not None:
+        return _from_prompt(row["prompt"], row.get("completion"), tools, where)
+    if row.get("text") is not None:
+        return Sample(Conversation(None), _string(row["text"], "text", where), where)
+    raise DataError(f"{where} has columns {sorted(row)}, expected {COLUMNS}.")
+
+
+def _from_messages(messages: tuple[dict, ...], tools: Any, where: str) -> Sample:
+    if messages[-1]["role"] != "assistant":
+        return Sample(Conversation(messages, tools=tools), None, where)
+    if len(messages) == 1:
+        raise DataError(f"{where}: the only message is the assistant's, so there is no prompt. Put what it answers before it.")
+    return Sample(Conversation(messages[:-1], tools=tools), content_text(messages[-1], where), where)
+
+
+def _from_prompt(prompt: Any, completion: Any, tools: Any, where: str) -> Sample:
+    if isinstance(prompt, str):
+        reply = None if completion is None else _string(completion, "completion", where)
+        return Sample(Conversation(None, prompt), reply, where)
+    messages = _messages(prompt, "prompt", where)
+    if completion is None or isinstance(completion, str):
+        return Sample(Conversation(messages, tools=tools), completion, where)
+    answer = _messages(completion, "completion", where)
+    if answer[-1]["role"] != "assistant":
+        raise DataError(f"{where}: the last message of `completion` is from {answer[-1]['role']!r}, expected 'assistant'.")
+    return _from_messages(messages + answer, tools, where)
+
+
+def _messages(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
+        raise DataError(f"{where}: `{column}` is {value!r:.80}, expected a string or a non-empty list of messages.")
+    for message in value:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise DataError(f"{where}: `{column}` holds {message!r:.80}, expected {{'role': ..., 'content': ...}}.")
+        content_text(message, where)
+    # A table of rows with unlike messages fills the fields that a message lacks with None.
+    return tuple({k: v for k, v in message.items() if v is not None} for message in value)
+
+
+def _string(value: Any, column: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: `{column}` is {type(value).__name__}, expected a string.")
+    return value

@@ -1,0 +1,33 @@
+"""Every error that Diglot raises on purpose.
+
+Each class also inherits the standard exception that a caller would expect, so `except ValueError` keeps working.
+Messages have three parts: what was wrong, the two values seen, and what to do.
+"""
+
+
+class DiglotError(Exception):
+    """Base class of all of Diglot's errors."""
+
+
+class VocabularyError(DiglotError, ValueError):
+    """A tokenizer whose token bytes cannot be known, or two vocabularies that do not fit what was asked of them."""
+
+
+class RenderingError(DiglotError, ValueError):
+    """A chat template that cannot render a conversation, or renders it without its content."""
+
+
+class AlignmentError(DiglotError, ValueError):
+    """Two token streams that were to spell the same bytes and do not."""
+
+
+class TeacherError(DiglotError, RuntimeError):
+    """A teacher that cannot give what an objective needs, or whose weights and tokenizer do not belong together."""
+
+
+class ConfigError(DiglotError, ValueError):
+    """An option with a value that cannot work, or options that contradict each other."""
+
+
+class DataError(DiglotError, ValueError):
+    """A dataset, or a row of one, that cannot be used."""

@@ -1,0 +1,162 @@
+"""Runs both models over texts and samples and collects sums per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from diglot.batches import AlignedBatch, PackedSide, PairReader, ReadPair, align_pairs, pack
+from diglot.data import Sample
+from diglot.evaluation.reports import OnPolicyReport, ReferenceReport
+from diglot.heads import Head, default_chunk_rows, last_hidden, reduce_rows, token_logps
+from diglot.objectives import Pair, Values
+from diglot.rendering import Conversation
+from diglot.rollouts import TransformersSampler
+from diglot.teachers import LocalTeacher
+
+Item = TypeVar("Item")
+
+
+class Evaluator:
+    """Evaluates a student, alone on reference text or against a teacher on its own samples.
+
+    Args:
+        model: the student; its training mode is put back after each evaluation.
+        reader: how both sides read a sample.
+        teacher: the teacher.
+        pair: what their vocabularies are to each other.
+        batch_size: samples that are read at a time.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, reader: PairReader, teacher: LocalTeacher, pair: Pair, *, batch_size: int = 8
+    ) -> None:
+        self.model, self.reader, self.teacher, self.batch_size = model, reader, teacher, batch_size
+        self.head = Head.of(model)
+        self.pair = pair.to(model.device)
+        self.chunk_rows = default_chunk_rows(pair.size_s, pair.size_t, model.device)
+
+    @torch.no_grad()
+    def on_reference(self, samples: Sequence[Sample]) -> ReferenceReport:
+        """Bits per byte of the samples' completions."""
+        nats, num_bytes = [], []
+        rendered = [r for s in samples if (r := self.reader.reference(s)) is not None]
+        with _eval_mode(self.model):
+            for batch in _batches(rendered, self.batch_size):
+                side = pack(batch, [len(r.segment_bytes) for r in batch], _any_id(self.reader)).to(self.model.device)
+                logp = self._logps(side)
+                sample = _sample_of(side)
+                nats.append(_sums(-logp * ~side.stop, sample, len(batch)))
+                num_bytes.append(np.array([sum(map(len, r.segment_bytes)) for r in batch], dtype=np.float64))
+        return ReferenceReport(np.concatenate(nats or [np.zeros(0)]), np.concatenate(num_bytes or [np.zeros(0)]))
+
+    @torch.no_grad()
+    def on_policy(
+        self, conversations: Sequence[Conversation], sampler: TransformersSampler, *, max_new_tokens: int, seed: int
+    ) -> OnPolicyReport:
+        """The student answers each conversation once; the teacher scores what it wrote."""
+        found: list[dict[str, np.ndarray]] = []
+        texts: list[str] = []
+        with _eval_mode(self.model):
+            for i, batch in enumerate(_batches(conversations, self.batch_size)):
+                pairs = self._write(batch, sampler, max_new_tokens, seed + i)
+                texts += [p.student.segment_bytes[-1].decode("utf-8") for p in pairs]
+                aligned = align_pairs(pairs, pad_s=_any_id(self.reader), pad_t=self.teacher.renderer.stop_id, on_policy=True)
+                found.append(self._judge(aligned.to(self.model.device)))
+        columns = {name: np.concatenate([f[name] for f in found] or [np.zeros(0)]) for name in OnPolicyReport.columns()}
+        return OnPolicyReport(**columns, completions=texts)
+
+    def _write(
+        self, conversations: Sequence[Conversation], sampler: TransformersSampler, max_new_tokens: int, seed: int
+    ) -> list[ReadPair]:
+        prompts = [(c, p) for c in conversations if (p := self.reader.prompt_ids(c, max_new_tokens)) is not None]
+        written = sampler(self.model, [p for _, p in prompts], max_new_tokens=max_new_tokens, seed=seed)
+        read = [self.reader.sampled(c, ids, p) for (c, p), ids in zip(prompts, written, strict=True)]
+        return [pair for pair in read if pair is not None]
+
+    def _judge(self, batch: AlignedBatch) -> dict[str, np.ndarray]:
+        """The columns of an `OnPolicyReport` for one batch."""
+        alignment, num = batch.alignment, len(batch.pairs)
+        hidden_s = self._hidden(batch.student)
+        hidden_t = self.teacher.hidden(batch.teacher)
+        logp_s = self._token_logps(hidden_s, batch.student, self.head, self.pair.stop_s)
+        logp_t = self._token_logps(hidden_t, batch.teacher, self.teacher.head, self.pair.stop_t)
+        exact_s, exact_t = (_in_exact(alignment.chunk_exact, chunk) for chunk in (alignment.chunk_s, alignment.chunk_t))
+        sample_s, sample_t = _sample_of(batch.student), _sample_of(batch.teacher)
+        surprisal = _sums(-logp_s * exact_s, sample_s, num)
+        rows_s, rows_t = alignment.pair_s, alignment.pair_t
+        stops = reduce_rows(
+            self._stop_masses, hidden_s, self.head, hidden_t, self.teacher.head, rows_s, rows_t,
+            torch.ones(len(rows_s), device=hidden_s.device), self.chunk_rows,
+        )[1].metrics if len(rows_s) else {"common": logp_s.new_zeros(0), "either": logp_s.new_zeros(0)}
+        return {
+            "gap": -surprisal - _sums(logp_t * exact_t, sample_t, num),
+            "surprisal": surprisal,
+            "num_bytes": np.array([sum(map(len, p.student.segment_bytes)) for p in batch.pairs], dtype=np.float64),
+            "stop_common": _sums(stops["common"], sample_s[rows_s], num),
+            "stop_either": _sums(stops["either"], sample_s[rows_s], num),
+            "tokens": _sums(torch.ones_like(logp_s), sample_s, num),
+            "covered": _sums(exact_s.to(logp_s), sample_s, num),
+        }
+
+    def _stop_masses(self, logits_s: Tensor, logits_t: Tensor) -> Values:
+        p_s, p_t = (
+            (logits[:, stop].logsumexp(-1) - logits.logsumexp(-1)).exp()
+            for logits, stop in ((logits_s, self.pair.stop_s), (logits_t, self.pair.stop_t))
+        )
+        return Values(torch.zeros_like(p_s), {"common": torch.minimum(p_s, p_t), "either": torch.maximum(p_s, p_t)})
+
+    def _hidden(self, side: PackedSide) -> Tensor:
+        return last_hidden(self.model, side.input_ids, side.attention_mask).flatten(0, 1)[side.rows]
+
+    def _logps(self, side: PackedSide) -> Tensor:
+        return self._token_logps(self._hidden(side), side, self.head, self.pair.stop_s)
+
+    def _token_logps(self, hidden: Tensor, side: PackedSide, head: Head, stop_ids: Tensor) -> Tensor:
+        return token_logps(hidden, head, side.targets, side.stop, stop_ids, chunk_rows=self.chunk_rows)
+
+
+class _eval_mode:
+    """Evaluation mode inside, the old mode afterwards."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.training = model, model.training
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.train(self.training)
+
+
+def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _sums(values: Tensor, sample: Tensor, num: int) -> np.ndarray:
+    """Sum of `values` [N] for each sample, float64 [M]."""
+    totals = torch.zeros(num, dtype=torch.float64, device=values.device)
+    return totals.index_add(0, sample, values.double()).cpu().numpy()
+
+
+def _sample_of(side: PackedSide) -> Tensor:
+    """Which sample of the batch each scored token belongs to, [N]."""
+    return side.rows // side.input_ids.shape[1]
+
+
+def _in_exact(chunk_exact: Tensor, chunk: Tensor) -> Tensor:
+    inside = chunk >= 0
+    return inside & chunk_exact[chunk.clamp(min=0)] if len(chunk_exact) else inside
+
+
+def _any_id(reader: PairReader) -> int:
+    """Padding is masked everywhere, so any id of the vocabulary will do."""
+    return reader.student.stop_id
+
+

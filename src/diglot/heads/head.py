@@ -1,0 +1,123 @@
+"""The map from hidden states to logits of a causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from diglot.errors import ConfigError
+from diglot.heads.hidden import run_with_hidden, unwrap
+from diglot.objectives.base import at_least_float32
+
+# How model families write "cap * tanh(logits / cap)" in their configurations.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+class Head:
+    """Output embedding, scale and soft cap of a model. Holds the model's own module, so it follows its training.
+
+    Args:
+        module: maps hidden states `[..., H]` to raw logits `[..., V]`.
+        scale: factor on the raw logits.
+        softcap: logits are bent to `softcap * tanh(logits / softcap)` after scaling, if given.
+        name: of the model, for messages.
+    """
+
+    def __init__(
+        self, module: nn.Module, *, scale: float = 1.0, softcap: float | None = None, name: str = "model"
+    ) -> None:
+        self.module, self.scale, self.softcap, self.name = module, scale, softcap, name
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Head:
+        """The head of a causal language model of `transformers`, whatever wraps it.
+
+        Knows the scalings of Cohere (`logit_scale`), Granite (`logits_scaling`) and Gemma (`final_logit_softcapping`);
+        `verify` finds out whether a model has others. `ConfigError` for a model without output embeddings.
+        """
+        inner = unwrap(model)
+        module = inner.get_output_embeddings()
+        if module is None:
+            raise ConfigError(
+                f"{type(inner).__name__} has no output embeddings, so no logits. Load it as a causal language model."
+            )
+        config = inner.config.get_text_config()
+        softcap = next((cap for key in _SOFTCAPS if (cap := getattr(config, key, None))), None)
+        return cls(module, scale=_scale(config), softcap=softcap, name=type(inner).__name__)
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The trainable parameters, a tied embedding among them."""
+        return tuple(p for p in self.module.parameters() if p.requires_grad)
+
+    def __call__(self, hidden: Tensor, parameters: Sequence[Tensor] | None = None) -> Tensor:
+        """Logits `[..., V]` of `hidden [..., H]`: float32, or float64 if the module computes in it.
+
+        `parameters` stand in for `self.parameters`, in the same order.
+        """
+        raw = self._raw(self._as_input(hidden), parameters)
+        logits = at_least_float32(raw)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def verify(self, model: nn.Module) -> None:
+        """Raise `ConfigError` unless this head gives the logits of `model` itself, on a few tokens.
+
+        The tolerance is eight roundings of the model's number type, of the largest logit.
+        """
+        size = unwrap(model).get_input_embeddings().weight
+        ids = torch.arange(2, 10, device=size.device)[None] % len(size)
+        with torch.no_grad(), _Evaluating(model):
+            hidden, own = run_with_hidden(model, ids, torch.ones_like(ids), all_logits=True)
+            logits = self(hidden)
+        rounding = max(torch.finfo(hidden.dtype).eps, torch.finfo(own.dtype).eps)
+        tolerance = 8 * rounding * float(own.abs().max())
+        difference = float((logits - own.to(logits)).abs().max()) if logits.shape == own.shape else float("inf")
+        if not difference <= tolerance:
+            raise ConfigError(
+                f"The head of {self.name} gives logits {tuple(logits.shape)} (scale {self.scale}, soft cap "
+                f"{self.softcap}), the model itself {tuple(own.shape)}: largest difference {difference:.3g}, tolerance "
+                f"{tolerance:.3g}. The model does something to its logits that is not known here; build the Head with "
+                "its scale and softcap."
+            )
+
+    def _as_input(self, hidden: Tensor) -> Tensor:
+        first = next(self.module.parameters(), None)
+        if first is None or not first.is_floating_point() or torch.is_autocast_enabled(hidden.device.type):
+            return hidden
+        return hidden.to(first.dtype)
+
+    def _raw(self, hidden: Tensor, parameters: Sequence[Tensor] | None) -> Tensor:
+        if parameters is None:
+            return self.module(hidden)
+        names = [name for name, p in self.module.named_parameters() if p.requires_grad]
+        return functional_call(self.module, dict(zip(names, parameters, strict=True)), (hidden,))
+
+
+def _scale(config: Any) -> float:
+    scale = getattr(config, "logit_scale", None)
+    if isinstance(scale, (int, float)):
+        return float(scale)
+    scaling = getattr(config, "logits_scaling", None)
+    if not isinstance(scaling, (int, float)):
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / scaling  # the one that multiplies
+
+
+class _Evaluating:
+    """Every module in evaluation mode inside, each back in its own mode afterwards."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.training = model, [module for module in model.modules() if module.training]
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module in self.training:
+            module.training = True

@@ -1,0 +1,79 @@
+"""The last hidden states of a causal language model, without the logits of all positions."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from diglot.errors import ConfigError
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The `transformers` model inside wrappers of compilation, data parallelism and PEFT."""
+    inner: Any = model
+    while True:
+        if hasattr(inner, "_orig_mod"):  # torch.compile
+            inner = inner._orig_mod
+        elif isinstance(getattr(inner, "module", None), nn.Module):  # DistributedDataParallel and its kin
+            inner = inner.module
+        elif hasattr(inner, "get_base_model"):  # PEFT
+            inner = inner.get_base_model()
+        else:
+            return inner
+
+
+def last_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
+    """The hidden states that the output head reads, `[B, T, H]`, after the final norm, with gradient if enabled.
+
+    `input_ids` and `attention_mask` are `[B, T]`. The model runs as a whole, through its wrappers, so that their hooks
+    see a forward pass; only the logits of the last position are formed. `kwargs` go to the model.
+    """
+    return run_with_hidden(model, input_ids, attention_mask, all_logits=False, **kwargs)[0]
+
+
+def run_with_hidden(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, all_logits: bool, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Hidden states `[B, T, H]` and logits, `[B, T, V]` or those of the last position, of one forward pass."""
+    inner = unwrap(model)
+    # A hook on the decoder sees its output alone; `output_hidden_states` would keep every layer's alive as well. But
+    # a compiled model need not honour a hook that is set after its compilation.
+    hooked = not _is_compiled(model, inner)
+    if not all_logits and "logits_to_keep" in inspect.signature(type(inner).forward).parameters:
+        kwargs["logits_to_keep"] = 1
+    seen: list[Any] = []
+    decoder = _decoder(inner)
+    handle = decoder.register_forward_hook(lambda module, args, output: seen.append(output)) if hooked else None
+    try:
+        output = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            output_hidden_states=not hooked,
+            return_dict=True,
+            **kwargs,
+        )
+    finally:
+        if handle is not None:
+            handle.remove()
+    return (_hidden_of(seen[-1]) if hooked else output.hidden_states[-1]), output.logits
+
+
+def _decoder(model: Any) -> nn.Module:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if decoder is None or decoder is model:
+        raise ConfigError(
+            f"{type(model).__name__} has no decoder apart from its output head (get_decoder gives "
+            f"{type(decoder).__name__}). Use a causal language model of transformers."
+        )
+    return decoder
+
+
+def _hidden_of(output: Any) -> Tensor:
+    return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+
+
+def _is_compiled(model: nn.Module, inner: nn.Module) -> bool:
+    return hasattr(model, "_orig_mod") or getattr(inner, "_compiled_call_impl", None) is not None

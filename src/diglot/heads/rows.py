@@ -1,0 +1,159 @@
+"""Weighted sums of row objectives, and their gradients, from blocks of logits that never all exist at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from diglot.errors import ConfigError
+from diglot.heads.head import Head
+from diglot.objectives.base import Values
+
+RowFunction = Callable[[Tensor, Tensor], Values]
+
+_CPU_BUDGET = 256 * 2**20
+_CUDA_SHARE = 8  # one part in so many of the free memory
+_COPIES_S, _COPIES_T = 8, 5  # float32 rows of each side that live at the peak of a full-vocabulary JSD and its gradient
+
+
+def default_chunk_rows(vocab_size_s: int, vocab_size_t: int, device: torch.device | str) -> int:
+    """How many rows of logits to form at a time: a multiple of 64 that fits a budget of memory, at least 64.
+
+    The budget is 256 MiB on the CPU, an eighth of the free memory on a CUDA device. Wider blocks are faster: the
+    gradient of the head's weight is written once per block.
+    """
+    device = torch.device(device)
+    budget = _CPU_BUDGET
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = (free + cached) // _CUDA_SHARE
+    per_row = 4 * (_COPIES_S * vocab_size_s + _COPIES_T * vocab_size_t)
+    return max(budget // per_row // 64, 1) * 64
+
+
+def reduce_rows(
+    objective: RowFunction,
+    hidden_s: Tensor,
+    head_s: Head,
+    hidden_t: Tensor,
+    head_t: Head,
+    rows_s: Tensor,
+    rows_t: Tensor,
+    weight: Tensor,
+    chunk_rows: int,
+) -> tuple[Tensor, Values]:
+    """`sum(weight * loss)` over rows, with gradient, and the single rows' values, `[R]`, without.
+
+    The gradient is formed block by block together with the value, so that at most `chunk_rows` rows of logits exist at
+    a time; it reaches `hidden_s` and the trainable parameters of `head_s`. It can be taken once, not differentiated.
+    Up to rounding the result does not depend on `chunk_rows`. A row of weight 0 has no part in sum and gradient.
+
+    Args:
+        objective: maps logits `[r, V_s]`, `[r, V_t]` to values `[r]`, each of its own row alone.
+        hidden_s: `[N_s, H_s]`; `rows_s` `[R]` says which of them each row reads.
+        hidden_t: `[N_t, H_t]`; `rows_t` `[R]` likewise. Gets no gradient.
+        weight: `[R]`, the factors of the reduction.
+
+    Raises `ConfigError` for row arrays of different lengths or `chunk_rows < 1`.
+    """
+    _check(rows_s, rows_t, weight, chunk_rows)
+    parameters = head_s.parameters
+    inputs = (hidden_s, *parameters) if torch.is_grad_enabled() else ()
+    gradients = _Gradients(hidden_s, parameters) if any(x.requires_grad for x in inputs) else None
+    parts = []
+    for block in blocks(len(rows_s), chunk_rows):
+        with torch.no_grad():
+            logits_t = head_t(hidden_t[rows_t[block].to(hidden_t.device)]).to(hidden_s.device)
+        rows = rows_s[block]
+        if gradients is None:
+            values = objective(head_s(hidden_s[rows]), logits_t)
+        else:
+            values = gradients.add(objective, head_s, rows, logits_t, weight[block])
+        parts.append(Values(values.loss.detach(), {k: v.detach() for k, v in values.metrics.items()}))
+        del logits_t, values
+    values = _joined(parts)
+    # Summed here, not block by block: the rounding of the value then is the same for every block size.
+    total = _weighted(values.loss, weight).sum()
+    return (total if gradients is None else gradients.attached_to(total)), values
+
+
+def blocks(rows: int, chunk_rows: int) -> Iterator[slice]:
+    """Slices that cover `range(rows)`; a single empty one if there are no rows."""
+    return (slice(at, min(at + chunk_rows, rows)) for at in range(0, max(rows, 1), chunk_rows))
+
+
+class _Gradients:
+    """The running gradient of a weighted sum with respect to the student's hidden states and head parameters."""
+
+    def __init__(self, hidden: Tensor, parameters: Sequence[Tensor]) -> None:
+        self.hidden, self.parameters = hidden, parameters
+        # Fresh leaves: hooks on the model's own parameters see one whole gradient later, not that of every block.
+        self.leaves = [p.detach().requires_grad_() for p in parameters]
+        self.hidden_sum = torch.zeros_like(hidden, requires_grad=False) if hidden.requires_grad else None
+        # Sums of many blocks are kept in float32 even where the parameter is not.
+        self.sums = [torch.zeros_like(p, dtype=_sum_dtype(p), requires_grad=False) for p in parameters]
+
+    def add(self, objective: RowFunction, head: Head, rows: Tensor, logits_t: Tensor, weight: Tensor) -> Values:
+        """Add the gradient of one block; returns its values."""
+        with torch.enable_grad():
+            leaf = self.hidden.detach()[rows].requires_grad_(self.hidden_sum is not None)
+            values = objective(head(leaf, self.leaves), logits_t)
+            total = _weighted(values.loss, weight).sum()
+        if total.requires_grad:
+            wanted = [leaf, *self.leaves] if self.hidden_sum is not None else self.leaves
+            found = list(torch.autograd.grad(total, wanted, allow_unused=True))
+            if self.hidden_sum is not None and (of_hidden := found.pop(0)) is not None:
+                self.hidden_sum.index_add_(0, rows, of_hidden)
+            for so_far, gradient in zip(self.sums, found, strict=True):
+                if gradient is not None:
+                    so_far.add_(gradient)
+        return values
+
+    def attached_to(self, total: Tensor) -> Tensor:
+        """`total` as a node of the graph with these gradients."""
+        sums = [found.to(p.dtype) for found, p in zip(self.sums, self.parameters, strict=True)]
+        return _Attach.apply(total, [self.hidden_sum, *sums], self.hidden, *self.parameters)
+
+
+class _Attach(torch.autograd.Function):
+    """A value whose gradient is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors]
+        return None, None, *scaled
+
+
+def _weighted(loss: Tensor, weight: Tensor) -> Tensor:
+    """`weight * loss`, zero where the weight is, even if the loss is infinite."""
+    return (loss * weight.to(loss.dtype)).masked_fill(weight == 0, 0.0)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _joined(parts: Sequence[Values]) -> Values:
+    metrics = {name: torch.cat([part.metrics[name] for part in parts]) for name in parts[0].metrics}
+    return Values(torch.cat([part.loss for part in parts]), metrics)
+
+
+def _check(rows_s: Tensor, rows_t: Tensor, weight: Tensor, chunk_rows: int) -> None:
+    if not len(rows_s) == len(rows_t) == len(weight):
+        raise ConfigError(
+            f"rows_s, rows_t and weight have {len(rows_s)}, {len(rows_t)} and {len(weight)} entries: pass one of each "
+            "per row."
+        )
+    if chunk_rows < 1:
+        raise ConfigError(f"chunk_rows={chunk_rows} forms no row: choose at least 1, or default_chunk_rows(...).")

@@ -1,0 +1,21 @@
+"""How far apart are student and teacher, in nats? Pure functions on tensors, unreduced."""
+
+from __future__ import annotations
+
+from diglot.objectives.base import Pair, Path, PathObjective, RowObjective, Values
+from diglot.objectives.divergences import generalized_jsd
+from diglot.objectives.registry import OBJECTIVES, make_objective, objective_class
+from diglot.objectives.rungs import Rung
+
+__all__ = [
+    "OBJECTIVES",
+    "Pair",
+    "Path",
+    "PathObjective",
+    "RowObjective",
+    "Rung",
+    "Values",
+    "generalized_jsd",
+    "make_objective",
+    "objective_class",
+]

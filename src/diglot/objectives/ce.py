@@ -1,0 +1,25 @@
+"""Cross-entropy of a reference text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diglot.alignment import Alignment
+from diglot.objectives.base import Path, PathObjective, Values, at_least_float32
+
+
+class CrossEntropy(PathObjective):
+    """`-log p_student` in nats of every token of the scored segments, stop included. Asks nothing of the teacher.
+
+    For text that is to be imitated; on the student's own samples it only sharpens what the student does already.
+    """
+
+    name = "ce"
+
+    def mask(self, alignment: Alignment[Tensor]) -> Tensor:
+        """All student tokens, `[N_s]`."""
+        return torch.ones_like(alignment.chunk_s, dtype=torch.bool)
+
+    def __call__(self, path: Path, alignment: Alignment[Tensor]) -> tuple[Values, Tensor]:
+        return Values(-at_least_float32(path.logp_s)), self.mask(alignment)

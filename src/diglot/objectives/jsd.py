@@ -1,0 +1,48 @@
+"""Generalised JSD over whole vocabularies: for two models with one table of ids."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from diglot.errors import ConfigError
+from diglot.objectives.base import Pair, RowObjective, Values, at_least_float32, check_range
+from diglot.objectives.divergences import generalized_jsd
+
+
+def full_jsd(logits_s: Tensor, logits_t: Tensor, beta: float = 0.5, kd_temperature: float = 1.0) -> Tensor:
+    """`generalized_jsd` in nats, `[R]`, of rows of logits `[R, V_s]` and `[R, V_t]` whose ids mean the same.
+
+    If one table is wider, its surplus columns are padding of the embedding matrix: they are removed before the
+    softmax. Both sides' logits are divided by `kd_temperature`; the result is not multiplied by its square.
+    """
+    width = min(logits_s.shape[-1], logits_t.shape[-1])
+    logp_s, logp_t = (
+        (at_least_float32(logits)[..., :width] / kd_temperature).log_softmax(-1) for logits in (logits_s, logits_t)
+    )
+    return generalized_jsd(logp_s, logp_t, beta)
+
+
+class JSD(RowObjective):
+    """Generalised JSD on the rows of one-to-one pairs (GKD, arXiv 2306.13649).
+
+    `beta` in [0, 1]: 0 forward KL(teacher || student), 1 reverse KL(student || teacher). Ids are compared one by one,
+    stop ids too. Needs one shared table of ids: `ConfigError` for vocabularies that differ.
+    """
+
+    name = "jsd"
+
+    def __init__(self, pair: Pair, *, beta: float = 0.5, kd_temperature: float = 1.0) -> None:
+        super().__init__(pair)
+        if not pair.same:
+            raise ConfigError(
+                f"objective 'jsd' compares id by id, but the vocabularies differ (student {pair.size_s} ids, teacher "
+                f"{pair.size_t}, {len(pair.shared_s)} with equal bytes). Use objective 'strict', which compares the "
+                "tokens that both have, or 'span' or 'sequence_kl', which need no shared tokens."
+            )
+        check_range("beta", beta, 0.0, 1.0)
+        if kd_temperature <= 0:
+            raise ConfigError(f"kd_temperature={kd_temperature} cannot divide logits: choose a value above 0.")
+        self.beta, self.kd_temperature = beta, kd_temperature
+
+    def __call__(self, logits_s: Tensor, logits_t: Tensor) -> Values:
+        return Values(full_jsd(logits_s, logits_t, self.beta, self.kd_temperature))

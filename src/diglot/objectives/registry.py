@@ -1,0 +1,48 @@
+"""Objectives by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from diglot.errors import ConfigError
+from diglot.objectives.base import Pair, PathObjective, RowObjective
+from diglot.objectives.ce import CrossEntropy
+from diglot.objectives.jsd import JSD
+from diglot.objectives.sequence_kl import SequenceKL
+from diglot.objectives.span import Span
+from diglot.objectives.strict import Strict
+
+OBJECTIVES: dict[str, type[RowObjective] | type[PathObjective]] = {
+    "jsd": JSD,
+    "strict": Strict,
+    "span": Span,
+    "sequence_kl": SequenceKL,
+    "ce": CrossEntropy,
+}
+
+
+def objective_class(name: str) -> type[RowObjective] | type[PathObjective]:
+    """The class registered under `name`. `ConfigError` with the nearest names if there is none."""
+    if name not in OBJECTIVES:
+        raise ConfigError(f"no objective is called {name!r}; {_instead(name, OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
+def make_objective(name: str, pair: Pair, **options: Any) -> RowObjective | PathObjective:
+    """The objective called `name` for a pair of vocabularies. `ConfigError` for an unknown name or option."""
+    cls = objective_class(name)
+    known = [p for p in inspect.signature(cls).parameters if p != "pair"]
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"objective {name!r} has no option {option!r}; {_instead(option, known)}")
+    return cls(pair, **options) if issubclass(cls, RowObjective) else cls(**options)
+
+
+def _instead(wrong: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    near = difflib.get_close_matches(wrong, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}It knows {', '.join(names)}." if names else "it takes none."

@@ -1,0 +1,106 @@
+"""Divergence on the tokens that both vocabularies have, and stop, at the rows where both sides agree on the token."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from diglot.errors import ConfigError
+from diglot.objectives.base import Pair, RowObjective, Values, at_least_float32, check_range
+from diglot.objectives.divergences import generalized_jsd
+
+
+def chosen_columns(logits_s: Tensor, pair: Pair, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """Ids `[R, k]` on the student's and the teacher's side: the student's `top_k` likeliest shared tokens per row.
+
+    0 or None: all shared tokens. The choice is a constant: no gradient passes through it.
+    """
+    if not top_k or top_k >= len(pair.shared_s):
+        rows = (len(logits_s), -1)
+        return pair.shared_s.expand(rows), pair.shared_t.expand(rows)
+    with torch.no_grad():
+        best = logits_s[:, pair.shared_s].topk(top_k, dim=-1, sorted=False).indices
+    return pair.shared_s[best], pair.shared_t[best]
+
+
+def with_stop(logits: Tensor, columns: Tensor, stop_ids: Tensor) -> Tensor:
+    """The chosen columns' logits, and as one more column the stop set's: `[R, k + 1]`."""
+    return torch.cat([logits.gather(-1, columns), logits[:, stop_ids].logsumexp(-1, keepdim=True)], dim=-1)
+
+
+def rest(logits: Tensor, columns: Tensor, stop_ids: Tensor) -> Tensor:
+    """Log-sum-exp over all other columns, `[R, 1]`; -inf if there are none. Stable, unlike `log(1 - chosen mass)`."""
+    others = logits.scatter(-1, columns, -math.inf).index_fill(-1, stop_ids, -math.inf)
+    return others.logsumexp(-1, keepdim=True)
+
+
+def strict_divergence(
+    logits_s: Tensor,
+    logits_t: Tensor,
+    pair: Pair,
+    *,
+    top_k: int | None = 16,
+    beta: float = 1.0,
+    residual: bool = False,
+) -> Values:
+    """Generalised JSD in nats, `[R]`, on the student's `top_k` likeliest shared tokens and one semantic stop column.
+
+    `logits_s` is `[R, V_s]`, `logits_t` `[R, V_t]`. The stop column is the sum of the mass of each side's stop set.
+    Both sides are renormalised on the chosen columns: the divergence of the laws *given* that one of them comes next.
+    With `residual`, one more bin holds each side's remaining mass instead: a proper divergence of coarsened laws.
+    Metrics: `mass_s`, `mass_t`, each side's probability of the chosen columns, in [0, 1].
+    """
+    logits_s, logits_t = at_least_float32(logits_s), at_least_float32(logits_t)
+    columns_s, columns_t = chosen_columns(logits_s, pair, top_k)
+    chosen_s, chosen_t = with_stop(logits_s, columns_s, pair.stop_s), with_stop(logits_t, columns_t, pair.stop_t)
+    with torch.no_grad():
+        mass_s = (chosen_s.logsumexp(-1) - logits_s.logsumexp(-1)).exp()
+        mass_t = (chosen_t.logsumexp(-1) - logits_t.logsumexp(-1)).exp()
+    if residual:
+        chosen_s = torch.cat([chosen_s, rest(logits_s, columns_s, pair.stop_s)], dim=-1)
+        chosen_t = torch.cat([chosen_t, rest(logits_t, columns_t, pair.stop_t)], dim=-1)
+    loss = generalized_jsd(chosen_s.log_softmax(-1), chosen_t.log_softmax(-1), beta)
+    return Values(loss, {"mass_s": mass_s, "mass_t": mass_t})
+
+
+class Strict(RowObjective):
+    """`strict_divergence` on the rows of one-to-one pairs; by default the reverse KL(student || teacher).
+
+    Sees `top_k` alternatives to what was written; is blind to text that the two sides cut differently, and, unless
+    `residual`, to mass outside the chosen columns. Both shares are reported.
+    """
+
+    name = "strict"
+
+    def __init__(self, pair: Pair, *, top_k: int | None = 16, beta: float = 1.0, residual: bool = False) -> None:
+        super().__init__(pair)
+        check_range("beta", beta, 0.0, 1.0)
+        if top_k is not None and top_k < 0:
+            raise ConfigError(f"top_k={top_k} is negative: choose 0 for all {len(pair.shared_s)} shared tokens.")
+        _check_columns(pair)
+        all_chosen = not top_k or top_k >= len(pair.shared_s)
+        if residual and beta == 0 and all_chosen and len(pair.shared_s) + len(pair.stop_s) >= pair.size_s:
+            raise ConfigError(
+                "residual=True with beta=0 is infinite here: the chosen columns are the student's whole vocabulary of "
+                f"{pair.size_s}, so its residual bin is empty, the teacher's is not. Choose beta > 0 or top_k > 0."
+            )
+        self.top_k, self.beta, self.residual = top_k, beta, residual
+
+    def __call__(self, logits_s: Tensor, logits_t: Tensor) -> Values:
+        return strict_divergence(
+            logits_s, logits_t, self.pair, top_k=self.top_k, beta=self.beta, residual=self.residual
+        )
+
+
+def _check_columns(pair: Pair) -> None:
+    for side, stop, shared in (("student", pair.stop_s, pair.shared_s), ("teacher", pair.stop_t, pair.shared_t)):
+        if not len(stop):
+            raise ConfigError(f"the {side} has an empty stop set, expected at least one id: name its stop token.")
+        both = stop[torch.isin(stop, shared)].tolist()
+        if both:
+            raise ConfigError(
+                f"ids {both} are in the {side}'s stop set {stop.tolist()} and among its shared text tokens: their mass "
+                "would count twice. A stop id must be a control token."
+            )

@@ -1,0 +1,43 @@
+"""A conversation before it is rendered, and one side's rendering of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Role(IntEnum):
+    """What a token of a rendered conversation is."""
+
+    PROMPT = 0  # everything that is read before the reply
+    CONTENT = 1
+    REASONING = 2  # content inside a think block
+    TOOL_CALL = 3  # content inside a tool call
+    MARKUP = 4  # written by nobody (template), or a control token in the middle of a reply
+    STOP = 5  # ends a reply
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What is read before the last reply: messages, or plain text when `messages` is None."""
+
+    messages: tuple[dict[str, Any], ...] | None
+    text: str = ""
+    tools: tuple[dict[str, Any], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One sample as one side reads it. Arrays are per token, [n]."""
+
+    ids: NDArray[np.int64]
+    roles: NDArray[np.int8]
+    segment: NDArray[np.int32]  # segment of this sample, -1: never scored
+    end: NDArray[np.int64]  # byte end inside the segment, length + 1 for a stop token; 0 where segment is -1
+    exact: NDArray[np.bool_]
+    segment_bytes: tuple[bytes, ...]  # [S] text of each segment
+    stopped: tuple[bool, ...]  # [S] does it end with a stop token?

@@ -1,0 +1,51 @@
+"""Teacher-mixed sampling for equal vocabularies (MiniLLM, arXiv 2306.08543, section 2.2).
+
+Every token is drawn from `alpha * teacher + (1 - alpha) * student`. It keeps the student from wandering into text
+that a reverse KL rewards but nobody would write, and is corrected by an importance weight at training time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel
+
+from diglot.rollouts.sampler import Ids, pad_left
+
+
+class TeacherMixture(LogitsProcessor):
+    """Replaces the student's scores by the log of the mixture. Good for one call of `generate`.
+
+    The teacher reads its own prompt, then the ids that were sampled, with a key-value cache of its own.
+
+    Args:
+        teacher: a model with the student's vocabulary.
+        prompts: the teacher's own prompts, one for each row.
+        alpha: share of the teacher, in (0, 1).
+    """
+
+    def __init__(self, teacher: PreTrainedModel, prompts: Sequence[Ids], pad_id: int, alpha: float) -> None:
+        self._teacher = teacher
+        self._log_shares = math.log(alpha), math.log1p(-alpha)
+        self._next_ids, self._mask = pad_left(prompts, pad_id, teacher.device)
+        self._cache: object | None = None
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._cache is not None:
+            self._next_ids = input_ids[:, -1:].to(self._teacher.device)
+            self._mask = torch.cat([self._mask, torch.ones_like(self._next_ids)], dim=1)
+        positions = self._mask.cumsum(1).sub(1).clamp(min=0)[:, -self._next_ids.shape[1] :]
+        out = self._teacher(
+            input_ids=self._next_ids, attention_mask=self._mask, position_ids=positions,
+            past_key_values=self._cache, use_cache=True, logits_to_keep=1,
+        )
+        self._cache = out.past_key_values
+        width = min(scores.shape[-1], out.logits.shape[-1])  # embedding padding may differ
+        teacher = torch.full_like(scores, -torch.inf, dtype=torch.float32)
+        teacher[:, :width] = out.logits[:, -1, :width].to(teacher).log_softmax(-1)
+        log_teacher, log_student = self._log_shares
+        return torch.logaddexp(teacher + log_teacher, scores.float().log_softmax(-1) + log_student).to(scores.dtype)

@@ -1,0 +1,92 @@
+"""Sampling with `transformers`: prompts of ids in, completions of ids out, nothing decoded in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+Ids = NDArray[np.int64]
+
+
+def pad_left(prompts: Sequence[Ids], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts as `input_ids` and `attention_mask`, both int64 [B, T], padded on the left."""
+    width = max(len(p) for p in prompts)
+    ids = np.full((len(prompts), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, (prompt, keep) in enumerate(zip(prompts, map(len, prompts), strict=True)):
+        ids[row, width - keep :] = prompt
+        mask[row, width - keep :] = 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+@contextmanager
+def sampling_mode(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Evaluation mode, a seeded generator and a neutral generation config; all three are put back afterwards.
+
+    A model's own generation config may hold a repetition penalty or a nucleus: samples would not follow the model's
+    law, and `generate` would fill them in wherever the caller left a default.
+    """
+    training, own_config, device = model.training, model.generation_config, model.device
+    model.eval()
+    model.generation_config = GenerationConfig()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        model.generation_config = own_config
+        model.train(training)
+
+
+@dataclass(frozen=True)
+class TransformersSampler:
+    """Samples completions from a model at hand.
+
+    Args:
+        stop_ids: ids that end a completion; the one that was sampled is kept as its last id.
+        pad_id: fills shorter prompts, never read by the model.
+        temperature, top_p, top_k: 1, 1 and 0 sample from the model's own law.
+    """
+
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Ids],
+        *,
+        max_new_tokens: int,
+        seed: int,
+        processors: Sequence[LogitsProcessor] = (),
+    ) -> list[Ids]:
+        """One completion for each prompt, in order. A completion without a stop id at its end was cut."""
+        if not prompts:
+            return []
+        config = GenerationConfig(
+            do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k,
+            max_new_tokens=max_new_tokens, eos_token_id=list(self.stop_ids), pad_token_id=self.pad_id,
+        )
+        ids, mask = pad_left(prompts, self.pad_id, model.device)
+        with sampling_mode(model, seed):
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=config,
+                logits_processor=LogitsProcessorList(processors), return_dict_in_generate=False,
+            )
+        return [self._until_stop(row) for row in out[:, ids.shape[1] :].cpu().numpy()]
+
+    def _until_stop(self, completion: Ids) -> Ids:
+        """`generate` fills finished rows with padding, which may itself be a stop id: cut after the first stop."""
+        stops = np.flatnonzero(np.isin(completion, self.stop_ids))
+        return completion[: stops[0] + 1] if len(stops) else completion

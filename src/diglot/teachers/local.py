@@ -1,0 +1,75 @@
+"""A teacher that is a model in this process: the highest rung that is cheap, hidden states with their head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from diglot.batches import PackedSide
+from diglot.errors import TeacherError
+from diglot.heads import Head, last_hidden
+from diglot.objectives.rungs import Rung
+from diglot.rendering import Renderer
+
+
+class LocalTeacher:
+    """Scores packed batches with a frozen model.
+
+    Args:
+        model: any causal language model of `transformers`. It is put in evaluation mode and gets no gradient.
+        renderer: what this model reads; holds its tokenizer and vocabulary.
+        max_length: longest input in tokens; the model's own limit when not given.
+    """
+
+    rung = Rung.HIDDEN
+
+    def __init__(self, model: PreTrainedModel, renderer: Renderer, max_length: int | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.renderer = renderer
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = max_length or limit
+        self.head = Head.of(model)
+        self.head.verify(model)
+
+    @torch.no_grad()
+    def hidden(self, side: PackedSide) -> Tensor:
+        """The hidden state that predicts each scored token, [N_t, H_t], on the teacher's device."""
+        device = self.model.device
+        hidden = last_hidden(self.model, side.input_ids.to(device), side.attention_mask.to(device))
+        return hidden.flatten(0, 1)[side.rows.to(device)]
+
+
+def find_teacher_tokenizer(
+    model: PreTrainedModel,
+    *,
+    tokenizer_name_or_path: str | None,
+    model_name_or_path: str | None,
+    student_name_or_path: str | None = None,
+    student_tokenizer: PreTrainedTokenizerBase | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer: the one that was named, else the one that lies beside its weights.
+
+    A teacher whose weights come from the student's own place shares the student's tokenizer.
+
+    Raises:
+        TeacherError: it was not named, and the weights do not say where they come from or nothing lies there.
+    """
+    place = tokenizer_name_or_path or model_name_or_path or getattr(model.config, "_name_or_path", "") or None
+    if tokenizer_name_or_path is None and place is not None and place == student_name_or_path and student_tokenizer:
+        return student_tokenizer
+    advice = (
+        "Give `teacher_tokenizer_name_or_path` (or pass `teacher_processing_class`): a teacher that reads ids of another "
+        "vocabulary gives a finite loss and no signal."
+    )
+    if place is None:
+        raise TeacherError(
+            f"The teacher is a bare {type(model).__name__} that does not say where its weights come from, so its "
+            f"tokenizer cannot be known, and cannot be shown to equal the student's. {advice}"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise TeacherError(f"No tokenizer of the teacher could be loaded from {place!r}: {error} {advice}") from error

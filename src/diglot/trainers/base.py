@@ -1,0 +1,455 @@
+"""What GKD and MiniLLM share: two models, two renderings, one alignment; a window of micro-batches per optimizer step.
+
+One optimizer step works on one *window*: all micro-batches of its accumulation steps. The window is where completions are
+sampled (in one call), where both sides are read and aligned, and where the items over which the loss is averaged are
+counted, over all ranks. What is left for `compute_loss` is a forward pass, a divergence and a sum.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+
+from diglot.batches import AlignedBatch, PackedSide, PairReader, ReadPair, align_pairs
+from diglot.data import Sample, to_sample
+from diglot.errors import AlignmentError, ConfigError
+from diglot.evaluation import Evaluator, OnPolicyReport, ReferenceReport
+from diglot.heads import Head, default_chunk_rows, last_hidden, reduce_rows, token_logps
+from diglot.objectives import Pair, RowObjective, Values
+from diglot.rendering import Conversation, Renderer, Role
+from diglot.report import CompletionRow, model_card, print_completions
+from diglot.rollouts import TransformersSampler
+from diglot.teachers import LocalTeacher, find_teacher_tokenizer
+from diglot.trainers.config import DistillationConfig
+from diglot.trainers.metrics import StepMetrics
+
+Window = list[list[Sample]]
+Ids = NDArray[np.int64]
+
+
+class DistillationTrainer(Trainer):
+    """Base of both trainers. Arguments and their order are TRL's; `teacher_processing_class` is the one addition.
+
+    Args:
+        model: the student, a model or its name.
+        teacher_model: a model or its name; by default `args.teacher_model_name_or_path`.
+        args: options.
+        train_dataset: rows with `prompt`, `prompt` + `completion`, `messages` or `text`.
+        processing_class: the student's tokenizer; by default the one beside its weights.
+        teacher_processing_class: the teacher's tokenizer; by default `args.teacher_tokenizer_name_or_path`, else the
+            one beside the teacher's weights.
+        peft_config: makes the student a PEFT model.
+    """
+
+    args: DistillationConfig
+    config_class: type[DistillationConfig] = DistillationConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        teacher_model: PreTrainedModel | str | None = None,
+        args: DistillationConfig | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: Any | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        args = args if args is not None else self.config_class(output_dir="diglot-output")
+        student, tokenizer = self._prepare_student(model, processing_class, args)
+        self._prepare_readers(student, tokenizer, teacher_model, teacher_processing_class, args)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            student = get_peft_model(student, peft_config)
+        self._metrics = StepMetrics()
+        super().__init__(
+            model=student, args=args, data_collator=data_collator or collate_samples, train_dataset=train_dataset,
+            eval_dataset=eval_dataset, processing_class=tokenizer, compute_metrics=compute_metrics,
+            callbacks=callbacks, optimizers=optimizers,
+        )
+        self.loss_is_scaled_for_ga = True  # every micro-batch's loss is already a share of the window's
+        self.student_head = Head.of(self.model)
+        self.student_head.verify(self.model)
+        self.teacher.model.to(self.args.device)
+        self.pair = self.pair.to(self.args.device)
+        self._prepare_objectives()
+
+    # ---- construction ------------------------------------------------------------------------------------------
+
+    def _prepare_student(
+        self, model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None, args: DistillationConfig
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+        elif args.model_init_kwargs:
+            raise ConfigError("model_init_kwargs is for a student given by name; this one is already a model. Drop it.")
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        if args.disable_dropout:
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        return model, tokenizer
+
+    def _prepare_readers(
+        self,
+        student: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher: PreTrainedModel | str | None,
+        teacher_tokenizer: PreTrainedTokenizerBase | None,
+        args: DistillationConfig,
+    ) -> None:
+        """Both renderers, the teacher, the pair of vocabularies, and the reader that goes with them."""
+        name = teacher if isinstance(teacher, str) else None
+        if teacher is None:
+            name = args.teacher_model_name_or_path
+            if name is None:
+                raise ConfigError("There is no teacher. Pass teacher_model or set teacher_model_name_or_path.")
+        if name is not None:
+            init = {"revision": args.teacher_model_revision, "trust_remote_code": args.teacher_trust_remote_code}
+            teacher = AutoModelForCausalLM.from_pretrained(name, **{**init, **(args.teacher_model_init_kwargs or {})})
+        assert isinstance(teacher, PreTrainedModel)
+        if teacher_tokenizer is None:
+            teacher_tokenizer = find_teacher_tokenizer(
+                teacher, tokenizer_name_or_path=args.teacher_tokenizer_name_or_path, model_name_or_path=name,
+                student_name_or_path=student.config._name_or_path, student_tokenizer=tokenizer,
+                revision=args.teacher_model_revision, trust_remote_code=args.teacher_trust_remote_code,
+            )
+        self.student_renderer = _renderer(student, tokenizer, args.chat_template_kwargs, "student")
+        teacher_renderer = _renderer(teacher, teacher_tokenizer, args.teacher_chat_template_kwargs, "teacher")
+        self.teacher = LocalTeacher(teacher, teacher_renderer, args.teacher_max_length)
+        self.pair = Pair.of(
+            self.student_renderer.vocabulary, teacher_renderer.vocabulary, self.student_renderer.stop_ids,
+            teacher_renderer.stop_ids,
+        )
+        self.same_vocabulary = self.pair.same and args.vocabulary_path == "auto"
+        self.reader = PairReader(
+            self.student_renderer, teacher_renderer, same_vocabulary=self.same_vocabulary, max_length=args.max_length,
+            teacher_max_length=self.teacher.max_length, score_turns=args.score_turns,
+        )
+
+    @abstractmethod
+    def _prepare_objectives(self) -> None:
+        """Build what `compute_loss` compares with; called once both models are in place."""
+
+    # ---- one window: sample, read, align, count ----------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, AlignedBatch]], int | None]:
+        """All micro-batches of one optimizer step, ready for `compute_loss`."""
+        window = [batch["samples"] for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if not window:
+            return [], None
+        batches = self.prepare_window(window)
+        self._watch_coverage(batches)
+        self._show_completions(batches)
+        return [{"batch": batch} for batch in batches], int(sum(batch.stats["tokens"] for batch in batches))
+
+    @abstractmethod
+    def prepare_window(self, window: Window) -> list[AlignedBatch]:
+        """Sample or read completions, align them, and count what the loss is averaged over."""
+
+    def write_completions(self, window: Window) -> list[list[ReadPair | None]]:
+        """The student writes `num_generations` completions for each prompt of the window, in one call."""
+        conversations = [[s.conversation for s in batch for _ in range(self.args.num_generations)] for batch in window]
+        prompts = [[self.reader.prompt_ids(c, self.args.max_completion_length) for c in batch] for batch in conversations]
+        asked = [both for batch in zip(conversations, prompts, strict=True) for both in zip(*batch, strict=True)]
+        kept = [(c, p) for c, p in asked if p is not None]
+        completions = iter(self.sample([c for c, _ in kept], [p for _, p in kept]))
+        return [
+            [None if p is None else self.reader.sampled(c, next(completions), p) for c, p in zip(*both, strict=True)]
+            for both in zip(conversations, prompts, strict=True)
+        ]
+
+    def sample(self, conversations: Sequence[Conversation], prompts: Sequence[Ids]) -> list[Ids]:
+        """One completion for each of the student's prompts, by the student as it is now."""
+        return self.sampler(
+            self.accelerator.unwrap_model(self.model), prompts, max_new_tokens=self.args.max_completion_length,
+            seed=self.seed_for("rollouts", per_rank=True),
+        )
+
+    def sampler_for(self, renderer: Renderer) -> TransformersSampler:
+        """A sampler for one of the two models, at the temperature of `args`."""
+        args = self.args
+        return TransformersSampler(renderer.stop_ids, pad_id(renderer), args.temperature, args.top_p, args.top_k)
+
+    @property
+    def sampler(self) -> TransformersSampler:
+        """The student's sampler."""
+        return self.sampler_for(self.student_renderer)
+
+    def align(self, pairs: Sequence[ReadPair | None], on_policy: bool) -> AlignedBatch:
+        """One micro-batch of pairs, on the training device."""
+        unscored = {Role.REASONING} if not self.args.score_reasoning else set()
+        unscored |= {Role.TOOL_CALL} if not self.args.score_tool_calls else set()
+        batch = align_pairs(
+            pairs, pad_s=pad_id(self.student_renderer), pad_t=pad_id(self.teacher.renderer), on_policy=on_policy,
+            unscored_roles=frozenset(unscored),
+        )
+        return batch.to(self.args.device)
+
+    def count_over_ranks(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Sum each count over all ranks; one call per window."""
+        names = sorted(counts)
+        local = torch.tensor([float(counts[n]) for n in names], dtype=torch.float64, device=self._reduce_device)
+        return dict(zip(names, self.accelerator.reduce(local, "sum").tolist(), strict=True))
+
+    @property
+    def _reduce_device(self) -> torch.device:
+        return self.args.device if self.args.device.type != "mps" else torch.device("cpu")
+
+    def draw(self, what: str) -> float:
+        """A uniform number in [0, 1) that depends on seed and step only: equal on all ranks and after a resume."""
+        return random.Random(self.seed_for(what)).random()
+
+    def seed_for(self, what: str, per_rank: bool = False) -> int:
+        """A seed that depends on the run's seed, the step and `what` (and the rank): the same after a resume."""
+        rank = self.args.process_index if per_rank else 0
+        return random.Random(f"{what}/{self.args.seed}/{self.state.global_step}/{rank}").getrandbits(31)
+
+    def _watch_coverage(self, batches: Sequence[AlignedBatch]) -> None:
+        """Log the alignment of a window, and stop if too little of it could be aligned."""
+        totals: dict[str, float] = defaultdict(float)
+        for batch in batches:
+            for name, value in batch.stats.items():
+                totals[name] += value
+        totals["dropped_samples"] += sum(self.reader.take_dropped().values())
+        totals["windows"] += 1
+        totals["on_policy"] += batches[0].on_policy
+        self._metrics.add(totals)
+        coverage = totals["covered"] / max(totals["tokens"], 1)
+        if totals["tokens"] and coverage < self.args.min_coverage:
+            raise AlignmentError(
+                f"Only {coverage:.1%} of the student's scored tokens could be aligned with the teacher's in step "
+                f"{self.state.global_step}; min_coverage is {self.args.min_coverage:.0%}. Look at the pair's tokenizers: a "
+                "lossy normaliser on one side, or text that the teacher's context cannot hold, are the usual reasons."
+            )
+
+    # ---- one micro-batch ---------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the window's loss, in nats per item."""
+        loss = self.batch_loss(model, inputs["batch"])
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss of step {self.state.global_step} is {loss.item()}, expected a finite number; the optimizer was "
+                "not run. Lower the learning rate, or look at this step's completions (log_completions)."
+            )
+        return (loss, {}) if return_outputs else loss
+
+    @abstractmethod
+    def batch_loss(self, model: torch.nn.Module, batch: AlignedBatch) -> Tensor:
+        """Sum over the batch's items, each divided by the window's count: scalar, with gradient."""
+
+    def hidden_at_rows(self, model: torch.nn.Module, side: PackedSide) -> Tensor:
+        """The student's hidden state that predicts each scored token, [N_s, H_s], with gradient."""
+        return last_hidden(model, side.input_ids, side.attention_mask).flatten(0, 1)[side.rows]
+
+    def teacher_hidden(self, batch: AlignedBatch) -> Tensor:
+        """The teacher's, [N_t, H_t]; computed once per batch."""
+        if batch.teacher_hidden is None:
+            batch.teacher_hidden = self.teacher.hidden(batch.teacher)
+        return batch.teacher_hidden
+
+    def logps(self, hidden: Tensor, side: PackedSide, whose: str, temperature: float = 1.0) -> Tensor:
+        """Log-prob of each written token, nats, [N], under the head of the "student" or the "teacher"."""
+        head, stop_ids = {
+            "student": (self.student_head, self.pair.stop_s),
+            "teacher": (self.teacher.head, self.pair.stop_t),
+        }[whose]
+        # With equal vocabularies the textbook compares the very id that was written, not the mass of the stop set.
+        stop = torch.zeros_like(side.stop) if self.same_vocabulary else side.stop
+        return token_logps(hidden, head, side.targets, stop, stop_ids, chunk_rows=self.chunk_rows, temperature=temperature)
+
+    def row_loss(
+        self, objective: RowObjective, share: float, hidden_s: Tensor, hidden_t: Tensor, batch: AlignedBatch
+    ) -> tuple[Tensor, Values]:
+        """`share` times the sum of a divergence over its rows, each times its importance weight, and the single values."""
+        rows_s, rows_t, _ = objective.rows(batch.alignment)
+        weight = torch.full((len(rows_s),), share, device=hidden_s.device)
+        if batch.weight is not None:
+            weight = weight * batch.weight[rows_s]
+        warmth = self.args.kd_temperature
+
+        def divergence(logits_s: Tensor, logits_t: Tensor) -> Values:
+            return objective(logits_s, logits_t) if warmth == 1 else objective(logits_s / warmth, logits_t / warmth)
+
+        return reduce_rows(
+            divergence, hidden_s, self.student_head, hidden_t, self.teacher.head, rows_s, rows_t, weight, self.chunk_rows
+        )
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of logits that exist at a time."""
+        return self.args.rows_per_chunk or default_chunk_rows(self.pair.size_s, self.pair.size_t, self.args.device)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.restore(Path(checkpoint))
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take up from `checkpoint` what the Trainer does not keep itself. Model and state are loaded already."""
+        logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+        self._metrics.num_tokens = logged[-1] if logged else 0.0
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Six times parameters times student tokens of the batch."""
+        return 6 * self.model.num_parameters(exclude_embeddings=True) * inputs["batch"].student.input_ids.numel()
+
+    # ---- evaluation --------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Bits per byte of the completions in the data, and the divergence on completions that the student writes now.
+
+        `eval_loss` is the reverse KL in nats per byte of the student's own text: one meaning for both trainers and all
+        objectives.
+        """
+        data = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(data, dict):
+            parts = [self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}") for name, one in data.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        if data is None:
+            raise ConfigError("There is nothing to evaluate on. Pass eval_dataset.")
+        rank, world = self.args.process_index, self.args.world_size
+        samples = [to_sample(data[i], where=f"evaluation row {i}") for i in range(rank, len(data), world)]
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._evaluate_samples(samples).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluator(self) -> Evaluator:
+        """Evaluates the student as it is now, against this trainer's teacher."""
+        student = self.accelerator.unwrap_model(self.model)
+        return Evaluator(student, self.reader, self.teacher, self.pair, batch_size=self.args.per_device_eval_batch_size)
+
+    def _evaluate_samples(self, samples: list[Sample]) -> dict[str, float]:
+        """Metrics over all ranks' samples. Every rank samples with the same seeds at every evaluation."""
+        evaluator = self.evaluator()
+        reference = evaluator.on_reference([s for s in samples if s.reply is not None])
+        written = evaluator.on_policy(
+            [s.conversation for s in samples], self.sampler, max_new_tokens=self.args.max_completion_length,
+            seed=self.args.seed,
+        )
+        self.reader.take_dropped()
+        columns = {f"reference/{n}": getattr(reference, n) for n in ("nats", "num_bytes")}
+        columns |= {n: getattr(written, n) for n in OnPolicyReport.columns()}
+        totals = {n: np.array([v]) for n, v in self.count_over_ranks({k: float(v.sum()) for k, v in columns.items()}).items()}
+        on_policy = OnPolicyReport(**{n: totals[n] for n in OnPolicyReport.columns()})
+        metrics = {
+            "loss": on_policy.reverse_kl_nats_per_byte,
+            "reverse_kl_nats_per_byte": on_policy.reverse_kl_nats_per_byte,
+            "stop_agreement": on_policy.stop_agreement,
+            "coverage": on_policy.coverage,
+        }
+        if totals["reference/num_bytes"].any():
+            reference = ReferenceReport(totals["reference/nats"], totals["reference/num_bytes"])
+            metrics["bits_per_byte"] = reference.bits_per_byte
+        return metrics
+
+    # ---- logging -----------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's log, with this log interval's own metrics of all ranks."""
+        if "loss" in logs:
+            logs = {**logs, **self._metrics.take(self.count_over_ranks)}
+        super().log(logs, start_time)
+
+    def _show_completions(self, batches: Sequence[AlignedBatch]) -> None:
+        args, step = self.args, self.state.global_step
+        if not (args.log_completions and step % args.log_completions_steps == 0 and self.is_world_process_zero()):
+            return
+        pairs = [pair for batch in batches for pair in batch.pairs][: args.num_completions_to_print]
+        decode = self.student_renderer.tokenizer.decode
+        rows = [
+            CompletionRow(decode(p.student.ids[: p.prompt_length]), decode(p.student.ids[p.prompt_length :])) for p in pairs
+        ]
+        print_completions(rows, step)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md` into the output folder: teacher, student, dataset, method and versions."""
+        if not self.is_world_process_zero():
+            return
+        student, teacher = self.student_renderer.vocabulary, self.teacher.renderer.vocabulary
+        card = model_card(
+            model_name=model_name or Path(self.args.output_dir).name,
+            student=finetuned_from or self.model.config._name_or_path,
+            teacher=self.teacher.model.config._name_or_path,
+            dataset=dataset if isinstance(dataset, str) else ", ".join(dataset or []) or None,
+            method=type(self).__name__.removesuffix("Trainer"),
+            vocabulary_s=f"{student.kind}, {len(student)} rows",
+            vocabulary_t=f"{teacher.kind}, {len(teacher)} rows",
+            relation=student.explain_difference(teacher) or "the same table",
+            versions=", ".join(f"{name} {version(name)}" for name in ("diglot", "transformers", "torch")),
+            tags=[tags] if isinstance(tags, str) else tags,
+        )
+        card.save(Path(self.args.output_dir) / "README.md")
+
+
+def collate_samples(rows: list[dict[str, Any]]) -> dict[str, list[Sample]]:
+    """Rows of a dataset as samples; runs in the data workers."""
+    return {"samples": [to_sample(row, where=f"row {row.get('__row__', i)}") for i, row in enumerate(rows)]}
+
+
+def pad_id(renderer: Renderer) -> int:
+    """What fills shorter rows: masked everywhere, so any id will do."""
+    token = renderer.tokenizer.pad_token_id
+    return token if token is not None and token < len(renderer.vocabulary) else renderer.stop_id
+
+
+def _renderer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template_kwargs: Any, name: str
+) -> Renderer:
+    return Renderer(
+        tokenizer, num_embeddings=model.get_input_embeddings().num_embeddings, generation_config=model.generation_config,
+        chat_template_kwargs=template_kwargs, name=name,
+    )

@@ -1,0 +1,192 @@
+"""Options of both trainers: one flat dataclass each, on top of `transformers.TrainingArguments`.
+
+The names are TRL's where TRL has one. `metadata["help"]` is the one text that `--help`, the option schema and the
+documentation show; `metadata["group"]` says under which heading.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from diglot.errors import ConfigError
+
+
+def option(default: Any, text: str, group: str, **metadata: Any) -> Any:
+    """A dataclass field with its help text and the heading under which `--help` lists it."""
+    return field(default=default, metadata={"help": text, "group": group, **metadata})
+
+
+def _require(ok: bool, name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}={value!r} cannot work: it must be {rule}.")
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """What GKD and MiniLLM have in common. Lengths are in tokens of the side they belong to."""
+
+    # Settings of the parent whose defaults would hide something or fit fine-tuning only.
+    learning_rate: float = option(1e-5, "Peak learning rate.", "Training")
+    logging_steps: float = option(10, "Log every so many optimizer steps.", "Logging")
+    logging_nan_inf_filter: bool = option(False, "Hide non-finite losses in the log (never on by default).", "Logging")
+    remove_unused_columns: bool = option(False, "Kept off: conversations are rendered from their own columns.", "Data")
+    report_to: None | str | list[str] = option("none", "Trackers: tensorboard, wandb, trackio ...", "Logging")
+
+    # Student
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "Arguments for `from_pretrained` of the student when it is given by name.", "Student"
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None, "Arguments for the student's chat template, for instance {enable_thinking: false}.", "Student"
+    )
+    disable_dropout: bool = option(True, "Turn the student's dropout off.", "Student")
+
+    # Teacher
+    teacher_model_name_or_path: str | None = option(None, "The teacher: a model id or a folder.", "Teacher")
+    teacher_model_revision: str | None = option(None, "Revision of the teacher's model and tokenizer.", "Teacher")
+    teacher_model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "Arguments for `from_pretrained` of the teacher when it is given by name.", "Teacher"
+    )
+    teacher_tokenizer_name_or_path: str | None = option(
+        None, "The teacher's tokenizer, when it is not the one beside the teacher's weights.", "Teacher"
+    )
+    teacher_trust_remote_code: bool = option(False, "Run code that comes with the teacher's repository.", "Teacher")
+    teacher_chat_template_kwargs: dict[str, Any] | str | None = option(
+        None, "Arguments for the teacher's chat template.", "Teacher"
+    )
+    teacher_max_length: int | None = option(
+        None, "Longest text in teacher tokens; the model's own limit when not given. What is beyond is not scored.",
+        "Teacher",
+    )
+
+    # Data
+    max_length: int | None = option(
+        1024, "Longest prompt + completion in student tokens. The end is cut, never the front; "
+        "a sample whose prompt alone does not fit is dropped and counted.", "Data",
+    )
+    score_turns: str = option(
+        "last", "Which assistant turns of a conversation are trained on.", "Data", choices=["last", "all"]
+    )
+    score_reasoning: bool = option(True, "Compare what stands in think blocks.", "Data")
+    score_tool_calls: bool = option(True, "Compare what stands in tool calls.", "Data")
+
+    # Generation
+    max_completion_length: int = option(128, "Longest completion the student writes.", "Generation")
+    temperature: float = option(1.0, "Temperature of sampling (the divergence has `kd_temperature`).", "Generation")
+    top_p: float = option(1.0, "Nucleus sampling; below 1 the samples are no longer the student's own law.", "Generation")
+    top_k: int = option(0, "Top-k sampling, 0: off.", "Generation")
+    num_generations: int = option(1, "Completions per prompt.", "Generation")
+
+    # Objective
+    kd_temperature: float = option(1.0, "Temperature of both laws inside the divergence.", "Objective")
+    strict_top_k: int = option(
+        16, "`strict`: how many of the student's likeliest shared tokens a row compares, 0: all.", "Objective"
+    )
+    vocabulary_path: str = option(
+        "auto", "`auto` takes the shorter same-vocabulary path when both tables are equal; `general` never does.",
+        "Objective", choices=["auto", "general"],
+    )
+    rows_per_chunk: int | None = option(
+        None, "Rows of logits that exist at a time; chosen from free memory when not given.", "Objective"
+    )
+    min_coverage: float = option(
+        0.5, "Stop when the share of scored student tokens that could be aligned falls below this over a step.",
+        "Objective",
+    )
+
+    # Logging
+    log_completions: bool = option(False, "Print sampled completions as a table.", "Logging")
+    log_completions_steps: int = option(100, "Print completions every so many steps.", "Logging")
+    num_completions_to_print: int = option(3, "How many completions a table shows.", "Logging")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.temperature > 0, "temperature", self.temperature, "greater than 0")
+        _require(self.kd_temperature > 0, "kd_temperature", self.kd_temperature, "greater than 0")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        _require(self.strict_top_k >= 0, "strict_top_k", self.strict_top_k, "0 (all shared tokens) or more")
+        _require(self.num_generations >= 1, "num_generations", self.num_generations, "1 or more")
+        _require(self.max_completion_length >= 1, "max_completion_length", self.max_completion_length, "1 or more")
+        _require(0 <= self.min_coverage <= 1, "min_coverage", self.min_coverage, "in [0, 1]")
+        for one in fields(self):
+            choices = one.metadata.get("choices")
+            if choices and getattr(self, one.name) is not None:
+                _require(getattr(self, one.name) in choices, one.name, getattr(self, one.name), f"one of {choices}")
+        if self.max_length is not None and self.max_completion_length >= self.max_length:
+            raise ConfigError(
+                f"max_completion_length={self.max_completion_length} leaves no room for a prompt in "
+                f"max_length={self.max_length}. Raise max_length or lower max_completion_length."
+            )
+
+
+@dataclass
+class GKDConfig(DistillationConfig):
+    """Options of `GKDTrainer` (generalised knowledge distillation, arXiv 2306.13649)."""
+
+    lmbda: float = option(
+        0.5, "Share of steps on the student's own completions (one draw a step, the same on all ranks).", "Objective"
+    )
+    beta: float = option(
+        0.5, "The divergence: 0 is forward KL(teacher || student), 1 is reverse KL(student || teacher), "
+        "between them the generalised Jensen-Shannon divergence.", "Objective",
+    )
+    seq_kd: bool = option(
+        False, "On off-policy steps the teacher writes the completion and the student re-reads it.", "Objective"
+    )
+    objective: str | list[Any] = option(
+        "auto", "Name of an objective, or a list of {name, weight, options}. `auto`: jsd on equal vocabularies, "
+        "else strict.", "Objective",
+    )
+    max_new_tokens: int | None = option(None, "Another name of max_completion_length, as in TRL's GKD.", "Generation")
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None:
+            default = next(f for f in fields(self) if f.name == "max_completion_length").default
+            if self.max_completion_length not in (default, self.max_new_tokens):
+                raise ConfigError(
+                    f"max_new_tokens={self.max_new_tokens} and max_completion_length={self.max_completion_length} are "
+                    "two names of one option and differ. Give one of them."
+                )
+            self.max_completion_length = self.max_new_tokens
+        super().__post_init__()
+        _require(0 <= self.lmbda <= 1, "lmbda", self.lmbda, "in [0, 1]")
+        _require(0 <= self.beta <= 1, "beta", self.beta, "in [0, 1]")
+
+
+@dataclass
+class MiniLLMConfig(DistillationConfig):
+    """Options of `MiniLLMTrainer` (arXiv 2306.08543). Every term can be switched off; the defaults are the authors'."""
+
+    rkl_advantage: bool = option(True, "The policy-gradient term (the paper's long part).", "Objective")
+    single_step_decomposition: bool = option(
+        True, "The single-step part as an exact divergence on every row where both next tokens can be compared.",
+        "Objective",
+    )
+    gamma: float = option(0.95, "Discount of later rewards, per aligned chunk.", "Objective")
+    length_normalization: bool = option(True, "Divide a return by the number of chunks it sums.", "Objective")
+    whiten_advantages: bool = option(True, "Zero mean and unit variance of advantages over a step.", "Objective")
+    reward_clip: float = option(100.0, "Rewards (nats) are clipped to this range on both sides.", "Objective")
+    epsilon: float = option(0.2, "PPO clip range of the probability ratio.", "Objective")
+    num_iterations: int = option(4, "Optimizer steps on each set of completions (inner epochs).", "Objective")
+    teacher_mixed_alpha: float = option(
+        0.2, "Share of the teacher in teacher-mixed sampling. Equal vocabularies: every token is drawn from the mixture. "
+        "Others: with this probability the teacher writes a prefix that the student continues.", "Generation",
+    )
+    lm_coef: float = option(1.0, "Weight of the language-modelling loss on `lm_dataset`, when one is given.", "Objective")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(0 <= self.gamma <= 1, "gamma", self.gamma, "in [0, 1]")
+        _require(self.epsilon > 0, "epsilon", self.epsilon, "greater than 0")
+        _require(self.reward_clip > 0, "reward_clip", self.reward_clip, "greater than 0")
+        _require(self.num_iterations >= 1, "num_iterations", self.num_iterations, "1 or more")
+        _require(0 <= self.teacher_mixed_alpha < 1, "teacher_mixed_alpha", self.teacher_mixed_alpha, "in [0, 1)")
+        _require(self.lm_coef >= 0, "lm_coef", self.lm_coef, "0 or more")
+        if not (self.rkl_advantage or self.single_step_decomposition):
+            raise ConfigError(
+                "rkl_advantage=False and single_step_decomposition=False leave nothing of MiniLLM. Switch one of them on."
+            )

@@ -1,0 +1,58 @@
+"""Completions that serve several optimizer steps, written beside a checkpoint and read back on resume.
+
+Safetensors and JSON only. What can be computed again from ids, models and options is not stored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diglot.rendering import Conversation
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class HeldBatch:
+    """One micro-batch: its conversations, the completions in student ids, and their log-probs when they were written."""
+
+    conversations: list[Conversation]
+    completions: list[Ids]
+    logp_old: Tensor  # float32 [N_s]
+
+
+def save_held(folder: Path, rank: int, batches: Sequence[HeldBatch]) -> None:
+    """Write `rollouts-<rank>.json` and `rollouts-<rank>.safetensors` into `folder`."""
+    text = [
+        [{**asdict(c), "completion": ids.tolist()} for c, ids in zip(b.conversations, b.completions, strict=True)]
+        for b in batches
+    ]
+    (folder / f"rollouts-{rank}.json").write_text(json.dumps(text, ensure_ascii=False), encoding="utf-8")
+    tensors = {str(i): b.logp_old.detach().cpu().contiguous() for i, b in enumerate(batches)}
+    save_file(tensors, folder / f"rollouts-{rank}.safetensors")
+
+
+def load_held(folder: Path, rank: int) -> list[HeldBatch] | None:
+    """What `save_held` wrote, or None if the checkpoint holds no rollouts."""
+    path = folder / f"rollouts-{rank}.json"
+    if not path.exists():
+        return None
+    logp_old = load_file(folder / f"rollouts-{rank}.safetensors")
+    batches = []
+    for i, rows in enumerate(json.loads(path.read_text(encoding="utf-8"))):
+        completions = [np.array(row.pop("completion"), dtype=np.int64) for row in rows]
+        batches.append(HeldBatch([_conversation(row) for row in rows], completions, logp_old[str(i)]))
+    return batches
+
+
+def _conversation(row: dict) -> Conversation:
+    lists = {k: None if row[k] is None else tuple(row[k]) for k in ("messages", "tools")}
+    return Conversation(**{**row, **lists})

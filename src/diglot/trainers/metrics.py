@@ -1,0 +1,57 @@
+"""Sums that are kept on each rank and turned into the logged ratios once per log interval."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+Reduce = Callable[[Mapping[str, float]], dict[str, float]]
+
+# metric -> (numerator, denominator) of the sums below; what `diglot` adds to the Trainer's own log
+RATIOS: dict[str, tuple[str, str]] = {
+    "completions/mean_length": ("written", "samples"),
+    "completions/mean_bytes": ("bytes", "samples"),
+    "completions/stopped_ratio": ("stopped", "samples"),
+    "align/coverage": ("covered", "tokens"),
+    "align/one_to_one": ("one_to_one", "tokens"),
+    "align/dropped": ("dropped", "tokens"),
+    "align/chunks_per_token": ("chunks", "tokens"),
+    "on_policy": ("on_policy", "windows"),
+}
+
+
+class StepMetrics:
+    """Accumulates sums; `take` gives the interval's metrics and starts anew."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._means: dict[str, float] = defaultdict(float)
+        self.num_tokens = 0.0  # scored student tokens since the start of training, all ranks
+
+    def add(self, sums: Mapping[str, float]) -> None:
+        """Add to the sums behind `RATIOS`."""
+        for name, value in sums.items():
+            self._sums[name] += value
+
+    def add_mean(self, name: str, total: float, count: float) -> None:
+        """A metric of its own: `total` over `count` items."""
+        self._means[f"{name}|total"] += total
+        self._means[f"{name}|count"] += count
+
+    def take(self, reduce: Reduce) -> dict[str, float]:
+        """Metrics of all ranks since the last call. Every rank must call it at the same step."""
+        known = {name: self._sums[name] for pair in RATIOS.values() for name in pair}
+        sums = reduce({**known, "dropped_samples": self._sums["dropped_samples"], **self._means})
+        self.num_tokens += sums["tokens"]
+        logs = {name: sums[top] / sums[bottom] for name, (top, bottom) in RATIOS.items() if sums[bottom]}
+        logs |= {
+            name: sums[f"{name}|total"] / count
+            for key in self._means if key.endswith("|total") and (count := sums[f"{(name := key[:-6])}|count"])
+        }
+        logs["completions/clipped_ratio"] = 1 - logs.pop("completions/stopped_ratio", 1.0)
+        logs["align/dropped_samples"] = sums["dropped_samples"]
+        logs["num_tokens"] = self.num_tokens
+        self._sums.clear()
+        for key in self._means:
+            self._means[key] = 0.0
+        return logs

@@ -1,0 +1,232 @@
+"""MiniLLM (arXiv 2306.08543) for any two tokenizers: reverse KL over whole texts, by policy gradient.
+
+The gradient (paper, eq. 5) has a single-step part, exact over all next tokens, and a long part, the log-ratio of
+everything that follows:
+
+    - sum_t w_t [ grad E_{y ~ student}[ log teacher(y) - log student(y) ] + R_{t+1} grad log student(y_t) ]
+
+With two tokenizers `t` runs over aligned chunks. Where a chunk is one token on both sides the single-step part is a
+divergence of the two next-token laws; where it is not, the chunk's own log-ratio stays in the policy gradient.
+Rewards, returns and advantages are constants: no gradient flows through them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from diglot.batches import AlignedBatch, pack
+from diglot.data import to_sample
+from diglot.objectives import RowObjective, make_objective
+from diglot.objectives.span import clipped_policy_gradient, span_advantages
+from diglot.rendering import Conversation
+from diglot.rollouts import TeacherMixture, continue_prefixes, mixture_weight, write_prefixes
+from diglot.trainers.base import DistillationTrainer, Ids, Window, pad_id
+from diglot.trainers.config import MiniLLMConfig
+from diglot.trainers.held import HeldBatch, load_held, save_held
+from diglot.trainers.windows import RepeatedWindows
+
+
+class MiniLLMTrainer(DistillationTrainer):
+    """The student writes, the teacher's log-ratio rewards it; clipped policy gradient over inner epochs.
+
+    Args:
+        lm_dataset: rows with a completion (or `text`) for the language-modelling loss, weighted by `args.lm_coef`.
+    """
+
+    args: MiniLLMConfig
+    config_class = MiniLLMConfig
+
+    def __init__(self, *args: Any, lm_dataset: Any | None = None, **kwargs: Any) -> None:
+        self.lm_dataset = lm_dataset
+        self._held: list[AlignedBatch] | None = None
+        super().__init__(*args, **kwargs)
+
+    def _prepare_objectives(self) -> None:
+        exact: dict[str, Any] = {"beta": 1.0}
+        if not self.same_vocabulary:
+            exact |= {"top_k": None, "residual": True}  # all shared tokens and one bin for the rest: nothing is ignored
+        made = make_objective("jsd" if self.same_vocabulary else "strict", self.pair, **exact)
+        assert isinstance(made, RowObjective)
+        self.single_step = made
+
+    def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler | None:
+        """Each window of data comes `num_iterations` times in a row: an inner epoch is one optimizer step."""
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if dataset is None or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        window = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        return RepeatedWindows(len(dataset), window, args.num_iterations, seed=args.data_seed or args.seed)
+
+    # ---- the window --------------------------------------------------------------------------------------------
+
+    def prepare_window(self, window: Window) -> list[AlignedBatch]:
+        if self._held is None or self.state.global_step % self.args.num_iterations == 0:
+            self._held = self._prepare_rollouts([self.align(b, on_policy=True) for b in self.write_completions(window)])
+        if self.lm_dataset is not None and self.args.lm_coef > 0:
+            self._attach_references(self._held)
+        return self._held
+
+    def _prepare_rollouts(self, batches: list[AlignedBatch]) -> list[AlignedBatch]:
+        for batch in batches:
+            self._score(batch)
+        self._set_advantages(batches)
+        return batches
+
+    def sample(self, conversations: Sequence[Conversation], prompts: Sequence[Ids]) -> list[Ids]:
+        """Completions of the student, or of the mixture of student and teacher (`teacher_mixed_alpha`)."""
+        alpha, teacher, longest = self.args.teacher_mixed_alpha, self.teacher, self.args.max_completion_length
+        if alpha == 0 or not prompts:
+            return super().sample(conversations, prompts)
+        student, seed = self.accelerator.unwrap_model(self.model), self.seed_for("rollouts", per_rank=True)
+        if self.same_vocabulary:
+            own = [teacher.renderer.prompt_ids(c) for c in conversations]
+            mixture = TeacherMixture(teacher.model, own, pad_id(teacher.renderer), alpha)
+            return self.sampler(student, prompts, max_new_tokens=longest, seed=seed, processors=[mixture])
+        prefixes = write_prefixes(
+            conversations, teacher.model, teacher.renderer, self.student_renderer, self.sampler_for(teacher.renderer),
+            alpha=alpha, max_new_tokens=longest, seed=seed,
+        )
+        return continue_prefixes(self.sampler, student, prompts, prefixes, max_new_tokens=longest, seed=seed)
+
+    @torch.no_grad()
+    def _score(self, batch: AlignedBatch) -> None:
+        """Log-probs of the completion under both models as they are now, and the weights of teacher-mixed sampling."""
+        temperature = self.args.kd_temperature
+        batch.logp_t = self.logps(self.teacher_hidden(batch), batch.teacher, "teacher", temperature)
+        if batch.logp_old is None:  # given when the rollouts come from a checkpoint
+            batch.logp_old = self.logps(self.hidden_at_rows(self.model, batch.student), batch.student, "student", temperature)
+        if self.args.teacher_mixed_alpha > 0:
+            batch.weight = mixture_weight(
+                batch.logp_old, batch.logp_t, batch.alignment, self.args.teacher_mixed_alpha,
+                None if self.same_vocabulary else self.args.max_completion_length,
+            )
+
+    def _set_advantages(self, batches: Sequence[AlignedBatch]) -> None:
+        """Advantages of the window, whitened over all its tokens on all ranks, and the counts of each term."""
+        args = self.args
+        for batch in batches:
+            assert batch.logp_old is not None and batch.logp_t is not None
+            batch.advantage = span_advantages(
+                batch.logp_old, batch.logp_t, batch.alignment, gamma=args.gamma,
+                length_normalization=args.length_normalization, reward_clip=args.reward_clip,
+                dense=self._dense(batch) if args.single_step_decomposition else None,
+            )
+        sums = self.count_over_ranks({
+            "tokens": sum(float(self._scored(b).sum()) for b in batches),
+            "sum": sum(float(b.advantage[self._scored(b)].double().sum()) for b in batches),
+            "squares": sum(float(b.advantage[self._scored(b)].double().square().sum()) for b in batches),
+        })
+        count = max(sums["tokens"], 1.0)
+        mean = sums["sum"] / count
+        deviation = max(sums["squares"] / count - mean * mean, 0.0) ** 0.5
+        for batch in batches:
+            batch.counts = {"tokens": count}
+            if args.whiten_advantages:
+                batch.advantage = (batch.advantage - mean) / (deviation + 1e-8)
+            self._log_rollout(batch)
+
+    def _scored(self, batch: AlignedBatch) -> Tensor:
+        """Which student tokens lie in an exact chunk, bool [N_s]."""
+        chunk = batch.alignment.chunk_s
+        inside = chunk >= 0
+        return inside & batch.alignment.chunk_exact[chunk.clamp(min=0)] if batch.alignment.num_chunks else inside
+
+    def _dense(self, batch: AlignedBatch) -> Tensor:
+        """Which student tokens have an exact single-step divergence, bool [N_s]."""
+        covered = torch.zeros_like(batch.alignment.chunk_s, dtype=torch.bool)
+        return covered.index_fill(0, self.single_step.rows(batch.alignment)[0], True)
+
+    def _log_rollout(self, batch: AlignedBatch) -> None:
+        assert batch.logp_old is not None and batch.logp_t is not None
+        gap = float(batch.logp_old.sum() - batch.logp_t.sum())
+        self._metrics.add_mean("reverse_kl", gap, batch.stats["samples"])  # nats per completion, one sample each
+        if batch.weight is not None:
+            self._metrics.add_mean("minillm/weight", float(batch.weight.sum()), len(batch.weight))
+
+    # ---- the loss ----------------------------------------------------------------------------------------------
+
+    def batch_loss(self, model: torch.nn.Module, batch: AlignedBatch) -> Tensor:
+        assert batch.counts is not None
+        share = self.accelerator.num_processes / batch.counts["tokens"]
+        hidden = self.hidden_at_rows(model, batch.student)
+        loss = hidden.sum() * 0.0
+        if self.args.rkl_advantage:
+            loss = loss + share * self._policy_gradient(hidden, batch)
+        if self.args.single_step_decomposition:
+            single, rows = self.row_loss(self.single_step, share, hidden, self.teacher_hidden(batch), batch)
+            self._metrics.add_mean("minillm/single_step", float(rows.loss.sum()), len(rows.loss))
+            loss = loss + single
+        if self.lm_dataset is not None and self.args.lm_coef > 0:
+            lm_share = self.args.lm_coef * self.accelerator.num_processes / max(batch.counts["lm"], 1.0)
+            loss = loss + lm_share * self._language_modelling(model, batch)
+        return loss
+
+    def _policy_gradient(self, hidden: Tensor, batch: AlignedBatch) -> Tensor:
+        assert batch.logp_old is not None and batch.advantage is not None
+        logp = self.logps(hidden, batch.student, "student", self.args.kd_temperature)
+        surrogate, clipped = clipped_policy_gradient(
+            logp, batch.logp_old, batch.advantage, self.args.epsilon, batch.weight
+        )
+        scored = self._scored(batch)
+        self._metrics.add_mean("minillm/clip_ratio", float((clipped & scored).sum()), float(scored.sum()))
+        return surrogate[scored].sum()
+
+    # ---- the language-modelling loss ---------------------------------------------------------------------------
+
+    def _attach_references(self, batches: Sequence[AlignedBatch]) -> None:
+        """Give each micro-batch rows of `lm_dataset`, chosen by seed, step and rank: the same after a resume."""
+        assert self.lm_dataset is not None
+        draw = random.Random(self.seed_for("lm", per_rank=True))
+        for batch in batches:
+            rows = [draw.randrange(len(self.lm_dataset)) for _ in range(self.args.train_batch_size)]
+            samples = [to_sample(self.lm_dataset[i], where=f"lm_dataset row {i}") for i in rows]
+            rendered = [r for sample in samples if (r := self.reader.reference(sample)) is not None]
+            segments = [len(r.segment_bytes) for r in rendered]
+            batch.reference = pack(rendered, segments, pad_id(self.student_renderer)).to(self.args.device)
+        total = self.count_over_ranks({"lm": float(sum(len(b.reference.rows) for b in batches if b.reference))})
+        for batch in batches:
+            batch.counts = {**(batch.counts or {}), **total}
+
+    def _language_modelling(self, model: torch.nn.Module, batch: AlignedBatch) -> Tensor:
+        """Cross-entropy on the reference text: sum over its tokens, nats."""
+        assert batch.reference is not None
+        hidden = self.hidden_at_rows(model, batch.reference)
+        logp = self.logps(hidden, batch.reference, "student")
+        self._metrics.add_mean("minillm/lm_loss", -float(logp.detach().sum()), len(logp))
+        return -logp.sum()
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Also the completions that the next inner epochs still need; written first, the trainer's state last."""
+        if self._held is not None and not self.args.save_only_model:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            save_held(folder, self.args.process_index, [_held_of(batch) for batch in self._held])
+        super()._save_checkpoint(model, trial)
+
+    def restore(self, checkpoint: Path) -> None:
+        super().restore(checkpoint)
+        held = load_held(checkpoint, self.args.process_index)
+        if held is None or self.state.global_step % self.args.num_iterations == 0:
+            return
+        batches = []
+        for one in held:
+            pairs = [self.reader.sampled(c, ids) for c, ids in zip(one.conversations, one.completions, strict=True)]
+            batches.append(self.align(pairs, on_policy=True))
+            batches[-1].logp_old = one.logp_old.to(self.args.device)
+        self._held = self._prepare_rollouts(batches)
+
+
+def _held_of(batch: AlignedBatch) -> HeldBatch:
+    assert batch.logp_old is not None
+    completions = [pair.student.ids[pair.prompt_length :] for pair in batch.pairs]
+    return HeldBatch([pair.conversation for pair in batch.pairs], completions, batch.logp_old)

@@ -1,0 +1,36 @@
+"""The order of the data when one set of completions serves several optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+class RepeatedWindows(Sampler[int]):
+    """Shuffled indices in windows of `window`, each window `repeats` times in a row.
+
+    The last window of an epoch is filled up from the epoch's beginning, so that every row is seen and no window is short.
+    The order depends on seed and epoch only.
+    """
+
+    def __init__(self, length: int, window: int, repeats: int, seed: int) -> None:
+        self.length, self.window, self.repeats, self.seed = length, window, repeats, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration has."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.length // self.window) * self.window * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(self.length, generator=generator).tolist()
+        windows = -(-self.length // self.window)
+        order = (order * (1 + self.window // self.length + 1))[: windows * self.window]
+        for start in range(0, len(order), self.window):
+            for _ in range(self.repeats):
+                yield from order[start : start + self.window]

@@ -1,0 +1,6 @@
+"""Which bytes does a token id stand for?"""
+
+from diglot.vocabulary.encoder import ByteEncoder, Encoded
+from diglot.vocabulary.table import Vocabulary
+
+__all__ = ["ByteEncoder", "Encoded", "Vocabulary"]

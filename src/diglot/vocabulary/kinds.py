@@ -1,0 +1,127 @@
+"""Which bytes each token id of a tokenizer stands for, read from the tokenizer's own description.
+
+Three questions decide: how does its model spell a piece (byte alphabet, `▁` for a space, `##`, `</w>`), which ids are added
+tokens (spelt as they are), and which are special (no bytes at all).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from diglot.errors import VocabularyError
+
+Spell = Callable[[str], bytes]
+
+_BYTE_PIECE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's byte alphabet: the printable character that stands for each byte value in byte-level pieces."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
+
+
+@dataclass(frozen=True)
+class Description:
+    """A tokenizer's parts that matter for bytes."""
+
+    kind: str
+    pieces: dict[int, str]  # id -> piece of the model
+    added: dict[int, str]  # id -> content of a non-special added token
+    special: dict[int, str]  # id -> name
+    spell: Spell  # bytes of a model piece
+    leading_space: bool  # the decoder drops one space at the start of a text
+
+
+def describe(tokenizer: PreTrainedTokenizerBase) -> Description:
+    """Read `tokenizer`. Raises `VocabularyError` when its kind does not say which bytes a piece stands for."""
+    backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
+    if backend is None or not hasattr(backend, "to_str"):
+        raise VocabularyError(
+            f"{type(tokenizer).__name__} is not backed by the `tokenizers` library, so the bytes of its tokens cannot be "
+            "read. Load it with AutoTokenizer (use_fast=True), or convert it to a tokenizer.json."
+        )
+    special_ids = set(tokenizer.all_special_ids)
+    tokens = backend.get_added_tokens_decoder()
+    special = {i: t.content for i, t in tokens.items() if t.special or i in special_ids}
+    added = {i: t.content for i, t in tokens.items() if i not in special}
+    pieces = {i: piece for piece, i in backend.get_vocab(with_added_tokens=False).items()}
+    unk, unk_id = getattr(backend.model, "unk_token", None), getattr(backend.model, "unk_id", None)
+    for i, piece in pieces.items():
+        if i in special_ids or piece == unk or i == unk_id:
+            special.setdefault(i, piece)
+    kind, spell, leading = _speller(backend)
+    return Description(kind, pieces, added, special, spell, leading)
+
+
+def component(part: Any) -> dict[str, Any] | None:
+    """The description of a normaliser, pre-tokenizer or decoder, as in tokenizer.json."""
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A component and, for a sequence, all that is in it."""
+    if component is None:
+        return
+    yield component
+    for key in ("decoders", "pretokenizers", "normalizers"):
+        for part in component.get(key) or []:
+            yield from _parts(part)
+
+
+def _speller(backend: Tokenizer) -> tuple[str, Spell, bool]:
+    decoders = list(_parts(component(backend.decoder)))
+    types = {d["type"] for d in decoders} | {p["type"] for p in _parts(component(backend.pre_tokenizer))}
+    decoder_types = {d["type"] for d in decoders}
+    if "ByteLevel" in types:
+        return "byte-level", _spell_byte_level, False
+    if "WordPiece" in decoder_types:
+        (decoder,) = (d for d in decoders if d["type"] == "WordPiece")
+        return "wordpiece", _wordpiece_speller(decoder["prefix"]), True
+    if "BPEDecoder" in decoder_types:
+        (decoder,) = (d for d in decoders if d["type"] == "BPEDecoder")
+        return "suffix", _suffix_speller(decoder["suffix"]), False
+    metaspace = [d["replacement"] for d in decoders if d["type"] == "Metaspace"]
+    replaced = [d["pattern"].get("String") for d in decoders if d["type"] == "Replace" and d["content"] == " "]
+    if metaspace or replaced:
+        fallback = bool(getattr(backend.model, "byte_fallback", False))
+        return "metaspace", _metaspace_speller((metaspace + replaced)[0], fallback), False
+    raise VocabularyError(
+        f"A tokenizer with model {type(backend.model).__name__} and decoder {sorted(decoder_types) or 'none'} does not say which bytes its "
+        "pieces stand for. Supported are byte-level BPE, SentencePiece-style BPE and Unigram (Metaspace), WordPiece, and </w> BPE."
+    )
+
+
+_ALPHABET = byte_alphabet()
+
+
+def _spell_byte_level(piece: str) -> bytes:
+    try:
+        return bytes([_ALPHABET[c] for c in piece])
+    except KeyError as error:
+        raise VocabularyError(f"byte-level piece {piece!r} holds {error}, which is no letter of the byte alphabet") from None
+
+
+def _metaspace_speller(replacement: str, byte_fallback: bool) -> Spell:
+    def spell(piece: str) -> bytes:
+        if byte_fallback and (found := _BYTE_PIECE.match(piece)):
+            return bytes([int(found[1], 16)])
+        return piece.replace(replacement, " ").encode()
+
+    return spell
+
+
+def _wordpiece_speller(prefix: str) -> Spell:
+    return lambda piece: piece[len(prefix) :].encode() if piece.startswith(prefix) else b" " + piece.encode()
+
+
+def _suffix_speller(suffix: str) -> Spell:
+    return lambda piece: (piece[: -len(suffix)] + " ").encode() if piece.endswith(suffix) else piece.encode()

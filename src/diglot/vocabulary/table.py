@@ -1,0 +1,173 @@
+"""A vocabulary as a table from token id to bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from diglot.errors import VocabularyError
+from diglot.vocabulary.kinds import describe
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """What each id of a model's embedding stands for: bytes, or nothing (special tokens, padding of the embedding).
+
+    Ids are rows `[V]`. Two vocabularies are the same if their tables are, whatever their sizes.
+    """
+
+    kind: str  # "byte-level", "metaspace", "wordpiece" or "suffix"
+    data: NDArray[np.uint8]  # all tokens' bytes, one after the other
+    offsets: NDArray[np.int64]  # [V + 1] where each token's bytes begin
+    control: NDArray[np.bool_]  # [V] no bytes: special tokens and padding rows
+    names: Mapping[int, str]  # control id -> its name; padding rows have none
+    leading_space: bool = False  # the first token of a text stands for its bytes without the leading space
+    unreachable_ids: tuple[int, ...] = field(default=())  # special ids beyond the embedding
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None) -> Vocabulary:
+        """The table of `tokenizer`, with `num_embeddings` rows if the model's embedding is larger.
+
+        Special ids beyond the embedding are tolerated, unless they are its bos, eos or pad: some tokenizers carry a
+        marker for another modality that their text model has no row for.
+
+        Raises:
+            VocabularyError: the kind of tokenizer does not say which bytes its tokens stand for, or an id that text can
+                produce lies beyond the embedding.
+        """
+        found = describe(tokenizer)
+        texts = {i: found.spell(piece) for i, piece in found.pieces.items() if i not in found.special}
+        texts.update({i: content.encode() for i, content in found.added.items()})
+        for i in found.special:
+            texts.pop(i, None)
+        size = max([*texts, *found.special], default=-1) + 1
+        unreachable: tuple[int, ...] = ()
+        if num_embeddings is not None and size > num_embeddings:
+            unreachable = _beyond(tokenizer, texts, found.special, num_embeddings)
+        size = num_embeddings or size
+        names = {i: name for i, name in sorted(found.special.items()) if i < size}
+        lengths = np.zeros(size, dtype=np.int64)
+        for i, text in texts.items():
+            lengths[i] = len(text)
+        control = np.ones(size, dtype=np.bool_)
+        control[list(texts)] = False
+        data = np.frombuffer(b"".join(texts[i] for i in sorted(texts)), dtype=np.uint8)
+        return cls(
+            found.kind, data, np.concatenate([[0], np.cumsum(lengths)]), control, names,
+            found.leading_space, unreachable,
+        )
+
+    def __len__(self) -> int:
+        return len(self.control)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Bytes of each token, [V]."""
+        return np.diff(self.offsets)
+
+    def token(self, token_id: int) -> bytes:
+        """The bytes of one token."""
+        return self.data[self.offsets[token_id] : self.offsets[token_id + 1]].tobytes()
+
+    def bytes_of(self, ids: Sequence[int] | NDArray) -> bytes:
+        """The bytes of `ids`, one after the other."""
+        return b"".join(self.token(int(i)) for i in ids)
+
+    def display(self, token_id: int) -> str:
+        """A token for people: its text, hex digits for bytes that are no text, the name of a control token."""
+        if self.control[token_id]:
+            return self.names.get(int(token_id), f"[row {token_id}]")
+        raw = self.token(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "".join(f"\\x{b:02x}" for b in raw)
+
+    @cached_property
+    def _identity(self) -> dict[int, bytes | str]:
+        """Id -> bytes, or name of a control token; without padding rows."""
+        texts: dict[int, bytes | str] = {int(i): self.token(i) for i in np.flatnonzero(~self.control)}
+        return {**texts, **self.names}
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of the table and the names of control tokens, without padding rows."""
+        digest = hashlib.sha256()
+        for i in sorted(self._identity):
+            entry = self._identity[i]
+            kind, raw = (b"t", entry) if isinstance(entry, bytes) else (b"c", entry.encode())
+            digest.update(kind + i.to_bytes(8, "little") + len(raw).to_bytes(8, "little") + raw)
+        return digest.hexdigest()
+
+    def same_as(self, other: Vocabulary) -> bool:
+        """Are both tables equal? Padding rows at the end do not count."""
+        return self is other or self.content_hash == other.content_hash
+
+    def explain_difference(self, other: Vocabulary) -> str:
+        """What differs, in one sentence; empty when the tables are the same."""
+        if self.same_as(other):
+            return ""
+        mine, theirs = self._identity, other._identity
+        missing, extra = len(mine.keys() - theirs.keys()), len(theirs.keys() - mine.keys())
+        differing = sorted(i for i in mine.keys() & theirs.keys() if mine[i] != theirs[i])
+        parts = [f"{len(mine)} tokens against {len(theirs)}"]
+        if missing or extra:
+            parts.append(f"{missing} ids only in the first, {extra} only in the second")
+        if differing:
+            first = differing[0]
+            parts.append(
+                f"{len(differing)} ids stand for other text (the first is {first}: {self.display(first)!r} against "
+                f"{other.display(first)!r})"
+            )
+        return "; ".join(parts)
+
+    def padding_note(self, other: Vocabulary) -> str:
+        """Says so when equal tables have embeddings of unequal size; else empty."""
+        if not self.same_as(other) or len(self) == len(other):
+            return ""
+        return (
+            f"The embeddings have {len(self)} and {len(other)} rows but the tokens are the same: the larger one is padded. "
+            "The padding rows are left out."
+        )
+
+    def shared(self, other: Vocabulary) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Ids here and there of all tokens with equal bytes, ascending here.
+
+        Left out: control tokens, empty tokens, and bytes that two ids of one vocabulary share.
+        """
+        mine, theirs = self._unambiguous, other._unambiguous
+        both = sorted((mine[raw], theirs[raw]) for raw in mine.keys() & theirs.keys())
+        pairs = np.array(both, dtype=np.int64).reshape(-1, 2)
+        return pairs[:, 0].copy(), pairs[:, 1].copy()
+
+    @cached_property
+    def _unambiguous(self) -> dict[bytes, int]:
+        found: dict[bytes, int] = {}
+        ambiguous: set[bytes] = set()
+        for i in np.flatnonzero(~self.control & (self.lengths > 0)):
+            raw = self.token(i)
+            if raw in found:
+                ambiguous.add(raw)
+            found[raw] = int(i)
+        return {raw: i for raw, i in found.items() if raw not in ambiguous}
+
+
+def _beyond(
+    tokenizer: PreTrainedTokenizerBase, texts: Mapping[int, bytes], special: Mapping[int, str], num_embeddings: int
+) -> tuple[int, ...]:
+    """Special ids beyond the embedding; raises if one of them can occur in plain use."""
+    needed = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    beyond = [i for i in (*texts, *special) if i >= num_embeddings]
+    wrong = [i for i in beyond if i in texts or i in needed]
+    if wrong:
+        raise VocabularyError(
+            f"The tokenizer has ids up to {max(wrong)}, the embedding has {num_embeddings} rows: they do not belong together. "
+            "Give the tokenizer that the model was trained with (for a teacher: teacher_tokenizer_name_or_path)."
+        )
+    return tuple(sorted(beyond))
