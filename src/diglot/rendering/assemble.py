@@ -42,11 +42,16 @@ class Piece:
         return replace(cls.plain(ids, Role.CONTENT), roles=np.where(control, Role.MARKUP, Role.CONTENT).astype(np.int8))
 
     def with_stop(self, stop_id: int) -> Piece:
-        """The segment with its stop token, one byte beyond its text."""
+        """The segment with its stop token, one byte beyond its text.
+
+        It is exact only if the tokens before it reach the end of the text: a tokenizer that cannot write a text at all gives
+        no token for it, and its stop must not pass for the text's.
+        """
         assert self.text is not None
+        reached = int(self.ends[-1]) if len(self.ends) else 0
         return replace(
             self, ids=np.append(self.ids, stop_id), roles=np.append(self.roles, np.int8(Role.STOP)),
-            ends=np.append(self.ends, len(self.text) + 1), exact=np.append(self.exact, True),
+            ends=np.append(self.ends, len(self.text) + 1), exact=np.append(self.exact, reached == len(self.text)),
         )
 
 

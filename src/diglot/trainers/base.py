@@ -297,7 +297,7 @@ class DistillationTrainer(Trainer):
     ) -> tuple[Tensor, Values]:
         """`share` times the sum of a divergence over its rows, each times its importance weight, and the single values."""
         rows_s, rows_t, _ = objective.rows(batch.alignment)
-        weight = torch.full((len(rows_s),), share, device=hidden_s.device)
+        weight = torch.full((len(rows_s),), share, dtype=torch.float64, device=hidden_s.device)
         if batch.weight is not None:
             weight = weight * batch.weight[rows_s]
         warmth = self.args.kd_temperature

@@ -72,6 +72,8 @@ class MiniLLMTrainer(DistillationTrainer):
             self._held = self._prepare_rollouts([self.align(b, on_policy=True) for b in self.write_completions(window)])
         if self.lm_dataset is not None and self.args.lm_coef > 0:
             self._attach_references(self._held)
+        for batch in self._held:
+            self._log_rollout(batch)
         return self._held
 
     def _prepare_rollouts(self, batches: list[AlignedBatch]) -> list[AlignedBatch]:
@@ -131,7 +133,6 @@ class MiniLLMTrainer(DistillationTrainer):
             batch.counts = {"tokens": count}
             if args.whiten_advantages:
                 batch.advantage = (batch.advantage - mean) / (deviation + 1e-8)
-            self._log_rollout(batch)
 
     def _scored(self, batch: AlignedBatch) -> Tensor:
         """Which student tokens lie in an exact chunk, bool [N_s]."""

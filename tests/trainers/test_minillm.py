@@ -1,0 +1,315 @@
+"""MiniLLM on tiny models: each term alone, its sign and its mask, and that the sum is the paper's gradient."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+import tiny
+import tokenizers_zoo as zoo
+from diglot.batches import AlignedBatch
+from diglot.errors import ConfigError
+from diglot.rollouts import mixture_weight
+from diglot.trainers import MiniLLMConfig, MiniLLMTrainer
+
+ROWS = tiny.PROMPT_ROWS
+PLAIN: dict[str, Any] = dict(
+    teacher_mixed_alpha=0.0, num_iterations=1, whiten_advantages=False, length_normalization=False, gamma=1.0
+)
+
+
+def window(trainer: MiniLLMTrainer, rows: list[dict[str, Any]], size: int = 4) -> list[AlignedBatch]:
+    batches = [trainer.data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
+    return [b["batch"] for b in trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)[0]]
+
+
+def write(trainer: MiniLLMTrainer, *texts: str, stopped: bool = True) -> None:
+    """Let the student write these texts, one for each prompt."""
+    ending = [trainer.student_renderer.stop_id] if stopped else []
+    ids = [np.append(e.ids, ending).astype(np.int64) for e in trainer.student_renderer.encoder.encode(texts)]
+    trainer.sample = lambda conversations, prompts: ids  # type: ignore[method-assign]
+
+
+def gradient(trainer: MiniLLMTrainer, batches: list[AlignedBatch]) -> dict[str, torch.Tensor]:
+    trainer.model.zero_grad()
+    for batch in batches:
+        trainer.compute_loss(trainer.model, {"batch": batch}).backward()
+    return {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("teacher", ["chatml", "inst", "turns"])
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_trains_with_all_terms(tmp_path: Path, teacher: str, alpha: float) -> None:
+    """S7: both with the same and with another tokenizer; reverse KL and the terms are logged."""
+    data = Dataset.from_list(tiny.TEXT_ROWS)
+    trainer = tiny.minillm(
+        tmp_path, zoo.chatml(), zoo.ALL[teacher](), teacher_mixed_alpha=alpha, max_steps=4, num_iterations=2,
+        keywords={"lm_dataset": data},
+    )
+    assert trainer.same_vocabulary == (teacher == "chatml")
+    trainer.train()
+    log = trainer.state.log_history[1]
+    assert all(math.isfinite(log[k]) for k in ("loss", "reverse_kl", "minillm/single_step", "minillm/lm_loss", "minillm/clip_ratio"))
+
+
+@pytest.mark.parametrize("teacher", ["chatml", "nfc"])
+def test_lowers_the_reverse_kl(tmp_path: Path, teacher: str) -> None:
+    trainer = tiny.minillm(
+        tmp_path, zoo.chatml(), zoo.ALL[teacher](), ROWS[:4], teacher_mixed_alpha=0.0, max_steps=60, num_iterations=2,
+        learning_rate=1e-2, max_completion_length=12,
+    )
+    trainer.eval_dataset = Dataset.from_list(ROWS)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.7 * before
+
+
+def test_policy_gradient_alone_lowers_the_reverse_kl(tmp_path: Path) -> None:
+    """The long part with its own step, no dense term: its sign is right if the divergence falls."""
+    trainer = tiny.minillm(
+        tmp_path, zoo.chatml(), zoo.nfc(), ROWS[:2], teacher_mixed_alpha=0.0, max_steps=80, num_iterations=1,
+        single_step_decomposition=False, learning_rate=5e-3, max_completion_length=4, num_generations=16, gamma=1.0,
+        length_normalization=False,
+    )
+    trainer.eval_dataset = Dataset.from_list(ROWS[:2] * 16)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.8 * before
+
+
+def test_single_step_part_is_the_exact_reverse_kl_on_equal_vocabularies(tmp_path: Path) -> None:
+    """To 1e-6, against the naive formula on whole logits; prompt and padding have no part in it (W49)."""
+    tokenizer = zoo.chatml()
+    student, teacher = tiny.tiny_model(tokenizer, 0).double(), tiny.tiny_model(tokenizer, 1).double()
+    trainer = tiny.minillm(tmp_path, tokenizer, tokenizer, models=(student, teacher), rkl_advantage=False, **PLAIN)
+    write(trainer, "hello", "one two three, as you asked")
+    (batch,) = window(trainer, ROWS[:2])
+    loss = trainer.compute_loss(trainer.model, {"batch": batch}).item()
+
+    found = gradient(trainer, [batch])
+    side = batch.student
+    student.zero_grad()
+    p = student(side.input_ids, attention_mask=side.attention_mask).logits.log_softmax(-1)
+    with torch.no_grad():
+        q = teacher(batch.teacher.input_ids, attention_mask=batch.teacher.attention_mask).logits.log_softmax(-1)
+    mask = torch.zeros(side.input_ids.shape, dtype=torch.bool)
+    for b, pair in enumerate(batch.pairs):  # by hand: the completion's positions, each predicted one position before
+        mask[b, pair.prompt_length - 1 : len(pair.student.ids) - 1] = True
+    expected = ((p.exp() * (p - q)).sum(-1) * mask).sum() / mask.sum()
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), abs=1e-9)
+    assert all(torch.allclose(found[n], x.grad, atol=1e-9) for n, x in student.named_parameters() if x.grad is not None)
+
+
+def test_policy_gradient_is_the_papers_on_equal_vocabularies(tmp_path: Path) -> None:
+    """-1/n sum_t R_t grad log q(y_t), R_t the sum of later log-ratios, written with a loop."""
+    tokenizer = zoo.chatml()
+    student, teacher = tiny.tiny_model(tokenizer, 0).double(), tiny.tiny_model(tokenizer, 1).double()
+    trainer = tiny.minillm(tmp_path, tokenizer, tokenizer, models=(student, teacher), single_step_decomposition=False,
+                           **{**PLAIN, "gamma": 0.9})
+    write(trainer, "hello you", "one two three")
+    batches = window(trainer, ROWS[:2])
+    found = gradient(trainer, batches)
+
+    student.zero_grad()
+    loss, count = torch.zeros((), dtype=torch.float64), 0
+    for pair in batches[0].pairs:
+        ids, start = torch.tensor(pair.student.ids)[None], pair.prompt_length
+        logps = [m(ids).logits[0, start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None])[:, 0] for m in (student, teacher)]
+        rewards = (logps[1] - logps[0]).detach()
+        for t in range(len(rewards)):
+            later = sum(0.9 ** (k - t) * rewards[k] for k in range(t, len(rewards)))
+            loss, count = loss - later * logps[0][t], count + 1
+    (loss / count).backward()
+    for name, p in student.named_parameters():
+        if p.grad is not None:
+            assert torch.allclose(found[name], p.grad, atol=1e-5, rtol=1e-4), name
+
+
+def test_with_the_dense_term_the_long_part_starts_one_step_later(tmp_path: Path) -> None:
+    """Else each step's own reward would be counted twice (paper, eq. 5)."""
+    tokenizer = zoo.chatml()
+    trainer = tiny.minillm(tmp_path, tokenizer, tokenizer, **PLAIN)
+    write(trainer, "hello you", stopped=False)
+    (batch,) = window(trainer, ROWS[:1])
+    assert batch.advantage is not None and batch.logp_t is not None and batch.logp_old is not None
+    assert batch.advantage[-1] == 0
+    assert batch.advantage[0].item() == pytest.approx((batch.logp_t - batch.logp_old)[1:].sum().item(), rel=1e-4)
+
+
+def test_whitened_advantages_have_mean_zero_and_variance_one_over_the_window(tmp_path: Path) -> None:
+    trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), **{**PLAIN, "whiten_advantages": True})
+    batches = window(trainer, ROWS, 2)
+    values = torch.cat([b.advantage[trainer._scored(b)] for b in batches])  # type: ignore[index]
+    assert len(batches) == 4
+    assert values.mean().item() == pytest.approx(0, abs=1e-4) and values.std(correction=0).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_w5_the_split_of_a_window_changes_nothing(tmp_path: Path) -> None:
+    results = []
+    for size in (4, 2, 1):
+        trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), **{**PLAIN, "whiten_advantages": True})
+        write(trainer, "hello", "one two three", "as you asked", "x = 1")
+        results.append(gradient(trainer, window(trainer, ROWS[:4], size)))
+    for found in results[1:]:
+        assert all(torch.allclose(found[n], results[0][n], atol=1e-5) for n in found)
+
+
+def test_w53_unequal_vocabularies_are_compared_through_bytes(tmp_path: Path) -> None:
+    """No shape error with the single step, no silent training on wrong ids without it."""
+    for single in (True, False):
+        trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), single_step_decomposition=single, **PLAIN)
+        write(trainer, "hello there")
+        (batch,) = window(trainer, ROWS[:1])
+        vocabulary = trainer.teacher.renderer.vocabulary
+        read = vocabulary.bytes_of(batch.teacher.targets.numpy())
+        assert read == b"hello there"
+
+
+def test_inner_epochs_reuse_the_completions_and_their_old_log_probs(tmp_path: Path) -> None:
+    """Three optimizer steps on one set of completions; the ratio leaves 1 after the first."""
+    trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), max_steps=6, num_iterations=3, teacher_mixed_alpha=0.0)
+    held: list[Any] = []
+    original = trainer.prepare_window
+
+    def spy(rows: Any) -> Any:
+        held.append(original(rows))
+        return held[-1]
+
+    trainer.prepare_window = spy  # type: ignore[method-assign]
+    trainer.train()
+    assert held[0] is held[1] is held[2] and held[3] is held[4] is held[5] and held[0] is not held[3]
+
+
+def test_each_window_of_data_comes_once_per_inner_epoch_and_every_row_is_seen(tmp_path: Path) -> None:
+    from diglot.trainers.windows import RepeatedWindows
+
+    sampler = RepeatedWindows(length=10, window=4, repeats=3, seed=0)
+    order = list(sampler)
+    assert len(order) == len(sampler) == 3 * 12
+    for start in range(0, 36, 12):
+        assert order[start : start + 4] == order[start + 4 : start + 8] == order[start + 8 : start + 12]
+    assert set(order) == set(range(10))
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+    small = list(RepeatedWindows(length=2, window=5, repeats=1, seed=0))
+    assert len(small) == 5 and set(small) == {0, 1}
+
+
+def test_every_term_can_be_switched_off(tmp_path: Path) -> None:
+    """Loss without a term differs; without all of them the config is refused."""
+    losses = {}
+    for name, options in {
+        "all": {}, "no pg": {"rkl_advantage": False}, "no single": {"single_step_decomposition": False}, "no lm": {"lm_coef": 0.0}
+    }.items():
+        trainer = tiny.minillm(
+            tmp_path, zoo.chatml(), zoo.inst(), keywords={"lm_dataset": Dataset.from_list(tiny.TEXT_ROWS)}, **{**PLAIN, **options}
+        )
+        write(trainer, "hello you two")
+        (batch,) = window(trainer, ROWS[:1])
+        losses[name] = trainer.compute_loss(trainer.model, {"batch": batch}).item()
+    assert len({round(v, 6) for v in losses.values()}) == 4
+    with pytest.raises(ConfigError, match="rkl_advantage"):
+        MiniLLMConfig(output_dir=str(tmp_path), rkl_advantage=False, single_step_decomposition=False)
+
+
+def test_lm_loss_is_the_cross_entropy_of_the_reference_tokens(tmp_path: Path) -> None:
+    """Against the model's own loss on the same padded text; its sign pulls the loss down."""
+    trainer = tiny.minillm(
+        tmp_path, zoo.chatml(), zoo.inst(), keywords={"lm_dataset": Dataset.from_list(tiny.TEXT_ROWS)}, lm_coef=1.0, **PLAIN
+    )
+    write(trainer, "a", "b", "c", "d")
+    (batch,) = window(trainer, ROWS[:4])
+    with_lm = trainer.compute_loss(trainer.model, {"batch": batch}).item()
+    trainer.args.lm_coef = 0.0
+    without = trainer.compute_loss(trainer.model, {"batch": batch}).item()
+    side = batch.reference
+    assert side is not None
+    logits = trainer.model(side.input_ids, attention_mask=side.attention_mask).logits.log_softmax(-1).flatten(0, 1)
+    expected = -logits[side.rows, side.targets].mean().item()
+    assert with_lm - without == pytest.approx(expected, rel=1e-4)
+
+
+# ---- teacher-mixed sampling ------------------------------------------------------------------------------------------
+
+
+def test_mixture_draws_tokens_from_the_mixture_of_both_laws(tmp_path: Path) -> None:
+    """The first token's frequencies follow alpha * teacher + (1 - alpha) * student, not the student."""
+    from diglot.rollouts import TeacherMixture
+
+    tokenizer = zoo.chatml()
+    trainer = tiny.minillm(tmp_path, tokenizer, tokenizer, teacher_mixed_alpha=0.5)
+    from diglot.data import to_sample
+
+    conversation = to_sample(ROWS[0], "row").conversation
+    prompt = trainer.student_renderer.prompt_ids(conversation)
+    number = 4000
+    mixture = TeacherMixture(trainer.teacher.model, [prompt] * number, 0, 0.5)
+    ids = trainer.sampler(trainer.model, [prompt] * number, max_new_tokens=1, seed=1, processors=[mixture])
+    counts = torch.bincount(torch.tensor([int(i[0]) for i in ids]), minlength=len(tokenizer)) / number
+    x = torch.tensor(prompt)[None]
+    with torch.no_grad():
+        p, q = (m(x).logits[0, -1].softmax(-1) for m in (trainer.model, trainer.teacher.model))
+    expected = 0.5 * p + 0.5 * q
+    distance = (counts - expected).abs().sum().item() / 2
+    assert distance < 0.15
+    assert (counts - p).abs().sum().item() / 2 > 2 * distance
+
+
+def test_mixture_follows_the_teachers_cache_over_steps(tmp_path: Path) -> None:
+    """At alpha near 1 a greedy reading of the mixture is the teacher's own greedy text."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    from diglot.rollouts import TeacherMixture
+
+    tokenizer = zoo.chatml()
+    student, teacher = tiny.tiny_model(tokenizer, 0), tiny.tiny_model(tokenizer, 1)
+    prompts = [np.array([10, 20, 30]), np.array([40, 50])]
+    mixture = TeacherMixture(teacher, prompts, 0, 1 - 1e-7)
+    config = GenerationConfig(do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=None)
+    ids, mask = torch.tensor([[10, 20, 30], [0, 40, 50]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    mixed = student.generate(ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([mixture]))
+    own = teacher.generate(ids, attention_mask=mask, generation_config=config)
+    assert mixed.tolist() == own.tolist()
+
+
+def test_importance_weights_are_the_ratio_to_the_mixture_and_bounded(tmp_path: Path) -> None:
+    trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.chatml(), **PLAIN)
+    write(trainer, "hello you")
+    (batch,) = window(trainer, ROWS[:1])
+    assert batch.logp_old is not None and batch.logp_t is not None
+    found = mixture_weight(batch.logp_old, batch.logp_t, batch.alignment, 0.25)
+    p, q = batch.logp_old.exp(), batch.logp_t.exp()
+    assert torch.allclose(found, p / (0.25 * q + 0.75 * p), rtol=1e-4)
+    assert (found <= 1 / 0.75 + 1e-5).all()
+
+
+def test_prefix_weights_fade_to_one_where_no_teacher_prefix_reaches(tmp_path: Path) -> None:
+    trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), **PLAIN)
+    write(trainer, "hello you two and three")
+    (batch,) = window(trainer, ROWS[:1])
+    assert batch.logp_old is not None and batch.logp_t is not None
+    found = mixture_weight(batch.logp_old, batch.logp_t, batch.alignment, 0.25, max_new_tokens=3)
+    chunk = batch.alignment.chunk_s
+    before = (batch.alignment.count_s.cumsum(0) - batch.alignment.count_s)[chunk]
+    assert torch.allclose(found[before >= 3], torch.ones_like(found[before >= 3]))
+    assert (found[before < 3] != 1).any()
+
+
+def test_a_teacher_prefix_is_read_in_the_students_ids(tmp_path: Path) -> None:
+    """With alpha near 1 completions begin with teacher text, in student ids, and go on to the limit."""
+    trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), teacher_mixed_alpha=0.999, max_completion_length=12, **{
+        k: v for k, v in PLAIN.items() if k != "teacher_mixed_alpha"})
+    batches = window(trainer, ROWS)
+    for pair in (p for b in batches for p in b.pairs):
+        completion = pair.student.ids[pair.prompt_length :]
+        assert len(completion) <= 12
+        text = trainer.student_renderer.vocabulary.bytes_of(pair.student.ids[pair.student.segment >= 0])
+        assert text == pair.student.segment_bytes[-1]
+    assert all(b.weight is not None for b in batches)
