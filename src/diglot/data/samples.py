@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ def to_sample(row: Mapping[str, Any], where: str) -> Sample:
     Raises:
         DataError: none of these columns, or a value of the wrong kind; the message names the row.
     """
-    tools = tuple(row["tools"]) if row.get("tools") else None
+    tools = _tools(row.get("tools"), where)
     if row.get("messages") is not None:
         return _from_messages(_messages(row["messages"], "messages", where), tools, where)
     if row.get("prompt") is not None:
@@ -42,12 +43,16 @@ def _from_messages(messages: tuple[dict, ...], tools: Any, where: str) -> Sample
     if messages[-1]["role"] != "assistant":
         return Sample(Conversation(messages, tools=tools), None, where)
     if len(messages) == 1:
-        raise DataError(f"{where}: the only message is the assistant's, so there is no prompt. Put what it answers before it.")
+        raise DataError(
+            f"{where}: the only message is the assistant's, so there is no prompt. Put what it answers before it."
+        )
     return Sample(Conversation(messages[:-1], tools=tools), content_text(messages[-1], where), where)
 
 
 def _from_prompt(prompt: Any, completion: Any, tools: Any, where: str) -> Sample:
     if isinstance(prompt, str):
+        if not prompt:
+            raise DataError(f"{where}: `prompt` is empty. For text without a prompt use the column `text`.")
         reply = None if completion is None else _string(completion, "completion", where)
         return Sample(Conversation(None, prompt), reply, where)
     messages = _messages(prompt, "prompt", where)
@@ -55,7 +60,9 @@ def _from_prompt(prompt: Any, completion: Any, tools: Any, where: str) -> Sample
         return Sample(Conversation(messages, tools=tools), completion, where)
     answer = _messages(completion, "completion", where)
     if answer[-1]["role"] != "assistant":
-        raise DataError(f"{where}: the last message of `completion` is from {answer[-1]['role']!r}, expected 'assistant'.")
+        raise DataError(
+            f"{where}: the last message of `completion` is from {answer[-1]['role']!r}, expected 'assistant'."
+        )
     return _from_messages(messages + answer, tools, where)
 
 
@@ -66,8 +73,28 @@ def _messages(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...]
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise DataError(f"{where}: `{column}` holds {message!r:.80}, expected {{'role': ..., 'content': ...}}.")
         content_text(message, where)
-    # A table of rows with unlike messages fills the fields that a message lacks with None.
-    return tuple({k: v for k, v in message.items() if v is not None} for message in value)
+    return tuple(_without_none(message) for message in value)
+
+
+def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
+    """JSON schemas, as a list or, since their shapes differ from row to row, as a string of JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: `tools` is a string but not JSON: {error}.") from error
+    if not value:
+        return None
+    if not isinstance(value, Sequence) or not all(isinstance(tool, Mapping) for tool in value):
+        raise DataError(f"{where}: `tools` is {value!r:.80}, expected a list of JSON schemas.")
+    return tuple(_without_none(tool) for tool in value)
+
+
+def _without_none(value: Any) -> Any:
+    """A table of rows with unlike fields fills those that a row lacks with None, at every depth."""
+    if isinstance(value, Mapping):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 
 def _string(value: Any, column: str, where: str) -> str:

@@ -123,8 +123,8 @@ def clipped_policy_gradient(
 class Span(PathObjective):
     """Policy-gradient reverse KL as an objective of its own: needs only log-probs of the text from the teacher.
 
-    One value per student token. The value itself is a surrogate (its gradient is the estimate, not its size); the
-    metric `chunk_gap` is the reward, nats per student token.
+    One value per student token. The value itself is a surrogate: its gradient is the estimate, its size means nothing. The
+    metric `advantage` is what each token was credited with, in nats.
     """
 
     name = "span"

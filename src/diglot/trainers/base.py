@@ -260,7 +260,8 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The micro-batch's share of the window's loss, in nats per item."""
-        loss = self.batch_loss(model, inputs["batch"])
+        with self.accelerator.autocast():  # around the heads as well: they run outside of the model's own forward
+            loss = self.batch_loss(model, inputs["batch"])
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss of step {self.state.global_step} is {loss.item()}, expected a finite number; the optimizer was "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,18 @@ class Encoded:
     exact: NDArray[np.bool_]  # are the token's bytes the bytes of the text there?
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """What the library's encoding of one text says that is used here."""
+
+    ids: Sequence[int]
+    offsets: Sequence[tuple[int, int]]  # characters of the text, to be checked before they are believed
+
+    @classmethod
+    def of(cls, encoding: Encoding) -> _Tokens:
+        return cls(encoding.ids, encoding.offsets)
+
+
 class ByteEncoder:
     """Encodes text as the continuation of something: nothing is added, and special tokens are read as plain text.
 
@@ -38,6 +52,10 @@ class ByteEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self._backend = _without_prefix(tokenizer)
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        # In byte-level BPE no merge leads to a special token; elsewhere its name may be a piece like any other.
+        plain = vocabulary.kind == "byte-level"
+        self._names = {} if plain else {i: n for i, n in vocabulary.names.items() if i != unknown}
         self.bos_ids = _bos_ids(tokenizer)
         self._check_itself()
 
@@ -60,14 +78,35 @@ class ByteEncoder:
                 ) from None
         self._backend.encode_special_tokens = True  # as plain text, that is: the library's name for not recognising them
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [self._spans(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+        return [
+            self._spans(text, self._apart(text) if self._names and self._names_in(encoding.ids) else _Tokens.of(encoding))
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
 
     def encode_markup(self, text: str) -> Ids:
         """Ids of text in which special tokens are recognised; nothing is added."""
         self._backend.encode_special_tokens = False
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
-    def _spans(self, text: str, encoding: Encoding) -> Encoded:
+    def _names_in(self, ids: Sequence[int]) -> bool:
+        return any(i in self._names for i in ids)
+
+    def _apart(self, text: str) -> _Tokens:
+        """Tokens of a text in which a Unigram model found the name of a special token among its pieces.
+
+        Each such name is cut behind its first character, so that it is spelt out. A name of one character stays.
+        """
+        names = sorted((n for n in self._names.values() if len(n) > 1), key=len, reverse=True)
+        cuts = [m.start() + 1 for m in re.finditer("|".join(map(re.escape, names)), text)]
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for start, stop in pairwise([0, *cuts, len(text)]):
+            part = self._backend.encode(text[start:stop], add_special_tokens=False)
+            ids += part.ids
+            offsets += [(low + start, high + start) for low, high in part.offsets]
+        return _Tokens(ids, offsets)
+
+    def _spans(self, text: str, encoding: _Tokens) -> Encoded:
         ids = np.array(encoding.ids, dtype=np.int64)
         spelt = [self.vocabulary.token(i) for i in ids]
         if spelt and self.vocabulary.leading_space and spelt[0][:1] == b" ":
@@ -90,7 +129,7 @@ class ByteEncoder:
 
 
 def _regions(
-    text: str, encoding: Encoding, ids: Ids, spelt: list[bytes], control: NDArray[np.bool_]
+    text: str, encoding: _Tokens, ids: Ids, spelt: list[bytes], control: NDArray[np.bool_]
 ) -> Encoded:
     """Spans of a text that its tokens do not spell, from character offsets, of which nothing is believed unchecked.
 
@@ -117,7 +156,7 @@ def _regions(
     return Encoded(ids, ends, exact)
 
 
-def _groups(offsets: list[tuple[int, int]], length: int) -> list[tuple[int, int, int, int]]:
+def _groups(offsets: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int, int, int]]:
     """Groups (first token, last token + 1, first character, last character + 1) that partition the text.
 
     If the offsets are out of order everything is one group.

@@ -1,0 +1,54 @@
+# Everything runs in .venv, which is made on first use and again when its lists of packages change.
+# make PYTHON=python3.12 install  chooses the interpreter.
+
+PYTHON ?= python3
+PAIR ?= base
+TRAINER ?= gkd
+OUT ?= runs/demo
+WORKERS ?= 2
+
+BIN := .venv/bin
+PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+.PHONY: help install test test-real nightly check lint demo clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo [PAIR=base|instruct] [TRAINER=gkd|minillm]   distil one real model into another, results in $(OUT)"
+	@echo "make test        fast tests"
+	@echo "make check       ruff, mypy, the tests and the commands of the documentation"
+	@echo "make test-real   tests with the real models and tokenizers; fetches them"
+	@echo "make nightly     long fuzzing"
+	@echo "make install     only .venv"
+	@echo "make clean       remove .venv, caches and runs"
+
+install: .venv/.installed
+
+# torch first and alone: which of its builds is wanted is decided here, before anything else asks for one.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+test: .venv/.installed
+	$(PYTEST) -n $(WORKERS) -m "not real and not nightly"
+
+test-real: .venv/.installed
+	$(BIN)/python demo/assets.py get smollm2-135m-instruct gemma-3-270m tokenizers texts
+	$(PYTEST) -m "real and not nightly"
+
+nightly: .venv/.installed
+	$(PYTEST) -m nightly
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+demo: .venv/.installed
+	$(BIN)/python demo/run.py --pair $(PAIR) --trainer $(TRAINER) --out $(OUT)
+
+clean:
+	rm -rf .venv runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

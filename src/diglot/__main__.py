@@ -1,0 +1,7 @@
+"""`python -m diglot`."""
+
+import sys
+
+from diglot.cli.main import main
+
+sys.exit(main())
