@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from diglot.batches import AlignedBatch, PackedSide, PairReader, ReadPair, align_pairs, pack
 from diglot.data import Sample
 from diglot.evaluation.reports import OnPolicyReport, ReferenceReport
-from diglot.heads import Head, default_chunk_rows, last_hidden, reduce_rows, token_logps
-from diglot.objectives import Pair, Values
+from diglot.heads import Head, blocks, default_chunk_rows, last_hidden
+from diglot.objectives import Pair
 from diglot.rendering import Conversation
 from diglot.rollouts import TransformersSampler
 from diglot.teachers import LocalTeacher
@@ -49,7 +49,7 @@ class Evaluator:
         with _eval_mode(self.model):
             for batch in _batches(rendered, self.batch_size):
                 side = pack(batch, [len(r.segment_bytes) for r in batch], _any_id(self.reader)).to(self.model.device)
-                logp = self._logps(side)
+                logp, _ = self._facts(self._hidden(side), side, self.head, self.pair.stop_s)
                 sample = _sample_of(side)
                 nats.append(_sums(-logp * ~side.stop, sample, len(batch)))
                 num_bytes.append(np.array([sum(map(len, r.segment_bytes)) for r in batch], dtype=np.float64))
@@ -82,43 +82,36 @@ class Evaluator:
     def _judge(self, batch: AlignedBatch) -> dict[str, np.ndarray]:
         """The columns of an `OnPolicyReport` for one batch."""
         alignment, num = batch.alignment, len(batch.pairs)
-        hidden_s = self._hidden(batch.student)
-        hidden_t = self.teacher.hidden(batch.teacher)
-        logp_s = self._token_logps(hidden_s, batch.student, self.head, self.pair.stop_s)
-        logp_t = self._token_logps(hidden_t, batch.teacher, self.teacher.head, self.pair.stop_t)
+        logp_s, stop_s = self._facts(self._hidden(batch.student), batch.student, self.head, self.pair.stop_s)
+        logp_t, stop_t = self._facts(self.teacher.hidden(batch.teacher), batch.teacher, self.teacher.head, self.pair.stop_t)
         exact_s, exact_t = (_in_exact(alignment.chunk_exact, chunk) for chunk in (alignment.chunk_s, alignment.chunk_t))
         sample_s, sample_t = _sample_of(batch.student), _sample_of(batch.teacher)
         surprisal = _sums(-logp_s * exact_s, sample_s, num)
-        rows_s, rows_t = alignment.pair_s, alignment.pair_t
-        stops = reduce_rows(
-            self._stop_masses, hidden_s, self.head, hidden_t, self.teacher.head, rows_s, rows_t,
-            torch.ones(len(rows_s), device=hidden_s.device), self.chunk_rows,
-        )[1].metrics if len(rows_s) else {"common": logp_s.new_zeros(0), "either": logp_s.new_zeros(0)}
+        both = stop_s[alignment.pair_s], stop_t[alignment.pair_t]
+        at_pairs = sample_s[alignment.pair_s]
         return {
             "gap": -surprisal - _sums(logp_t * exact_t, sample_t, num),
             "surprisal": surprisal,
             "num_bytes": np.array([sum(map(len, p.student.segment_bytes)) for p in batch.pairs], dtype=np.float64),
-            "stop_common": _sums(stops["common"], sample_s[rows_s], num),
-            "stop_either": _sums(stops["either"], sample_s[rows_s], num),
+            "stop_common": _sums(torch.minimum(*both), at_pairs, num),
+            "stop_either": _sums(torch.maximum(*both), at_pairs, num),
             "tokens": _sums(torch.ones_like(logp_s), sample_s, num),
             "covered": _sums(exact_s.to(logp_s), sample_s, num),
         }
 
-    def _stop_masses(self, logits_s: Tensor, logits_t: Tensor) -> Values:
-        p_s, p_t = (
-            (logits[:, stop].logsumexp(-1) - logits.logsumexp(-1)).exp()
-            for logits, stop in ((logits_s, self.pair.stop_s), (logits_t, self.pair.stop_t))
-        )
-        return Values(torch.zeros_like(p_s), {"common": torch.minimum(p_s, p_t), "either": torch.maximum(p_s, p_t)})
-
     def _hidden(self, side: PackedSide) -> Tensor:
         return last_hidden(self.model, side.input_ids, side.attention_mask).flatten(0, 1)[side.rows]
 
-    def _logps(self, side: PackedSide) -> Tensor:
-        return self._token_logps(self._hidden(side), side, self.head, self.pair.stop_s)
-
-    def _token_logps(self, hidden: Tensor, side: PackedSide, head: Head, stop_ids: Tensor) -> Tensor:
-        return token_logps(hidden, head, side.targets, side.stop, stop_ids, chunk_rows=self.chunk_rows)
+    def _facts(self, hidden: Tensor, side: PackedSide, head: Head, stop_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-prob of each written token and the stop set's probability in its row, [N] each, one pass over the head."""
+        logps, stops = [], []
+        for block in blocks(len(hidden), self.chunk_rows):
+            logits = head(hidden[block])
+            total, stop = logits.logsumexp(-1), logits[:, stop_ids].logsumexp(-1)
+            written = logits.gather(-1, side.targets[block].to(logits.device)[:, None])[:, 0]
+            logps.append(torch.where(side.stop[block].to(logits.device), stop, written) - total)
+            stops.append((stop - total).exp())
+        return torch.cat(logps).to(self.model.device), torch.cat(stops).to(self.model.device)
 
 
 class _eval_mode:

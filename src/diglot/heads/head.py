@@ -59,7 +59,23 @@ class Head:
 
         `parameters` stand in for `self.parameters`, in the same order.
         """
-        raw = self._raw(self._as_input(hidden), parameters)
+        return self._finished(self._raw(self._as_input(hidden), parameters))
+
+    @property
+    def is_linear(self) -> bool:
+        """Can single columns be computed? Not where an adapter sits on the head."""
+        return type(self.module) is nn.Linear
+
+    def columns(self, hidden: Tensor, ids: Tensor, parameters: Sequence[Tensor] | None = None) -> Tensor:
+        """Logits `[R, k]` of the columns `ids` `[R, k]` only, for `hidden [R, H]`; needs `is_linear`."""
+        own: dict[str, Tensor] = dict(self.module.named_parameters())
+        own.update(zip(self._trainable, parameters or (), strict=parameters is not None))
+        hidden = self._as_input(hidden)
+        weight = nn.functional.embedding(ids, own["weight"])  # [R, k, H]
+        raw = torch.bmm(weight, hidden.to(weight.dtype).unsqueeze(-1)).squeeze(-1)
+        return self._finished(raw if own.get("bias") is None else raw + own["bias"][ids])
+
+    def _finished(self, raw: Tensor) -> Tensor:
         logits = at_least_float32(raw)
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -95,8 +111,11 @@ class Head:
     def _raw(self, hidden: Tensor, parameters: Sequence[Tensor] | None) -> Tensor:
         if parameters is None:
             return self.module(hidden)
-        names = [name for name, p in self.module.named_parameters() if p.requires_grad]
-        return functional_call(self.module, dict(zip(names, parameters, strict=True)), (hidden,))
+        return functional_call(self.module, dict(zip(self._trainable, parameters, strict=True)), (hidden,))
+
+    @property
+    def _trainable(self) -> list[str]:
+        return [name for name, p in self.module.named_parameters() if p.requires_grad]
 
 
 def _scale(config: Any) -> float:

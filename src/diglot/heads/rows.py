@@ -11,11 +11,13 @@ from torch.autograd.function import once_differentiable
 
 from diglot.errors import ConfigError
 from diglot.heads.head import Head
-from diglot.objectives.base import Values
+from diglot.objectives.base import ColumnObjective, Values
 
 RowFunction = Callable[[Tensor, Tensor], Values]
+BlockFunction = Callable[[Tensor, Sequence[Tensor] | None], Values]
 
 _CPU_BUDGET = 256 * 2**20
+_MASS_ROWS = 16  # rows of a block on which the teacher's mass of chosen columns is measured
 _CUDA_SHARE = 8  # one part in so many of the free memory
 _COPIES_S, _COPIES_T = 8, 5  # float32 rows of each side that live at the peak of a full-vocabulary JSD and its gradient
 
@@ -46,6 +48,7 @@ def reduce_rows(
     rows_t: Tensor,
     weight: Tensor,
     chunk_rows: int,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Values]:
     """`sum(weight * loss)` over rows, with gradient, and the single rows' values, `[R]`, without.
 
@@ -53,11 +56,16 @@ def reduce_rows(
     a time; it reaches `hidden_s` and the trainable parameters of `head_s`. It can be taken once, not differentiated.
     Up to rounding the result does not depend on `chunk_rows`. A row of weight 0 has no part in sum and gradient.
 
+    A `ColumnObjective` that reads few columns gets those alone: no more than they are formed of the teacher's logits.
+    Its metrics are `mass_s` and `mass_t`, the probability of the chosen columns; the teacher's is measured on a few rows of
+    each block, since it takes whole rows of logits, and is NaN on the others.
+
     Args:
         objective: maps logits `[r, V_s]`, `[r, V_t]` to values `[r]`, each of its own row alone.
         hidden_s: `[N_s, H_s]`; `rows_s` `[R]` says which of them each row reads.
         hidden_t: `[N_t, H_t]`; `rows_t` `[R]` likewise. Gets no gradient.
         weight: `[R]`, the factors of the reduction.
+        temperature: divides the logits of both sides.
 
     Raises `ConfigError` for row arrays of different lengths or `chunk_rows < 1`.
     """
@@ -65,21 +73,60 @@ def reduce_rows(
     parameters = head_s.parameters
     inputs = (hidden_s, *parameters) if torch.is_grad_enabled() else ()
     gradients = _Gradients(hidden_s, parameters) if any(x.requires_grad for x in inputs) else None
+    few = isinstance(objective, ColumnObjective) and objective.reads_few and head_s.is_linear and head_t.is_linear
+    evaluate = _by_columns if few else _by_whole_rows
     parts = []
     for block in blocks(len(rows_s), chunk_rows):
-        with torch.no_grad():
-            logits_t = head_t(hidden_t[rows_t[block].to(hidden_t.device)]).to(hidden_s.device)
-        rows = rows_s[block]
+        rows, of_teacher = rows_s[block], hidden_t[rows_t[block].to(hidden_t.device)]
+        of_block = evaluate(objective, hidden_s.detach()[rows], head_s, of_teacher, head_t, temperature)
         if gradients is None:
-            values = objective(head_s(hidden_s[rows]), logits_t)
+            values = of_block(hidden_s[rows], None)
         else:
-            values = gradients.add(objective, head_s, rows, logits_t, weight[block])
+            values = gradients.add(of_block, rows, weight[block])
         parts.append(Values(values.loss.detach(), {k: v.detach() for k, v in values.metrics.items()}))
-        del logits_t, values
+        del of_block, values
     values = _joined(parts)
     # Summed here, not block by block: the rounding of the value then is the same for every block size.
     total = _weighted(values.loss, weight).sum()
     return (total if gradients is None else gradients.attached_to(total)), values
+
+
+@torch.no_grad()
+def _by_whole_rows(
+    objective: RowFunction, hidden_s: Tensor, head_s: Head, hidden_t: Tensor, head_t: Head, temperature: float
+) -> BlockFunction:
+    """The values of a block as a function of the student's hidden states and head parameters; whole rows of logits."""
+    logits_t = _warmed(head_t(hidden_t), temperature).to(hidden_s.device)
+    return lambda leaf, parameters: objective(_warmed(head_s(leaf, parameters), temperature), logits_t)
+
+
+@torch.no_grad()
+def _by_columns(
+    objective: ColumnObjective, hidden_s: Tensor, head_s: Head, hidden_t: Tensor, head_t: Head, temperature: float
+) -> BlockFunction:
+    """The same from the columns that the objective chooses."""
+    logits_s = _warmed(head_s(hidden_s), temperature)
+    columns_s, columns_t = objective.choose(logits_s)
+    mass_s = (logits_s.gather(-1, columns_s).logsumexp(-1) - logits_s.logsumexp(-1)).exp()
+    del logits_s
+    columns_t = columns_t.to(hidden_t.device)
+    chosen_t = _warmed(head_t.columns(hidden_t, columns_t), temperature)
+    some = slice(None, None, max(len(hidden_t) // _MASS_ROWS, 1))
+    whole_t = _warmed(head_t(hidden_t[some]), temperature)
+    mass_t = torch.full_like(mass_s, torch.nan)
+    mass_t[some] = (chosen_t[some].logsumexp(-1) - whole_t.logsumexp(-1)).exp().to(mass_t)
+    del whole_t
+    chosen_t = chosen_t.to(hidden_s.device)
+
+    def of_block(leaf: Tensor, parameters: Sequence[Tensor] | None) -> Values:
+        chosen_s = _warmed(head_s.columns(leaf, columns_s, parameters), temperature)
+        return Values(objective.compare(chosen_s, chosen_t), {"mass_s": mass_s, "mass_t": mass_t})
+
+    return of_block
+
+
+def _warmed(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def blocks(rows: int, chunk_rows: int) -> Iterator[slice]:
@@ -98,11 +145,11 @@ class _Gradients:
         # Sums of many blocks are kept in float32 even where the parameter is not.
         self.sums = [torch.zeros_like(p, dtype=_sum_dtype(p), requires_grad=False) for p in parameters]
 
-    def add(self, objective: RowFunction, head: Head, rows: Tensor, logits_t: Tensor, weight: Tensor) -> Values:
+    def add(self, of_block: BlockFunction, rows: Tensor, weight: Tensor) -> Values:
         """Add the gradient of one block; returns its values."""
         with torch.enable_grad():
             leaf = self.hidden.detach()[rows].requires_grad_(self.hidden_sum is not None)
-            values = objective(head(leaf, self.leaves), logits_t)
+            values = of_block(leaf, self.leaves)
             total = _weighted(values.loss, weight).sum()
         if total.requires_grad:
             wanted = [leaf, *self.leaves] if self.hidden_sum is not None else self.leaves

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from diglot.objectives.base import Pair, Path, PathObjective, RowObjective, Values
+from diglot.objectives.base import ColumnObjective, Pair, Path, PathObjective, RowObjective, Values
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.registry import OBJECTIVES, make_objective, objective_class
 from diglot.objectives.rungs import Rung
 
 __all__ = [
     "OBJECTIVES",
+    "ColumnObjective",
     "Pair",
     "Path",
     "PathObjective",

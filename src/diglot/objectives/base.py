@@ -100,6 +100,27 @@ class RowObjective(ABC):
         return self
 
 
+class ColumnObjective(RowObjective):
+    """A row objective that reads few columns of each row, chosen by the student.
+
+    Where `reads_few`, calling the objective equals `compare` on the columns that `choose` names, so a head has to form
+    no more of the teacher's logits than those.
+    """
+
+    @property
+    @abstractmethod
+    def reads_few(self) -> bool:
+        """Do `choose` and `compare` say it all, with these options?"""
+
+    @abstractmethod
+    def choose(self, logits_s: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids of the columns that are read, `[R, k_s]` of the student and `[R, k_t]` of the teacher; constants."""
+
+    @abstractmethod
+    def compare(self, chosen_s: Tensor, chosen_t: Tensor) -> Tensor:
+        """Values `[R]` from the logits of the chosen columns, `[R, k_s]` and `[R, k_t]`."""
+
+
 class PathObjective(ABC):
     """A value of what was written, from its log-probabilities alone."""
 

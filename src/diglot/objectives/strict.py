@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diglot.errors import ConfigError
-from diglot.objectives.base import Pair, RowObjective, Values, at_least_float32, check_range
+from diglot.objectives.base import ColumnObjective, Pair, Values, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
 
 
@@ -65,7 +65,7 @@ def strict_divergence(
     return Values(loss, {"mass_s": mass_s, "mass_t": mass_t})
 
 
-class Strict(RowObjective):
+class Strict(ColumnObjective):
     """`strict_divergence` on the rows of one-to-one pairs; by default the reverse KL(student || teacher).
 
     Sees `top_k` alternatives to what was written; is blind to text that the two sides cut differently, and, unless
@@ -92,6 +92,30 @@ class Strict(RowObjective):
         return strict_divergence(
             logits_s, logits_t, self.pair, top_k=self.top_k, beta=self.beta, residual=self.residual
         )
+
+    @property
+    def reads_few(self) -> bool:
+        """A top-k without a residual bin is all that is read of either side."""
+        return bool(self.top_k) and not self.residual
+
+    def choose(self, logits_s: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's likeliest shared tokens, then each side's whole stop set."""
+        chosen = chosen_columns(logits_s, self.pair, self.top_k)
+        stops = self.pair.stop_s, self.pair.stop_t
+        columns = [torch.cat([c, s.expand(len(c), -1)], dim=-1) for c, s in zip(chosen, stops, strict=True)]
+        return columns[0], columns[1]
+
+    def compare(self, chosen_s: Tensor, chosen_t: Tensor) -> Tensor:
+        logp_s, logp_t = (
+            _folded(chosen, len(stop)).log_softmax(-1)
+            for chosen, stop in ((chosen_s, self.pair.stop_s), (chosen_t, self.pair.stop_t))
+        )
+        return generalized_jsd(logp_s, logp_t, self.beta)
+
+
+def _folded(chosen: Tensor, stops: int) -> Tensor:
+    """The last `stops` columns as one, `[R, k + 1]`."""
+    return torch.cat([chosen[:, :-stops], chosen[:, -stops:].logsumexp(-1, keepdim=True)], dim=-1)
 
 
 def _check_columns(pair: Pair) -> None:

@@ -82,7 +82,7 @@ class TransformersSampler:
         with sampling_mode(model, seed):
             out = model.generate(
                 input_ids=ids, attention_mask=mask, generation_config=config,
-                logits_processor=LogitsProcessorList(processors), return_dict_in_generate=False,
+                logits_processor=LogitsProcessorList(processors),
             )
         return [self._until_stop(row) for row in out[:, ids.shape[1] :].cpu().numpy()]
 

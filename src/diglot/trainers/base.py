@@ -301,13 +301,9 @@ class DistillationTrainer(Trainer):
         weight = torch.full((len(rows_s),), share, dtype=torch.float64, device=hidden_s.device)
         if batch.weight is not None:
             weight = weight * batch.weight[rows_s]
-        warmth = self.args.kd_temperature
-
-        def divergence(logits_s: Tensor, logits_t: Tensor) -> Values:
-            return objective(logits_s, logits_t) if warmth == 1 else objective(logits_s / warmth, logits_t / warmth)
-
         return reduce_rows(
-            divergence, hidden_s, self.student_head, hidden_t, self.teacher.head, rows_s, rows_t, weight, self.chunk_rows
+            objective, hidden_s, self.student_head, hidden_t, self.teacher.head, rows_s, rows_t, weight, self.chunk_rows,
+            temperature=self.args.kd_temperature,
         )
 
     @property

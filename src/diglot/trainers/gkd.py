@@ -130,6 +130,7 @@ class GKDTrainer(DistillationTrainer):
 
     def _log_metrics(self, name: str, metrics: Mapping[str, Tensor]) -> None:
         for metric, values in metrics.items():
-            self._metrics.add_mean(f"{name}/{metric}", float(values.sum()), len(values))
+            measured = values[~values.isnan()]
+            self._metrics.add_mean(f"{name}/{metric}", float(measured.sum()), len(measured))
 
 
