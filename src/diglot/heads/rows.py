@@ -19,14 +19,18 @@ BlockFunction = Callable[[Tensor, Sequence[Tensor] | None], Values]
 _CPU_BUDGET = 256 * 2**20
 _MASS_ROWS = 16  # rows of a block on which the teacher's mass of chosen columns is measured
 _CUDA_SHARE = 8  # one part in so many of the free memory
+_COPIES_FEW = 4  # the student's logits, a copy of the shared columns, and what finds the largest
 _COPIES_S, _COPIES_T = 8, 5  # float32 rows of each side that live at the peak of a full-vocabulary JSD and its gradient
 
 
-def default_chunk_rows(vocab_size_s: int, vocab_size_t: int, device: torch.device | str) -> int:
+def default_chunk_rows(
+    vocab_size_s: int, vocab_size_t: int, device: torch.device | str, *, few_columns: bool = False
+) -> int:
     """How many rows of logits to form at a time: a multiple of 64 that fits a budget of memory, at least 64.
 
     The budget is 256 MiB on the CPU, an eighth of the free memory on a CUDA device. Wider blocks are faster: the
-    gradient of the head's weight is written once per block.
+    gradient of the head's weight is written once per block. With `few_columns`, whole rows are formed of the student only,
+    and without gradient.
     """
     device = torch.device(device)
     budget = _CPU_BUDGET
@@ -34,7 +38,8 @@ def default_chunk_rows(vocab_size_s: int, vocab_size_t: int, device: torch.devic
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         budget = (free + cached) // _CUDA_SHARE
-    per_row = 4 * (_COPIES_S * vocab_size_s + _COPIES_T * vocab_size_t)
+    copies_s, copies_t = (_COPIES_FEW, 0) if few_columns else (_COPIES_S, _COPIES_T)
+    per_row = 4 * (copies_s * vocab_size_s + copies_t * vocab_size_t)
     return max(budget // per_row // 64, 1) * 64
 
 
@@ -73,8 +78,7 @@ def reduce_rows(
     parameters = head_s.parameters
     inputs = (hidden_s, *parameters) if torch.is_grad_enabled() else ()
     gradients = _Gradients(hidden_s, parameters) if any(x.requires_grad for x in inputs) else None
-    few = isinstance(objective, ColumnObjective) and objective.reads_few and head_s.is_linear and head_t.is_linear
-    evaluate = _by_columns if few else _by_whole_rows
+    evaluate = _by_columns if reads_few_columns(objective, head_s, head_t) else _by_whole_rows
     parts = []
     for block in blocks(len(rows_s), chunk_rows):
         rows, of_teacher = rows_s[block], hidden_t[rows_t[block].to(hidden_t.device)]
@@ -89,6 +93,12 @@ def reduce_rows(
     # Summed here, not block by block: the rounding of the value then is the same for every block size.
     total = _weighted(values.loss, weight).sum()
     return (total if gradients is None else gradients.attached_to(total)), values
+
+
+def reads_few_columns(objective: RowFunction, head_s: Head, head_t: Head) -> bool:
+    """Will `reduce_rows` form single columns only?"""
+    few = isinstance(objective, ColumnObjective) and objective.reads_few
+    return few and head_s.is_linear and head_t.is_linear
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from diglot.batches import AlignedBatch, PackedSide, PairReader, ReadPair, align
 from diglot.data import Sample, to_sample
 from diglot.errors import AlignmentError, ConfigError
 from diglot.evaluation import Evaluator, OnPolicyReport, ReferenceReport
-from diglot.heads import Head, default_chunk_rows, last_hidden, reduce_rows, token_logps
+from diglot.heads import Head, default_chunk_rows, last_hidden, reads_few_columns, reduce_rows, token_logps
 from diglot.objectives import Pair, RowObjective, Values
 from diglot.rendering import Conversation, Renderer, Role
 from diglot.report import CompletionRow, model_card, print_completions
@@ -291,7 +291,7 @@ class DistillationTrainer(Trainer):
         }[whose]
         # With equal vocabularies the textbook compares the very id that was written, not the mass of the stop set.
         stop = torch.zeros_like(side.stop) if self.same_vocabulary else side.stop
-        return token_logps(hidden, head, side.targets, stop, stop_ids, chunk_rows=self.chunk_rows, temperature=temperature)
+        return token_logps(hidden, head, side.targets, stop, stop_ids, chunk_rows=self.chunk_rows(), temperature=temperature)
 
     def row_loss(
         self, objective: RowObjective, share: float, hidden_s: Tensor, hidden_t: Tensor, batch: AlignedBatch
@@ -302,14 +302,14 @@ class DistillationTrainer(Trainer):
         if batch.weight is not None:
             weight = weight * batch.weight[rows_s]
         return reduce_rows(
-            objective, hidden_s, self.student_head, hidden_t, self.teacher.head, rows_s, rows_t, weight, self.chunk_rows,
-            temperature=self.args.kd_temperature,
+            objective, hidden_s, self.student_head, hidden_t, self.teacher.head, rows_s, rows_t, weight,
+            self.chunk_rows(reads_few_columns(objective, self.student_head, self.teacher.head)), temperature=self.args.kd_temperature,
         )
 
-    @property
-    def chunk_rows(self) -> int:
+    def chunk_rows(self, few_columns: bool = False) -> int:
         """Rows of logits that exist at a time."""
-        return self.args.rows_per_chunk or default_chunk_rows(self.pair.size_s, self.pair.size_t, self.args.device)
+        sizes = self.pair.size_s, self.pair.size_t
+        return self.args.rows_per_chunk or default_chunk_rows(*sizes, self.args.device, few_columns=few_columns)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
