@@ -1,7 +1,5 @@
 """Which bytes does a token id stand for?"""
 
-from __future__ import annotations
-
 from diglot.vocabulary.encoder import ByteEncoder, Encoded
 from diglot.vocabulary.table import Vocabulary
 

@@ -1,241 +1,173 @@
-"""The table of a tokenizer: one row of bytes for every id."""
+"""A vocabulary as a table from token id to bytes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from diglot.errors import VocabularyError
-from diglot.vocabulary.source import TokenSource, read_source
-
-Ids = Sequence[int] | NDArray[np.integer]
+from diglot.vocabulary.kinds import describe
 
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Which bytes does a token id stand for?
+    """What each id of a model's embedding stands for: bytes, or nothing (special tokens, padding of the embedding).
 
-    Rows: `V = max(num_embeddings, largest id + 1)`. A row is either bytes, or control: a special token, the unknown token,
-    or a row of the embedding that no token uses. Control rows have no bytes.
-
-    Attributes:
-        kind: "byte-level", "metaspace", "wordpiece", "suffix" or "plain": how the tokenizer writes bytes.
-        table: [V] the bytes of each id, b"" for control.
-        control: [V] bool, True for ids without bytes.
-        names: control id -> its name; rows that no token uses are absent.
-        num_embeddings: rows of the model's embedding, None if not given.
-        first_drops_space: the first token of a text loses its leading space (WordPiece, words with their own prefix).
-        last_drops_space: the last token of a text loses its trailing space (end-of-word suffixes).
+    Ids are rows `[V]`. Two vocabularies are the same if their tables are, whatever their sizes.
     """
 
-    kind: str
-    table: tuple[bytes, ...] = field(repr=False)
-    control: NDArray[np.bool_] = field(repr=False)
-    names: Mapping[int, str] = field(repr=False)
-    num_embeddings: int | None = None
-    first_drops_space: bool = False
-    last_drops_space: bool = False
+    kind: str  # "byte-level", "metaspace", "wordpiece" or "suffix"
+    data: NDArray[np.uint8]  # all tokens' bytes, one after the other
+    offsets: NDArray[np.int64]  # [V + 1] where each token's bytes begin
+    control: NDArray[np.bool_]  # [V] no bytes: special tokens and padding rows
+    names: Mapping[int, str]  # control id -> its name; padding rows have none
+    leading_space: bool = False  # the first token of a text stands for its bytes without the leading space
+    unreachable_ids: tuple[int, ...] = field(default=())  # special ids beyond the embedding
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any, num_embeddings: int | None = None) -> Vocabulary:
-        """Read the table of a `transformers` tokenizer.
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None) -> Vocabulary:
+        """The table of `tokenizer`, with `num_embeddings` rows if the model's embedding is larger.
 
-        Args:
-            tokenizer: a tokenizer with a `tokenizers` backend, or one with a SentencePiece model. It is not changed.
-            num_embeddings: rows of the model's embedding. Rows beyond the tokenizer's ids are padding: control, no name.
-
-        A special token beyond `num_embeddings` that is not bos, eos or pad is tolerated: such a model never reads it
-        (Gemma 3's image token). The table then has rows up to that id, and `unreachable_ids` lists it.
+        Special ids beyond the embedding are tolerated, unless they are its bos, eos or pad: some tokenizers carry a
+        marker for another modality that their text model has no row for.
 
         Raises:
-            VocabularyError: the bytes of the tokens cannot be known, or the table disagrees with what the tokenizer
-                writes, or an id that has bytes, or bos, eos or pad, lies beyond `num_embeddings`.
+            VocabularyError: the kind of tokenizer does not say which bytes its tokens stand for, or an id that text can
+                produce lies beyond the embedding.
         """
-        source = read_source(tokenizer)
-        rows = max([num_embeddings or 0, *(token_id + 1 for token_id in source.ids())])
-        table = [b""] * rows
-        control = np.ones(rows, dtype=bool)
-        for token_id, data in source.pieces.items():
-            table[token_id] = data
-            control[token_id] = False
-        control.flags.writeable = False
-        vocabulary = cls(
-            kind=source.kind,
-            table=tuple(table),
-            control=control,
-            names=dict(sorted(source.names.items())),
-            num_embeddings=num_embeddings,
-            first_drops_space=source.first_drops_space,
-            last_drops_space=source.last_drops_space,
+        found = describe(tokenizer)
+        texts = {i: found.spell(piece) for i, piece in found.pieces.items() if i not in found.special}
+        texts.update({i: content.encode() for i, content in found.added.items()})
+        for i in found.special:
+            texts.pop(i, None)
+        size = max([*texts, *found.special], default=-1) + 1
+        unreachable: tuple[int, ...] = ()
+        if num_embeddings is not None and size > num_embeddings:
+            unreachable = _beyond(tokenizer, texts, found.special, num_embeddings)
+        size = num_embeddings or size
+        names = {i: name for i, name in sorted(found.special.items()) if i < size}
+        lengths = np.zeros(size, dtype=np.int64)
+        for i, text in texts.items():
+            lengths[i] = len(text)
+        control = np.ones(size, dtype=np.bool_)
+        control[list(texts)] = False
+        data = np.frombuffer(b"".join(texts[i] for i in sorted(texts)), dtype=np.uint8)
+        return cls(
+            found.kind, data, np.concatenate([[0], np.cumsum(lengths)]), control, names,
+            found.leading_space, unreachable,
         )
-        _check_size(vocabulary, source)
-        _check_spelling(vocabulary, source)
-        return vocabulary
 
     def __len__(self) -> int:
-        """V, the rows of the table."""
-        return len(self.table)
+        return len(self.control)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """[V] number of bytes of each id."""
-        lengths = np.fromiter(map(len, self.table), dtype=np.int64, count=len(self.table))
-        lengths.flags.writeable = False
-        return lengths
+        """Bytes of each token, [V]."""
+        return np.diff(self.offsets)
 
-    def bytes_of(self, ids: Ids) -> bytes:
-        """The bytes of the ids, one after the other. Control ids give nothing.
+    def token(self, token_id: int) -> bytes:
+        """The bytes of one token."""
+        return self.data[self.offsets[token_id] : self.offsets[token_id + 1]].tobytes()
 
-        Raises:
-            VocabularyError: an id outside [0, V).
-        """
-        return b"".join(self.pieces_of(ids))
-
-    def pieces_of(self, ids: Ids) -> list[bytes]:
-        """The bytes of each id. Errors as for `bytes_of`."""
-        plain = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-        if plain and (min(plain) < 0 or max(plain) >= len(self.table)):
-            wrong = min(plain) if min(plain) < 0 else max(plain)
-            raise VocabularyError(
-                f"Token id {wrong} is not in this vocabulary of {len(self.table)} ids. The ids were probably made by "
-                "another tokenizer, or hold a mask value such as -100: pass only this model's ids."
-            )
-        return [self.table[token_id] for token_id in plain]
+    def bytes_of(self, ids: Sequence[int] | NDArray) -> bytes:
+        """The bytes of `ids`, one after the other."""
+        return b"".join(self.token(int(i)) for i in ids)
 
     def display(self, token_id: int) -> str:
-        r"""One token for people: its text, `\xNN` for bytes that are not text alone, the name of a control token."""
-        data = self.pieces_of([token_id])[0]
+        """A token for people: its text, hex digits for bytes that are no text, the name of a control token."""
         if self.control[token_id]:
-            return self.names.get(int(token_id), f"<unused {int(token_id)}>")
-        text = data.decode("utf-8", "backslashreplace")
-        return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+            return self.names.get(int(token_id), f"[row {token_id}]")
+        raw = self.token(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "".join(f"\\x{b:02x}" for b in raw)
 
     @cached_property
-    def used(self) -> int:
-        """Rows of the table up to the last one that some token uses; what follows is padding."""
-        named = max(self.names, default=-1)
-        spelt = np.flatnonzero(~self.control)
-        return max(named, int(spelt[-1]) if spelt.size else -1) + 1
-
-    @property
-    def unreachable_ids(self) -> tuple[int, ...]:
-        """Ids beyond the model's embedding. They are special tokens that the model never reads."""
-        if self.num_embeddings is None:
-            return ()
-        return tuple(range(self.num_embeddings, self.used))
+    def _identity(self) -> dict[int, bytes | str]:
+        """Id -> bytes, or name of a control token; without padding rows."""
+        texts: dict[int, bytes | str] = {int(i): self.token(i) for i in np.flatnonzero(~self.control)}
+        return {**texts, **self.names}
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256, in hex, over the bytes and the control names of the used rows. Padding rows do not count."""
-        digest = hashlib.sha256(b"diglot vocabulary 1\n")
-        digest.update(self.lengths[: self.used].astype("<i8").tobytes())
-        digest.update(np.packbits(self.control[: self.used]).tobytes())
-        digest.update(b"".join(self.table[: self.used]))
-        for token_id, name in sorted(self.names.items()):
-            digest.update(f"\n{token_id} {len(name)} {name}".encode("utf-8", "surrogatepass"))
+        """SHA-256 of the table and the names of control tokens, without padding rows."""
+        digest = hashlib.sha256()
+        for i in sorted(self._identity):
+            entry = self._identity[i]
+            kind, raw = (b"t", entry) if isinstance(entry, bytes) else (b"c", entry.encode())
+            digest.update(kind + i.to_bytes(8, "little") + len(raw).to_bytes(8, "little") + raw)
         return digest.hexdigest()
 
     def same_as(self, other: Vocabulary) -> bool:
-        """Whether both tables give every id the same bytes or the same name. Padding rows do not count."""
+        """Are both tables equal? Padding rows at the end do not count."""
         return self is other or self.content_hash == other.content_hash
 
     def explain_difference(self, other: Vocabulary) -> str:
-        """What differs between the tables, in one sentence; "" when they are the same."""
+        """What differs, in one sentence; empty when the tables are the same."""
         if self.same_as(other):
             return ""
-        common = min(self.used, other.used)
-        differing = [i for i in range(common) if self._row(i) != other._row(i)]
-        sizes = f"{self.used:,} ids here and {other.used:,} there"
-        if not differing:
-            return f"The first {common:,} ids are the same, but there are {sizes}."
-        first = differing[0]
-        return (
-            f"{len(differing):,} of the first {common:,} ids differ ({sizes}), the first of them id {first}: "
-            f"{self.display(first)!r} here, {other.display(first)!r} there."
-        )
+        mine, theirs = self._identity, other._identity
+        missing, extra = len(mine.keys() - theirs.keys()), len(theirs.keys() - mine.keys())
+        differing = sorted(i for i in mine.keys() & theirs.keys() if mine[i] != theirs[i])
+        parts = [f"{len(mine)} tokens against {len(theirs)}"]
+        if missing or extra:
+            parts.append(f"{missing} ids only in the first, {extra} only in the second")
+        if differing:
+            first = differing[0]
+            parts.append(
+                f"{len(differing)} ids stand for other text (the first is {first}: {self.display(first)!r} against "
+                f"{other.display(first)!r})"
+            )
+        return "; ".join(parts)
 
     def padding_note(self, other: Vocabulary) -> str:
-        """One sentence for equal tables in embeddings of unequal size; "" otherwise."""
+        """Says so when equal tables have embeddings of unequal size; else empty."""
         if not self.same_as(other) or len(self) == len(other):
             return ""
         return (
-            f"The vocabularies are the same {self.used:,} ids; {len(self):,} and {len(other):,} are the rows of the "
-            "embeddings, and the difference is padding that no token uses."
+            f"The embeddings have {len(self)} and {len(other)} rows but the tokens are the same: the larger one is padded. "
+            "The padding rows are left out."
         )
 
     def shared(self, other: Vocabulary) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The ids with equal bytes on both sides: (ids here [K], ids there [K]), ascending in the ids here.
+        """Ids here and there of all tokens with equal bytes, ascending here.
 
-        Left out are control ids, ids of zero bytes, and bytes that two ids of one vocabulary share: which of the two is
-        meant cannot be known.
+        Left out: control tokens, empty tokens, and bytes that two ids of one vocabulary share.
         """
-        there = other._unambiguous
-        pairs = [(here, there[data]) for data, here in self._unambiguous.items() if data in there]
-        found = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-        found = found[np.argsort(found[:, 0])]
-        return found[:, 0].copy(), found[:, 1].copy()
+        mine, theirs = self._unambiguous, other._unambiguous
+        both = sorted((mine[raw], theirs[raw]) for raw in mine.keys() & theirs.keys())
+        pairs = np.array(both, dtype=np.int64).reshape(-1, 2)
+        return pairs[:, 0].copy(), pairs[:, 1].copy()
 
     @cached_property
     def _unambiguous(self) -> dict[bytes, int]:
-        """The ids that alone have their bytes."""
-        seen: dict[bytes, int] = {}
-        for token_id, data in enumerate(self.table):
-            seen[data] = -1 if data in seen else token_id
-        seen.pop(b"", None)
-        return {data: token_id for data, token_id in seen.items() if token_id >= 0}
-
-    def _row(self, token_id: int) -> bytes | str | None:
-        """What identifies a row: bytes, the name of a control token, None for padding."""
-        return self.names.get(token_id) if self.control[token_id] else self.table[token_id]
+        found: dict[bytes, int] = {}
+        ambiguous: set[bytes] = set()
+        for i in np.flatnonzero(~self.control & (self.lengths > 0)):
+            raw = self.token(i)
+            if raw in found:
+                ambiguous.add(raw)
+            found[raw] = int(i)
+        return {raw: i for raw, i in found.items() if raw not in ambiguous}
 
 
-def _check_size(vocabulary: Vocabulary, source: TokenSource) -> None:
-    limit = vocabulary.num_embeddings
-    if limit is None:
-        return
-    beyond = [token_id for token_id in {*source.pieces, *source.required} if token_id >= limit]
-    if beyond:
+def _beyond(
+    tokenizer: PreTrainedTokenizerBase, texts: Mapping[int, bytes], special: Mapping[int, str], num_embeddings: int
+) -> tuple[int, ...]:
+    """Special ids beyond the embedding; raises if one of them can occur in plain use."""
+    needed = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    beyond = [i for i in (*texts, *special) if i >= num_embeddings]
+    wrong = [i for i in beyond if i in texts or i in needed]
+    if wrong:
         raise VocabularyError(
-            f"The tokenizer uses ids up to {max(beyond)}, but the model has only {limit} embedding rows (first id too "
-            f"large: {min(beyond)}, {vocabulary.display(min(beyond))!r}). Model and tokenizer do not belong together: load "
-            "both from one place, or resize the model's embeddings."
+            f"The tokenizer has ids up to {max(wrong)}, the embedding has {num_embeddings} rows: they do not belong together. "
+            "Give the tokenizer that the model was trained with (for a teacher: teacher_tokenizer_name_or_path)."
         )
-
-
-def _check_spelling(vocabulary: Vocabulary, source: TokenSource) -> None:
-    """Encode probes and spell them back, so that a table that was misread is an error here and not a loss later."""
-    for probe, ids in zip(PROBES, source.encode(PROBES), strict=True):
-        spelt = _squeeze(vocabulary.bytes_of([token_id for token_id in ids if token_id < len(vocabulary)]))
-        if not any(_is_subsequence(spelt, _squeeze(form.encode())) for form in _forms(probe)):
-            raise VocabularyError(
-                f"This tokenizer was read as {vocabulary.kind}, but it encodes {probe!r} to {list(ids)}, which that "
-                f"reading spells {vocabulary.bytes_of(ids)!r}: the bytes of its tokens cannot be known. Please check that "
-                "its decoder fits its pre-tokenizer."
-            )
-
-
-# Words, runs of spaces, accents, characters of two to four bytes, code. All are unchanged by NFC and NFKC.
-PROBES = ("Hello world", "two  spaces, one\nline", "caf\u00e9 \u4e2d\u6587 \u0444 \U0001f642", "f(x)=[1,20];")
-
-
-def _forms(text: str) -> Iterable[str]:
-    """The text as a normaliser may change it: case and accents."""
-    plain = text.replace("\u00e9", "e")
-    return text, text.lower(), text.upper(), plain, plain.lower(), plain.upper()
-
-
-def _squeeze(data: bytes) -> bytes:
-    """Without whitespace, which normalisers and pre-tokenizers add and drop."""
-    return data.translate(None, b" \t\r\n")
-
-
-def _is_subsequence(short: bytes, whole: bytes) -> bool:
-    """Whether `short` is `whole` with some bytes left out: those that the vocabulary cannot write."""
-    rest = iter(whole)
-    return all(byte in rest for byte in short)
+    return tuple(sorted(beyond))
