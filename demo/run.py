@@ -2,7 +2,8 @@
 
     python demo/run.py                                   # GKD, Gemma-3-270M -> SmolLM2-135M, a few minutes on 2 cores
     python demo/run.py --trainer minillm
-    python demo/run.py --pair instruct                   # Qwen2.5-Coder-1.5B-Instruct -> SmolLM2-135M-Instruct, up to 90 minutes
+    python demo/run.py --pair instruct                   # Qwen2.5-Coder-1.5B-Instruct -> SmolLM2-135M-Instruct, up
+    to 90 minutes
 
 Everything here is the public interface: what this script does, yours can do.
 """
@@ -49,12 +50,22 @@ class Recipe:
 
 PAIRS = {
     "base": Recipe(
-        student="smollm2-135m-instruct", teacher="gemma-3-270m", max_steps={"gkd": 20, "minillm": 20}, batch=16,
-        max_completion_length=48, learning_rate=2e-5, eval_prompts=64,
+        student="smollm2-135m-instruct",
+        teacher="gemma-3-270m",
+        max_steps={"gkd": 20, "minillm": 20},
+        batch=16,
+        max_completion_length=48,
+        learning_rate=2e-5,
+        eval_prompts=64,
     ),
     "instruct": Recipe(
-        student="smollm2-135m-instruct", teacher="qwen2.5-coder-1.5b-instruct", max_steps={"gkd": 60, "minillm": 60}, batch=16,
-        max_completion_length=96, learning_rate=2e-5, eval_prompts=32,
+        student="smollm2-135m-instruct",
+        teacher="qwen2.5-coder-1.5b-instruct",
+        max_steps={"gkd": 60, "minillm": 60},
+        batch=16,
+        max_completion_length=96,
+        learning_rate=2e-5,
+        eval_prompts=32,
     ),
 }
 
@@ -71,7 +82,9 @@ def passage_rows(split: str, number: int) -> list[dict[str, Any]]:
 def task_rows(split: str, number: int) -> list[dict[str, Any]]:
     """Conversations for two instruct models: maths word problems and small programs, by turns."""
     maths = [(r["question"], r["answer"]) for r in fetch_texts("gsm8k", split)[:number]]
-    code = [(f"Complete this Python code.\n\n{r['prompt']}", r["solution"]) for r in fetch_texts("code", split)[:number]]
+    code = [
+        (f"Complete this Python code.\n\n{r['prompt']}", r["solution"]) for r in fetch_texts("code", split)[:number]
+    ]
     turns = [pair for both in zip(maths, code, strict=False) for pair in both]
     return [
         {"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]}
@@ -84,10 +97,22 @@ def make_trainer(recipe: Recipe, pair: str, trainer: str, out: Path, max_steps: 
     rows = passage_rows if pair == "base" else task_rows
     steps = max_steps or recipe.max_steps[trainer]
     common: dict[str, Any] = dict(
-        output_dir=str(out), max_steps=steps, per_device_train_batch_size=recipe.batch, learning_rate=recipe.learning_rate,
-        max_completion_length=recipe.max_completion_length, max_length=640, temperature=1.0, lr_scheduler_type="cosine",
-        warmup_steps=2, logging_steps=1, save_strategy="no", use_cpu=not torch.cuda.is_available(), seed=0,
-        adam_beta2=0.98, max_grad_norm=1.0, per_device_eval_batch_size=16,
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=recipe.batch,
+        learning_rate=recipe.learning_rate,
+        max_completion_length=recipe.max_completion_length,
+        max_length=640,
+        temperature=1.0,
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
+        seed=0,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        per_device_eval_batch_size=16,
     )
     student, teacher = fetch_model(recipe.student), fetch_model(recipe.teacher)
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (student, teacher)]
@@ -144,7 +169,9 @@ def show(before: Measured, after: Measured, noise: float, prompts: Sequence[str]
         ("stop-probability agreement", "stop_agreement", None, "0 to 1"),
         ("alignment coverage", "coverage", None, "share of tokens"),
     ]
-    console.print(before_after_table([(text, b[k], a[k], err, unit) for text, k, err, unit in lines], "Before and after"))
+    console.print(
+        before_after_table([(text, b[k], a[k], err, unit) for text, k, err, unit in lines], "Before and after")
+    )
     for i in range(3):
         for name, measured in (("before", before), ("after", after)):
             text = Text(prompts[i], style="dim") + Text(measured.written[0].completions[i])
@@ -165,7 +192,9 @@ def main() -> None:
     rows = (passage_rows if options.pair == "base" else task_rows)("heldout", recipe.eval_prompts)
     samples = [to_sample(row, where=f"held-out row {i}") for i, row in enumerate(rows)]
     clock["prepare"] = time.time()
-    console.print(f"[bold]{recipe.teacher}[/] teaches [bold]{recipe.student}[/] ({options.trainer}). Measuring before ...")
+    console.print(
+        f"[bold]{recipe.teacher}[/] teaches [bold]{recipe.student}[/] ({options.trainer}). Measuring before ..."
+    )
     before = measure(trainer, samples)
     clock["evaluate_before"] = time.time()
     trainer.train()
@@ -176,20 +205,29 @@ def main() -> None:
     folder = options.out / "student"
     trainer.save_model(str(folder))
 
-    noise = max(abs(m.written[0].reverse_kl_nats_per_byte - m.written[1].reverse_kl_nats_per_byte) for m in (before, after))
+    noise = max(
+        abs(m.written[0].reverse_kl_nats_per_byte - m.written[1].reverse_kl_nats_per_byte) for m in (before, after)
+    )
     prompts = [row["prompt"] if options.pair == "base" else row["prompt"][0]["content"] + "\n" for row in rows]
     show(before, after, noise, prompts)
     times = list(clock.items())
     seconds = {name: round(t - times[i][1], 1) for i, (name, t) in enumerate(times[1:])}
     summary = {
-        "before": before.numbers(), "after": after.numbers(), "seconds": seconds,
-        "coverage": after.numbers()["coverage"], "noise": {"reverse_kl_nats_per_byte": noise},
-        "pair": options.pair, "trainer": options.trainer, "steps": trainer.state.global_step,
+        "before": before.numbers(),
+        "after": after.numbers(),
+        "seconds": seconds,
+        "coverage": after.numbers()["coverage"],
+        "noise": {"reverse_kl_nats_per_byte": noise},
+        "pair": options.pair,
+        "trainer": options.trainer,
+        "steps": trainer.state.global_step,
     }
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     gain = before.reverse_kl - after.reverse_kl
     verdict = "lower by more than" if gain > noise else "[bold red]not lower by more than[/]"
-    console.print(f"The divergence fell by {gain:.4f} nats per byte: {verdict} the noise of another seed ({noise:.4f}).")
+    console.print(
+        f"The divergence fell by {gain:.4f} nats per byte: {verdict} the noise of another seed ({noise:.4f})."
+    )
     console.print(f"Student: [bold]{folder}[/]   numbers: [bold]{options.out / 'summary.json'}[/]   seconds: {seconds}")
 
 

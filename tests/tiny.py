@@ -12,27 +12,48 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from diglot.trainers import GKDConfig, GKDTrainer, MiniLLMConfig, MiniLLMTrainer
 
 CHAT_ROWS: list[dict[str, Any]] = [
-    {"messages": [{"role": "user", "content": f"Say {word}."}, {"role": "assistant", "content": f"{word}, as you asked: {word}!"}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"Say {word}."},
+            {"role": "assistant", "content": f"{word}, as you asked: {word}!"},
+        ]
+    }
     for word in ("hello", "naïve café", "数学", "x = 1\n", "👩‍🚀 fly", "مرحبا", "one two three", "  spaces  ")
 ]
 PROMPT_ROWS: list[dict[str, Any]] = [{"prompt": row["messages"][:1]} for row in CHAT_ROWS]
 TEXT_ROWS: list[dict[str, Any]] = [{"text": row["messages"][1]["content"]} for row in CHAT_ROWS]
 
 
-def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0, padding_rows: int = 0, **config: Any) -> LlamaForCausalLM:
+def tiny_model(
+    tokenizer: PreTrainedTokenizerBase, seed: int = 0, padding_rows: int = 0, **config: Any
+) -> LlamaForCausalLM:
     """A random Llama of two layers in float32 whose embedding fits `tokenizer`."""
     torch.manual_seed(seed)
     options = dict(
-        vocab_size=len(tokenizer) + padding_rows, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer) + padding_rows,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(LlamaConfig(**{**options, **config})).eval()
 
 
 def gkd(
-    out: Path, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, rows: list[dict[str, Any]] = CHAT_ROWS,
-    *, models: tuple[Any, Any] | None = None, keywords: dict[str, Any] | None = None, **options: Any,
+    out: Path,
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]] = CHAT_ROWS,
+    *,
+    models: tuple[Any, Any] | None = None,
+    keywords: dict[str, Any] | None = None,
+    **options: Any,
 ) -> GKDTrainer:
     """A GKD trainer on tiny models; `options` go to the config, `keywords` to the trainer."""
     args = GKDConfig(**{**_common(out), **options})
@@ -41,8 +62,14 @@ def gkd(
 
 
 def minillm(
-    out: Path, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, rows: list[dict[str, Any]] = PROMPT_ROWS,
-    *, models: tuple[Any, Any] | None = None, keywords: dict[str, Any] | None = None, **options: Any,
+    out: Path,
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]] = PROMPT_ROWS,
+    *,
+    models: tuple[Any, Any] | None = None,
+    keywords: dict[str, Any] | None = None,
+    **options: Any,
 ) -> MiniLLMTrainer:
     """A MiniLLM trainer on tiny models."""
     args = MiniLLMConfig(**{**_common(out), **options})
@@ -52,14 +79,25 @@ def minillm(
 
 def _common(out: Path) -> dict[str, Any]:
     return dict(
-        output_dir=str(out), per_device_train_batch_size=4, max_steps=2, logging_steps=1, save_strategy="no", use_cpu=True,
-        max_completion_length=8, max_length=256, disable_tqdm=True, learning_rate=1e-3, lr_scheduler_type="constant",
+        output_dir=str(out),
+        per_device_train_batch_size=4,
+        max_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        max_completion_length=8,
+        max_length=256,
+        disable_tqdm=True,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
     )
 
 
 def _data(rows: list[dict[str, Any]], student: Any, teacher: Any) -> dict[str, Any]:
     return dict(
-        train_dataset=Dataset.from_list(rows), processing_class=student, teacher_processing_class=teacher,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=student,
+        teacher_processing_class=teacher,
     )
 
 

@@ -30,7 +30,8 @@ INST = (
 )
 TURNS = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
-    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 THINK = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 
@@ -48,7 +49,9 @@ def _byte_level(vocab_size: int, special: list[str], normalizer: normalizers.Nor
     if normalizer is not None:
         backend.normalizer = normalizer
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
@@ -83,8 +86,7 @@ def turns() -> PreTrainedTokenizerFast:
         vocab_size=640, special_tokens=[*special, *pieces], limit_alphabet=60, show_progress=False
     )
     backend.train_from_iterator([line.replace(" ", "▁") for line in CORPUS], trainer)
-    state = [t for t in pieces]
-    backend = _demote(backend, state)
+    backend = _demote(backend, pieces)
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     return _wrap(backend, TURNS, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
 
@@ -111,7 +113,9 @@ def unigram() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=["<s>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
     backend.train_from_iterator(CORPUS, trainer)
     return _wrap(backend, None, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
@@ -123,7 +127,9 @@ def unigram_nfkc() -> PreTrainedTokenizerFast:
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.decoder = decoders.Metaspace(prepend_scheme="first")
-    trainer = trainers.UnigramTrainer(vocab_size=280, special_tokens=["</s>", "<unk>"], unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=280, special_tokens=["</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
     backend.train_from_iterator(CORPUS, trainer)
     return _wrap(backend, None, eos_token="</s>", unk_token="<unk>")
 
@@ -149,6 +155,10 @@ def thinker() -> PreTrainedTokenizerFast:
 
 LOSSLESS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {"chatml": chatml, "inst": inst}
 LOSSY: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    "turns": turns, "nfc": nfc, "unigram": unigram, "unigram_nfkc": unigram_nfkc, "wordpiece": wordpiece,
+    "turns": turns,
+    "nfc": nfc,
+    "unigram": unigram,
+    "unigram_nfkc": unigram_nfkc,
+    "wordpiece": wordpiece,
 }
 ALL = {**LOSSLESS, **LOSSY}

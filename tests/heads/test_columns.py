@@ -20,8 +20,16 @@ def whole(objective: Any) -> Any:
 
 def reduced(problem: Problem, objective: Any, chunk_rows: int, temperature: float = 1.0) -> tuple[Tensor, Values]:
     return reduce_rows(
-        objective, problem.hidden_s, problem.head_s, problem.hidden_t, problem.head_t, ROWS_S, ROWS_T, problem.weight,
-        chunk_rows, temperature,
+        objective,
+        problem.hidden_s,
+        problem.head_s,
+        problem.hidden_t,
+        problem.head_t,
+        ROWS_S,
+        ROWS_T,
+        problem.weight,
+        chunk_rows,
+        temperature,
     )
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from row_problem import OBJECTIVE, ROWS_S, ROWS_T, WEIGHT, N, Problem, V, linear, normal
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from diglot.errors import ConfigError
 from diglot.heads import Head, default_chunk_rows, last_hidden, reduce_rows
 from diglot.objectives import Pair, Values, make_objective
-from row_problem import H, H_T, N, N_T, OBJECTIVE, PAIR, ROWS_S, ROWS_T, V, V_T, WEIGHT, Problem, linear, normal
 
 HEADS = {"plain": {}, "scale": {"scale": 0.3}, "softcap": {"softcap": 1.5}, "both": {"scale": 2.0, "softcap": 3.0}}
 

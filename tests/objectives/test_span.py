@@ -72,7 +72,9 @@ def test_remaining_chunks_count_down_to_one_in_each_segment() -> None:
 def test_w50_advantages_carry_no_gradient() -> None:
     alignment = aligned([[1, 2]], [[1, 2]])
     logp = torch.tensor([-1.0, -2.0], requires_grad=True)
-    assert not span_advantages(logp, torch.tensor([-1.5, -1.0]), alignment, gamma=1.0, length_normalization=False).requires_grad
+    assert not span_advantages(
+        logp, torch.tensor([-1.5, -1.0]), alignment, gamma=1.0, length_normalization=False
+    ).requires_grad
 
 
 def test_advantage_is_positive_where_the_teacher_likes_the_text_better() -> None:
@@ -105,14 +107,20 @@ def test_dense_tokens_keep_the_long_part_only() -> None:
 
 def test_unaligned_tokens_have_no_advantage() -> None:
     alignment = aligned([[1, 2, 9]], [[1, 2]])
-    found = span_advantages(torch.full((3,), -1.0), torch.full((2,), -2.0), alignment, gamma=1.0, length_normalization=False)
+    found = span_advantages(
+        torch.full((3,), -1.0), torch.full((2,), -2.0), alignment, gamma=1.0, length_normalization=False
+    )
     assert found[2] == 0 and found[0] != 0
 
 
 def test_rewards_are_clipped_on_both_sides() -> None:
     alignment = aligned([[1, 2]], [[1, 2]])
     found = span_advantages(
-        torch.tensor([-500.0, 0.0]), torch.tensor([0.0, -500.0]), alignment, gamma=0.0, length_normalization=False,
+        torch.tensor([-500.0, 0.0]),
+        torch.tensor([0.0, -500.0]),
+        alignment,
+        gamma=0.0,
+        length_normalization=False,
         reward_clip=100.0,
     )
     assert found.tolist() == [100.0, -100.0]
@@ -141,7 +149,9 @@ def test_expected_gradient_is_that_of_the_reverse_kl(gamma: float) -> None:
     torch.manual_seed(0)
     vocabulary = 3
     logits = torch.randn(1 + vocabulary, vocabulary, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(vocabulary, vocabulary, dtype=torch.float64).flatten().log_softmax(-1).view(vocabulary, vocabulary)
+    teacher = (
+        torch.randn(vocabulary, vocabulary, dtype=torch.float64).flatten().log_softmax(-1).view(vocabulary, vocabulary)
+    )
     (exact,) = torch.autograd.grad(_exact_reverse_kl(logits, teacher), logits)
 
     alignment = aligned([[1, 2]], [[2]])

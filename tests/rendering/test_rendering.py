@@ -7,19 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers_zoo as zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-import tokenizers_zoo as zoo
 from diglot.errors import DataError, RenderingError
 from diglot.rendering import Conversation, Rendered, Renderer, Role, truncate
 from diglot.teachers import build_teacher_inputs_from_texts
 
 HI = Conversation(({"role": "user", "content": "Say hello."},))
-LONG = Conversation((
-    {"role": "user", "content": "One?"}, {"role": "assistant", "content": "Yes, one."}, {"role": "user", "content": "Two?"},
-))
+LONG = Conversation(
+    (
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Yes, one."},
+        {"role": "user", "content": "Two?"},
+    )
+)
 
 
 def renderer(name: str, **options: Any) -> Renderer:
@@ -46,7 +50,10 @@ def test_w9_each_side_reads_its_own_template_and_no_marker_of_the_other() -> Non
     a, b, c = (R[n].render(HI, "Hello!") for n in ("chatml", "inst", "turns"))
     assert shown(R["chatml"], a) == "<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>"
     assert shown(R["inst"], b) == "<s>[INST] Say hello. [/INST]Hello!</s>"
-    assert shown(R["turns"], c) == "<bos><start_of_turn>user\nSay hello.<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>"
+    assert (
+        shown(R["turns"], c)
+        == "<bos><start_of_turn>user\nSay hello.<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>"
+    )
 
 
 @pytest.mark.parametrize("name", ["chatml", "inst", "turns"])
@@ -85,7 +92,12 @@ def test_w10_w14_a_cut_completion_has_no_stop_on_either_side() -> None:
 def test_w11_a_finished_reply_ends_with_one_stop_one_byte_beyond_its_text() -> None:
     for name in ("chatml", "inst", "turns"):
         rendered = R[name].render(HI, "Hello")
-        assert rendered.roles[-1] == Role.STOP and rendered.end[-1] == 6 and rendered.segment[-1] == 0 and rendered.exact[-1]
+        assert (
+            rendered.roles[-1] == Role.STOP
+            and rendered.end[-1] == 6
+            and rendered.segment[-1] == 0
+            and rendered.exact[-1]
+        )
 
 
 @pytest.mark.parametrize("name", ["chatml", "inst", "turns"])
@@ -114,8 +126,13 @@ def test_a_template_that_refuses_a_role_names_model_and_role() -> None:
 
 
 def test_tool_messages_pass_through() -> None:
-    tools = Conversation(({"role": "user", "content": "Time?"}, {"role": "assistant", "content": "", "tool_calls": []},
-                          {"role": "tool", "content": "noon"}))
+    tools = Conversation(
+        (
+            {"role": "user", "content": "Time?"},
+            {"role": "assistant", "content": "", "tool_calls": []},
+            {"role": "tool", "content": "noon"},
+        )
+    )
     assert "tool\nnoon" in shown(R["chatml"], R["chatml"].render(tools, "It is noon."))
 
 
@@ -133,8 +150,13 @@ def test_an_empty_prompt_is_predicted_from_the_start_of_a_document() -> None:
 
 
 def test_content_that_is_no_text_is_refused() -> None:
-    image = Conversation(({"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "image"}]},
-                          {"role": "user", "content": "y"}))
+    image = Conversation(
+        (
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": [{"type": "image"}]},
+            {"role": "user", "content": "y"},
+        )
+    )
     with pytest.raises(RenderingError, match="text"):
         R["chatml"].render(image, "z", score="all")
 
@@ -181,7 +203,9 @@ def test_ids_stay_as_sampled() -> None:
     """Also where another encoding of the same text exists."""
     apart = [byte_id("chatml", b) for b in b"hello"]
     rendered = R["chatml"].from_sampled(HI, [*apart, R["chatml"].stop_id])
-    assert rendered.ids[-6:-1].tolist() == apart and rendered.segment_bytes == (b"hello",) and rendered.stopped == (True,)
+    assert (
+        rendered.ids[-6:-1].tolist() == apart and rendered.segment_bytes == (b"hello",) and rendered.stopped == (True,)
+    )
 
 
 def test_an_empty_completion_that_stopped() -> None:
@@ -305,9 +329,13 @@ texts = st.text(max_size=20).filter(lambda s: not any("\ud800" <= c <= "\udfff" 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(user=texts, earlier=texts, reply=texts)
 def test_segments_spell_the_replies_on_both_sides(user: str, earlier: str, reply: str) -> None:
-    conversation = Conversation((
-        {"role": "user", "content": user}, {"role": "assistant", "content": earlier or "x"}, {"role": "user", "content": user},
-    ))
+    conversation = Conversation(
+        (
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": earlier or "x"},
+            {"role": "user", "content": user},
+        )
+    )
     for name in ("chatml", "inst"):
         rendered = R[name].render(conversation, reply, score="all")
         assert rendered.segment_bytes == ((earlier or "x").encode(), reply.encode())

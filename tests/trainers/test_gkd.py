@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
+import tokenizers_zoo as zoo
 import torch
 from datasets import Dataset
 
-import tiny
-import tokenizers_zoo as zoo
 from diglot.batches import AlignedBatch
 from diglot.errors import AlignmentError, ConfigError, DataError, TeacherError, VocabularyError
 from diglot.trainers import GKDConfig, GKDTrainer
@@ -57,8 +57,15 @@ def test_trains_across_tokenizers_of_every_kind(tmp_path: Path, teacher: str, lm
     assert math.isfinite(log["loss"]) and log["loss"] > 0 and log["grad_norm"] > 0
     assert any(not torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
     wanted = {
-        "loss", "grad_norm", "learning_rate", "num_tokens", "completions/mean_length", "completions/clipped_ratio",
-        "align/coverage", "align/one_to_one", "align/dropped",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "num_tokens",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "align/coverage",
+        "align/one_to_one",
+        "align/dropped",
     }
     assert wanted <= log.keys()
     assert 0 < log["align/coverage"] <= 1 and log["num_tokens"] > 0
@@ -67,8 +74,16 @@ def test_trains_across_tokenizers_of_every_kind(tmp_path: Path, teacher: str, lm
 def test_lowers_the_divergence_it_is_given(tmp_path: Path) -> None:
     """Sixty steps on four prompts bring the student closer to the teacher on fresh samples."""
     trainer = tiny.gkd(
-        tmp_path, zoo.chatml(), zoo.nfc(), tiny.PROMPT_ROWS[:4], lmbda=1.0, beta=1.0, max_steps=60, learning_rate=1e-2,
-        max_completion_length=16, strict_top_k=0,
+        tmp_path,
+        zoo.chatml(),
+        zoo.nfc(),
+        tiny.PROMPT_ROWS[:4],
+        lmbda=1.0,
+        beta=1.0,
+        max_steps=60,
+        learning_rate=1e-2,
+        max_completion_length=16,
+        strict_top_k=0,
     )
     trainer.eval_dataset = Dataset.from_list(tiny.PROMPT_ROWS)
     before = trainer.evaluate()["eval_reverse_kl_nats_per_byte"]
@@ -77,7 +92,8 @@ def test_lowers_the_divergence_it_is_given(tmp_path: Path) -> None:
 
 
 def test_the_student_keeps_the_ids_it_sampled(tmp_path: Path) -> None:
-    """From generation to loss: what the batch holds is what the sampler gave, though re-encoding would give other ids."""
+    """From generation to loss: what the batch holds is what the sampler gave, though re-encoding would give other
+    ids."""
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=1.0)
     seen: list[np.ndarray] = []
     original = trainer.sample
@@ -93,7 +109,9 @@ def test_the_student_keeps_the_ids_it_sampled(tmp_path: Path) -> None:
     vocabulary = trainer.student_renderer.vocabulary
     encode = trainer.student_renderer.encoder.encode
     again = [encode([vocabulary.bytes_of(ids).decode("utf-8", "ignore")])[0].ids.tolist() for ids in seen]
-    assert any(ids.tolist() != other for ids, other in zip(seen, again, strict=True)), "a random model re-encodes alike?"
+    assert any(ids.tolist() != other for ids, other in zip(seen, again, strict=True)), (
+        "a random model re-encodes alike?"
+    )
 
 
 # ---- the same-vocabulary limit ---------------------------------------------------------------------------------------
@@ -141,7 +159,13 @@ def test_the_general_path_equals_the_same_vocabulary_path(tmp_path: Path, lmbda:
     results = []
     for path in ("auto", "general"):
         trainer = tiny.gkd(
-            tmp_path, tokenizer, tokenizer, lmbda=lmbda, beta=0.5, vocabulary_path=path, objective="jsd",
+            tmp_path,
+            tokenizer,
+            tokenizer,
+            lmbda=lmbda,
+            beta=0.5,
+            vocabulary_path=path,
+            objective="jsd",
         )
         canonical = trainer.student_renderer.encoder.encode(["hello there, one two"])[0].ids
         trainer.sample = lambda conversations, prompts, ids=canonical: [ids for _ in prompts]  # type: ignore[method-assign]
@@ -206,8 +230,13 @@ def test_the_logged_loss_is_the_windows_mean(tmp_path: Path) -> None:
     logged = []
     for batch, steps in ((8, 1), (4, 2), (2, 4)):
         trainer = tiny.gkd(
-            tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0, per_device_train_batch_size=batch,
-            gradient_accumulation_steps=steps, max_steps=1,
+            tmp_path,
+            zoo.chatml(),
+            zoo.inst(),
+            lmbda=0.0,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
         )
         trainer.train()
         logged.append((trainer.state.log_history[0]["loss"], trainer.state.log_history[0]["grad_norm"]))
@@ -374,7 +403,9 @@ def test_w45_the_teacher_is_loaded_by_name(tmp_path: Path) -> None:
 
 def test_w45_no_teacher_is_an_error_that_names_the_argument(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="teacher_model_name_or_path"):
-        GKDTrainer(tiny.tiny_model(zoo.chatml()), args=GKDConfig(**tiny._common(tmp_path)), processing_class=zoo.chatml())
+        GKDTrainer(
+            tiny.tiny_model(zoo.chatml()), args=GKDConfig(**tiny._common(tmp_path)), processing_class=zoo.chatml()
+        )
 
 
 def test_w46_args_and_processing_class_may_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,7 +423,9 @@ def test_w47_init_kwargs_need_no_dtype(tmp_path: Path) -> None:
     tiny.tiny_model(zoo.inst()).save_pretrained(folder)
     zoo.inst().save_pretrained(folder)
     args = GKDConfig(
-        **tiny._common(tmp_path), teacher_model_name_or_path=str(folder), teacher_model_init_kwargs={"attn_implementation": "eager"}
+        **tiny._common(tmp_path),
+        teacher_model_name_or_path=str(folder),
+        teacher_model_init_kwargs={"attn_implementation": "eager"},
     )
     trainer = GKDTrainer(
         tiny.tiny_model(zoo.chatml()), args=args, train_dataset=Dataset.from_list(CHAT), processing_class=zoo.chatml()
@@ -403,8 +436,11 @@ def test_w47_init_kwargs_need_no_dtype(tmp_path: Path) -> None:
 def test_s1_s10_a_bare_teacher_without_tokenizer_is_an_error_that_names_the_argument(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="teacher_tokenizer_name_or_path"):
         GKDTrainer(
-            tiny.tiny_model(zoo.chatml()), tiny.tiny_model(zoo.inst()), GKDConfig(**tiny._common(tmp_path)),
-            train_dataset=Dataset.from_list(CHAT), processing_class=zoo.chatml(),
+            tiny.tiny_model(zoo.chatml()),
+            tiny.tiny_model(zoo.inst()),
+            GKDConfig(**tiny._common(tmp_path)),
+            train_dataset=Dataset.from_list(CHAT),
+            processing_class=zoo.chatml(),
         )
 
 
@@ -412,7 +448,10 @@ def test_s3_the_named_teacher_tokenizer_is_used(tmp_path: Path) -> None:
     zoo.inst().save_pretrained(tmp_path / "tokenizer")
     args = GKDConfig(**tiny._common(tmp_path), teacher_tokenizer_name_or_path=str(tmp_path / "tokenizer"))
     trainer = GKDTrainer(
-        tiny.tiny_model(zoo.chatml()), tiny.tiny_model(zoo.inst()), args, train_dataset=Dataset.from_list(CHAT),
+        tiny.tiny_model(zoo.chatml()),
+        tiny.tiny_model(zoo.inst()),
+        args,
+        train_dataset=Dataset.from_list(CHAT),
         processing_class=zoo.chatml(),
     )
     assert trainer.teacher.renderer.tokenizer.eos_token == "</s>"
@@ -436,7 +475,9 @@ def test_several_weighted_objectives_add_up(tmp_path: Path) -> None:
     """The sum of terms, each with its own weight and its own count."""
     losses = {}
     for name, objective in {
-        "strict": "strict", "kl": "sequence_kl", "both": [{"name": "strict", "weight": 2.0}, {"name": "sequence_kl", "weight": 0.5}]
+        "strict": "strict",
+        "kl": "sequence_kl",
+        "both": [{"name": "strict", "weight": 2.0}, {"name": "sequence_kl", "weight": 0.5}],
     }.items():
         trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0, objective=objective)
         losses[name] = gradients(trainer, window(trainer, CHAT))[0]
@@ -479,9 +520,12 @@ def test_the_saved_student_loads_without_diglot(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "student"))
     code = (
         "import sys; from transformers import AutoModelForCausalLM as M; "
-        f"m = M.from_pretrained({str(tmp_path / 'student')!r}); assert 'diglot' not in sys.modules; print(m.config.vocab_size)"
+        f"m = M.from_pretrained({str(tmp_path / 'student')!r}); assert 'diglot' not in sys.modules; "
+        "print(m.config.vocab_size)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "", "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "", "HF_HUB_OFFLINE": "1"}
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == len(zoo.chatml())
 

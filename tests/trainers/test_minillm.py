@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
+import tokenizers_zoo as zoo
 import torch
 from datasets import Dataset
 
-import tiny
-import tokenizers_zoo as zoo
 from diglot.batches import AlignedBatch
 from diglot.errors import ConfigError
 from diglot.rollouts import mixture_weight
@@ -49,20 +49,35 @@ def test_trains_with_all_terms(tmp_path: Path, teacher: str, alpha: float) -> No
     """S7: both with the same and with another tokenizer; reverse KL and the terms are logged."""
     data = Dataset.from_list(tiny.TEXT_ROWS)
     trainer = tiny.minillm(
-        tmp_path, zoo.chatml(), zoo.ALL[teacher](), teacher_mixed_alpha=alpha, max_steps=4, num_iterations=2,
+        tmp_path,
+        zoo.chatml(),
+        zoo.ALL[teacher](),
+        teacher_mixed_alpha=alpha,
+        max_steps=4,
+        num_iterations=2,
         keywords={"lm_dataset": data},
     )
     assert trainer.same_vocabulary == (teacher == "chatml")
     trainer.train()
     log = trainer.state.log_history[1]
-    assert all(math.isfinite(log[k]) for k in ("loss", "reverse_kl", "minillm/single_step", "minillm/lm_loss", "minillm/clip_ratio"))
+    assert all(
+        math.isfinite(log[k])
+        for k in ("loss", "reverse_kl", "minillm/single_step", "minillm/lm_loss", "minillm/clip_ratio")
+    )
 
 
 @pytest.mark.parametrize("teacher", ["chatml", "nfc"])
 def test_lowers_the_reverse_kl(tmp_path: Path, teacher: str) -> None:
     trainer = tiny.minillm(
-        tmp_path, zoo.chatml(), zoo.ALL[teacher](), ROWS[:4], teacher_mixed_alpha=0.0, max_steps=60, num_iterations=2,
-        learning_rate=1e-2, max_completion_length=12,
+        tmp_path,
+        zoo.chatml(),
+        zoo.ALL[teacher](),
+        ROWS[:4],
+        teacher_mixed_alpha=0.0,
+        max_steps=60,
+        num_iterations=2,
+        learning_rate=1e-2,
+        max_completion_length=12,
     )
     trainer.eval_dataset = Dataset.from_list(ROWS)
     before = trainer.evaluate()["eval_loss"]
@@ -73,8 +88,18 @@ def test_lowers_the_reverse_kl(tmp_path: Path, teacher: str) -> None:
 def test_policy_gradient_alone_lowers_the_reverse_kl(tmp_path: Path) -> None:
     """The long part with its own step, no dense term: its sign is right if the divergence falls."""
     trainer = tiny.minillm(
-        tmp_path, zoo.chatml(), zoo.nfc(), ROWS[:2], teacher_mixed_alpha=0.0, max_steps=80, num_iterations=1,
-        single_step_decomposition=False, learning_rate=5e-3, max_completion_length=4, num_generations=16, gamma=1.0,
+        tmp_path,
+        zoo.chatml(),
+        zoo.nfc(),
+        ROWS[:2],
+        teacher_mixed_alpha=0.0,
+        max_steps=80,
+        num_iterations=1,
+        single_step_decomposition=False,
+        learning_rate=5e-3,
+        max_completion_length=4,
+        num_generations=16,
+        gamma=1.0,
         length_normalization=False,
     )
     trainer.eval_dataset = Dataset.from_list(ROWS[:2] * 16)
@@ -111,8 +136,14 @@ def test_policy_gradient_is_the_papers_on_equal_vocabularies(tmp_path: Path) -> 
     """-1/n sum_t R_t grad log q(y_t), R_t the sum of later log-ratios, written with a loop."""
     tokenizer = zoo.chatml()
     student, teacher = tiny.tiny_model(tokenizer, 0).double(), tiny.tiny_model(tokenizer, 1).double()
-    trainer = tiny.minillm(tmp_path, tokenizer, tokenizer, models=(student, teacher), single_step_decomposition=False,
-                           **{**PLAIN, "gamma": 0.9})
+    trainer = tiny.minillm(
+        tmp_path,
+        tokenizer,
+        tokenizer,
+        models=(student, teacher),
+        single_step_decomposition=False,
+        **{**PLAIN, "gamma": 0.9},
+    )
     write(trainer, "hello you", "one two three")
     batches = window(trainer, ROWS[:2])
     found = gradient(trainer, batches)
@@ -121,7 +152,10 @@ def test_policy_gradient_is_the_papers_on_equal_vocabularies(tmp_path: Path) -> 
     loss, count = torch.zeros((), dtype=torch.float64), 0
     for pair in batches[0].pairs:
         ids, start = torch.tensor(pair.student.ids)[None], pair.prompt_length
-        logps = [m(ids).logits[0, start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None])[:, 0] for m in (student, teacher)]
+        logps = [
+            m(ids).logits[0, start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None])[:, 0]
+            for m in (student, teacher)
+        ]
         rewards = (logps[1] - logps[0]).detach()
         for t in range(len(rewards)):
             later = sum(0.9 ** (k - t) * rewards[k] for k in range(t, len(rewards)))
@@ -148,7 +182,9 @@ def test_whitened_advantages_have_mean_zero_and_variance_one_over_the_window(tmp
     batches = window(trainer, ROWS, 2)
     values = torch.cat([b.advantage[trainer._scored(b)] for b in batches])  # type: ignore[index]
     assert len(batches) == 4
-    assert values.mean().item() == pytest.approx(0, abs=1e-4) and values.std(correction=0).item() == pytest.approx(1, abs=1e-3)
+    assert values.mean().item() == pytest.approx(0, abs=1e-4) and values.std(correction=0).item() == pytest.approx(
+        1, abs=1e-3
+    )
 
 
 def test_w5_the_split_of_a_window_changes_nothing(tmp_path: Path) -> None:
@@ -206,10 +242,17 @@ def test_every_term_can_be_switched_off(tmp_path: Path) -> None:
     """Loss without a term differs; without all of them the config is refused."""
     losses = {}
     for name, options in {
-        "all": {}, "no pg": {"rkl_advantage": False}, "no single": {"single_step_decomposition": False}, "no lm": {"lm_coef": 0.0}
+        "all": {},
+        "no pg": {"rkl_advantage": False},
+        "no single": {"single_step_decomposition": False},
+        "no lm": {"lm_coef": 0.0},
     }.items():
         trainer = tiny.minillm(
-            tmp_path, zoo.chatml(), zoo.inst(), keywords={"lm_dataset": Dataset.from_list(tiny.TEXT_ROWS)}, **{**PLAIN, **options}
+            tmp_path,
+            zoo.chatml(),
+            zoo.inst(),
+            keywords={"lm_dataset": Dataset.from_list(tiny.TEXT_ROWS)},
+            **{**PLAIN, **options},
         )
         write(trainer, "hello you two")
         (batch,) = window(trainer, ROWS[:1])
@@ -222,7 +265,12 @@ def test_every_term_can_be_switched_off(tmp_path: Path) -> None:
 def test_lm_loss_is_the_cross_entropy_of_the_reference_tokens(tmp_path: Path) -> None:
     """Against the model's own loss on the same padded text; its sign pulls the loss down."""
     trainer = tiny.minillm(
-        tmp_path, zoo.chatml(), zoo.inst(), keywords={"lm_dataset": Dataset.from_list(tiny.TEXT_ROWS)}, lm_coef=1.0, **PLAIN
+        tmp_path,
+        zoo.chatml(),
+        zoo.inst(),
+        keywords={"lm_dataset": Dataset.from_list(tiny.TEXT_ROWS)},
+        lm_coef=1.0,
+        **PLAIN,
     )
     write(trainer, "a", "b", "c", "d")
     (batch,) = window(trainer, ROWS[:4])
@@ -274,7 +322,9 @@ def test_mixture_follows_the_teachers_cache_over_steps(tmp_path: Path) -> None:
     mixture = TeacherMixture(teacher, prompts, 0, 1 - 1e-7)
     config = GenerationConfig(do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=None)
     ids, mask = torch.tensor([[10, 20, 30], [0, 40, 50]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
-    mixed = student.generate(ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([mixture]))
+    mixed = student.generate(
+        ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([mixture])
+    )
     own = teacher.generate(ids, attention_mask=mask, generation_config=config)
     assert mixed.tolist() == own.tolist()
 
@@ -304,8 +354,14 @@ def test_prefix_weights_fade_to_one_where_no_teacher_prefix_reaches(tmp_path: Pa
 
 def test_a_teacher_prefix_is_read_in_the_students_ids(tmp_path: Path) -> None:
     """With alpha near 1 completions begin with teacher text, in student ids, and go on to the limit."""
-    trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), teacher_mixed_alpha=0.999, max_completion_length=12, **{
-        k: v for k, v in PLAIN.items() if k != "teacher_mixed_alpha"})
+    trainer = tiny.minillm(
+        tmp_path,
+        zoo.chatml(),
+        zoo.inst(),
+        teacher_mixed_alpha=0.999,
+        max_completion_length=12,
+        **{k: v for k, v in PLAIN.items() if k != "teacher_mixed_alpha"},
+    )
     batches = window(trainer, ROWS)
     for pair in (p for b in batches for p in b.pairs):
         completion = pair.student.ids[pair.prompt_length :]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from diglot.alignment import Alignment, Side, align
-from diglot.rendering import Rendered, Role
 from diglot.batches.packed import PackedSide, pack
 from diglot.batches.reading import ReadPair
+from diglot.rendering import Rendered, Role
 
 
 @dataclass
@@ -61,12 +61,16 @@ def align_pairs(
     student = pack([p.student for p in kept] or [_nothing(pad_s)], segments or [0], pad_s)
     teacher = pack([p.teacher for p in kept] or [_nothing(pad_t)], segments or [0], pad_t)
     excluded = np.isin(student.role, [int(role) for role in unscored_roles])
-    sides = [
+    side_s, side_t = (
         Side(end=side.end, segment=side.segment, exact=exact, stop=side.stop.numpy())
         for side, exact in ((student, student.exact & ~excluded), (teacher, teacher.exact))
-    ]
-    aligned = align(*sides, sum(segments))
-    in_exact = (aligned.chunk_s >= 0) & aligned.chunk_exact[aligned.chunk_s] if len(aligned.chunk_exact) else aligned.chunk_s >= 0
+    )
+    aligned = align(side_s, side_t, sum(segments))
+    in_exact = (
+        (aligned.chunk_s >= 0) & aligned.chunk_exact[aligned.chunk_s]
+        if len(aligned.chunk_exact)
+        else aligned.chunk_s >= 0
+    )
     written = sum(int(((p.student.segment >= 0) | (p.student.roles != Role.PROMPT)).sum()) for p in kept)
     stats = {
         "tokens": float((~excluded).sum()),
@@ -85,6 +89,11 @@ def align_pairs(
 def _nothing(pad_id: int) -> Rendered:
     """One unscored token: keeps a batch without samples runnable, so that all ranks take part in the step."""
     return Rendered(
-        ids=np.array([pad_id]), roles=np.array([Role.PROMPT], dtype=np.int8), segment=np.array([-1], dtype=np.int32),
-        end=np.zeros(1, dtype=np.int64), exact=np.zeros(1, dtype=np.bool_), segment_bytes=(), stopped=(),
+        ids=np.array([pad_id]),
+        roles=np.array([Role.PROMPT], dtype=np.int8),
+        segment=np.array([-1], dtype=np.int32),
+        end=np.zeros(1, dtype=np.int64),
+        exact=np.zeros(1, dtype=np.bool_),
+        segment_bytes=(),
+        stopped=(),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,9 @@ class PackedSide:
 
     def to(self, device: torch.device | str) -> PackedSide:
         """The same with its tensors on `device`."""
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {
+            f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -44,7 +47,8 @@ def pack(samples: Sequence[Rendered], num_segments: Sequence[int], pad_id: int) 
     width = max((len(r.ids) for r in samples), default=1)
     ids = np.full((len(samples), width), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
-    rows, segments = [], []
+    rows: list[NDArray] = []
+    segments: list[NDArray] = []
     first_segment = np.cumsum([0, *num_segments])
     for b, r in enumerate(samples):
         ids[b, : len(r.ids)] = r.ids
@@ -54,13 +58,19 @@ def pack(samples: Sequence[Rendered], num_segments: Sequence[int], pad_id: int) 
         segments.append(r.segment[scored].astype(np.int64) + first_segment[b])
 
     def joined(name: str, dtype: type) -> NDArray:
-        return np.concatenate([getattr(r, name)[r.segment >= 0] for r in samples] or [[]]).astype(dtype)
+        return np.concatenate([getattr(r, name)[r.segment >= 0] for r in samples] or [np.zeros(0)]).astype(dtype)
 
-    segment = np.concatenate(segments or [[]]).astype(np.int64)
-    flat_rows = np.concatenate(rows or [[]]).astype(np.int64)
+    segment = np.concatenate(segments or [np.zeros(0)]).astype(np.int64)
+    flat_rows = np.concatenate(rows or [np.zeros(0)]).astype(np.int64)
     role = joined("roles", np.int8)
     return PackedSide(
-        input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), rows=torch.from_numpy(flat_rows),
-        targets=torch.from_numpy(joined("ids", np.int64)), stop=torch.from_numpy(role == Role.STOP),
-        end=joined("end", np.int64), segment=segment, exact=joined("exact", np.bool_), role=role,
+        input_ids=torch.from_numpy(ids),
+        attention_mask=torch.from_numpy(mask),
+        rows=torch.from_numpy(flat_rows),
+        targets=torch.from_numpy(joined("ids", np.int64)),
+        stop=torch.from_numpy(role == Role.STOP),
+        end=joined("end", np.int64),
+        segment=segment,
+        exact=joined("exact", np.bool_),
+        role=role,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from diglot.alignment import check_bytes
 from diglot.data import Sample
 from diglot.errors import DataError
-from diglot.rendering import Conversation, Rendered, Renderer, Role, truncate
+from diglot.rendering import Conversation, Rendered, Renderer, Role, Score, truncate
 
 Ids = NDArray[np.int64]
 
@@ -48,7 +47,7 @@ class PairReader:
         same_vocabulary: bool,
         max_length: int | None = None,
         teacher_max_length: int | None = None,
-        score_turns: str = "last",
+        score_turns: Score = "last",
     ) -> None:
         self.student, self.teacher = student, teacher
         self.same_vocabulary = same_vocabulary
@@ -69,14 +68,18 @@ class PairReader:
             return None
         return ids
 
-    def sampled(self, conversation: Conversation, completion_ids: Ids, prompt_ids: Ids | None = None) -> ReadPair | None:
+    def sampled(
+        self, conversation: Conversation, completion_ids: Ids, prompt_ids: Ids | None = None
+    ) -> ReadPair | None:
         """A completion that the student wrote: its ids stay as they are."""
         student = self.student.from_sampled(conversation, completion_ids, prompt_ids=prompt_ids)
         thinking = self.student.opens_thinking(conversation)
         if self.same_vocabulary:
             content = student.ids[(student.segment >= 0) & (student.roles != Role.STOP)]
             ending = [self.teacher.stop_id] if student.stopped[-1] else []
-            own = self.teacher.from_sampled(conversation, np.append(content, ending).astype(np.int64), thinking=thinking)
+            own = self.teacher.from_sampled(
+                conversation, np.append(content, ending).astype(np.int64), thinking=thinking
+            )
         else:
             text = student.segment_bytes[-1].decode("utf-8")
             own = self.teacher.render(conversation, text, stopped=student.stopped[-1], thinking=thinking)
@@ -85,7 +88,9 @@ class PairReader:
     def written(self, sample: Sample, *, stopped: bool = True) -> ReadPair | None:
         """A completion that somebody else wrote, as text: each side encodes it."""
         if sample.reply is None:
-            raise DataError(f"{sample.where} has no completion. Train on-policy (lmbda=1) or let the teacher write (seq_kd).")
+            raise DataError(
+                f"{sample.where} has no completion. Train on-policy (lmbda=1) or let the teacher write (seq_kd)."
+            )
         conversation, thinking = sample.conversation, self.student.opens_thinking(sample.conversation)
         student, teacher = (
             side.render(conversation, sample.reply, stopped=stopped, score=self.score_turns, thinking=thinking)
@@ -96,7 +101,9 @@ class PairReader:
     def reference(self, sample: Sample) -> Rendered | None:
         """A text to imitate, on the student's side only; None (and counted) if its prompt alone fills the limit."""
         if sample.reply is None:
-            raise DataError(f"{sample.where} has no completion to imitate. Give rows with a completion, messages or text.")
+            raise DataError(
+                f"{sample.where} has no completion to imitate. Give rows with a completion, messages or text."
+            )
         rendered = self.student.render(sample.conversation, sample.reply, score=self.score_turns)
         try:
             return truncate(rendered, self.max_length) if self.max_length else rendered
@@ -116,4 +123,3 @@ class PairReader:
             shared = min(len(of_student), len(of_teacher))
             check_bytes(of_student[:shared], of_teacher[:shared], where="student and teacher")
         return ReadPair(conversation, cut_student, cut_teacher)
-

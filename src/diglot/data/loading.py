@@ -106,7 +106,8 @@ def _from_hub(name: str, config: str | None, split: str, streaming: bool) -> Any
     except Exception as error:
         raise DataError(
             f"The dataset {name!r} could not be had: {_first_cause(error)}\n"
-            "It is no file or folder here, so it was looked up on the hub. Check the name, the configuration, the split "
+            "It is no file or folder here, so it was looked up on the hub. Check the name, the configuration, "
+            "the split "
             "and the connection."
         ) from error
 
@@ -138,7 +139,7 @@ def check_columns(columns: Iterable[str], where: str) -> None:
 def check_rows(rows: Iterable[Mapping[str, Any]], where: str) -> int:
     """Raise DataError at the first row that cannot be used; the number of rows."""
     number = 0
-    for number, row in enumerate(rows, 1):  # noqa: B007
+    for number, row in enumerate(rows, 1):
         try:
             to_sample(row, f"{where} row {number - 1}")
         except RenderingError as error:

@@ -66,7 +66,9 @@ class Evaluator:
             for i, batch in enumerate(_batches(conversations, self.batch_size)):
                 pairs = self._write(batch, sampler, max_new_tokens, seed + i)
                 texts += [p.student.segment_bytes[-1].decode("utf-8") for p in pairs]
-                aligned = align_pairs(pairs, pad_s=_any_id(self.reader), pad_t=self.teacher.renderer.stop_id, on_policy=True)
+                aligned = align_pairs(
+                    pairs, pad_s=_any_id(self.reader), pad_t=self.teacher.renderer.stop_id, on_policy=True
+                )
                 found.append(self._judge(aligned.to(self.model.device)))
         columns = {name: np.concatenate([f[name] for f in found] or [np.zeros(0)]) for name in OnPolicyReport.columns()}
         return OnPolicyReport(**columns, completions=texts)
@@ -83,7 +85,9 @@ class Evaluator:
         """The columns of an `OnPolicyReport` for one batch."""
         alignment, num = batch.alignment, len(batch.pairs)
         logp_s, stop_s = self._facts(self._hidden(batch.student), batch.student, self.head, self.pair.stop_s)
-        logp_t, stop_t = self._facts(self.teacher.hidden(batch.teacher), batch.teacher, self.teacher.head, self.pair.stop_t)
+        logp_t, stop_t = self._facts(
+            self.teacher.hidden(batch.teacher), batch.teacher, self.teacher.head, self.pair.stop_t
+        )
         exact_s, exact_t = (_in_exact(alignment.chunk_exact, chunk) for chunk in (alignment.chunk_s, alignment.chunk_t))
         sample_s, sample_t = _sample_of(batch.student), _sample_of(batch.teacher)
         surprisal = _sums(-logp_s * exact_s, sample_s, num)
@@ -103,7 +107,8 @@ class Evaluator:
         return last_hidden(self.model, side.input_ids, side.attention_mask).flatten(0, 1)[side.rows]
 
     def _facts(self, hidden: Tensor, side: PackedSide, head: Head, stop_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-prob of each written token and the stop set's probability in its row, [N] each, one pass over the head."""
+        """Log-prob of each written token and the stop set's probability in its row, [N] each, one pass over the
+        head."""
         logps, stops = [], []
         for block in blocks(len(hidden), self.chunk_rows):
             logits = head(hidden[block])
@@ -151,5 +156,3 @@ def _in_exact(chunk_exact: Tensor, chunk: Tensor) -> Tensor:
 def _any_id(reader: PairReader) -> int:
     """Padding is masked everywhere, so any id of the vocabulary will do."""
     return reader.student.stop_id
-
-

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,13 +59,20 @@ class OnPolicyReport:
     completions: Sequence[str] = field(default_factory=list)
 
     @classmethod
+    def of_totals(cls, totals: Mapping[str, float]) -> OnPolicyReport:
+        """The report of sums over all samples, as one."""
+        sums: dict[str, Any] = {name: np.array([totals[name]]) for name in cls.columns()}
+        return cls(**sums)
+
+    @classmethod
     def columns(cls) -> list[str]:
         """Names of the arrays."""
         return [f.name for f in fields(cls) if f.name != "completions"]
 
     @property
     def reverse_kl_nats_per_byte(self) -> float:
-        """KL(student || teacher) of whole completions, divided by their bytes: Monte Carlo, unbiased up to the ratio."""
+        """KL(student || teacher) of whole completions, divided by their bytes: Monte Carlo, unbiased up to the
+        ratio."""
         return ratio(self.gap, self.num_bytes)
 
     @property

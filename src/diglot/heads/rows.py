@@ -29,8 +29,8 @@ def default_chunk_rows(
     """How many rows of logits to form at a time: a multiple of 64 that fits a budget of memory, at least 64.
 
     The budget is 256 MiB on the CPU, an eighth of the free memory on a CUDA device. Wider blocks are faster: the
-    gradient of the head's weight is written once per block. With `few_columns`, whole rows are formed of the student only,
-    and without gradient.
+    gradient of the head's weight is written once per block. With `few_columns`, whole rows are formed of the student
+    only, and without gradient.
     """
     device = torch.device(device)
     budget = _CPU_BUDGET
@@ -62,8 +62,8 @@ def reduce_rows(
     Up to rounding the result does not depend on `chunk_rows`. A row of weight 0 has no part in sum and gradient.
 
     A `ColumnObjective` that reads few columns gets those alone: no more than they are formed of the teacher's logits.
-    Its metrics are `mass_s` and `mass_t`, the probability of the chosen columns; the teacher's is measured on a few rows of
-    each block, since it takes whole rows of logits, and is NaN on the others.
+    Its metrics are `mass_s` and `mass_t`, the probability of the chosen columns; the teacher's is measured on a few
+    rows of each block, since it takes whole rows of logits, and is NaN on the others.
 
     Args:
         objective: maps logits `[r, V_s]`, `[r, V_t]` to values `[r]`, each of its own row alone.
@@ -78,15 +78,15 @@ def reduce_rows(
     parameters = head_s.parameters
     inputs = (hidden_s, *parameters) if torch.is_grad_enabled() else ()
     gradients = _Gradients(hidden_s, parameters) if any(x.requires_grad for x in inputs) else None
-    evaluate = _by_columns if reads_few_columns(objective, head_s, head_t) else _by_whole_rows
+    evaluate: Callable[..., BlockFunction] = _by_whole_rows
+    if reads_few_columns(objective, head_s, head_t):
+        evaluate = _by_columns
     parts = []
     for block in blocks(len(rows_s), chunk_rows):
         rows, of_teacher = rows_s[block], hidden_t[rows_t[block].to(hidden_t.device)]
         of_block = evaluate(objective, hidden_s.detach()[rows], head_s, of_teacher, head_t, temperature)
-        if gradients is None:
-            values = of_block(hidden_s[rows], None)
-        else:
-            values = gradients.add(of_block, rows, weight[block])
+        rows_weight = weight[block]
+        values = gradients.add(of_block, rows, rows_weight) if gradients else of_block(hidden_s[rows], None)
         parts.append(Values(values.loss.detach(), {k: v.detach() for k, v in values.metrics.items()}))
         del of_block, values
     values = _joined(parts)

@@ -13,13 +13,11 @@ from diglot.objectives.ce import CrossEntropy
 from diglot.objectives.jsd import JSD
 from diglot.objectives.sequence_kl import SequenceKL
 from diglot.objectives.span import Span
-from diglot.objectives.span import Span
 from diglot.objectives.strict import Strict
 
 OBJECTIVES: dict[str, type[RowObjective] | type[PathObjective]] = {
     "jsd": JSD,
     "strict": Strict,
-    "span": Span,
     "sequence_kl": SequenceKL,
     "span": Span,
     "ce": CrossEntropy,

@@ -69,8 +69,10 @@ def span_advantages(
 ) -> Tensor:
     """Advantage of each student token, [N_s], without gradient.
 
-    The reward of chunk `k` is `l^T_k - l^S_k`, the difference of both log-likelihoods of its bytes. A token's advantage is
-    its own chunk's part plus `gamma * G_{k+1}`. Inside a chunk, terms of tokens that came before are dropped: they do not depend
+    The reward of chunk `k` is `l^T_k - l^S_k`, the difference of both log-likelihoods of its bytes. A token's
+    advantage is
+    its own chunk's part plus `gamma * G_{k+1}`. Inside a chunk, terms of tokens that came before are dropped: they
+    do not depend
     on this token, so their contribution has mean zero (the variance-reduced form; shared credit has the same
     expectation at gamma = 1).
 
@@ -123,8 +125,8 @@ def clipped_policy_gradient(
 class Span(PathObjective):
     """Policy-gradient reverse KL as an objective of its own: needs only log-probs of the text from the teacher.
 
-    One value per student token. The value itself is a surrogate: its gradient is the estimate, its size means nothing. The
-    metric `advantage` is what each token was credited with, in nats.
+    One value per student token. The value itself is a surrogate: its gradient is the estimate, its size means
+    nothing. The metric `advantage` is what each token was credited with, in nats.
     """
 
     name = "span"
@@ -139,7 +141,11 @@ class Span(PathObjective):
     def __call__(self, path: Path, alignment: Alignment) -> tuple[Values, Tensor]:
         old = path.logp_s.detach() if path.logp_old is None else path.logp_old
         advantage = span_advantages(
-            old, path.logp_t, alignment, gamma=self.gamma, length_normalization=self.length_normalization,
+            old,
+            path.logp_t,
+            alignment,
+            gamma=self.gamma,
+            length_normalization=self.length_normalization,
             reward_clip=self.reward_clip,
         )
         loss, _ = clipped_policy_gradient(path.logp_s, old, advantage, self.epsilon, path.weight)

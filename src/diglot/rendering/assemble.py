@@ -44,20 +44,25 @@ class Piece:
     def with_stop(self, stop_id: int) -> Piece:
         """The segment with its stop token, one byte beyond its text.
 
-        It is exact only if the tokens before it reach the end of the text: a tokenizer that cannot write a text at all gives
-        no token for it, and its stop must not pass for the text's.
+        It is exact only if the tokens before it reach the end of the text: a tokenizer that cannot write a text at
+        all gives no token for it, and its stop must not pass for the text's.
         """
         assert self.text is not None
         reached = int(self.ends[-1]) if len(self.ends) else 0
         return replace(
-            self, ids=np.append(self.ids, stop_id), roles=np.append(self.roles, np.int8(Role.STOP)),
-            ends=np.append(self.ends, len(self.text) + 1), exact=np.append(self.exact, reached == len(self.text)),
+            self,
+            ids=np.append(self.ids, stop_id),
+            roles=np.append(self.roles, np.int8(Role.STOP)),
+            ends=np.append(self.ends, len(self.text) + 1),
+            exact=np.append(self.exact, reached == len(self.text)),
         )
 
 
 def assemble(pieces: Sequence[Piece]) -> Rendered:
     """One `Rendered` of pieces in order; segments are numbered as they come."""
-    segment, texts, stopped = [], [], []
+    segment: list[NDArray[np.int32]] = []
+    texts: list[bytes] = []
+    stopped: list[bool] = []
     for piece in pieces:
         segment.append(np.full(len(piece.ids), -1 if piece.text is None else len(texts), dtype=np.int32))
         if piece.text is not None:
@@ -69,15 +74,16 @@ def assemble(pieces: Sequence[Piece]) -> Rendered:
         segment=np.concatenate(segment),
         end=np.concatenate([p.ends for p in pieces]).astype(np.int64),
         exact=np.concatenate([p.exact for p in pieces]).astype(np.bool_),
-        segment_bytes=tuple(texts), stopped=tuple(stopped),
+        segment_bytes=tuple(texts),
+        stopped=tuple(stopped),
     )
 
 
 def truncate(rendered: Rendered, max_length: int) -> Rendered:
     """The first `max_length` tokens. Segments that lose tokens lose their end: shorter text, not stopped.
 
-    The number of segments stays. A cut never leaves half a character: tokens of a segment after its last whole character
-    are no longer scored.
+    The number of segments stays. A cut never leaves half a character: tokens of a segment after its last whole
+    character are no longer scored.
 
     Raises:
         DataError: no token of any segment would be left, though there were some.
@@ -104,8 +110,14 @@ def truncate(rendered: Rendered, max_length: int) -> Rendered:
         segment[lost], end[lost] = -1, 0
         texts[k], stopped[k] = text[:limit], False
     return replace(
-        rendered, ids=rendered.ids[:max_length], roles=rendered.roles[:max_length], segment=segment, end=end,
-        exact=rendered.exact[:max_length], segment_bytes=tuple(texts), stopped=tuple(stopped),
+        rendered,
+        ids=rendered.ids[:max_length],
+        roles=rendered.roles[:max_length],
+        segment=segment,
+        end=end,
+        exact=rendered.exact[:max_length],
+        segment_bytes=tuple(texts),
+        stopped=tuple(stopped),
     )
 
 

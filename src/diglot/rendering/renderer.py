@@ -6,7 +6,7 @@ import codecs
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +16,12 @@ from diglot.errors import RenderingError
 from diglot.rendering.assemble import Piece, assemble
 from diglot.rendering.stops import describe_stops, find_stops, probe_template
 from diglot.rendering.template import Template, content_text, opens_thinking, with_thinking
-from diglot.rendering.types import Conversation, Rendered, Role
+from diglot.rendering.types import Conversation, Rendered, Role, Score
 from diglot.vocabulary import ByteEncoder, Vocabulary
 
 logger = logging.getLogger(__name__)
 
 Ids = NDArray[np.int64]
-Score = Literal["last", "all"]
 
 _THINK = re.compile(rb"<think>.*?(?:</think>|\Z)", re.S)
 _OPENED_THINK = re.compile(rb"\A.*?(?:</think>|\Z)", re.S)
@@ -66,8 +65,13 @@ class Renderer:
         )
         self.stop_ids = tuple(self.stop_sources)
         self._said: set[str] = set()
-        logger.info("%s: %s vocabulary of %d, stops at %s", name, self.vocabulary.kind, len(self.vocabulary),
-                    describe_stops(self.stop_sources, self.vocabulary.display))
+        logger.info(
+            "%s: %s vocabulary of %d, stops at %s",
+            name,
+            self.vocabulary.kind,
+            len(self.vocabulary),
+            describe_stops(self.stop_sources, self.vocabulary.display),
+        )
 
     @property
     def has_template(self) -> bool:
@@ -124,7 +128,9 @@ class Renderer:
         bos = self.tokenizer.bos_token_id
         start = bos if bos is not None else self.tokenizer.eos_token_id
         if start is None:
-            raise RenderingError(f"The prompt is empty and the {self.name}'s tokenizer has neither BOS nor EOS. Give a prompt.")
+            raise RenderingError(
+                f"The prompt is empty and the {self.name}'s tokenizer has neither BOS nor EOS. Give a prompt."
+            )
         self._say_once(f"The {self.name} reads {self.vocabulary.display(start)!r} before a text without a prompt.")
         return int(start)
 
@@ -163,8 +169,8 @@ class Renderer:
         """A completion as the model sampled it: its ids stay as they are, the text is what they spell.
 
         Ids after the first stop are left out. Scored is the longest run of tokens from the start that are no control
-        tokens and whose bytes together are valid UTF-8: what comes after an invalid byte, a cut character or a control token
-        has no text that another model could read. The stop is scored only if all before it is.
+        tokens and whose bytes together are valid UTF-8: what comes after an invalid byte, a cut character or a
+        control token has no text that another model could read. The stop is scored only if all before it is.
         """
         ids = np.asarray(completion_ids, dtype=np.int64).reshape(-1)
         stops = np.flatnonzero(np.isin(ids, self.stop_ids))

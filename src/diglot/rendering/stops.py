@@ -22,7 +22,9 @@ def find_stops(
     """
     found: dict[int, list[str]] = {}
     for source, ids in (
-        ("template", template_stop), ("generation config", generation_eos), ("tokenizer eos", eos_token_id)
+        ("template", template_stop),
+        ("generation config", generation_eos),
+        ("tokenizer eos", eos_token_id),
     ):
         for one in ids if isinstance(ids, (list, tuple)) else [ids]:
             if one is not None and 0 <= one < num_ids:
@@ -35,7 +37,9 @@ def find_stops(
     return next(iter(found)), {one: " + ".join(sources) for one, sources in found.items()}
 
 
-def probe_template(render: Callable[[list[dict[str, Any]]], str], encode: Callable[[str], Any], control: Any) -> int | None:
+def probe_template(
+    render: Callable[[list[dict[str, Any]]], str], encode: Callable[[str], Any], control: Any
+) -> int | None:
     """The control token that a template writes right after an assistant's turn, or None if it writes none.
 
     Args:

@@ -27,7 +27,8 @@ def content_text(message: Mapping[str, Any], where: str) -> str:
     if isinstance(content, (list, tuple)) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
         return "".join(str(part["text"]) for part in content)
     raise RenderingError(
-        f"{where}: the content of a {message.get('role')!r} message is {type(content).__name__}, expected a string or a list "
+        f"{where}: the content of a {message.get('role')!r} message is {type(content).__name__}, expected a "
+        f"string or a list "
         "of text parts. Only text can be compared."
     )
 
@@ -45,7 +46,11 @@ class Template:
         self.exists = bool(getattr(tokenizer, "chat_template", None))
 
     def text(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any] | None = None, generation_prompt: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        generation_prompt: bool = False,
     ) -> str:
         """`messages` as text. Raises `RenderingError` with the template's own complaint."""
         if not self.exists:
@@ -53,8 +58,11 @@ class Template:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [dict(m) for m in messages], tools=list(tools) if tools else None, tokenize=False,
-                    add_generation_prompt=generation_prompt, **self.kwargs,
+                    [dict(m) for m in messages],
+                    tools=list(tools) if tools else None,
+                    tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                    **self.kwargs,
                 )
             )
         except Exception as error:  # jinja's errors, and whatever a template raises
@@ -84,7 +92,8 @@ class Template:
         odd = {i: n for i, n in counts.items() if n != 1}
         if odd and keep_all:
             raise RenderingError(
-                f"The {self.name}'s chat template writes assistant turns {sorted(odd)} {list(odd.values())} times, expected once "
+                f"The {self.name}'s chat template writes assistant turns {sorted(odd)} {list(odd.values())} "
+                f"times, expected once "
                 "each, so they cannot be scored. Use score_turns='last'."
             )
         kept = [i for i in counts if i not in odd]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+Score = Literal["last", "all"]
+"""Which assistant turns of a conversation are segments."""
 
 
 class Role(IntEnum):

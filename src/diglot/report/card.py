@@ -16,7 +16,8 @@ _TEMPLATE = """---
 # {{ model_name }}
 
 This model is [{{ student }}](https://huggingface.co/{{ student }}), distilled on-policy from the teacher
-[{{ teacher }}](https://huggingface.co/{{ teacher }}) with [Diglot](https://pypi.org/project/diglot/){% if dataset %} on {{ dataset }}{% endif %}.
+[{{ teacher }}](https://huggingface.co/{{ teacher }}) with [Diglot](https://pypi.org/project/diglot/){% if dataset %}
+on {{ dataset }}{% endif %}.
 
 | | |
 | --- | --- |
@@ -57,12 +58,25 @@ def model_card(
     """
     title, arxiv = _PAPERS[method]
     data = ModelCardData(
-        base_model=student, datasets=[dataset] if dataset else None, library_name="transformers",
-        pipeline_tag="text-generation", tags=["diglot", method.lower(), "on-policy-distillation", *(tags or [])],
+        base_model=student,
+        datasets=[dataset] if dataset else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["diglot", method.lower(), "on-policy-distillation", *(tags or [])],
         teacher=teacher,
     )
     return ModelCard.from_template(
-        data, template_str=_TEMPLATE, model_name=model_name, student=student, teacher=teacher, dataset=dataset,
-        method=method, title=title, arxiv=arxiv, vocabulary_s=vocabulary_s, vocabulary_t=vocabulary_t,
-        relation=relation, versions=versions,
+        data,
+        template_str=_TEMPLATE,
+        model_name=model_name,
+        student=student,
+        teacher=teacher,
+        dataset=dataset,
+        method=method,
+        title=title,
+        arxiv=arxiv,
+        vocabulary_s=vocabulary_s,
+        vocabulary_t=vocabulary_t,
+        relation=relation,
+        versions=versions,
     )

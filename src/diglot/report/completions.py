@@ -28,5 +28,3 @@ def print_completions(rows: Sequence[CompletionRow], step: int, console: Console
     for row in rows:
         table.add_row(Text(row.prompt), Text(row.completion), "" if row.gap is None else f"{row.gap:+.3f}")
     (console or Console()).print(table)
-
-

@@ -40,8 +40,12 @@ class TeacherMixture(LogitsProcessor):
             self._mask = torch.cat([self._mask, torch.ones_like(self._next_ids)], dim=1)
         positions = self._mask.cumsum(1).sub(1).clamp(min=0)[:, -self._next_ids.shape[1] :]
         out = self._teacher(
-            input_ids=self._next_ids, attention_mask=self._mask, position_ids=positions,
-            past_key_values=self._cache, use_cache=True, logits_to_keep=1,
+            input_ids=self._next_ids,
+            attention_mask=self._mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         self._cache = out.past_key_values
         width = min(scores.shape[-1], out.logits.shape[-1])  # embedding padding may differ

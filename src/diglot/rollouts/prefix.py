@@ -1,14 +1,19 @@
 """Teacher-mixed sampling when the vocabularies differ: the teacher writes a prefix, the student goes on.
 
-With probability `alpha` a completion begins with teacher text of random length (uniform over 1 ... `max_new_tokens` teacher
+With probability `alpha` a completion begins with teacher text of random length (uniform over 1 ... `max_new_tokens`
+teacher
 tokens); the student reads its bytes in its own tokens and continues. The chunk at student position `k` is thus the
 teacher's with probability `alpha * P(length > k)`.
 
-**Estimator and bias.** Each chunk's term is weighted by `student / (a_k * teacher + (1 - a_k) * student)`, the ratio of the
+**Estimator and bias.** Each chunk's term is weighted by `student / (a_k * teacher + (1 - a_k) * student)`, the ratio
+of the
 student's law to the mixture for *this* chunk, given what stands before it (`mixture_weight`). As in the paper (its
-approximation of the product of ratios by the last factor), how likely the text before the chunk was is left out, which biases
-towards states that the mixture visits; whether the teacher wrote the prefix is treated as independent of it, a second bias
-of the same kind. With equal vocabularies tokens are drawn from the mixture itself (`TeacherMixture`) and only the first bias is left.
+approximation of the product of ratios by the last factor), how likely the text before the chunk was is left out,
+which biases
+towards states that the mixture visits; whether the teacher wrote the prefix is treated as independent of it, a
+second bias
+of the same kind. With equal vocabularies tokens are drawn from the mixture itself (`TeacherMixture`) and only the
+first bias is left.
 """
 
 from __future__ import annotations
@@ -39,7 +44,8 @@ def write_prefixes(
 ) -> list[Ids]:
     """For each conversation the beginning of its completion in student ids: empty, or what the teacher wrote.
 
-    A prefix that the teacher finished ends with the student's stop id. Prefixes are cut to `max_new_tokens` student ids.
+    A prefix that the teacher finished ends with the student's stop id. Prefixes are cut to `max_new_tokens` student
+    ids.
     """
     draw = random.Random(seed)
     lengths = [draw.randint(1, max_new_tokens) if draw.random() < alpha else 0 for _ in conversations]
@@ -50,7 +56,9 @@ def write_prefixes(
     thinking = [renderer_s.opens_thinking(conversations[i]) for i in chosen]
     prompts = [renderer_t.prompt_ids(conversations[i], thinking=t) for i, t in zip(chosen, thinking, strict=True)]
     longest = max(lengths)
-    for i, prompt, written in zip(chosen, prompts, sampler(teacher, prompts, max_new_tokens=longest, seed=seed), strict=True):
+    for i, prompt, written in zip(
+        chosen, prompts, sampler(teacher, prompts, max_new_tokens=longest, seed=seed), strict=True
+    ):
         read = renderer_t.from_sampled(conversations[i], written[: lengths[i]], prompt_ids=prompt)
         text = read.segment_bytes[-1].decode("utf-8")
         ids = renderer_s.encoder.encode([text])[0].ids if text else np.zeros(0, dtype=np.int64)

@@ -75,13 +75,20 @@ class TransformersSampler:
         if not prompts:
             return []
         config = GenerationConfig(
-            do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k,
-            max_new_tokens=max_new_tokens, eos_token_id=list(self.stop_ids), pad_token_id=self.pad_id,
+            do_sample=True,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(self.stop_ids),
+            pad_token_id=self.pad_id,
         )
         ids, mask = pad_left(prompts, self.pad_id, model.device)
         with sampling_mode(model, seed):
-            out = model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config,
+            out = model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
                 logits_processor=LogitsProcessorList(processors),
             )
         return [self._until_stop(row) for row in out[:, ids.shape[1] :].cpu().numpy()]

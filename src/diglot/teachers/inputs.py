@@ -46,14 +46,16 @@ def build_teacher_inputs_from_texts(
         prompts: plain text, messages, or conversations.
         completions: the texts to be scored.
         completed: which completions ended by themselves; the others get no stop token. All by default.
-        thinking: for each prompt, whether the completion starts inside a think block; None: as the teacher's template has it.
-        max_length: tokens beyond are cut at the end.
+        thinking: for each prompt, whether the completion starts inside a think block; None: as the teacher's
+        template has it. max_length: tokens beyond are cut at the end.
 
     Raises:
         DataError: unequal numbers of prompts and completions, or a prompt that leaves no room within `max_length`.
     """
     if len(prompts) != len(completions):
-        raise DataError(f"{len(prompts)} prompts and {len(completions)} completions: give one completion for each prompt.")
+        raise DataError(
+            f"{len(prompts)} prompts and {len(completions)} completions: give one completion for each prompt."
+        )
     renderer = tokenizer if isinstance(tokenizer, Renderer) else Renderer(tokenizer, name="teacher")
     ended = completed if completed is not None else [True] * len(completions)
     inside = thinking if thinking is not None else [None] * len(completions)
@@ -68,7 +70,12 @@ def build_teacher_inputs_from_texts(
     labels.view(-1)[packed.rows + 1] = packed.targets
     lengths = [int((r.roles != 0).argmax()) if (r.roles != 0).any() else len(r.ids) for r in rendered]
     return TeacherInputs(
-        rendered, packed.input_ids, packed.attention_mask, labels, torch.from_numpy(np.array(lengths, dtype=np.int64)), packed
+        rendered,
+        packed.input_ids,
+        packed.attention_mask,
+        labels,
+        torch.from_numpy(np.array(lengths, dtype=np.int64)),
+        packed,
     )
 
 

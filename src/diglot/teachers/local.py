@@ -61,7 +61,8 @@ def find_teacher_tokenizer(
     if tokenizer_name_or_path is None and place is not None and place == student_name_or_path and student_tokenizer:
         return student_tokenizer
     advice = (
-        "Give `teacher_tokenizer_name_or_path` (or pass `teacher_processing_class`): a teacher that reads ids of another "
+        "Give `teacher_tokenizer_name_or_path` (or pass `teacher_processing_class`): a teacher that reads ids "
+        "of another "
         "vocabulary gives a finite loss and no signal."
     )
     if place is None:

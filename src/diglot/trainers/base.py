@@ -1,12 +1,15 @@
 """What GKD and MiniLLM share: two models, two renderings, one alignment; a window of micro-batches per optimizer step.
 
-One optimizer step works on one *window*: all micro-batches of its accumulation steps. The window is where completions are
+One optimizer step works on one *window*: all micro-batches of its accumulation steps. The window is where
+completions are
 sampled (in one call), where both sides are read and aligned, and where the items over which the loss is averaged are
 counted, over all ranks. What is left for `compute_loss` is a forward pass, a divergence and a sum.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import random
 from abc import abstractmethod
 from collections import defaultdict
@@ -20,27 +23,22 @@ import torch
 from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from diglot.batches import AlignedBatch, PackedSide, PairReader, ReadPair, align_pairs
+from diglot.batches import AlignedBatch, PackedSide, ReadPair, align_pairs
 from diglot.data import Sample, to_sample
 from diglot.errors import AlignmentError, ConfigError
-from diglot.evaluation import Evaluator, OnPolicyReport, ReferenceReport
+from diglot.evaluation import Evaluator, OnPolicyReport
 from diglot.heads import Head, default_chunk_rows, last_hidden, reads_few_columns, reduce_rows, token_logps
-from diglot.objectives import Pair, RowObjective, Values
+from diglot.objectives import RowObjective, Values
 from diglot.rendering import Conversation, Renderer, Role
 from diglot.report import CompletionRow, model_card, print_completions
 from diglot.rollouts import TransformersSampler
-from diglot.teachers import LocalTeacher, find_teacher_tokenizer
 from diglot.trainers.config import DistillationConfig
 from diglot.trainers.metrics import StepMetrics
+from diglot.trainers.sides import describe, prepare_sides
+
+logger = logging.getLogger(__name__)
 
 Window = list[list[Sample]]
 Ids = NDArray[np.int64]
@@ -79,78 +77,39 @@ class DistillationTrainer(Trainer):
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
     ) -> None:
         args = args if args is not None else self.config_class(output_dir="diglot-output")
-        student, tokenizer = self._prepare_student(model, processing_class, args)
-        self._prepare_readers(student, tokenizer, teacher_model, teacher_processing_class, args)
+        sides = prepare_sides(model, teacher_model, processing_class, teacher_processing_class, args)
+        self.student_renderer, self.teacher, self.reader = sides.renderer, sides.teacher, sides.reader
+        self.same_vocabulary = sides.same_vocabulary
+        student: Any = sides.student
         if peft_config is not None:
             from peft import get_peft_model
 
             student = get_peft_model(student, peft_config)
         self._metrics = StepMetrics()
         super().__init__(
-            model=student, args=args, data_collator=data_collator or collate_samples, train_dataset=train_dataset,
-            eval_dataset=eval_dataset, processing_class=tokenizer, compute_metrics=compute_metrics,
-            callbacks=callbacks, optimizers=optimizers,
+            model=student,
+            args=args,
+            data_collator=data_collator or collate_samples,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=sides.renderer.tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = True  # every micro-batch's loss is already a share of the window's
-        self.student_head = Head.of(self.model)
-        self.student_head.verify(self.model)
-        self.teacher.model.to(self.args.device)
-        self.pair = self.pair.to(self.args.device)
+        self.student_head = Head.of(self.student)
+        self.student_head.verify(self.student)
+        self.teacher.model.to(self.args.device)  # type: ignore[arg-type]
+        self.pair = sides.pair.to(self.args.device)
+        if self.is_world_process_zero():
+            logger.info(describe(sides))
         self._prepare_objectives()
 
-    # ---- construction ------------------------------------------------------------------------------------------
-
-    def _prepare_student(
-        self, model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None, args: DistillationConfig
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
-        elif args.model_init_kwargs:
-            raise ConfigError("model_init_kwargs is for a student given by name; this one is already a model. Drop it.")
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        if args.disable_dropout:
-            for module in model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
-        return model, tokenizer
-
-    def _prepare_readers(
-        self,
-        student: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        teacher: PreTrainedModel | str | None,
-        teacher_tokenizer: PreTrainedTokenizerBase | None,
-        args: DistillationConfig,
-    ) -> None:
-        """Both renderers, the teacher, the pair of vocabularies, and the reader that goes with them."""
-        name = teacher if isinstance(teacher, str) else None
-        if teacher is None:
-            name = args.teacher_model_name_or_path
-            if name is None:
-                raise ConfigError("There is no teacher. Pass teacher_model or set teacher_model_name_or_path.")
-        if name is not None:
-            init = {"revision": args.teacher_model_revision, "trust_remote_code": args.teacher_trust_remote_code}
-            teacher = AutoModelForCausalLM.from_pretrained(name, **{**init, **(args.teacher_model_init_kwargs or {})})
-        assert isinstance(teacher, PreTrainedModel)
-        if teacher_tokenizer is None:
-            teacher_tokenizer = find_teacher_tokenizer(
-                teacher, tokenizer_name_or_path=args.teacher_tokenizer_name_or_path, model_name_or_path=name,
-                student_name_or_path=student.config._name_or_path, student_tokenizer=tokenizer,
-                revision=args.teacher_model_revision, trust_remote_code=args.teacher_trust_remote_code,
-            )
-        self.student_renderer = _renderer(student, tokenizer, args.chat_template_kwargs, "student")
-        teacher_renderer = _renderer(teacher, teacher_tokenizer, args.teacher_chat_template_kwargs, "teacher")
-        self.teacher = LocalTeacher(teacher, teacher_renderer, args.teacher_max_length)
-        self.pair = Pair.of(
-            self.student_renderer.vocabulary, teacher_renderer.vocabulary, self.student_renderer.stop_ids,
-            teacher_renderer.stop_ids,
-        )
-        self.same_vocabulary = self.pair.same and args.vocabulary_path == "auto"
-        self.reader = PairReader(
-            self.student_renderer, teacher_renderer, same_vocabulary=self.same_vocabulary, max_length=args.max_length,
-            teacher_max_length=self.teacher.max_length, score_turns=args.score_turns,
-        )
+    @property
+    def student(self) -> PreTrainedModel:
+        """The model in training, without the wrappers of data parallelism."""
+        return self.accelerator.unwrap_model(self.model)
 
     @abstractmethod
     def _prepare_objectives(self) -> None:
@@ -177,7 +136,9 @@ class DistillationTrainer(Trainer):
     def write_completions(self, window: Window) -> list[list[ReadPair | None]]:
         """The student writes `num_generations` completions for each prompt of the window, in one call."""
         conversations = [[s.conversation for s in batch for _ in range(self.args.num_generations)] for batch in window]
-        prompts = [[self.reader.prompt_ids(c, self.args.max_completion_length) for c in batch] for batch in conversations]
+        prompts = [
+            [self.reader.prompt_ids(c, self.args.max_completion_length) for c in batch] for batch in conversations
+        ]
         asked = [both for batch in zip(conversations, prompts, strict=True) for both in zip(*batch, strict=True)]
         kept = [(c, p) for c, p in asked if p is not None]
         completions = iter(self.sample([c for c, _ in kept], [p for _, p in kept]))
@@ -189,7 +150,9 @@ class DistillationTrainer(Trainer):
     def sample(self, conversations: Sequence[Conversation], prompts: Sequence[Ids]) -> list[Ids]:
         """One completion for each of the student's prompts, by the student as it is now."""
         return self.sampler(
-            self.accelerator.unwrap_model(self.model), prompts, max_new_tokens=self.args.max_completion_length,
+            self.student,
+            prompts,
+            max_new_tokens=self.args.max_completion_length,
             seed=self.seed_for("rollouts", per_rank=True),
         )
 
@@ -208,7 +171,10 @@ class DistillationTrainer(Trainer):
         unscored = {Role.REASONING} if not self.args.score_reasoning else set()
         unscored |= {Role.TOOL_CALL} if not self.args.score_tool_calls else set()
         batch = align_pairs(
-            pairs, pad_s=pad_id(self.student_renderer), pad_t=pad_id(self.teacher.renderer), on_policy=on_policy,
+            pairs,
+            pad_s=pad_id(self.student_renderer),
+            pad_t=pad_id(self.teacher.renderer),
+            on_policy=on_policy,
             unscored_roles=frozenset(unscored),
         )
         return batch.to(self.args.device)
@@ -246,7 +212,8 @@ class DistillationTrainer(Trainer):
         if totals["tokens"] and coverage < self.args.min_coverage:
             raise AlignmentError(
                 f"Only {coverage:.1%} of the student's scored tokens could be aligned with the teacher's in step "
-                f"{self.state.global_step}; min_coverage is {self.args.min_coverage:.0%}. Look at the pair's tokenizers: a "
+                f"{self.state.global_step}; min_coverage is {self.args.min_coverage:.0%}. Look at the pair's "
+                f"tokenizers: a "
                 "lossy normaliser on one side, or text that the teacher's context cannot hold, are the usual reasons."
             )
 
@@ -264,7 +231,8 @@ class DistillationTrainer(Trainer):
             loss = self.batch_loss(model, inputs["batch"])
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"The loss of step {self.state.global_step} is {loss.item()}, expected a finite number; the optimizer was "
+                f"The loss of step {self.state.global_step} is {loss.item()}, expected a finite number; the "
+                f"optimizer was "
                 "not run. Lower the learning rate, or look at this step's completions (log_completions)."
             )
         return (loss, {}) if return_outputs else loss
@@ -291,19 +259,30 @@ class DistillationTrainer(Trainer):
         }[whose]
         # With equal vocabularies the textbook compares the very id that was written, not the mass of the stop set.
         stop = torch.zeros_like(side.stop) if self.same_vocabulary else side.stop
-        return token_logps(hidden, head, side.targets, stop, stop_ids, chunk_rows=self.chunk_rows(), temperature=temperature)
+        return token_logps(
+            hidden, head, side.targets, stop, stop_ids, chunk_rows=self.chunk_rows(), temperature=temperature
+        )
 
     def row_loss(
         self, objective: RowObjective, share: float, hidden_s: Tensor, hidden_t: Tensor, batch: AlignedBatch
     ) -> tuple[Tensor, Values]:
-        """`share` times the sum of a divergence over its rows, each times its importance weight, and the single values."""
+        """`share` times the sum of a divergence over its rows, each times its importance weight, and the single
+        values."""
         rows_s, rows_t, _ = objective.rows(batch.alignment)
         weight = torch.full((len(rows_s),), share, dtype=torch.float64, device=hidden_s.device)
         if batch.weight is not None:
             weight = weight * batch.weight[rows_s]
         return reduce_rows(
-            objective, hidden_s, self.student_head, hidden_t, self.teacher.head, rows_s, rows_t, weight,
-            self.chunk_rows(reads_few_columns(objective, self.student_head, self.teacher.head)), temperature=self.args.kd_temperature,
+            objective,
+            hidden_s,
+            self.student_head,
+            hidden_t,
+            self.teacher.head,
+            rows_s,
+            rows_t,
+            weight,
+            self.chunk_rows(reads_few_columns(objective, self.student_head, self.teacher.head)),
+            temperature=self.args.kd_temperature,
         )
 
     def chunk_rows(self, few_columns: bool = False) -> int:
@@ -325,7 +304,7 @@ class DistillationTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Six times parameters times student tokens of the batch."""
-        return 6 * self.model.num_parameters(exclude_embeddings=True) * inputs["batch"].student.input_ids.numel()
+        return 6 * self.student.num_parameters(exclude_embeddings=True) * inputs["batch"].student.input_ids.numel()
 
     # ---- evaluation --------------------------------------------------------------------------------------------
 
@@ -347,7 +326,8 @@ class DistillationTrainer(Trainer):
         if data is None:
             raise ConfigError("There is nothing to evaluate on. Pass eval_dataset.")
         rank, world = self.args.process_index, self.args.world_size
-        samples = [to_sample(data[i], where=f"evaluation row {i}") for i in range(rank, len(data), world)]
+        rows: Any = data
+        samples = [to_sample(rows[i], where=f"evaluation row {i}") for i in range(rank, len(rows), world)]
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._evaluate_samples(samples).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -355,31 +335,33 @@ class DistillationTrainer(Trainer):
 
     def evaluator(self) -> Evaluator:
         """Evaluates the student as it is now, against this trainer's teacher."""
-        student = self.accelerator.unwrap_model(self.model)
-        return Evaluator(student, self.reader, self.teacher, self.pair, batch_size=self.args.per_device_eval_batch_size)
+        return Evaluator(
+            self.student, self.reader, self.teacher, self.pair, batch_size=self.args.per_device_eval_batch_size
+        )
 
     def _evaluate_samples(self, samples: list[Sample]) -> dict[str, float]:
         """Metrics over all ranks' samples. Every rank samples with the same seeds at every evaluation."""
         evaluator = self.evaluator()
         reference = evaluator.on_reference([s for s in samples if s.reply is not None])
         written = evaluator.on_policy(
-            [s.conversation for s in samples], self.sampler, max_new_tokens=self.args.max_completion_length,
+            [s.conversation for s in samples],
+            self.sampler,
+            max_new_tokens=self.args.max_completion_length,
             seed=self.args.seed,
         )
         self.reader.take_dropped()
         columns = {f"reference/{n}": getattr(reference, n) for n in ("nats", "num_bytes")}
         columns |= {n: getattr(written, n) for n in OnPolicyReport.columns()}
-        totals = {n: np.array([v]) for n, v in self.count_over_ranks({k: float(v.sum()) for k, v in columns.items()}).items()}
-        on_policy = OnPolicyReport(**{n: totals[n] for n in OnPolicyReport.columns()})
+        totals = self.count_over_ranks({name: float(values.sum()) for name, values in columns.items()})
+        on_policy = OnPolicyReport.of_totals(totals)
         metrics = {
             "loss": on_policy.reverse_kl_nats_per_byte,
             "reverse_kl_nats_per_byte": on_policy.reverse_kl_nats_per_byte,
             "stop_agreement": on_policy.stop_agreement,
             "coverage": on_policy.coverage,
         }
-        if totals["reference/num_bytes"].any():
-            reference = ReferenceReport(totals["reference/nats"], totals["reference/num_bytes"])
-            metrics["bits_per_byte"] = reference.bits_per_byte
+        if totals["reference/num_bytes"]:
+            metrics["bits_per_byte"] = totals["reference/nats"] / totals["reference/num_bytes"] / math.log(2)
         return metrics
 
     # ---- logging -----------------------------------------------------------------------------------------------
@@ -395,9 +377,13 @@ class DistillationTrainer(Trainer):
         if not (args.log_completions and step % args.log_completions_steps == 0 and self.is_world_process_zero()):
             return
         pairs = [pair for batch in batches for pair in batch.pairs][: args.num_completions_to_print]
-        decode = self.student_renderer.tokenizer.decode
+
+        def decode(ids: Ids) -> str:
+            return str(self.student_renderer.tokenizer.decode(ids))
+
         rows = [
-            CompletionRow(decode(p.student.ids[: p.prompt_length]), decode(p.student.ids[p.prompt_length :])) for p in pairs
+            CompletionRow(decode(p.student.ids[: p.prompt_length]), decode(p.student.ids[p.prompt_length :]))
+            for p in pairs
         ]
         print_completions(rows, step)
 
@@ -418,8 +404,8 @@ class DistillationTrainer(Trainer):
             return
         student, teacher = self.student_renderer.vocabulary, self.teacher.renderer.vocabulary
         card = model_card(
-            model_name=model_name or Path(self.args.output_dir).name,
-            student=finetuned_from or self.model.config._name_or_path,
+            model_name=model_name or Path(str(self.args.output_dir)).name,
+            student=finetuned_from or self.student.config._name_or_path,
             teacher=self.teacher.model.config._name_or_path,
             dataset=dataset if isinstance(dataset, str) else ", ".join(dataset or []) or None,
             method=type(self).__name__.removesuffix("Trainer"),
@@ -429,7 +415,7 @@ class DistillationTrainer(Trainer):
             versions=", ".join(f"{name} {version(name)}" for name in ("diglot", "transformers", "torch")),
             tags=[tags] if isinstance(tags, str) else tags,
         )
-        card.save(Path(self.args.output_dir) / "README.md")
+        card.save(Path(str(self.args.output_dir)) / "README.md")
 
 
 def collate_samples(rows: list[dict[str, Any]]) -> dict[str, list[Sample]]:
@@ -441,12 +427,3 @@ def pad_id(renderer: Renderer) -> int:
     """What fills shorter rows: masked everywhere, so any id will do."""
     token = renderer.tokenizer.pad_token_id
     return token if token is not None and token < len(renderer.vocabulary) else renderer.stop_id
-
-
-def _renderer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template_kwargs: Any, name: str
-) -> Renderer:
-    return Renderer(
-        tokenizer, num_embeddings=model.get_input_embeddings().num_embeddings, generation_config=model.generation_config,
-        chat_template_kwargs=template_kwargs, name=name,
-    )

@@ -33,7 +33,7 @@ class DistillationConfig(TrainingArguments):
     logging_steps: float = option(10, "Log every so many optimizer steps.", "Logging")
     logging_nan_inf_filter: bool = option(False, "Hide non-finite losses in the log (never on by default).", "Logging")
     remove_unused_columns: bool = option(False, "Kept off: conversations are rendered from their own columns.", "Data")
-    report_to: None | str | list[str] = option("none", "Trackers: tensorboard, wandb, trackio ...", "Logging")
+    report_to: str | list[str] | None = option("none", "Trackers: tensorboard, wandb, trackio ...", "Logging")
 
     # Student
     model_init_kwargs: dict[str, Any] | str | None = option(
@@ -58,14 +58,17 @@ class DistillationConfig(TrainingArguments):
         None, "Arguments for the teacher's chat template.", "Teacher"
     )
     teacher_max_length: int | None = option(
-        None, "Longest text in teacher tokens; the model's own limit when not given. What is beyond is not scored.",
+        None,
+        "Longest text in teacher tokens; the model's own limit when not given. What is beyond is not scored.",
         "Teacher",
     )
 
     # Data
     max_length: int | None = option(
-        1024, "Longest prompt + completion in student tokens. The end is cut, never the front; "
-        "a sample whose prompt alone does not fit is dropped and counted.", "Data",
+        1024,
+        "Longest prompt + completion in student tokens. The end is cut, never the front; "
+        "a sample whose prompt alone does not fit is dropped and counted.",
+        "Data",
     )
     score_turns: str = option(
         "last", "Which assistant turns of a conversation are trained on.", "Data", choices=["last", "all"]
@@ -76,7 +79,9 @@ class DistillationConfig(TrainingArguments):
     # Generation
     max_completion_length: int = option(128, "Longest completion the student writes.", "Generation")
     temperature: float = option(1.0, "Temperature of sampling (the divergence has `kd_temperature`).", "Generation")
-    top_p: float = option(1.0, "Nucleus sampling; below 1 the samples are no longer the student's own law.", "Generation")
+    top_p: float = option(
+        1.0, "Nucleus sampling; below 1 the samples are no longer the student's own law.", "Generation"
+    )
     top_k: int = option(0, "Top-k sampling, 0: off.", "Generation")
     num_generations: int = option(1, "Completions per prompt.", "Generation")
 
@@ -86,14 +91,17 @@ class DistillationConfig(TrainingArguments):
         16, "`strict`: how many of the student's likeliest shared tokens a row compares, 0: all.", "Objective"
     )
     vocabulary_path: str = option(
-        "auto", "`auto` takes the shorter same-vocabulary path when both tables are equal; `general` never does.",
-        "Objective", choices=["auto", "general"],
+        "auto",
+        "`auto` takes the shorter same-vocabulary path when both tables are equal; `general` never does.",
+        "Objective",
+        choices=["auto", "general"],
     )
     rows_per_chunk: int | None = option(
         None, "Rows of logits that exist at a time; chosen from free memory when not given.", "Objective"
     )
     min_coverage: float = option(
-        0.5, "Stop when the share of scored student tokens that could be aligned falls below this over a step.",
+        0.5,
+        "Stop when the share of scored student tokens that could be aligned falls below this over a step.",
         "Objective",
     )
 
@@ -131,15 +139,18 @@ class GKDConfig(DistillationConfig):
         0.5, "Share of steps on the student's own completions (one draw a step, the same on all ranks).", "Objective"
     )
     beta: float = option(
-        0.5, "The divergence: 0 is forward KL(teacher || student), 1 is reverse KL(student || teacher), "
-        "between them the generalised Jensen-Shannon divergence.", "Objective",
+        0.5,
+        "The divergence: 0 is forward KL(teacher || student), 1 is reverse KL(student || teacher), "
+        "between them the generalised Jensen-Shannon divergence.",
+        "Objective",
     )
     seq_kd: bool = option(
         False, "On off-policy steps the teacher writes the completion and the student re-reads it.", "Objective"
     )
     objective: str | list[Any] = option(
-        "auto", "Name of an objective, or a list of {name, weight, options}. `auto`: jsd on equal vocabularies, "
-        "else strict.", "Objective",
+        "auto",
+        "Name of an objective, or a list of {name, weight, options}. `auto`: jsd on equal vocabularies, else strict.",
+        "Objective",
     )
     max_new_tokens: int | None = option(None, "Another name of max_completion_length, as in TRL's GKD.", "Generation")
 
@@ -163,7 +174,8 @@ class MiniLLMConfig(DistillationConfig):
 
     rkl_advantage: bool = option(True, "The policy-gradient term (the paper's long part).", "Objective")
     single_step_decomposition: bool = option(
-        True, "The single-step part as an exact divergence on every row where both next tokens can be compared.",
+        True,
+        "The single-step part as an exact divergence on every row where both next tokens can be compared.",
         "Objective",
     )
     gamma: float = option(0.95, "Discount of later rewards, per aligned chunk.", "Objective")
@@ -173,10 +185,14 @@ class MiniLLMConfig(DistillationConfig):
     epsilon: float = option(0.2, "PPO clip range of the probability ratio.", "Objective")
     num_iterations: int = option(4, "Optimizer steps on each set of completions (inner epochs).", "Objective")
     teacher_mixed_alpha: float = option(
-        0.2, "Share of the teacher in teacher-mixed sampling. Equal vocabularies: every token is drawn from the mixture. "
-        "Others: with this probability the teacher writes a prefix that the student continues.", "Generation",
+        0.2,
+        "Share of the teacher in teacher-mixed sampling. Equal vocabularies: every token is drawn from the mixture. "
+        "Others: with this probability the teacher writes a prefix that the student continues.",
+        "Generation",
     )
-    lm_coef: float = option(1.0, "Weight of the language-modelling loss on `lm_dataset`, when one is given.", "Objective")
+    lm_coef: float = option(
+        1.0, "Weight of the language-modelling loss on `lm_dataset`, when one is given.", "Objective"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,5 +204,6 @@ class MiniLLMConfig(DistillationConfig):
         _require(self.lm_coef >= 0, "lm_coef", self.lm_coef, "0 or more")
         if not (self.rkl_advantage or self.single_step_decomposition):
             raise ConfigError(
-                "rkl_advantage=False and single_step_decomposition=False leave nothing of MiniLLM. Switch one of them on."
+                "rkl_advantage=False and single_step_decomposition=False leave nothing of MiniLLM. Switch one "
+                "of them on."
             )

@@ -94,7 +94,9 @@ class GKDTrainer(DistillationTrainer):
         samples = [sample for batch in window for sample in batch]
         prompts = [renderer.prompt_ids(s.conversation) for s in samples]
         completions = self.sampler_for(renderer)(
-            self.teacher.model, prompts, max_new_tokens=self.args.max_completion_length,
+            self.teacher.model,
+            prompts,
+            max_new_tokens=self.args.max_completion_length,
             seed=self.seed_for("seq_kd", per_rank=True),
         )
         pairs = iter(map(self._teacher_wrote, samples, completions))
@@ -121,7 +123,10 @@ class GKDTrainer(DistillationTrainer):
             loss, rows = self.row_loss(term.objective, share, hidden_s, hidden_t, batch)
             metrics = {"loss": rows.loss, **rows.metrics}
         else:
-            logp_s, logp_t = self.logps(hidden_s, batch.student, "student"), self.logps(hidden_t, batch.teacher, "teacher")
+            logp_s, logp_t = (
+                self.logps(hidden_s, batch.student, "student"),
+                self.logps(hidden_t, batch.teacher, "teacher"),
+            )
             path = Path(logp_s, logp_t.detach())
             values, mask = term.objective(path, batch.alignment)
             loss, metrics = share * values.loss[mask].sum(), {k: v[mask] for k, v in values.metrics.items()}
@@ -132,5 +137,3 @@ class GKDTrainer(DistillationTrainer):
         for metric, values in metrics.items():
             measured = values[~values.isnan()]
             self._metrics.add_mean(f"{name}/{metric}", float(measured.sum()), len(measured))
-
-

@@ -22,7 +22,8 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class HeldBatch:
-    """One micro-batch: its conversations, the completions in student ids, and their log-probs when they were written."""
+    """One micro-batch: its conversations, the completions in student ids, and their log-probs when they were
+    written."""
 
     conversations: list[Conversation]
     completions: list[Ids]

@@ -46,7 +46,8 @@ class StepMetrics:
         logs = {name: sums[top] / sums[bottom] for name, (top, bottom) in RATIOS.items() if sums[bottom]}
         logs |= {
             name: sums[f"{name}|total"] / count
-            for key in self._means if key.endswith("|total") and (count := sums[f"{(name := key[:-6])}|count"])
+            for key in self._means
+            if key.endswith("|total") and (count := sums[f"{(name := key[:-6])}|count"])
         }
         logs["completions/clipped_ratio"] = 1 - logs.pop("completions/stopped_ratio", 1.0)
         logs["align/dropped_samples"] = sums["dropped_samples"]

@@ -87,14 +87,20 @@ class MiniLLMTrainer(DistillationTrainer):
         alpha, teacher, longest = self.args.teacher_mixed_alpha, self.teacher, self.args.max_completion_length
         if alpha == 0 or not prompts:
             return super().sample(conversations, prompts)
-        student, seed = self.accelerator.unwrap_model(self.model), self.seed_for("rollouts", per_rank=True)
+        student, seed = self.student, self.seed_for("rollouts", per_rank=True)
         if self.same_vocabulary:
             own = [teacher.renderer.prompt_ids(c) for c in conversations]
             mixture = TeacherMixture(teacher.model, own, pad_id(teacher.renderer), alpha)
             return self.sampler(student, prompts, max_new_tokens=longest, seed=seed, processors=[mixture])
         prefixes = write_prefixes(
-            conversations, teacher.model, teacher.renderer, self.student_renderer, self.sampler_for(teacher.renderer),
-            alpha=alpha, max_new_tokens=longest, seed=seed,
+            conversations,
+            teacher.model,
+            teacher.renderer,
+            self.student_renderer,
+            self.sampler_for(teacher.renderer),
+            alpha=alpha,
+            max_new_tokens=longest,
+            seed=seed,
         )
         return continue_prefixes(self.sampler, student, prompts, prefixes, max_new_tokens=longest, seed=seed)
 
@@ -104,35 +110,48 @@ class MiniLLMTrainer(DistillationTrainer):
         temperature = self.args.kd_temperature
         batch.logp_t = self.logps(self.teacher_hidden(batch), batch.teacher, "teacher", temperature)
         if batch.logp_old is None:  # given when the rollouts come from a checkpoint
-            batch.logp_old = self.logps(self.hidden_at_rows(self.model, batch.student), batch.student, "student", temperature)
+            batch.logp_old = self.logps(
+                self.hidden_at_rows(self.student, batch.student), batch.student, "student", temperature
+            )
         if self.args.teacher_mixed_alpha > 0:
             batch.weight = mixture_weight(
-                batch.logp_old, batch.logp_t, batch.alignment, self.args.teacher_mixed_alpha,
+                batch.logp_old,
+                batch.logp_t,
+                batch.alignment,
+                self.args.teacher_mixed_alpha,
                 None if self.same_vocabulary else self.args.max_completion_length,
             )
 
     def _set_advantages(self, batches: Sequence[AlignedBatch]) -> None:
         """Advantages of the window, whitened over all its tokens on all ranks, and the counts of each term."""
-        args = self.args
-        for batch in batches:
-            assert batch.logp_old is not None and batch.logp_t is not None
-            batch.advantage = span_advantages(
-                batch.logp_old, batch.logp_t, batch.alignment, gamma=args.gamma,
-                length_normalization=args.length_normalization, reward_clip=args.reward_clip,
-                dense=self._dense(batch) if args.single_step_decomposition else None,
-            )
-        sums = self.count_over_ranks({
-            "tokens": sum(float(self._scored(b).sum()) for b in batches),
-            "sum": sum(float(b.advantage[self._scored(b)].double().sum()) for b in batches),
-            "squares": sum(float(b.advantage[self._scored(b)].double().square().sum()) for b in batches),
-        })
+        found = [self._raw_advantages(batch) for batch in batches]
+        scored = [values[self._scored(batch)].double() for values, batch in zip(found, batches, strict=True)]
+        sums = self.count_over_ranks(
+            {
+                "tokens": float(sum(len(values) for values in scored)),
+                "sum": float(sum(values.sum() for values in scored)),
+                "squares": float(sum(values.square().sum() for values in scored)),
+            }
+        )
         count = max(sums["tokens"], 1.0)
         mean = sums["sum"] / count
         deviation = max(sums["squares"] / count - mean * mean, 0.0) ** 0.5
-        for batch in batches:
+        for batch, values in zip(batches, found, strict=True):
             batch.counts = {"tokens": count}
-            if args.whiten_advantages:
-                batch.advantage = (batch.advantage - mean) / (deviation + 1e-8)
+            batch.advantage = (values - mean) / (deviation + 1e-8) if self.args.whiten_advantages else values
+
+    def _raw_advantages(self, batch: AlignedBatch) -> Tensor:
+        """Advantages of one micro-batch as the rewards give them, [N_s]."""
+        assert batch.logp_old is not None and batch.logp_t is not None
+        return span_advantages(
+            batch.logp_old,
+            batch.logp_t,
+            batch.alignment,
+            gamma=self.args.gamma,
+            length_normalization=self.args.length_normalization,
+            reward_clip=self.args.reward_clip,
+            dense=self._dense(batch) if self.args.single_step_decomposition else None,
+        )
 
     def _scored(self, batch: AlignedBatch) -> Tensor:
         """Which student tokens lie in an exact chunk, bool [N_s]."""

@@ -11,8 +11,8 @@ from torch.utils.data import Sampler
 class RepeatedWindows(Sampler[int]):
     """Shuffled indices in windows of `window`, each window `repeats` times in a row.
 
-    The last window of an epoch is filled up from the epoch's beginning, so that every row is seen and no window is short.
-    The order depends on seed and epoch only.
+    The last window of an epoch is filled up from the epoch's beginning, so that every row is seen and no window is
+    short. The order depends on seed and epoch only.
     """
 
     def __init__(self, length: int, window: int, repeats: int, seed: int) -> None:

@@ -62,7 +62,8 @@ class ByteEncoder:
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Each text as tokens, with `ends[-1]` the length of the text in bytes.
 
-        Where a normaliser changed the text, or the vocabulary cannot write it, the tokens of the region are not `exact`; all
+        Where a normaliser changed the text, or the vocabulary cannot write it, the tokens of the region are not
+        `exact`; all
         of them but the last end where the region starts. A text for which there is no token at all gives empty arrays.
 
         Raises:
@@ -73,13 +74,18 @@ class ByteEncoder:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise VocabularyError(
-                    f"Text {i} holds the lone surrogate {text[error.start]!r} at character {error.start}, which has no bytes. "
+                    f"Text {i} holds the lone surrogate {text[error.start]!r} at character {error.start}, "
+                    f"which has no bytes. "
                     "Remove or replace it in the data."
                 ) from None
-        self._backend.encode_special_tokens = True  # as plain text, that is: the library's name for not recognising them
+        self._backend.encode_special_tokens = (
+            True  # as plain text, that is: the library's name for not recognising them
+        )
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [
-            self._spans(text, self._apart(text) if self._names and self._names_in(encoding.ids) else _Tokens.of(encoding))
+            self._spans(
+                text, self._apart(text) if self._names and self._names_in(encoding.ids) else _Tokens.of(encoding)
+            )
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 
@@ -123,17 +129,18 @@ class ByteEncoder:
         encoded = self.encode([probe])[0]
         if len(encoded.ids) and not encoded.exact.any():
             raise VocabularyError(
-                f"The tokens of {probe!r} spell {self.vocabulary.bytes_of(encoded.ids)!r}: not one of them is as in the text. "
-                f"The tokenizer was taken for {self.vocabulary.kind}; it must be of another kind, which is not supported."
+                f"The tokens of {probe!r} spell {self.vocabulary.bytes_of(encoded.ids)!r}: not one of them is "
+                f"as in the text. "
+                f"The tokenizer was taken for {self.vocabulary.kind}; it must be of another kind, which is not "
+                f"supported."
             )
 
 
-def _regions(
-    text: str, encoding: _Tokens, ids: Ids, spelt: list[bytes], control: NDArray[np.bool_]
-) -> Encoded:
+def _regions(text: str, encoding: _Tokens, ids: Ids, spelt: list[bytes], control: NDArray[np.bool_]) -> Encoded:
     """Spans of a text that its tokens do not spell, from character offsets, of which nothing is believed unchecked.
 
-    Tokens with overlapping offsets form a group; characters that no token covers belong to the group after them, or to the
+    Tokens with overlapping offsets form a group; characters that no token covers belong to the group after them, or
+    to the
     last. A group is exact if its bytes are those of its characters. Groups that are not, in a row, are one region.
     """
     num_bytes = np.cumsum([0, *(len(c.encode()) for c in text)])

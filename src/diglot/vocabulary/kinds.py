@@ -1,7 +1,7 @@
 """Which bytes each token id of a tokenizer stands for, read from the tokenizer's own description.
 
-Three questions decide: how does its model spell a piece (byte alphabet, `▁` for a space, `##`, `</w>`), which ids are added
-tokens (spelt as they are), and which are special (no bytes at all).
+Three questions decide: how does its model spell a piece (byte alphabet, `▁` for a space, `##`, `</w>`), which ids
+are added tokens (spelt as they are), and which are special (no bytes at all).
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> Description:
     backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
         raise VocabularyError(
-            f"{type(tokenizer).__name__} is not backed by the `tokenizers` library, so the bytes of its tokens cannot be "
+            f"{type(tokenizer).__name__} is not backed by the `tokenizers` library, so the bytes of its tokens "
+            f"cannot be "
             "read. Load it with AutoTokenizer (use_fast=True), or convert it to a tokenizer.json."
         )
     special_ids = set(tokenizer.all_special_ids)
@@ -95,8 +96,10 @@ def _speller(backend: Tokenizer) -> tuple[str, Spell, bool]:
         fallback = bool(getattr(backend.model, "byte_fallback", False))
         return "metaspace", _metaspace_speller((metaspace + replaced)[0], fallback), False
     raise VocabularyError(
-        f"A tokenizer with model {type(backend.model).__name__} and decoder {sorted(decoder_types) or 'none'} does not say which bytes its "
-        "pieces stand for. Supported are byte-level BPE, SentencePiece-style BPE and Unigram (Metaspace), WordPiece, and </w> BPE."
+        f"A tokenizer with model {type(backend.model).__name__} and decoder {sorted(decoder_types) or 'none'} "
+        f"does not say which bytes its "
+        "pieces stand for. Supported are byte-level BPE, SentencePiece-style BPE and Unigram (Metaspace), "
+        "WordPiece, and </w> BPE."
     )
 
 
@@ -107,7 +110,9 @@ def _spell_byte_level(piece: str) -> bytes:
     try:
         return bytes([_ALPHABET[c] for c in piece])
     except KeyError as error:
-        raise VocabularyError(f"byte-level piece {piece!r} holds {error}, which is no letter of the byte alphabet") from None
+        raise VocabularyError(
+            f"byte-level piece {piece!r} holds {error}, which is no letter of the byte alphabet"
+        ) from None
 
 
 def _metaspace_speller(replacement: str, byte_fallback: bool) -> Spell:

@@ -59,8 +59,13 @@ class Vocabulary:
         control[list(texts)] = False
         data = np.frombuffer(b"".join(texts[i] for i in sorted(texts)), dtype=np.uint8)
         return cls(
-            found.kind, data, np.concatenate([[0], np.cumsum(lengths)]), control, names,
-            found.leading_space, unreachable,
+            found.kind,
+            data,
+            np.concatenate([[0], np.cumsum(lengths)]),
+            control,
+            names,
+            found.leading_space,
+            unreachable,
         )
 
     def __len__(self) -> int:
@@ -71,7 +76,7 @@ class Vocabulary:
         """Bytes of each token, [V]."""
         return np.diff(self.offsets)
 
-    def token(self, token_id: int) -> bytes:
+    def token(self, token_id: int | np.integer) -> bytes:
         """The bytes of one token."""
         return self.data[self.offsets[token_id] : self.offsets[token_id + 1]].tobytes()
 
@@ -132,7 +137,8 @@ class Vocabulary:
         if not self.same_as(other) or len(self) == len(other):
             return ""
         return (
-            f"The embeddings have {len(self)} and {len(other)} rows but the tokens are the same: the larger one is padded. "
+            f"The embeddings have {len(self)} and {len(other)} rows but the tokens are the same: the larger "
+            f"one is padded. "
             "The padding rows are left out."
         )
 
@@ -167,7 +173,8 @@ def _beyond(
     wrong = [i for i in beyond if i in texts or i in needed]
     if wrong:
         raise VocabularyError(
-            f"The tokenizer has ids up to {max(wrong)}, the embedding has {num_embeddings} rows: they do not belong together. "
+            f"The tokenizer has ids up to {max(wrong)}, the embedding has {num_embeddings} rows: they do not "
+            f"belong together. "
             "Give the tokenizer that the model was trained with (for a teacher: teacher_tokenizer_name_or_path)."
         )
     return tuple(sorted(beyond))

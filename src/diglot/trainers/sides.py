@@ -1,0 +1,120 @@
+"""From names and options to two models that can be trained against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from diglot.batches import PairReader
+from diglot.errors import ConfigError
+from diglot.objectives import Pair
+from diglot.rendering import Renderer
+from diglot.teachers import LocalTeacher, find_teacher_tokenizer
+from diglot.trainers.config import DistillationConfig
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Student and teacher, what each reads, and what their vocabularies are to each other."""
+
+    student: PreTrainedModel
+    renderer: Renderer  # the student's
+    teacher: LocalTeacher
+    pair: Pair
+    same_vocabulary: bool  # take the path of equal tables
+    reader: PairReader
+
+
+def prepare_sides(
+    student: PreTrainedModel | str,
+    teacher: PreTrainedModel | str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    args: DistillationConfig,
+) -> Sides:
+    """Load what is given by name, find both tokenizers, and say which path the pair takes.
+
+    Raises:
+        ConfigError: no teacher, or arguments for loading a model that is loaded already.
+        TeacherError: the teacher's tokenizer cannot be known.
+        VocabularyError: a tokenizer that does not belong to its model, or whose bytes cannot be known.
+    """
+    student = _load_student(student, args)
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
+    renderer = _renderer(student, tokenizer, args.chat_template_kwargs, "student")
+    name = teacher if isinstance(teacher, str) else args.teacher_model_name_or_path if teacher is None else None
+    model = _load_teacher(name, args) if isinstance(teacher, str) or teacher is None else teacher
+    if teacher_tokenizer is None:
+        teacher_tokenizer = find_teacher_tokenizer(
+            model,
+            tokenizer_name_or_path=args.teacher_tokenizer_name_or_path,
+            model_name_or_path=name,
+            student_name_or_path=student.config._name_or_path,
+            student_tokenizer=tokenizer,
+            revision=args.teacher_model_revision,
+            trust_remote_code=args.teacher_trust_remote_code,
+        )
+    renderer_t = _renderer(model, teacher_tokenizer, args.teacher_chat_template_kwargs, "teacher")
+    local = LocalTeacher(model, renderer_t, args.teacher_max_length)
+    pair = Pair.of(renderer.vocabulary, renderer_t.vocabulary, renderer.stop_ids, renderer_t.stop_ids)
+    same = pair.same and args.vocabulary_path == "auto"
+    reader = PairReader(
+        renderer,
+        renderer_t,
+        same_vocabulary=same,
+        max_length=args.max_length,
+        teacher_max_length=local.max_length,
+        score_turns="all" if args.score_turns == "all" else "last",
+    )
+    return Sides(student, renderer, local, pair, same, reader)
+
+
+def describe(sides: Sides) -> str:
+    """What was found about the pair, in a few sentences for the log."""
+    mine, theirs = sides.renderer.vocabulary, sides.teacher.renderer.vocabulary
+    if sides.pair.same:
+        return f"Student and teacher have the same vocabulary. {mine.padding_note(theirs)}".strip()
+    shared = len(sides.pair.shared_s)
+    return (
+        f"The vocabularies differ ({mine.explain_difference(theirs)}); {shared} tokens are shared. Completions are "
+        "aligned by their bytes, and the teacher reads its own tokens of them in its own template."
+    )
+
+
+def _load_student(student: PreTrainedModel | str, args: DistillationConfig) -> PreTrainedModel:
+    if isinstance(student, str):
+        student = AutoModelForCausalLM.from_pretrained(student, **_kwargs(args.model_init_kwargs))
+    elif args.model_init_kwargs:
+        raise ConfigError("model_init_kwargs is for a student given by name; this one is already a model. Drop it.")
+    if args.disable_dropout:
+        for module in student.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    return student
+
+
+def _load_teacher(name: str | None, args: DistillationConfig) -> PreTrainedModel:
+    if name is None:
+        raise ConfigError("There is no teacher. Pass teacher_model or set teacher_model_name_or_path.")
+    own = {"revision": args.teacher_model_revision, "trust_remote_code": args.teacher_trust_remote_code}
+    return AutoModelForCausalLM.from_pretrained(name, **{**own, **_kwargs(args.teacher_model_init_kwargs)})
+
+
+def _renderer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template_kwargs: Any, name: str) -> Renderer:
+    embeddings: Any = model.get_input_embeddings()
+    return Renderer(
+        tokenizer,
+        num_embeddings=embeddings.num_embeddings,
+        generation_config=model.generation_config,
+        chat_template_kwargs=template_kwargs,
+        name=name,
+    )
+
+
+def _kwargs(given: dict[str, Any] | str | None) -> dict[str, Any]:
+    """Options that `TrainingArguments` has read from JSON, if they came as text."""
+    return given if isinstance(given, dict) else {}
