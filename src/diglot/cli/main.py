@@ -1,0 +1,53 @@
+"""`diglot COMMAND ...`"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from diglot.errors import DiglotError
+
+USAGE = """usage: diglot COMMAND ...
+
+On-policy distillation of language models whose tokenizers differ.
+
+commands:
+  train        distil a teacher into a student (GKD, MiniLLM)
+
+  diglot COMMAND --help   options of a command
+  diglot --version
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. 0: done; 2: an input that cannot work, told in one message on standard error."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if given[0] == "--version":
+        from diglot import __version__
+
+        print(f"diglot {__version__}")
+        return 0
+    try:
+        return _run(given[0], given[1:])
+    except (DiglotError, OSError) as error:
+        print(f"diglot: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command != "train":
+        print(f"diglot: there is no command {command!r}; commands: train", file=sys.stderr)
+        return 2
+    from diglot.cli.parsing import parse_train
+
+    values = parse_train(arguments)
+    from diglot.cli.train import train
+
+    return train(values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Command line and recipe to checked values. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diglot.cli.options import GROUPS, Option, load_options
+from diglot.errors import ConfigError
+
+EXAMPLE = """example:
+  diglot train --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \\
+      --teacher_model_name_or_path Qwen/Qwen2.5-1.5B-Instruct \\
+      --dataset_name prompts.jsonl --trainer gkd --lmbda 1.0 --output_dir runs/first
+
+The same keys, without dashes in front, work in a YAML file: diglot train --config recipe.yaml --learning_rate 2e-5
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes become `ConfigError`, so that they are told like all others."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(message)
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The parser of `diglot train`, in groups, from the committed schema."""
+    parser = _Parser(
+        prog="diglot train",
+        usage="diglot train [--config FILE] [--OPTION VALUE ...]",
+        description="Distil a teacher into a student, on-policy, whatever their tokenizers.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="A YAML file with any of these options; the command line wins."
+    )
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    for option in load_options().values():
+        _add(groups[option.group], option)
+    return parser
+
+
+def _add(group: argparse._ArgumentGroup, option: Option) -> None:
+    names = [f"--{option.name}", *([f"--{option.name.replace('_', '-')}"] if "_" in option.name else [])]
+    text = option.help.replace("%", "%%")
+    only = f" [{option.trainers[0]} only]" if len(option.trainers) == 1 else ""
+    known = f" One of: {', '.join(option.choices)}." if option.choices else ""
+    text += f"{known} (default: {option.default}){only}"
+    if "bool" in option.kinds:
+        group.add_argument(*names, dest=option.name, nargs="?", const="true", metavar="true|false", help=text)
+        negated = [n.replace("--", "--no_" if "_" in n or n == names[0] else "--no-", 1) for n in names[:1]]
+        group.add_argument(*negated, dest=option.name, action="store_const", const="false", help=argparse.SUPPRESS)
+    else:
+        group.add_argument(*names, dest=option.name, metavar=option.kinds[0].upper(), help=text)
+
+
+def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
+    """Options that were given, on the command line or in the recipe, checked and in their own types.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or a recipe that cannot be read.
+    """
+    parsed, unknown = train_parser().parse_known_args(list(arguments))
+    given = vars(parsed)
+    keys = [text.split("=")[0].lstrip("-").replace("-", "_") for text in unknown if text.startswith("--")]
+    if unknown:
+        raise ConfigError(_unknown(keys or [unknown[0]], "on the command line"))
+    recipe = _recipe(Path(given.pop("config"))) if "config" in given else {}
+    return {name: coerce(option_of(name), value) for name, value in {**recipe, **given}.items()}
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no recipe {path}. Check the path of --config.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"The recipe {path} cannot be read: {error}") from error
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+        raise ConfigError(f"The recipe {path} holds {type(found).__name__}, expected one `key: value` a line.")
+    wrong = [key for key in found if key not in load_options()]
+    if wrong:
+        raise ConfigError(_unknown(wrong, f"in {path}"))
+    return dict(found)
+
+
+def option_of(name: str) -> Option:
+    """The option called `name`."""
+    return load_options()[name]
+
+
+def coerce(option: Option, value: Any) -> Any:
+    """`value` in the option's own type. Text is read as on the command line, wherever it comes from."""
+    if value is None:
+        return None
+    for kind in option.kinds:
+        done, result = _as(kind, value)
+        if done and (option.choices is None or result in option.choices):
+            return result
+    expected = f"one of {', '.join(option.choices)}" if option.choices else " or ".join(_NAMES[k] for k in option.kinds)
+    raise ConfigError(f"{option.name} is {value!r}, expected {expected}.")
+
+
+_NAMES = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "json": "a list or mapping",
+}
+
+
+def _as(kind: str, value: Any) -> tuple[bool, Any]:
+    """Whether `value` can be read as `kind`, and what it is then."""
+    if kind == "bool":
+        if isinstance(value, bool):
+            return True, value
+        return (True, value.lower() == "true") if str(value).lower() in ("true", "false") else (False, None)
+    if kind == "json":
+        return _as_json(value)
+    if kind == "str":
+        return (True, value) if isinstance(value, str) else (False, None)
+    if isinstance(value, bool):
+        return False, None
+    try:
+        number = int(value) if kind == "int" else float(value)
+    except (TypeError, ValueError):
+        return False, None
+    return (False, None) if kind == "int" and isinstance(value, float) and value != number else (True, number)
+
+
+def _as_json(value: Any) -> tuple[bool, Any]:
+    if isinstance(value, (list, dict)):
+        return True, value
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
+        return False, None
+    try:
+        return True, json.loads(value)
+    except json.JSONDecodeError:
+        return False, None
+
+
+def _unknown(keys: Iterable[str], where: str) -> str:
+    parts = []
+    for key in keys:
+        near = difflib.get_close_matches(key, load_options(), n=1)
+        parts.append(f"{key!r} is no option{f'; did you mean {near[0]!r}?' if near else ''}")
+    return f"{' '.join(parts)} ({where}; `diglot train --help` lists all)"

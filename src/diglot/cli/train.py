@@ -1,0 +1,135 @@
+"""`diglot train`: from checked values to a trained student."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from diglot.cli.script import TrainArguments
+from diglot.data import load_dataset
+from diglot.errors import ConfigError
+from diglot.trainers import DistillationConfig, GKDConfig, GKDTrainer, MiniLLMConfig, MiniLLMTrainer
+from diglot.trainers.base import DistillationTrainer
+
+TRAINERS: dict[str, tuple[type[DistillationTrainer], type[DistillationConfig]]] = {
+    "gkd": (GKDTrainer, GKDConfig),
+    "minillm": (MiniLLMTrainer, MiniLLMConfig),
+}
+RESOLVED = "resolved_config.yaml"
+
+
+def train(values: dict[str, Any]) -> int:
+    """Train with options that `parse_train` has checked; returns the exit code.
+
+    Nothing is written before models, data and options are known to fit.
+    """
+    script, config = split(values)
+    if script.dry_run:
+        print(yaml.safe_dump(resolved(script, config), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    for name in ("model_name_or_path", "dataset_name"):
+        if getattr(script, name) is None:
+            raise ConfigError(f"{name} is not given. Say --{name} or put it into the recipe.")
+    out = Path(str(config.output_dir))
+    if (out / RESOLVED).exists() and not config.resume_from_checkpoint:
+        raise ConfigError(
+            f"{out} holds a run already. Choose another output_dir, or go on with --resume_from_checkpoint."
+        )
+    trainer = build(script, config)
+    if trainer.is_world_process_zero():
+        out.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(resolved(script, config), sort_keys=False, allow_unicode=True)
+        (out / RESOLVED).write_text(text, encoding="utf-8")
+    resume = config.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint={"true": True, "True": True}.get(str(resume), resume))
+    trainer.save_model()
+    trainer.create_model_card(dataset=script.dataset_name)
+    if trainer.is_world_process_zero():
+        Console().print(f"Student: [bold]{out}[/]")
+    return 0
+
+
+def split(values: dict[str, Any]) -> tuple[TrainArguments, DistillationConfig]:
+    """The script's own options and the trainer's. `ConfigError` for an option of the other trainer, or without a place."""
+    own = {f.name for f in fields(TrainArguments)}
+    script = TrainArguments(**{k: v for k, v in values.items() if k in own})
+    _, config_class = TRAINERS[script.trainer]
+    known = {f.name for f in fields(config_class)}
+    wrong = sorted(k for k in values if k not in own and k not in known)
+    if wrong:
+        raise ConfigError(
+            f"{', '.join(wrong)}: no option of --trainer {script.trainer}. Choose the other trainer, or drop it."
+        )
+    if "output_dir" not in values:
+        raise ConfigError("output_dir is not given. Say --output_dir: the student and its configuration go there.")
+    try:
+        return script, config_class(**{k: v for k, v in values.items() if k not in own})
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # the parent's own checks
+        raise ConfigError(str(error)) from error
+
+
+def resolved(script: TrainArguments, config: DistillationConfig) -> dict[str, Any]:
+    """Every option with the value in force, as plain values; secrets left out."""
+    found = {**vars(script), **config.to_dict()}
+    return {
+        k: v
+        for k, v in found.items()
+        if "token" not in k or "tokenizer" in k or k.startswith(("max_", "average_", "include_"))
+    }
+
+
+def build(script: TrainArguments, config: DistillationConfig) -> DistillationTrainer:
+    """The trainer, with models, tokenizers and data loaded."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    data = _data(script, script.dataset_name, script.dataset_train_split)
+    wants_eval = str(config.eval_strategy).split(".")[-1].lower() != "no"
+    keywords: dict[str, Any] = {
+        "train_dataset": data,
+        "eval_dataset": _data(script, script.dataset_name, script.dataset_test_split) if wants_eval else None,
+    }
+    if script.lm_dataset_name is not None:
+        if script.trainer != "minillm":
+            raise ConfigError(f"lm_dataset_name={script.lm_dataset_name!r} is for --trainer minillm. Drop it.")
+        keywords["lm_dataset"] = _data(script, script.lm_dataset_name, script.dataset_train_split)
+    options = {"revision": script.model_revision, "trust_remote_code": script.trust_remote_code}
+    extra = {"dtype": script.dtype, "attn_implementation": script.attn_implementation}
+    extra = {k: v for k, v in extra.items() if v is not None}
+    own, config.model_init_kwargs = config.model_init_kwargs, None
+    init = own if isinstance(own, dict) else {}
+    model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, **{**options, **extra, **init})
+    tokenizer = AutoTokenizer.from_pretrained(script.tokenizer_name_or_path or script.model_name_or_path, **options)
+    trainer_class, _ = TRAINERS[script.trainer]
+    trainer = trainer_class(model, None, config, processing_class=tokenizer, peft_config=_peft(script), **keywords)
+    config.model_init_kwargs = own
+    return trainer
+
+
+def _data(script: TrainArguments, name: str | None, split: str) -> Any:
+    assert name is not None
+    return load_dataset(name, config=script.dataset_config, split=split, streaming=script.dataset_streaming)
+
+
+def _peft(script: TrainArguments) -> Any:
+    if not script.use_peft:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ConfigError(
+            "use_peft needs the package peft, which is not installed: pip install 'diglot[peft]'."
+        ) from error
+    modules = script.lora_target_modules
+    return LoraConfig(
+        r=script.lora_r,
+        lora_alpha=script.lora_alpha,
+        lora_dropout=script.lora_dropout,
+        target_modules=modules.split(",") if isinstance(modules, str) and "," in modules else modules,
+        task_type="CAUSAL_LM",
+    )

@@ -1,0 +1,204 @@
+"""The command line: fast help, strict keys, recipes, and one real run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tokenizers_zoo as zoo
+import yaml
+
+from diglot.cli.main import main
+from diglot.cli.options import SCHEMA, generate, load_options
+from diglot.cli.parsing import parse_train
+from diglot.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A student and a teacher on disk, each with its tokenizer, and data."""
+    root = tmp_path_factory.mktemp("models")
+    for name, tokenizer, seed in (("student", zoo.chatml(), 0), ("teacher", zoo.inst(), 1)):
+        tiny.tiny_model(tokenizer, seed).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.CHAT_ROWS), encoding="utf-8")
+    return {name: str(root / name) for name in ("student", "teacher", "data.jsonl")}
+
+
+def arguments(folders: dict[str, str], out: Path, *more: str) -> list[str]:
+    return [
+        "train", "--model_name_or_path", folders["student"], "--teacher_model_name_or_path", folders["teacher"],
+        "--dataset_name", folders["data.jsonl"], "--output_dir", str(out), "--max_steps", "2", "--use_cpu",
+        "--per_device_train_batch_size", "4", "--max_completion_length", "6", "--logging_steps", "1", "--disable_tqdm",
+        "--report_to", "none", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [["--help"], ["train", "--help"]])
+def test_help_answers_within_a_second_and_loads_no_torch(command: list[str]) -> None:
+    code = (
+        "import sys; from diglot.cli.main import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    best = 9.0
+    for _ in range(3):  # the machine may be busy; help is fast if it is once
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+        best = min(best, time.monotonic() - start)
+        assert done.returncode == 0, done.stderr
+    assert best < 1.0
+    assert "usage: diglot" in done.stdout
+
+
+def test_help_is_grouped_and_ends_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    places = [
+        text.index(f"\n{g}:") for g in ("Student", "Teacher", "Data", "Objective", "Generation", "Training", "Logging")
+    ]
+    assert places == sorted(places) and text.index("example:") > places[-1]
+    for name in ("--teacher_tokenizer_name_or_path", "--lmbda", "--beta", "--seq_kd", "--learning_rate", "--gamma"):
+        assert name in text
+
+
+def test_the_committed_schema_is_what_the_dataclasses_say() -> None:
+    assert json.loads(SCHEMA.read_text(encoding="utf-8")) == json.loads(json.dumps(generate()))
+
+
+def test_every_option_of_ours_has_help() -> None:
+    assert [o.name for o in load_options().values() if o.group not in ("Training", "Logging") and not o.help] == []
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (["--lambda", "1"], "did you mean 'lmbda'"),
+    (["--teacher_tokenizer", "x"], "did you mean 'teacher_tokenizer_name_or_path'"),
+    (["--beta", "hello"], "beta is 'hello', expected a number"),
+    (["--max_steps", "1.5"], "expected a whole number"),
+    (["--seq_kd", "maybe"], "expected true or false"),
+    (["--score_turns", "some"], "one of last, all"),
+    (["--config", "/nowhere.yaml"], "no recipe /nowhere.yaml"),
+    (["stray"], "stray"),
+])  # fmt: skip
+def test_a_wrong_argument_is_one_message_and_exit_code_2(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["train", "--output_dir", str(tmp_path / "out"), *given]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"lmbda": 2}, "lmbda=2.0"), ({"gamma": 0.5}, "--trainer gkd"), ({"dataset_name": "/none.jsonl"}, "/none.jsonl"),
+    ({"model_name_or_path": "/no/model"}, "/no/model"), ({"teacher_model_name_or_path": "/no/teacher"}, "/no/teacher"),
+    ({"max_length": 5}, "max_length"), ({"objective": "strickt"}, "did you mean 'strict'"),
+])  # fmt: skip
+def test_values_that_cannot_work_write_nothing(
+    change: dict[str, Any], message: str, folders: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    more = [text for k, v in change.items() for text in (f"--{k}", str(v))]
+    assert main(arguments(folders, tmp_path / "out", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_dashes_negations_and_types() -> None:
+    found = parse_train(
+        ["--learning-rate", "1e-4", "--no_disable_dropout", "--use_cpu", "--max_steps=3", "--report_to", "none",
+         "--teacher_model_init_kwargs", '{"a": 1}', "--objective", '[{"name": "strict"}]']
+    )  # fmt: skip
+    assert found == {
+        "learning_rate": 1e-4, "disable_dropout": False, "use_cpu": True, "max_steps": 3, "report_to": "none",
+        "teacher_model_init_kwargs": {"a": 1}, "objective": [{"name": "strict"}],
+    }  # fmt: skip
+
+
+def test_a_recipe_has_the_same_keys_and_the_command_line_wins(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("lmbda: 0.25\nbeta: 1\nlearning_rate: 1e-4\nobjective:\n  - {name: strict, weight: 2.0}\n")
+    found = parse_train(["--config", str(recipe), "--lmbda", "0.75"])
+    assert found == {
+        "lmbda": 0.75,
+        "beta": 1.0,
+        "learning_rate": 1e-4,
+        "objective": [{"name": "strict", "weight": 2.0}],
+    }
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("lambda: 1\n", "did you mean 'lmbda'"), ("- a\n", "expected one"), ("beta: [1\n", "cannot be read"),
+    ("beta: high\n", "beta is 'high'"), ("max_steps: 2.5\n", "whole number"),
+])  # fmt: skip
+def test_a_broken_recipe_says_where(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        parse_train(["--config", str(tmp_path / "r.yaml")])
+
+
+@pytest.mark.parametrize("trainer", ["gkd", "minillm"])
+def test_a_run_trains_saves_and_writes_its_resolved_config(
+    trainer: str, folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(arguments(folders, out, "--trainer", trainer, "--hub_token", "hf_secret")) == 0
+    resolved = yaml.safe_load((out / "resolved_config.yaml").read_text())
+    assert (
+        resolved["max_steps"] == 2
+        and resolved["trainer"] == trainer
+        and resolved["teacher_model_name_or_path"] == folders["teacher"]
+    )
+    assert resolved["kd_temperature"] == 1.0  # defaults as well
+    assert (
+        (out / "model.safetensors").exists()
+        and (out / "tokenizer.json").exists()
+        and "base_model" in (out / "README.md").read_text()
+    )
+    written = b"".join(p.read_bytes() for p in out.rglob("*") if p.suffix in (".yaml", ".json", ".md"))
+    assert b"hf_secret" not in written
+    assert "Student:" in capsys.readouterr().out
+
+
+def test_a_folder_with_a_run_is_not_overwritten(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "resolved_config.yaml").write_text("old")
+    assert main(arguments(folders, tmp_path)) == 2
+    assert "resume_from_checkpoint" in capsys.readouterr().err
+    assert (tmp_path / "resolved_config.yaml").read_text() == "old"
+
+
+def test_a_run_is_resumed_from_its_last_checkpoint(folders: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(arguments(folders, out, "--save_strategy", "steps", "--save_steps", "1")) == 0
+    assert (
+        main(arguments(folders, out, "--resume_from_checkpoint", "true", "--max_steps", "4", "--save_steps", "1")) == 0
+    )
+    state = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+
+
+def test_dry_run_prints_and_stops(folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(folders, tmp_path / "out", "--dry_run")) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["max_completion_length"] == 6
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_from_the_command_line(folders: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "lora"
+    assert main(arguments(folders, out, "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj,v_proj")) == 0
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_unknown_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trane"]) == 2
+    assert "'trane'" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("diglot 0.")
