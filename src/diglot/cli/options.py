@@ -41,10 +41,11 @@ def load_options() -> dict[str, Option]:
     """Name -> option, from the committed schema."""
     entries = json.loads(SCHEMA.read_text(encoding="utf-8"))
     tuples = ("kinds", "trainers", "choices")
-    return {
-        e["name"]: Option(**{k: tuple(v) if k in tuples and v is not None else v for k, v in e.items()})
-        for e in entries
-    }
+    found: dict[str, Option] = {}
+    for entry in entries:
+        values: dict[str, Any] = {k: tuple(v) if k in tuples and v is not None else v for k, v in entry.items()}
+        found[entry["name"]] = Option(**values)
+    return found
 
 
 def generate() -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
     """Options that were given, on the command line or in the recipe, checked and in their own types.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or a recipe that cannot be read.
+        ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or an unreadable recipe.
     """
     parsed, unknown = train_parser().parse_known_args(list(arguments))
     given = vars(parsed)

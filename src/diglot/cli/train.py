@@ -54,7 +54,7 @@ def train(values: dict[str, Any]) -> int:
 
 
 def split(values: dict[str, Any]) -> tuple[TrainArguments, DistillationConfig]:
-    """The script's own options and the trainer's. `ConfigError` for an option of the other trainer, or without a place."""
+    """The script's own options and the trainer's. `ConfigError` for an option that only the other trainer has."""
     own = {f.name for f in fields(TrainArguments)}
     script = TrainArguments(**{k: v for k, v in values.items() if k in own})
     _, config_class = TRAINERS[script.trainer]
@@ -103,7 +103,7 @@ def build(script: TrainArguments, config: DistillationConfig) -> DistillationTra
     extra = {k: v for k, v in extra.items() if v is not None}
     own, config.model_init_kwargs = config.model_init_kwargs, None
     init = own if isinstance(own, dict) else {}
-    model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, **{**options, **extra, **init})
+    model = AutoModelForCausalLM.from_pretrained(str(script.model_name_or_path), **{**options, **extra, **init})
     tokenizer = AutoTokenizer.from_pretrained(script.tokenizer_name_or_path or script.model_name_or_path, **options)
     trainer_class, _ = TRAINERS[script.trainer]
     trainer = trainer_class(model, None, config, processing_class=tokenizer, peft_config=_peft(script), **keywords)

@@ -80,6 +80,9 @@ class DistillationTrainer(Trainer):
         sides = prepare_sides(model, teacher_model, processing_class, teacher_processing_class, args)
         self.student_renderer, self.teacher, self.reader = sides.renderer, sides.teacher, sides.reader
         self.same_vocabulary = sides.same_vocabulary
+        # Before the Trainer's own setup, which makes the output folder: what cannot work leaves nothing behind.
+        self.args, self.pair = args, sides.pair.to(args.device)
+        self._prepare_objectives()
         student: Any = sides.student
         if peft_config is not None:
             from peft import get_peft_model
@@ -101,10 +104,8 @@ class DistillationTrainer(Trainer):
         self.student_head = Head.of(self.student)
         self.student_head.verify(self.student)
         self.teacher.model.to(self.args.device)  # type: ignore[arg-type]
-        self.pair = sides.pair.to(self.args.device)
         if self.is_world_process_zero():
             logger.info(describe(sides))
-        self._prepare_objectives()
 
     @property
     def student(self) -> PreTrainedModel:
@@ -113,7 +114,7 @@ class DistillationTrainer(Trainer):
 
     @abstractmethod
     def _prepare_objectives(self) -> None:
-        """Build what `compute_loss` compares with; called once both models are in place."""
+        """Build what `compute_loss` compares with, from `args`, `pair` and `teacher`; called before the Trainer's setup."""
 
     # ---- one window: sample, read, align, count ----------------------------------------------------------------
 

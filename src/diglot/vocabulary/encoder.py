@@ -1,225 +1,167 @@
-"""Text to ids with the byte offset at which each token ends, and whether its bytes are those of the text."""
+"""Encode text as bytes with an owner: which token ends at which byte, and is it exactly the bytes of the text?"""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer
-from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
 
 from diglot.errors import VocabularyError
-from diglot.vocabulary.kinds import component
+from diglot.vocabulary.backend import BackendEncoder, Spans
+from diglot.vocabulary.probes import PROBES, check_spelling
 from diglot.vocabulary.table import Vocabulary
-
-Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One text as tokens, arrays [n]."""
+    """One encoded text of `length` bytes as `n` tokens.
 
-    ids: Ids
-    ends: NDArray[np.int64]  # byte offset in the text at which each token ends
-    exact: NDArray[np.bool_]  # are the token's bytes the bytes of the text there?
+    ids: [n] int64. ends: [n] int64, token `i` covers the bytes from `ends[i - 1]` (0 for the first) to `ends[i]`.
+    exact: [n] bool, whether the token's bytes are those bytes of the text.
 
+    A run of tokens with `exact` False is one region that cannot be aligned inside: all but its last token end where the
+    region starts, the last ends where the region ends.
+    """
 
-@dataclass(frozen=True)
-class _Tokens:
-    """What the library's encoding of one text says that is used here."""
-
-    ids: Sequence[int]
-    offsets: Sequence[tuple[int, int]]  # characters of the text, to be checked before they are believed
-
-    @classmethod
-    def of(cls, encoding: Encoding) -> _Tokens:
-        return cls(encoding.ids, encoding.offsets)
+    ids: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    exact: NDArray[np.bool_]
 
 
 class ByteEncoder:
-    """Encodes text as the continuation of something: nothing is added, and special tokens are read as plain text.
+    """Encodes text as the continuation of other text, and knows the bytes of every token that it gives.
 
-    Works on private copies of the tokenizer's backend; the tokenizer itself is left as it is.
+    bos_ids: what the tokenizer itself puts before plain text; may be empty.
     """
+
+    bos_ids: tuple[int, ...]
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
-        self._backend = _without_prefix(tokenizer)
-        unknown = getattr(tokenizer, "unk_token_id", None)
-        # In byte-level BPE no merge leads to a special token; elsewhere its name may be a piece like any other.
-        plain = vocabulary.kind == "byte-level"
-        self._names = {} if plain else {i: n for i, n in vocabulary.names.items() if i != unknown}
-        self.bos_ids = _bos_ids(tokenizer)
-        self._check_itself()
-
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Each text as tokens, with `ends[-1]` the length of the text in bytes.
-
-        Where a normaliser changed the text, or the vocabulary cannot write it, the tokens of the region are not
-        `exact`; all
-        of them but the last end where the region starts. A text for which there is no token at all gives empty arrays.
+        """
+        Args:
+            tokenizer: the tokenizer that `vocabulary` was read from. It is copied, never changed.
+            vocabulary: its table.
 
         Raises:
-            VocabularyError: a text holds a lone surrogate, which has no bytes.
+            VocabularyError: the table does not spell what the tokenizer reads.
         """
-        for i, text in enumerate(texts):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise VocabularyError(
-                    f"Text {i} holds the lone surrogate {text[error.start]!r} at character {error.start}, "
-                    f"which has no bytes. "
-                    "Remove or replace it in the data."
-                ) from None
-        self._backend.encode_special_tokens = (
-            True  # as plain text, that is: the library's name for not recognising them
-        )
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [
-            self._spans(
-                text, self._apart(text) if self._names and self._names_in(encoding.ids) else _Tokens.of(encoding)
-            )
-            for text, encoding in zip(texts, encodings, strict=True)
-        ]
+        self.vocabulary = vocabulary
+        self._encoder = BackendEncoder(tokenizer, vocabulary.names)
+        check_spelling(vocabulary, (spans.ids for spans in self._encoder.spans(PROBES)))
+        self.bos_ids = tuple(self._encoder.bos_ids())
 
-    def encode_markup(self, text: str) -> Ids:
-        """Ids of text in which special tokens are recognised; nothing is added."""
-        self._backend.encode_special_tokens = False
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Encode each text as a continuation.
 
-    def _names_in(self, ids: Sequence[int]) -> bool:
-        return any(i in self._names for i in ids)
+        Nothing is added before or after, no dummy prefix is written, and the names of special tokens in a text are
+        spelt out as text. The only control id that can come out is the unknown token, never exact.
 
-    def _apart(self, text: str) -> _Tokens:
-        """Tokens of a text in which a Unigram model found the name of a special token among its pieces.
+        `ends[-1]` is the length of the text in bytes, except where a text gives no token at all (an empty one, or one
+        that the tokenizer drops whole): then all three arrays are empty.
 
-        Each such name is cut behind its first character, so that it is spelt out. A name of one character stays.
+        Raises:
+            VocabularyError: a text that is not Unicode text, because it holds a lone surrogate.
         """
-        names = sorted((n for n in self._names.values() if len(n) > 1), key=len, reverse=True)
-        cuts = [m.start() + 1 for m in re.finditer("|".join(map(re.escape, names)), text)]
-        ids: list[int] = []
-        offsets: list[tuple[int, int]] = []
-        for start, stop in pairwise([0, *cuts, len(text)]):
-            part = self._backend.encode(text[start:stop], add_special_tokens=False)
-            ids += part.ids
-            offsets += [(low + start, high + start) for low, high in part.offsets]
-        return _Tokens(ids, offsets)
+        if isinstance(texts, str):
+            raise VocabularyError("encode takes a list of texts and was given one string: pass [text].")
+        sources = [_utf8(text, where) for where, text in enumerate(texts)]
+        spans = self._encoder.spans(texts)
+        return [self._place(*item) for item in zip(texts, sources, spans, strict=True)]
 
-    def _spans(self, text: str, encoding: _Tokens) -> Encoded:
-        ids = np.array(encoding.ids, dtype=np.int64)
-        spelt = [self.vocabulary.token(i) for i in ids]
-        if spelt and self.vocabulary.leading_space and spelt[0][:1] == b" ":
-            spelt[0] = spelt[0][1:]
-        source = text.encode()
-        if b"".join(spelt) == source and not self.vocabulary.control[ids].any():
-            ends = np.cumsum([len(s) for s in spelt], dtype=np.int64)
-            return Encoded(ids, ends.reshape(-1), np.ones(len(ids), dtype=np.bool_))
-        return _regions(text, encoding, ids, spelt, self.vocabulary.control[ids])
+    def encode_markup(self, text: str) -> NDArray[np.int64]:
+        """Ids [n] of a text in which special tokens are recognised. Nothing is added, no dummy prefix is written.
 
-    def _check_itself(self) -> None:
-        """A table that does not spell what the tokenizer reads is refused before anybody trusts it."""
-        probe = "Hello world, 12 x\n"
-        encoded = self.encode([probe])[0]
-        if len(encoded.ids) and not encoded.exact.any():
-            raise VocabularyError(
-                f"The tokens of {probe!r} spell {self.vocabulary.bytes_of(encoded.ids)!r}: not one of them is "
-                f"as in the text. "
-                f"The tokenizer was taken for {self.vocabulary.kind}; it must be of another kind, which is not "
-                f"supported."
-            )
+        Raises:
+            VocabularyError: a text that is not Unicode text, because it holds a lone surrogate.
+        """
+        _utf8(text, 0)
+        return np.array(self._encoder.markup(text), dtype=np.int64)
+
+    def _place(self, text: str, source: bytes, spans: Spans) -> Encoded:
+        vocabulary = self.vocabulary
+        ids = np.array(spans.ids, dtype=np.int64)
+        pieces = [vocabulary.token(i) for i in spans.ids]
+        if pieces and vocabulary.leading_space and not source[:1].isspace():
+            pieces[0] = pieces[0].removeprefix(b" ")
+        if pieces and vocabulary.trailing_space and not source[-1:].isspace():
+            pieces[-1] = pieces[-1].removesuffix(b" ")
+        if not vocabulary.control[ids].any() and b"".join(pieces) == source:
+            return Encoded(ids, _running(pieces), np.ones(len(ids), dtype=bool))
+        exact, ends = _check_groups(text, source, spans, pieces, vocabulary)
+        return Encoded(ids, ends, exact)
 
 
-def _regions(text: str, encoding: _Tokens, ids: Ids, spelt: list[bytes], control: NDArray[np.bool_]) -> Encoded:
-    """Spans of a text that its tokens do not spell, from character offsets, of which nothing is believed unchecked.
+def _utf8(text: str, where: int) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise VocabularyError(
+            f"Text {where} holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which "
+            "has no bytes in UTF-8. It was probably cut in the middle of a character: clean the text first."
+        ) from error
 
-    Tokens with overlapping offsets form a group; characters that no token covers belong to the group after them, or
-    to the
-    last. A group is exact if its bytes are those of its characters. Groups that are not, in a row, are one region.
+
+def _running(pieces: Sequence[bytes]) -> NDArray[np.int64]:
+    return np.cumsum(np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces)))
+
+
+def _check_groups(
+    text: str, source: bytes, spans: Spans, pieces: list[bytes], vocabulary: Vocabulary
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Token by token (exact, end), where the tokens' bytes are not, as a whole, the bytes of the text.
+
+    Tokens whose characters overlap are one group. A group is exact if its bytes are the bytes of its characters.
     """
-    num_bytes = np.cumsum([0, *(len(c.encode()) for c in text)])
-    groups = _groups(encoding.offsets, len(text))
-    ends, exact = np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=np.bool_)
-    region_start = 0
+    groups = _groups(spans, len(text), gap_before=not vocabulary.trailing_space)
+    offsets = _byte_offsets(text)
+    exact = np.zeros(len(pieces), dtype=bool)
+    ends = np.zeros(len(pieces), dtype=np.int64)
+    region = 0  # where the current inexact region starts
     for first, last, start, stop in groups:
-        low, high = int(num_bytes[start]), int(num_bytes[stop])
-        right = b"".join(spelt[first:last]) == text[start:stop].encode() and not control[first:last].any()
-        if right:
-            ends[first:last] = low + np.cumsum([len(s) for s in spelt[first:last]])
+        low, high = offsets[start], offsets[stop]
+        known = not vocabulary.control[spans.ids[first:last]].any()
+        if known and b"".join(pieces[first:last]) == source[low:high]:
             exact[first:last] = True
-            region_start = high
-        else:  # this group ends the region so far: all tokens before its last stand at the region's start
-            begin = first
-            while begin > 0 and not exact[begin - 1]:
-                begin -= 1
-            ends[begin : last - 1] = region_start
-            ends[last - 1] = high
-    return Encoded(ids, ends, exact)
-
-
-def _groups(offsets: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int, int, int]]:
-    """Groups (first token, last token + 1, first character, last character + 1) that partition the text.
-
-    If the offsets are out of order everything is one group.
-    """
-    whole = [(0, len(offsets), 0, length)] if offsets else []
-    groups: list[list[int]] = []
-    reached = 0
-    for i, (start, stop) in enumerate(offsets):
-        if groups and (start < reached or stop <= start):
-            if start < groups[-1][2] and stop > start:
-                return whole
-            groups[-1][1], groups[-1][3] = i + 1, max(groups[-1][3], stop)
+            ends[first:last] = low + _running(pieces[first:last])
+            region = high
         else:
-            groups.append([i, i + 1, reached, stop])
-        reached = max(reached, groups[-1][3])
-    if groups:
-        groups[-1][3] = length
-    if any(g[3] < g[2] for g in groups):
-        return whole
-    return [(g[0], g[1], g[2], g[3]) for g in groups]
+            # A region grows over the groups that follow, so the token before this group is no longer its last.
+            if first > 0 and not exact[first - 1]:
+                ends[first - 1] = region
+            ends[first:last] = region
+            ends[last - 1] = high
+    return exact, ends
 
 
-def _without_prefix(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the backend that puts nothing before or after a text: no template, no dummy prefix, no truncation."""
-    backend: Tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    parts = {
-        "normalizer": _strip(component(backend.normalizer), "normalizers"),
-        "pre_tokenizer": _strip(component(backend.pre_tokenizer), "pretokenizers"),
-    }
-    # The library builds components only from a whole description: let an empty tokenizer carry them over.
-    empty = json.dumps({**json.loads(Tokenizer(BPE()).to_str()), **parts})
-    carrier = Tokenizer.from_str(empty)
-    backend.normalizer, backend.pre_tokenizer = carrier.normalizer, carrier.pre_tokenizer
-    return backend
+def _groups(spans: Spans, length: int, gap_before: bool) -> list[tuple[int, int, int, int]]:
+    """(first token, last token + 1, first character, last character + 1), which together cover all `length` characters.
+
+    Characters that no token came from belong to the group after them (`gap_before`) or to the one before them; those at
+    the end of the text to the last group, those at its start to the first. Spans that do not ascend give one group.
+    """
+    ids, starts, stops = spans
+    if not ids:
+        return []
+    if not _ascending(starts, length) or not _ascending(stops, length):
+        return [(0, len(ids), 0, length)]
+    firsts = [0]
+    for at in range(1, len(ids)):
+        if starts[at] >= stops[at - 1]:
+            firsts.append(at)
+    lasts = [*firsts[1:], len(ids)]
+    cuts = [stops[last - 1] for last in lasts[:-1]] if gap_before else [starts[first] for first in firsts[1:]]
+    return list(zip(firsts, lasts, [0, *cuts], [*cuts, length], strict=True))
 
 
-def _strip(part: Any, key: str) -> Any:
-    """The component without a `▁` or space that it would put before the text."""
-    if part is None or part["type"] == "Prepend":
-        return None
-    if part["type"] == "Metaspace":
-        return {**part, "prepend_scheme": "never"}
-    if part["type"] == "ByteLevel" and key == "pretokenizers":
-        return {**part, "add_prefix_space": False}
-    if key in part:
-        return {**part, key: [kept for inner in part[key] if (kept := _strip(inner, key)) is not None]}
-    return part
+def _ascending(values: Sequence[int], length: int) -> bool:
+    return all(low <= high for low, high in zip([0, *values], [*values, length], strict=True))
 
 
-def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What the tokenizer puts before plain text of its own accord."""
-    with_special = tokenizer("a", add_special_tokens=True)["input_ids"]
-    without = tokenizer("a", add_special_tokens=False)["input_ids"]
-    for start in range(len(with_special) - len(without) + 1):
-        if with_special[start : start + len(without)] == without:
-            return tuple(with_special[:start])
-    return ()
+def _byte_offsets(text: str) -> NDArray[np.int64]:
+    """[characters + 1] byte at which each character of the text starts, and the length in bytes at the end."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    widths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
+    return np.concatenate([[0], np.cumsum(widths)]).astype(np.int64)

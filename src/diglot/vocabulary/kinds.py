@@ -38,7 +38,8 @@ class Description:
     added: dict[int, str]  # id -> content of a non-special added token
     special: dict[int, str]  # id -> name
     spell: Spell  # bytes of a model piece
-    leading_space: bool  # the decoder drops one space at the start of a text
+    leading_space: bool  # the first token of a text is written without its leading space
+    trailing_space: bool  # the last token of a text is written without its trailing space
 
 
 def describe(tokenizer: PreTrainedTokenizerBase) -> Description:
@@ -59,8 +60,18 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> Description:
     for i, piece in pieces.items():
         if i in special_ids or piece == unk or i == unk_id:
             special.setdefault(i, piece)
+    # What the model has too (Gemma's runs of ▁) is mostly written by the model, so there the model's spelling holds.
+    added = {i: content for i, content in added.items() if i not in pieces}
     kind, spell, leading = _speller(backend)
-    return Description(kind, pieces, added, special, spell, leading)
+    return Description(kind, pieces, added, special, spell, leading, kind == "suffix")
+
+
+def keeps_word_prefix(pre_tokenizer: dict[str, Any] | None) -> bool:
+    """Are words split at whitespace before each gets its own ▁ (as T5 was first converted)? Then ▁ is no dummy."""
+    types = [p["type"] for p in _parts(pre_tokenizer) if p.get("prepend_scheme", "always") == "always"]
+    if "Metaspace" not in types:
+        return False
+    return any(kind in ("WhitespaceSplit", "Whitespace") for kind in types[: types.index("Metaspace")])
 
 
 def component(part: Any) -> dict[str, Any] | None:
@@ -79,14 +90,14 @@ def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _speller(backend: Tokenizer) -> tuple[str, Spell, bool]:
-    decoders = list(_parts(component(backend.decoder)))
+    decoders = list(_parts(component(backend.decoder))) or _undoing(backend)
     types = {d["type"] for d in decoders} | {p["type"] for p in _parts(component(backend.pre_tokenizer))}
     decoder_types = {d["type"] for d in decoders}
     if "ByteLevel" in types:
         return "byte-level", _spell_byte_level, False
     if "WordPiece" in decoder_types:
         (decoder,) = (d for d in decoders if d["type"] == "WordPiece")
-        return "wordpiece", _wordpiece_speller(decoder["prefix"]), True
+        return "wordpiece", _wordpiece_speller(decoder["prefix"], decoder["cleanup"]), True
     if "BPEDecoder" in decoder_types:
         (decoder,) = (d for d in decoders if d["type"] == "BPEDecoder")
         return "suffix", _suffix_speller(decoder["suffix"]), False
@@ -94,7 +105,8 @@ def _speller(backend: Tokenizer) -> tuple[str, Spell, bool]:
     replaced = [d["pattern"].get("String") for d in decoders if d["type"] == "Replace" and d["content"] == " "]
     if metaspace or replaced:
         fallback = bool(getattr(backend.model, "byte_fallback", False))
-        return "metaspace", _metaspace_speller((metaspace + replaced)[0], fallback), False
+        by_words = keeps_word_prefix(component(backend.pre_tokenizer))
+        return "metaspace", _metaspace_speller((metaspace + replaced)[0], fallback), by_words
     raise VocabularyError(
         f"A tokenizer with model {type(backend.model).__name__} and decoder {sorted(decoder_types) or 'none'} "
         f"does not say which bytes its "
@@ -103,16 +115,24 @@ def _speller(backend: Tokenizer) -> tuple[str, Spell, bool]:
     )
 
 
+def _undoing(backend: Tokenizer) -> list[dict[str, Any]]:
+    """For a tokenizer without a decoder: what undoes the ▁ of its pre-tokenizer or normaliser."""
+    for part in [*_parts(component(backend.pre_tokenizer)), *_parts(component(backend.normalizer))]:
+        if part["type"] == "Metaspace":
+            return [part]
+        if part["type"] == "Replace" and part["pattern"] == {"String": " "}:
+            return [{"type": "Replace", "pattern": {"String": part["content"]}, "content": " "}]
+    return []
+
+
 _ALPHABET = byte_alphabet()
 
 
 def _spell_byte_level(piece: str) -> bytes:
     try:
         return bytes([_ALPHABET[c] for c in piece])
-    except KeyError as error:
-        raise VocabularyError(
-            f"byte-level piece {piece!r} holds {error}, which is no letter of the byte alphabet"
-        ) from None
+    except KeyError:  # the library's decoder leaves a piece that is not wholly in the alphabet as it is
+        return piece.encode()
 
 
 def _metaspace_speller(replacement: str, byte_fallback: bool) -> Spell:
@@ -124,8 +144,21 @@ def _metaspace_speller(replacement: str, byte_fallback: bool) -> Spell:
     return spell
 
 
-def _wordpiece_speller(prefix: str) -> Spell:
-    return lambda piece: piece[len(prefix) :].encode() if piece.startswith(prefix) else b" " + piece.encode()
+# How the WordPiece decoder of `tokenizers` tidies a piece with its leading space.
+_CLEANUP = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
+    (" 'm", "'m"), (" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+
+
+def _wordpiece_speller(prefix: str, cleanup: bool) -> Spell:
+    def spell(piece: str) -> bytes:
+        text = piece[len(prefix) :] if piece.startswith(prefix) else " " + piece
+        for old, new in _CLEANUP if cleanup else ():
+            text = text.replace(old, new)
+        return text.encode()
+
+    return spell
 
 
 def _suffix_speller(suffix: str) -> Spell:

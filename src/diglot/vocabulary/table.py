@@ -28,6 +28,7 @@ class Vocabulary:
     control: NDArray[np.bool_]  # [V] no bytes: special tokens and padding rows
     names: Mapping[int, str]  # control id -> its name; padding rows have none
     leading_space: bool = False  # the first token of a text stands for its bytes without the leading space
+    trailing_space: bool = False  # the last token of a text stands for its bytes without the trailing space
     unreachable_ids: tuple[int, ...] = field(default=())  # special ids beyond the embedding
 
     @classmethod
@@ -65,6 +66,7 @@ class Vocabulary:
             control,
             names,
             found.leading_space,
+            found.trailing_space,
             unreachable,
         )
 
@@ -76,12 +78,17 @@ class Vocabulary:
         """Bytes of each token, [V]."""
         return np.diff(self.offsets)
 
-    def token(self, token_id: int | np.integer) -> bytes:
-        """The bytes of one token."""
+    def token(self, token_id: int) -> bytes:
+        """The bytes of one token. Raises `VocabularyError` for an id outside [0, V)."""
+        if not 0 <= token_id < len(self.control):
+            raise VocabularyError(
+                f"Token id {token_id} is not in this vocabulary of {len(self.control)} rows. It is a mask value "
+                "such as -100, or the ids were made by another tokenizer: pass only ids of this model."
+            )
         return self.data[self.offsets[token_id] : self.offsets[token_id + 1]].tobytes()
 
     def bytes_of(self, ids: Sequence[int] | NDArray) -> bytes:
-        """The bytes of `ids`, one after the other."""
+        """The bytes of `ids`, one after the other. Raises `VocabularyError` for an id outside [0, V)."""
         return b"".join(self.token(int(i)) for i in ids)
 
     def display(self, token_id: int) -> str:
@@ -97,7 +104,7 @@ class Vocabulary:
     @cached_property
     def _identity(self) -> dict[int, bytes | str]:
         """Id -> bytes, or name of a control token; without padding rows."""
-        texts: dict[int, bytes | str] = {int(i): self.token(i) for i in np.flatnonzero(~self.control)}
+        texts: dict[int, bytes | str] = {int(i): self.token(int(i)) for i in np.flatnonzero(~self.control)}
         return {**texts, **self.names}
 
     @cached_property
@@ -157,7 +164,7 @@ class Vocabulary:
         found: dict[bytes, int] = {}
         ambiguous: set[bytes] = set()
         for i in np.flatnonzero(~self.control & (self.lengths > 0)):
-            raw = self.token(i)
+            raw = self.token(int(i))
             if raw in found:
                 ambiguous.add(raw)
             found[raw] = int(i)

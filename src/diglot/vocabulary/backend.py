@@ -1,0 +1,164 @@
+"""Private copies of a `tokenizers` backend that encode text as a continuation. The user's own is never changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import tokenizers
+from transformers import PreTrainedTokenizerBase
+
+from diglot.vocabulary.kinds import keeps_word_prefix
+
+Part = dict[str, Any]  # a component in tokenizer.json
+Change = Callable[[Part], Part | None]
+
+
+class Spans(NamedTuple):
+    """Tokens of one text, in order: their ids, and the characters `[start, stop)` of the text that each came from."""
+
+    ids: list[int]
+    starts: list[int]
+    stops: list[int]
+
+
+class BackendEncoder:
+    """Encodes with private copies of a `tokenizers` backend: one that knows the special tokens and one that does not.
+
+    Both have no truncation, no padding, no dropout and no dummy prefix.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, names: Mapping[int, str]) -> None:
+        """
+        Args:
+            tokenizer: left as it is.
+            names: control id -> name, all of which must stay out of reach for text, but for the unknown token.
+        """
+        self._post_processor = tokenizer.backend_tokenizer.post_processor
+        spec = _without_edges(json.loads(tokenizer.backend_tokenizer.to_str()))
+        hidden = _reachable(spec["model"], names)
+        self._plain = _build(_without_specials(spec, names, hidden))
+        self._plain.encode_special_tokens = True
+        # Where the two copies would differ by one switch only, the second costs nothing.
+        self._with_specials = _build(spec) if hidden or _gains_specials(spec, names) else None
+
+    def spans(self, texts: Sequence[str]) -> list[Spans]:
+        """Encode as text, special tokens spelt out."""
+        result = []
+        for encoding in self._plain.encode_batch(list(texts), add_special_tokens=False):
+            starts, stops = zip(*encoding.offsets, strict=True) if encoding.ids else ((), ())
+            result.append(Spans(encoding.ids, list(starts), list(stops)))
+        return result
+
+    def markup(self, text: str) -> list[int]:
+        """Encode with special tokens recognised and nothing added."""
+        if self._with_specials is not None:
+            return self._with_specials.encode(text, add_special_tokens=False).ids
+        self._plain.encode_special_tokens = False
+        try:
+            return self._plain.encode(text, add_special_tokens=False).ids
+        finally:
+            self._plain.encode_special_tokens = True
+
+    def bos_ids(self) -> list[int]:
+        """The ids that the tokenizer's own post-processor puts before plain text."""
+        if self._post_processor is None:
+            return []
+        encoding = self._post_processor.process(self._plain.encode("a", add_special_tokens=False))
+        added = encoding.special_tokens_mask
+        return encoding.ids[: added.index(0)] if 0 in added else []
+
+
+def _build(spec: Part) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+
+
+def _without_edges(spec: Part) -> Part:
+    """The tokenizer without what a text's start or length would change."""
+    # The post-processor goes too: that of ByteLevel trims the spaces off the offsets.
+    copy = {**spec, "truncation": None, "padding": None, "post_processor": None}
+    copy["model"] = {**spec["model"]}
+    if "dropout" in copy["model"]:
+        copy["model"]["dropout"] = None
+    copy["normalizer"] = _rewrite(spec["normalizer"], lambda step: None if step["type"] == "Prepend" else step)
+    if not keeps_word_prefix(spec["pre_tokenizer"]):
+        copy["pre_tokenizer"] = _rewrite(spec["pre_tokenizer"], _never_prefix)
+    return copy
+
+
+def _never_prefix(step: Part) -> Part:
+    if step["type"] == "Metaspace":
+        return {**step, "prepend_scheme": "never"}
+    if step["type"] == "ByteLevel":
+        return {**step, "add_prefix_space": False}
+    return step
+
+
+def _rewrite(component: Part | None, change: Change) -> Part | None:
+    """The component with every single step changed; a step for which `change` gives None is left out."""
+    if component is None or component["type"] != "Sequence":
+        return component and change(component)
+    key = "normalizers" if "normalizers" in component else "pretokenizers"
+    children = [_rewrite(child, change) for child in component[key]]
+    return {**component, key: [child for child in children if child is not None]}
+
+
+def _without_specials(spec: Part, names: Mapping[int, str], hidden: dict[str, str]) -> Part:
+    """The tokenizer in a form in which no text reaches a control token.
+
+    `encode_special_tokens` keeps the added-token matcher from finding those marked special, so all control tokens are
+    marked. Those that the model itself could write (`hidden`) get names that no text has.
+    """
+    added = [
+        {
+            **token,
+            "special": token["special"] or token["id"] in names,
+            "content": hidden.get(token["content"], token["content"]),
+        }
+        for token in spec["added_tokens"]
+    ]
+    return {**spec, "added_tokens": added, "model": _rename(spec["model"], hidden) if hidden else spec["model"]}
+
+
+def _gains_specials(spec: Part, names: Mapping[int, str]) -> bool:
+    """Whether control tokens exist that the tokenizer itself does not mark as special."""
+    return any(token["id"] in names and not token["special"] for token in spec["added_tokens"])
+
+
+def _reachable(model: Part, names: Mapping[int, str]) -> dict[str, str]:
+    """The control tokens that the model may write from their text, without any matcher -> a name that no text has.
+
+    BPE reaches a token by a merge, as a single character, or as a whole word if it ignores merges; every other model
+    reaches each of its pieces. The unknown token stays: the model needs it.
+    """
+    unk_id = model.get("unk_id")
+    unk = model.get("unk_token") if unk_id is None else model["vocab"][unk_id][0]
+    own = _ids(model)
+    found = {name for i, name in names.items() if own.get(name) == i and name != unk}
+    if model["type"] == "BPE" and not model.get("ignore_merges"):
+        skip = len(model.get("continuing_subword_prefix") or "")
+        merged = {left + right[skip:] for left, right in model["merges"]}
+        found = {name for name in found if name in merged or len(name) == 1}
+    return {name: f"\U0010fffe{own[name]}\U0010ffff" for name in found}
+
+
+def _ids(model: Part) -> Mapping[str, int]:
+    """Piece -> id of the model's own vocabulary."""
+    vocab = model["vocab"]
+    return vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+
+
+def _rename(model: Part, hidden: dict[str, str]) -> Part:
+    """The model with the tokens in `hidden` renamed, and without the merges that make or use them."""
+    if isinstance(model["vocab"], list):
+        return {**model, "vocab": [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]}
+    copy = {**model, "vocab": {hidden.get(piece, piece): token_id for piece, token_id in model["vocab"].items()}}
+    if model.get("merges"):
+        skip = len(model.get("continuing_subword_prefix") or "")
+        copy["merges"] = [
+            [left, right]
+            for left, right in model["merges"]
+            if left + right[skip:] not in hidden and left not in hidden and right not in hidden
+        ]
+    return copy
