@@ -52,11 +52,11 @@ PAIRS = {
     "base": Recipe(
         student="smollm2-135m-instruct",
         teacher="gemma-3-270m",
-        max_steps={"gkd": 20, "minillm": 20},
+        max_steps={"gkd": 18, "minillm": 18},
         batch=16,
         max_completion_length=48,
-        learning_rate=2e-5,
-        eval_prompts=64,
+        learning_rate=2e-4,
+        eval_prompts=48,
     ),
     "instruct": Recipe(
         student="smollm2-135m-instruct",
@@ -112,7 +112,7 @@ def make_trainer(recipe: Recipe, pair: str, trainer: str, out: Path, max_steps: 
         seed=0,
         adam_beta2=0.98,
         max_grad_norm=1.0,
-        per_device_eval_batch_size=16,
+        per_device_eval_batch_size=24,
     )
     student, teacher = fetch_model(recipe.student), fetch_model(recipe.teacher)
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (student, teacher)]

@@ -1,12 +1,20 @@
-"""Small tokenizers of every kind, trained in a second on a few lines, with chat templates of unlike styles."""
+"""Small tokenizers of every kind, trained on a few lines, with chat templates of unlike styles.
+
+Some of the library's trainers break ties differently in every process, so what they made is kept in `zoo/`.
+
+    python tests/tokenizers_zoo.py      # train them anew
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+ZOO = Path(__file__).with_name("zoo")
 
 CORPUS = [
     "The river had been rising since dawn, and by noon the water was lapping at the lowest of the stone steps.",
@@ -34,6 +42,14 @@ TURNS = (
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 THINK = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+
+
+def _kept(name: str, train: Callable[[], Tokenizer]) -> Tokenizer:
+    """The tokenizer in `zoo/`, trained and put there if it is missing."""
+    path = ZOO / f"{name}.json"
+    if not path.exists():
+        train().save(str(path), pretty=False)
+    return Tokenizer.from_file(str(path))
 
 
 def _wrap(backend: Tokenizer, template: str | None = None, **special: str) -> PreTrainedTokenizerFast:
@@ -73,9 +89,7 @@ def inst() -> PreTrainedTokenizerFast:
     return _wrap(backend, INST, bos_token="<s>", eos_token="</s>", pad_token="<unk>")
 
 
-@lru_cache
-def turns() -> PreTrainedTokenizerFast:
-    """Gemma-like: spaces as ▁, BPE with byte fallback, BOS added, <end_of_turn> beside <eos>."""
+def _train_turns() -> Tokenizer:
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
@@ -86,7 +100,13 @@ def turns() -> PreTrainedTokenizerFast:
         vocab_size=640, special_tokens=[*special, *pieces], limit_alphabet=60, show_progress=False
     )
     backend.train_from_iterator([line.replace(" ", "▁") for line in CORPUS], trainer)
-    backend = _demote(backend, pieces)
+    return _demote(backend, pieces)
+
+
+@lru_cache
+def turns() -> PreTrainedTokenizerFast:
+    """Gemma-like: spaces as ▁, BPE with byte fallback, BOS added, <end_of_turn> beside <eos>."""
+    backend = _kept("turns", _train_turns)
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     return _wrap(backend, TURNS, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
 
@@ -107,9 +127,7 @@ def nfc() -> PreTrainedTokenizerFast:
     return _wrap(backend, CHATML, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-@lru_cache
-def unigram() -> PreTrainedTokenizerFast:
-    """SentencePiece Unigram with a dummy prefix and byte fallback, no template."""
+def _train_unigram() -> Tokenizer:
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
@@ -117,12 +135,17 @@ def unigram() -> PreTrainedTokenizerFast:
         vocab_size=300, special_tokens=["<s>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
     )
     backend.train_from_iterator(CORPUS, trainer)
-    return _wrap(backend, None, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return backend
 
 
 @lru_cache
-def unigram_nfkc() -> PreTrainedTokenizerFast:
-    """Unigram behind NFKC and lower-casing: lossy."""
+def unigram() -> PreTrainedTokenizerFast:
+    """SentencePiece Unigram with a dummy prefix and byte fallback, no template."""
+    backend = _kept("unigram", _train_unigram)
+    return _wrap(backend, None, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def _train_unigram_nfkc() -> Tokenizer:
     backend = Tokenizer(models.Unigram())
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -131,18 +154,30 @@ def unigram_nfkc() -> PreTrainedTokenizerFast:
         vocab_size=280, special_tokens=["</s>", "<unk>"], unk_token="<unk>", show_progress=False
     )
     backend.train_from_iterator(CORPUS, trainer)
-    return _wrap(backend, None, eos_token="</s>", unk_token="<unk>")
+    return backend
 
 
 @lru_cache
-def wordpiece() -> PreTrainedTokenizerFast:
-    """WordPiece with lower-casing and accent stripping, as BERT's: whitespace is lost."""
+def unigram_nfkc() -> PreTrainedTokenizerFast:
+    """Unigram behind NFKC and lower-casing: lossy."""
+    backend = _kept("unigram_nfkc", _train_unigram_nfkc)
+    return _wrap(backend, None, eos_token="</s>", unk_token="<unk>")
+
+
+def _train_wordpiece() -> Tokenizer:
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(vocab_size=320, special_tokens=["[PAD]", "[UNK]", "[SEP]"], show_progress=False)
     backend.train_from_iterator(CORPUS, trainer)
+    return backend
+
+
+@lru_cache
+def wordpiece() -> PreTrainedTokenizerFast:
+    """WordPiece with lower-casing and accent stripping, as BERT's: whitespace is lost."""
+    backend = _kept("wordpiece", _train_wordpiece)
     return _wrap(backend, None, eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]")
 
 
@@ -162,3 +197,10 @@ LOSSY: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "wordpiece": wordpiece,
 }
 ALL = {**LOSSLESS, **LOSSY}
+
+
+if __name__ == "__main__":
+    for old in ZOO.glob("*.json"):
+        old.unlink()
+    for make in ALL.values():
+        make()

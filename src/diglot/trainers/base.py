@@ -114,7 +114,8 @@ class DistillationTrainer(Trainer):
 
     @abstractmethod
     def _prepare_objectives(self) -> None:
-        """Build what `compute_loss` compares with, from `args`, `pair` and `teacher`; called before the Trainer's setup."""
+        """Build what `compute_loss` compares with, from `args`, `pair` and `teacher`; called before the
+        Trainer's own setup."""
 
     # ---- one window: sample, read, align, count ----------------------------------------------------------------
 
