@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
@@ -95,16 +96,15 @@ def trainer(kind: str, out: Path, **options: Any) -> Any:
         {"prompt": " ".join(row["text"].split(" ")[:12]), "completion": " " + " ".join(row["text"].split(" ")[12:40])}
         for row in fetch_texts("passages", "train")[:16]
     ]
-    import copy
-
     trainer_class, config = {"gkd": (GKDTrainer, GKDConfig), "minillm": (MiniLLMTrainer, MiniLLMConfig)}[kind]
     common = dict(
         output_dir=str(out), max_steps=2, per_device_train_batch_size=4, max_completion_length=16, logging_steps=1,
         learning_rate=5e-5, save_strategy="no", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     return trainer_class(
-        copy.deepcopy(model(STUDENT)), model(TEACHER), config(**{**common, **options}), train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer("smollm2"), teacher_processing_class=tokenizer("gemma3"),
+        copy.deepcopy(model(STUDENT)), model(TEACHER), config(**{**common, **options}),
+        train_dataset=Dataset.from_list(rows), processing_class=tokenizer("smollm2"),
+        teacher_processing_class=tokenizer("gemma3"),
     )  # fmt: skip
 
 
@@ -125,9 +125,9 @@ def test_the_teacher_likes_its_own_language_and_a_wrong_tokenizer_would_show(tmp
     text = fetch_texts("passages", "heldout")[1]["text"][:400]
     pair = made.reader.written(Sample(Conversation(None, text[:80]), text[80:], "held-out"))
     batch = made.align([pair], on_policy=False)
-    right = -made.logps(made.teacher_hidden(batch), batch.teacher, "teacher")[~batch.teacher.stop].sum() / len(
-        text[80:].encode()
-    )
+    scored = len(text[80:].encode())
+    logp_t = made.logps(made.teacher_hidden(batch), batch.teacher, "teacher")
+    right = -logp_t[~batch.teacher.stop].sum() / scored
     ids = torch.from_numpy(np.minimum(batch.pairs[0].student.ids, 262143))[None]
     with torch.no_grad():
         logp = made.teacher.model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])

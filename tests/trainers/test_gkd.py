@@ -373,6 +373,28 @@ def test_w31_several_generations_of_one_prompt_are_all_scored(tmp_path: Path) ->
     assert len(completions) > 1
 
 
+def test_w30_batches_are_as_wide_as_their_longest_sample(tmp_path: Path) -> None:
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=1.0, max_completion_length=100)
+    _with_completions(trainer, [[10, 11], [12], [13, 14, 15], []])
+    (batch,) = window(trainer, CHAT[:4])
+    assert batch.student.input_ids.shape[1] == max(len(p.student.ids) for p in batch.pairs)
+    assert batch.teacher.input_ids.shape[1] == max(len(p.teacher.ids) for p in batch.pairs)
+
+
+def test_w48_a_window_is_sampled_in_one_call(tmp_path: Path) -> None:
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=1.0)
+    calls: list[int] = []
+    original = trainer.model.generate
+
+    def spy(**options: Any) -> Any:
+        calls.append(len(options["input_ids"]))
+        return original(**options)
+
+    trainer.model.generate = spy
+    assert len(window(trainer, CHAT, 2)) == 4
+    assert calls == [8]
+
+
 def test_no_shared_token_at_all_is_an_error_that_says_so(tmp_path: Path) -> None:
     """W21: nothing in common means nothing to compare; not a crash inside an empty maximum."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -1,0 +1,105 @@
+"""What the documentation says is true: its commands and snippets run, its options and files exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import tokenizers_zoo as zoo
+
+from diglot.cli.options import load_options
+from diglot.cli.parsing import parse_train
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.S | re.M)
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    return [
+        (f"{page.name}:{i}", text)
+        for page in PAGES
+        for i, (found, text) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
+        if found == language
+    ]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Tiny stand-ins for the hub names in the documentation."""
+    root = tmp_path_factory.mktemp("hub")
+    for name, tokenizer in (("student", zoo.chatml()), ("teacher", zoo.inst())):
+        tiny.tiny_model(tokenizer).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.PROMPT_ROWS), encoding="utf-8")
+    return {
+        "HuggingFaceTB/SmolLM2-135M-Instruct": str(root / "student"),
+        "Qwen/Qwen2.5-1.5B-Instruct": str(root / "teacher"),
+        "prompts.jsonl": str(root / "prompts.jsonl"),
+    }
+
+
+def with_stand_ins(text: str, models: dict[str, str], out: Path) -> str:
+    for name, folder in models.items():
+        text = text.replace(name, folder)
+    return text.replace("runs/first", str(out / "run"))
+
+
+@pytest.mark.parametrize(("place", "text"), [b for b in blocks("bash") if "diglot train" in b[1]])
+def test_diglot_commands_in_the_documentation_train(
+    place: str, text: str, models: dict[str, str], tmp_path: Path
+) -> None:
+    command = with_stand_ins(text, models, tmp_path).replace("\\\n", " ").split()
+    small = ["--max_steps", "1", "--use_cpu", "--max_completion_length", "4", "--per_device_train_batch_size", "2"]
+    parse_train([*command[2:]])
+    done = subprocess.run([sys.executable, "-m", *command, *small], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("place", "text"), blocks("python"))
+def test_python_snippets_in_the_documentation_run(
+    place: str, text: str, models: dict[str, str], tmp_path: Path
+) -> None:
+    code = with_stand_ins(text, models, tmp_path).replace(
+        "max_completion_length=", "max_steps=1, use_cpu=True, report_to='none', max_completion_length=4) or dict(x="
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_make_targets_in_the_documentation_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = {t for _, text in blocks("bash") for t in re.findall(r"^make ([\w-]+)", text, re.M)}
+    assert {"demo", "test", "check", "test-real", "nightly"} <= targets
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_every_fault_has_a_test_that_exists_or_a_reason() -> None:
+    """The table of docs/faults.md: 58 rows; each names tests that are in the tree, or says why there is none."""
+    rows = re.findall(r"^\| (W\d+) \|(.*)\|(.*)\|$", (ROOT / "docs" / "faults.md").read_text(encoding="utf-8"), re.M)
+    assert [name for name, _, _ in rows] == [f"W{i}" for i in range(1, 59)]
+    sources = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "tests").rglob("test_*.py")}
+    for name, _, guard in rows:
+        tests = re.findall(r"`(test_\w+)\.py::(test_\w+)`", guard)
+        assert tests or "does not apply" in guard, name
+        for file, test in tests:
+            assert f"def {test}(" in sources[f"{file}.py"], (name, file, test)
+
+
+def test_options_named_in_the_documentation_exist() -> None:
+    for page in PAGES:
+        for option in re.findall(r"(?<![\w-])--([a-z_]+)", page.read_text(encoding="utf-8")):
+            known = option in load_options() or option in ("config", "help", "version", "trainer", "pair", "max_steps")
+            assert known or page.name == "CONTRIBUTING.md", (page.name, option)
