@@ -48,7 +48,7 @@ lint: .venv/.installed
 check: lint test
 
 demo: .venv/.installed
-	$(BIN)/python demo/run.py --pair $(PAIR) --trainer $(TRAINER) --out $(OUT)
+	THP_MEM_ALLOC_ENABLE=1 HF_HUB_OFFLINE=1 $(BIN)/python demo/run.py --pair $(PAIR) --trainer $(TRAINER) --out $(OUT)
 
 clean:
 	rm -rf .venv runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

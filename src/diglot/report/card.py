@@ -16,7 +16,7 @@ _TEMPLATE = """---
 # {{ model_name }}
 
 This model is [{{ student }}](https://huggingface.co/{{ student }}), distilled on-policy from the teacher
-[{{ teacher }}](https://huggingface.co/{{ teacher }}) with [Diglot](https://pypi.org/project/diglot/){% if dataset %}
+[{{ teacher }}](https://huggingface.co/{{ teacher }}) with Diglot{% if dataset %}
 on {{ dataset }}{% endif %}.
 
 | | |
