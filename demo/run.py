@@ -55,7 +55,7 @@ PAIRS = {
         max_steps={"gkd": 18, "minillm": 18},
         batch=16,
         max_completion_length=48,
-        learning_rate=2e-4,
+        learning_rate=1e-4,
         eval_prompts=48,
     ),
     "instruct": Recipe(

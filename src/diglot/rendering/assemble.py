@@ -82,8 +82,8 @@ def assemble(pieces: Sequence[Piece]) -> Rendered:
 def truncate(rendered: Rendered, max_length: int) -> Rendered:
     """The first `max_length` tokens. Segments that lose tokens lose their end: shorter text, not stopped.
 
-    The number of segments stays. A cut never leaves half a character: tokens of a segment after its last whole
-    character are no longer scored.
+    The number of segments stays. A cut never leaves half a character, nor part of a region that is not exact: tokens
+    of a segment after its last whole one are no longer scored.
 
     Raises:
         DataError: no token of any segment would be left, though there were some.
@@ -104,7 +104,9 @@ def truncate(rendered: Rendered, max_length: int) -> Rendered:
         if len(inside) == int((rendered.segment == k).sum()):
             continue
         ends = end[inside]
-        good = [i for i, e in enumerate(ends) if _is_boundary(text, int(e))]
+        # Of a region that is not exact only the last token moves on; those before it are nothing without it.
+        moves = rendered.exact[inside] | (np.diff(ends, prepend=0) > 0)
+        good = [i for i, e in enumerate(ends) if moves[i] and _is_boundary(text, int(e))]
         limit = int(ends[good[-1]]) if good else 0
         lost = inside[good[-1] + 1 :] if good else inside
         segment[lost], end[lost] = -1, 0

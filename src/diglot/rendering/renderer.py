@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from diglot.errors import RenderingError
+from diglot.errors import DataError, RenderingError
 from diglot.rendering.assemble import Piece, assemble
 from diglot.rendering.stops import describe_stops, find_stops, probe_template
-from diglot.rendering.template import Template, content_text, opens_thinking, with_thinking
+from diglot.rendering.template import Template, content_text, missing_from, opens_thinking, with_thinking
 from diglot.rendering.types import Conversation, Rendered, Role, Score
 from diglot.vocabulary import ByteEncoder, Vocabulary
 
@@ -84,38 +84,67 @@ class Renderer:
         """Does this side's generation prompt end inside a think block?"""
         if conversation.messages is None or not self.has_template:
             return False
-        return opens_thinking(self._prompt_pieces(conversation, "last")[0][-1])
+        return opens_thinking(self._text(conversation))
 
     def prompt_ids(self, conversation: Conversation, *, thinking: bool | None = None) -> Ids:
-        """Everything this side reads before the last reply. Never empty."""
+        """Everything this side reads before the last reply, as at inference. Never empty."""
         return np.concatenate([p.ids for p in self._prompt(conversation, "last", thinking)])
 
     def _prompt(self, conversation: Conversation, score: Score, thinking: bool | None) -> list[Piece]:
+        """What stands before the last reply. The first scored token always has one before it that predicts it."""
         if conversation.messages is None:
-            ids = list(self.encoder.bos_ids) + self._encode(conversation.text).ids.tolist()
-            return [Piece.prompt(np.array(ids or [self._document_start()], dtype=np.int64))]
-        if not self.has_template:
-            self._say_once(f"The {self.name} has no chat template: it reads conversations as a plain transcript.")
-        texts, turns = self._prompt_pieces(conversation, score)
-        texts[-1] = with_thinking(texts[-1], thinking)
-        start = [Piece.prompt(np.array(self.encoder.bos_ids, dtype=np.int64))] if not self.has_template else []
-        pieces = [*start, self._markup(texts[0], Role.PROMPT)]
-        for turn, after in zip(turns, texts[1:], strict=True):
-            message = conversation.messages[turn]
-            reply = self._encode(content_text(message, self.name))
-            if score == "all":
-                pieces += self._scored_turn(reply, content_text(message, self.name), after)
-            else:
-                pieces += [Piece.prompt(reply.ids), self._markup(after, Role.PROMPT)]
+            pieces = [self._bos(), self._read(conversation.text)]
+        elif score == "all":
+            pieces = self._scored_prompt(conversation, thinking)
+        else:
+            pieces = self._messages_prompt(conversation, thinking)
+        first = next((p for p in pieces if len(p.ids)), None)
+        if first is None or first.text is not None:
+            pieces.insert(0, Piece.prompt(np.array([self._document_start()], dtype=np.int64)))
         return pieces
 
-    def _prompt_pieces(self, conversation: Conversation, score: Score) -> tuple[list[str], list[int]]:
+    def _messages_prompt(self, conversation: Conversation, thinking: bool | None) -> list[Piece]:
+        """Messages with the generation prompt, in one piece as the template writes it."""
+        text = self._text(conversation)
+        self._check_complete(conversation, text)
+        text = with_thinking(text, thinking)
+        return [self._markup(text, Role.PROMPT)] if self.has_template else [self._bos(), self._read(text)]
+
+    def _scored_prompt(self, conversation: Conversation, thinking: bool | None) -> list[Piece]:
+        """Messages cut where the assistant's turns stand, each turn a segment: its text as written, whole."""
         assert conversation.messages is not None
-        return self.template.pieces(conversation.messages, tools=conversation.tools, keep_all=score == "all")
+        texts, turns = self.template.pieces(conversation.messages, tools=conversation.tools)
+        self._check_complete(conversation, "".join(texts))
+        texts[-1] = with_thinking(texts[-1], thinking)
+        pieces = [self._markup(texts[0], Role.PROMPT)] if self.has_template else [self._bos(), self._read(texts[0])]
+        for turn, after in zip(turns, texts[1:], strict=True):
+            text = content_text(conversation.messages[turn], self.name)
+            pieces += self._scored_turn(self._encode(text), text, after)
+        return pieces
+
+    def _text(self, conversation: Conversation) -> str:
+        assert conversation.messages is not None
+        return self.template.text(conversation.messages, tools=conversation.tools, generation_prompt=True)
+
+    def _bos(self) -> Piece:
+        return Piece.prompt(np.array(self.encoder.bos_ids, dtype=np.int64))
+
+    def _read(self, text: str) -> Piece:
+        """Plain text that is read only."""
+        return Piece.prompt(self._encode(text).ids)
+
+    def _check_complete(self, conversation: Conversation, text: str) -> None:
+        """Say once what kind of message this side never sees, and that a transcript stands in for a template."""
+        if not self.has_template:
+            self._say_once(f"The {self.name} has no chat template: it reads conversations as a plain transcript.")
+        for kind in missing_from(text, conversation.messages or (), conversation.tools):
+            self._say_once(
+                f"The {self.name}'s chat template leaves out {kind!r}, which the data has: this side does not read it."
+            )
 
     def _scored_turn(self, reply: Any, text: str, after: str) -> list[Piece]:
         """An earlier assistant turn: its content, its stop if the template writes one right behind, and the markup."""
-        markup = self._markup(after, Role.MARKUP)
+        markup = self._markup(after, Role.MARKUP) if self.has_template else self._unmarked(after)
         stops = bool(len(markup.ids)) and int(markup.ids[0]) in self.stop_ids
         pieces = [self._content(reply.ids, reply.ends, reply.exact, text.encode(), stops, thinking=False)]
         if stops:
@@ -151,7 +180,13 @@ class Renderer:
             stopped: was the reply finished by its writer? If so this side's stop token follows.
             score: segments are the last reply only, or all assistant turns.
             thinking: whether the generation prompt is to end inside a think block; None: this side's own way.
+
+        Raises:
+            DataError: the reply is no text.
+            RenderingError: the template refuses the conversation, or with `score="all"` drops a turn of it.
         """
+        if not isinstance(reply, str):
+            raise DataError(f"The reply is {type(reply).__name__}, expected a string. Give the text of the last turn.")
         read = self._encode(reply)
         opened = self._opened(conversation, thinking)
         content = self._content(read.ids, read.ends, read.exact, reply.encode(), stopped, opened)
@@ -221,6 +256,10 @@ class Renderer:
 
     def _encode(self, text: str) -> Any:
         return self.encoder.encode([text])[0]
+
+    def _unmarked(self, text: str) -> Piece:
+        """What a transcript writes between turns: text, so that no special token can come of it."""
+        return Piece.plain(self._encode(text).ids, Role.MARKUP)
 
     def _markup(self, text: str, role: Role) -> Piece:
         return Piece.plain(self.encoder.encode_markup(text), role)

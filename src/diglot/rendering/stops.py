@@ -40,7 +40,7 @@ def find_stops(
 def probe_template(
     render: Callable[[list[dict[str, Any]]], str], encode: Callable[[str], Any], control: Any
 ) -> int | None:
-    """The control token that a template writes right after an assistant's turn, or None if it writes none.
+    """The first control token that a template writes after an assistant's turn, or None if it writes none.
 
     Args:
         render: messages -> text. Templates that refuse the probe have no end marker that could be found.
@@ -53,8 +53,8 @@ def probe_template(
     except Exception:
         return None
     _, found, after = text.rpartition(sentinel)
-    ids = encode(after.lstrip()) if found else []
-    return int(ids[0]) if len(ids) and control[ids[0]] else None
+    ids = encode(after) if found else []
+    return next((int(i) for i in ids if control[i]), None)
 
 
 def describe_stops(sources: Mapping[int, str], display: Callable[[int], str]) -> str:

@@ -1,11 +1,12 @@
 """A conversation as text in one model's own chat template, cut where replies stand.
 
-Where content lands is found by rendering with sentinels in its place, never by searching for the content. So a
-template may trim, wrap or reorder what it likes: the cut is where it put the turn.
+What is only read is rendered as at inference: a template may strip the reasoning of earlier turns, trim or wrap.
+Where scored content lands is found by rendering with sentinels in its place, never by searching for the content.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from diglot.errors import RenderingError
 
 _THINK_OPENED = re.compile(r"<think>\s*\Z")
+_WORD = re.compile(r"\w+")
+_THINK_EMPTY = re.compile(r"<think>\s*</think>\s*\Z")
 
 
 def content_text(message: Mapping[str, Any], where: str) -> str:
@@ -27,9 +30,8 @@ def content_text(message: Mapping[str, Any], where: str) -> str:
     if isinstance(content, (list, tuple)) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
         return "".join(str(part["text"]) for part in content)
     raise RenderingError(
-        f"{where}: the content of a {message.get('role')!r} message is {type(content).__name__}, expected a "
-        f"string or a list "
-        "of text parts. Only text can be compared."
+        f"{where}: the content of a {message.get('role')!r} message is {type(content).__name__}, expected a string or "
+        "a list of text parts. Only text can be compared."
     )
 
 
@@ -53,12 +55,13 @@ class Template:
         generation_prompt: bool = False,
     ) -> str:
         """`messages` as text. Raises `RenderingError` with the template's own complaint."""
+        plain = [self._joined(m) for m in messages]
         if not self.exists:
-            return _transcript(messages, generation_prompt)
+            return _transcript(plain, tools, generation_prompt)
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [dict(m) for m in messages],
+                    plain,
                     tools=list(tools) if tools else None,
                     tokenize=False,
                     add_generation_prompt=generation_prompt,
@@ -72,39 +75,45 @@ class Template:
                 "Change the data, or give the model another template."
             ) from error
 
+    def _joined(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The message with text parts as one string: many templates would print a list as Python spells it."""
+        content = message.get("content")
+        return dict(message) if content is None else {**message, "content": content_text(message, self.name)}
+
     def pieces(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any] | None, keep_all: bool
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any] | None
     ) -> tuple[list[str], list[int]]:
         """Text around the assistant's earlier turns, generation prompt last, and which turns stand between.
+
+        A turn without text (a bare tool call, say) is left to the template.
 
         Returns:
             `k + 1` pieces of text and the message indices of the `k` assistant turns between them.
 
         Raises:
-            RenderingError: with `keep_all`, when the template drops or repeats an earlier assistant turn.
+            RenderingError: the template drops, repeats or reorders an assistant turn.
         """
-        turns = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
-        marked = [
-            {**m, "content": _sentinel(i)} if i in turns and m.get("content") else m for i, m in enumerate(messages)
-        ]
+        turns = [i for i, m in enumerate(messages) if m.get("role") == "assistant" and content_text(m, self.name)]
+        base = _unused("SENTINELturn", repr((messages, tools)))
+        sentinels = {i: f"{base}{i}x" for i in turns}
+        marked = [{**m, "content": sentinels[i]} if i in sentinels else m for i, m in enumerate(messages)]
         rendered = self.text(marked, tools=tools, generation_prompt=True)
-        counts = {i: rendered.count(_sentinel(i)) for i in turns if messages[i].get("content")}
-        odd = {i: n for i, n in counts.items() if n != 1}
-        if odd and keep_all:
+        counts = {i: rendered.count(sentinel) for i, sentinel in sentinels.items()}
+        if odd := {i: n for i, n in counts.items() if n != 1}:
             raise RenderingError(
-                f"The {self.name}'s chat template writes assistant turns {sorted(odd)} {list(odd.values())} "
-                f"times, expected once "
-                "each, so they cannot be scored. Use score_turns='last'."
+                f"The {self.name}'s chat template writes assistant turns {sorted(odd)} {list(odd.values())} times, "
+                "expected once each, so they cannot be scored. Use score_turns='last'."
             )
-        kept = [i for i in counts if i not in odd]
         parts, rest = [], rendered
-        for i in kept:
-            before, _, rest = rest.partition(_sentinel(i))
+        for i, sentinel in sentinels.items():
+            before, found, rest = rest.partition(sentinel)
+            if not found:
+                raise RenderingError(
+                    f"The {self.name}'s chat template writes assistant turn {i} before an earlier one, expected the "
+                    "order of the messages. Use score_turns='last'."
+                )
             parts.append(before)
-        parts.append(rest)
-        for i in odd:
-            parts = [p.replace(_sentinel(i), content_text(messages[i], self.name)) for p in parts]
-        return parts, kept
+        return [*parts, rest], turns
 
 
 def opens_thinking(text: str) -> bool:
@@ -116,14 +125,40 @@ def with_thinking(text: str, thinking: bool | None) -> str:
     """The generation prompt with its think block opened or not, as the other side has it; None leaves it alone."""
     if thinking is None or thinking == opens_thinking(text):
         return text
-    return text + "<think>\n" if thinking else _THINK_OPENED.sub("", text)
+    return _THINK_EMPTY.sub("", text) + "<think>\n" if thinking else _THINK_OPENED.sub("", text)
 
 
-def _sentinel(i: int) -> str:
-    return f"SENTINELturn{i}x"
+def missing_from(
+    text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> list[str]:
+    """Which kinds of things a template left out of `text`: roles other than the assistant's, "tools".
+
+    A template may trim or escape, so the longest word stands for a message, and the name for a tool.
+    """
+    told = [(str(m.get("role")), content_text(m, "")) for m in messages if m.get("role") != "assistant"]
+    told += [("tools", str(tool.get("function", tool).get("name", ""))) for tool in tools or ()]
+    lost = [kind for kind, content in told if max(_WORD.findall(content), key=len, default="") not in text]
+    return list(dict.fromkeys(lost))
 
 
-def _transcript(messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
-    """For a model without a template: who says what, in plain text."""
-    turns = [f"{str(m.get('role')).capitalize()}: {content_text(m, 'transcript')}\n\n" for m in messages]
-    return "".join(turns) + ("Assistant: " if generation_prompt else "")
+def _unused(word: str, text: str) -> str:
+    """`word`, made longer until it does not occur in `text`."""
+    while word in text:
+        word += "x"
+    return word
+
+
+def _transcript(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, generation_prompt: bool) -> str:
+    """For a model without a template: who says what, in plain text.
+
+    The reply starts on a line of its own: after "Assistant: " its first token would have to be one without the space
+    that the text before already holds, which such a model hardly ever saw.
+    """
+    turns = [f"Tools: {json.dumps(list(tools), ensure_ascii=False)}\n\n"] if tools else []
+    for message in messages:
+        said = [content_text(message, "transcript")]
+        said += [json.dumps(call, ensure_ascii=False, default=str) for call in message.get("tool_calls") or ()]
+        speaker = str(message.get("role")).capitalize()
+        between = "\n" if message.get("role") == "assistant" else " "
+        turns.append(f"{speaker}:{between}" + "\n".join(part for part in said if part) + "\n\n")
+    return "".join(turns) + ("Assistant:\n" if generation_prompt else "")

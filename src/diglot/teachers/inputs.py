@@ -47,7 +47,8 @@ def build_teacher_inputs_from_texts(
         completions: the texts to be scored.
         completed: which completions ended by themselves; the others get no stop token. All by default.
         thinking: for each prompt, whether the completion starts inside a think block; None: as the teacher's
-        template has it. max_length: tokens beyond are cut at the end.
+            template has it.
+        max_length: tokens beyond are cut at the end.
 
     Raises:
         DataError: unequal numbers of prompts and completions, or a prompt that leaves no room within `max_length`.

@@ -168,6 +168,10 @@ class DistillationTrainer(Trainer):
         """The student's sampler."""
         return self.sampler_for(self.student_renderer)
 
+    def opens_thinking(self, conversation: Conversation) -> bool:
+        """Does the student answer inside a think block? The teacher is then put into one as well, or into none."""
+        return self.student_renderer.opens_thinking(conversation)
+
     def align(self, pairs: Sequence[ReadPair | None], on_policy: bool) -> AlignedBatch:
         """One micro-batch of pairs, on the training device."""
         unscored = {Role.REASONING} if not self.args.score_reasoning else set()

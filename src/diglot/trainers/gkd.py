@@ -92,7 +92,7 @@ class GKDTrainer(DistillationTrainer):
         """The teacher writes in its own ids and template; both sides then read its text."""
         renderer = self.teacher.renderer
         samples = [sample for batch in window for sample in batch]
-        prompts = [renderer.prompt_ids(s.conversation) for s in samples]
+        prompts = [renderer.prompt_ids(c, thinking=self.opens_thinking(c)) for c in (s.conversation for s in samples)]
         completions = self.sampler_for(renderer)(
             self.teacher.model,
             prompts,
@@ -103,7 +103,8 @@ class GKDTrainer(DistillationTrainer):
         return [[next(pairs) for _ in batch] for batch in window]
 
     def _teacher_wrote(self, sample: Sample, completion: Any) -> ReadPair | None:
-        written = self.teacher.renderer.from_sampled(sample.conversation, completion)
+        inside = self.opens_thinking(sample.conversation)
+        written = self.teacher.renderer.from_sampled(sample.conversation, completion, thinking=inside)
         reply = written.segment_bytes[-1].decode("utf-8")
         return self.reader.written(Sample(sample.conversation, reply, sample.where), stopped=written.stopped[-1])
 

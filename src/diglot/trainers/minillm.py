@@ -89,7 +89,7 @@ class MiniLLMTrainer(DistillationTrainer):
             return super().sample(conversations, prompts)
         student, seed = self.student, self.seed_for("rollouts", per_rank=True)
         if self.same_vocabulary:
-            own = [teacher.renderer.prompt_ids(c) for c in conversations]
+            own = [teacher.renderer.prompt_ids(c, thinking=self.opens_thinking(c)) for c in conversations]
             mixture = TeacherMixture(teacher.model, own, pad_id(teacher.renderer), alpha)
             return self.sampler(student, prompts, max_new_tokens=longest, seed=seed, processors=[mixture])
         prefixes = write_prefixes(
