@@ -1,9 +1,8 @@
 """What a training step costs beyond its two models.
 
 One on-policy step without generation (read, align, both forward passes, the loss, backward) of the real demo pair,
-against
-the bare floor on the same texts: student forward and backward, teacher forward, with the logits that such models
-make, and nothing else. Both alternate in one process; the ratio of medians stands last.
+against the bare floor on the same texts: student forward and backward, teacher forward, with the logits that such
+models make, and nothing else. Both alternate in one process; the ratio of medians stands last.
 
     python benchmarks/step.py [--objective strict] [--repeats 7]
 """

@@ -1,9 +1,8 @@
 """Distil one real model into another with a different tokenizer, and show what changed.
 
-    python demo/run.py                                   # GKD, Gemma-3-270M -> SmolLM2-135M, a few minutes on 2 cores
+    python demo/run.py                    # GKD, Gemma-3-270M -> SmolLM2-135M, a few minutes on 2 cores
     python demo/run.py --trainer minillm
-    python demo/run.py --pair instruct                   # Qwen2.5-Coder-1.5B-Instruct -> SmolLM2-135M-Instruct, up
-    to 90 minutes
+    python demo/run.py --pair instruct    # Qwen2.5-Coder-1.5B-Instruct -> SmolLM2-135M-Instruct, up to 90 minutes
 
 Everything here is the public interface: what this script does, yours can do.
 """

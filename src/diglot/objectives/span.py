@@ -70,11 +70,9 @@ def span_advantages(
     """Advantage of each student token, [N_s], without gradient.
 
     The reward of chunk `k` is `l^T_k - l^S_k`, the difference of both log-likelihoods of its bytes. A token's
-    advantage is
-    its own chunk's part plus `gamma * G_{k+1}`. Inside a chunk, terms of tokens that came before are dropped: they
-    do not depend
-    on this token, so their contribution has mean zero (the variance-reduced form; shared credit has the same
-    expectation at gamma = 1).
+    advantage is its own chunk's part plus `gamma * G_{k+1}`. Inside a chunk, terms of tokens that came before are
+    dropped: they do not depend on this token, so their contribution has mean zero (the variance-reduced form; shared
+    credit has the same expectation at gamma = 1).
 
     Args:
         dense: bool [N_s], tokens whose own chunk is covered by an exact single-step divergence. Their advantage is

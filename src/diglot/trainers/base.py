@@ -1,9 +1,8 @@
 """What GKD and MiniLLM share: two models, two renderings, one alignment; a window of micro-batches per optimizer step.
 
-One optimizer step works on one *window*: all micro-batches of its accumulation steps. The window is where
-completions are
-sampled (in one call), where both sides are read and aligned, and where the items over which the loss is averaged are
-counted, over all ranks. What is left for `compute_loss` is a forward pass, a divergence and a sum.
+One optimizer step works on one *window*: all micro-batches of its accumulation steps. The window is where completions
+are sampled (in one call), where both sides are read and aligned, and where the items over which the loss is averaged
+are counted, over all ranks. What is left for `compute_loss` is a forward pass, a divergence and a sum.
 """
 
 from __future__ import annotations
