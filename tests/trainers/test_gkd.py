@@ -489,6 +489,10 @@ def test_options_that_cannot_work_are_refused(tmp_path: Path) -> None:
     for name, value in (("beta", 1.5), ("lmbda", -0.1), ("temperature", 0.0), ("score_turns", "some"), ("top_p", 0.0)):
         with pytest.raises(ConfigError, match=name):
             GKDConfig(output_dir=str(tmp_path), **{name: value})
+    assert GKDConfig(output_dir=str(tmp_path), model_init_kwargs='{"a": 1}').model_init_kwargs == {"a": 1}
+    for wrong in ("{", "[1]"):
+        with pytest.raises(ConfigError, match="chat_template_kwargs"):
+            GKDConfig(output_dir=str(tmp_path), chat_template_kwargs=wrong)
     with pytest.raises(ConfigError, match="max_length"):
         GKDConfig(output_dir=str(tmp_path), max_length=10, max_completion_length=20)
 

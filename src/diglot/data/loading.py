@@ -106,9 +106,8 @@ def _from_hub(name: str, config: str | None, split: str, streaming: bool) -> Any
     except Exception as error:
         raise DataError(
             f"The dataset {name!r} could not be had: {_first_cause(error)}\n"
-            "It is no file or folder here, so it was looked up on the hub. Check the name, the configuration, "
-            "the split "
-            "and the connection."
+            "It is no file or folder here, so it was looked up on the hub. Check the name, the configuration, the "
+            "split and the connection."
         ) from error
 
 

@@ -91,9 +91,13 @@ def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
 
 
 def _without_none(value: Any) -> Any:
-    """A table of rows with unlike fields fills those that a row lacks with None, at every depth."""
+    """A table of rows with unlike fields fills those that a row lacks with None, at every depth.
+
+    The content of a message that calls tools stays None: templates tell by it that there is nothing but the call.
+    """
     if isinstance(value, Mapping):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
+        kept = {k: _without_none(v) for k, v in value.items() if v is not None}
+        return {"role": value["role"], "content": None, **kept} if "role" in kept and kept.get("tool_calls") else kept
     return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 

@@ -6,6 +6,7 @@ documentation show; `metadata["group"]` says under which heading.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -22,6 +23,21 @@ def option(default: Any, text: str, group: str, **metadata: Any) -> Any:
 def _require(ok: bool, name: str, value: object, rule: str) -> None:
     if not ok:
         raise ConfigError(f"{name}={value!r} cannot work: it must be {rule}.")
+
+
+_MAPPINGS = ("model_init_kwargs", "chat_template_kwargs", "teacher_model_init_kwargs", "teacher_chat_template_kwargs")
+
+
+def _mapping(name: str, value: object) -> dict[str, Any] | None:
+    """A mapping, also where it comes as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{name}={value!r} is no JSON: {error}. Write a mapping, for instance {{}}.") from error
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{name}={value!r} cannot work: it must be a mapping.")
+    return value
 
 
 @dataclass
@@ -112,6 +128,8 @@ class DistillationConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in _MAPPINGS:
+            setattr(self, name, _mapping(name, getattr(self, name)))
         _require(self.temperature > 0, "temperature", self.temperature, "greater than 0")
         _require(self.kd_temperature > 0, "kd_temperature", self.kd_temperature, "greater than 0")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")

@@ -1,0 +1,58 @@
+"""Sampling: the model's own law, ids as they are, and a defined end."""
+
+from __future__ import annotations
+
+import numpy as np
+import tiny
+import tokenizers_zoo as zoo
+import torch
+from transformers import GenerationConfig
+
+from diglot.rollouts import TransformersSampler, continue_prefixes
+
+
+def test_the_models_own_generation_config_does_not_bend_the_samples() -> None:
+    """A repetition penalty or a top-k in the model's files would make the samples somebody else's."""
+    model = tiny.tiny_model(zoo.chatml())
+    sampler = TransformersSampler((2,), 2)
+    plain = sampler(model, [np.array([5, 6, 7])] * 8, max_new_tokens=6, seed=0)
+    model.generation_config = GenerationConfig(repetition_penalty=3.0, top_k=1, temperature=0.1, do_sample=True)
+    bent = sampler(model, [np.array([5, 6, 7])] * 8, max_new_tokens=6, seed=0)
+    assert all(a.tolist() == b.tolist() for a, b in zip(plain, bent, strict=True))
+    assert model.generation_config.repetition_penalty == 3.0
+
+
+def test_padding_of_shorter_prompts_changes_nothing() -> None:
+    """The law of the first token is the same alone and beside a longer prompt."""
+    model = tiny.tiny_model(zoo.chatml())
+    sampler = TransformersSampler((2,), 2)
+    short, long = np.array([5, 6]), np.arange(10, 40)
+    number = 1500
+    beside = sampler(model, [long, *[short] * number], max_new_tokens=1, seed=1)[1:]
+    with torch.no_grad():
+        law = model(input_ids=torch.tensor([[5, 6]])).logits[0, -1].softmax(-1)
+    counts = torch.bincount(torch.tensor([int(i[0]) for i in beside]), minlength=len(law)) / number
+    assert (counts - law).abs().sum() / 2 < 0.15
+
+
+def test_a_completion_ends_with_its_stop_or_was_cut() -> None:
+    model = tiny.tiny_model(zoo.chatml())
+    sampler = TransformersSampler((2, 50, 60, 70, 80), 2)
+    found = sampler(model, [np.array([5, 6, 7])] * 40, max_new_tokens=20, seed=0)
+    for ids in found:
+        assert not np.isin(ids[:-1], sampler.stop_ids).any()
+        assert len(ids) == 20 or ids[-1] in sampler.stop_ids
+    assert {len(i) for i in found} != {20}
+
+
+def test_no_prompts_no_completions() -> None:
+    assert TransformersSampler((2,), 2)(tiny.tiny_model(zoo.chatml()), [], max_new_tokens=3, seed=0) == []
+
+
+def test_prefixes_are_kept_and_finished_ones_left_alone() -> None:
+    model = tiny.tiny_model(zoo.chatml())
+    sampler = TransformersSampler((2,), 2)
+    prefixes = [np.array([9, 9]), np.array([], dtype=np.int64), np.array([9, 2])]
+    found = continue_prefixes(sampler, model, [np.array([5])] * 3, prefixes, max_new_tokens=4, seed=0)
+    assert found[0][:2].tolist() == [9, 9] and len(found[0]) <= 4
+    assert found[2].tolist() == [9, 2]
