@@ -77,7 +77,7 @@ def test_the_head_gives_the_models_own_logits(name: str) -> None:
 
 
 def test_bits_per_byte_need_the_bos_that_the_tokenizer_adds() -> None:
-    """Gemma reads a passage at about one bit per byte; without BOS at half as many again."""
+    """Gemma reads a passage at one bit and a half per byte or less; without its BOS it is worse."""
     text = fetch_texts("passages", "heldout")[0]["text"][:500]
     r = Renderer(tokenizer("gemma3"), num_embeddings=262144, name="teacher")
     rendered = r.render(Conversation(None), text, stopped=False)
@@ -88,7 +88,7 @@ def test_bits_per_byte_need_the_bos_that_the_tokenizer_adds() -> None:
         with torch.no_grad():
             logp = model(TEACHER)(input_ids=x).logits[0, :-1].log_softmax(-1).gather(1, x[0, 1:, None])
         losses.append(-logp.sum().item() / math.log(2) / len(text.encode()))
-    assert losses[0] < 1.3 and losses[1] > losses[0]
+    assert losses[0] < 1.6 and losses[1] > 1.05 * losses[0]
 
 
 def trainer(kind: str, out: Path, **options: Any) -> Any:
