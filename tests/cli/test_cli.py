@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,43 @@ def test_values_that_cannot_work_write_nothing(
     assert main(arguments(folders, tmp_path / "out", *more)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_option_that_a_newer_transformers_has_is_accepted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shorter = [e for e in json.loads(SCHEMA.read_text(encoding="utf-8")) if e["name"] not in ("max_steps", "bf16")]
+    (tmp_path / "options.json").write_text(json.dumps(shorter))
+    (tmp_path / "r.yaml").write_text("bf16: false\n")
+    monkeypatch.setattr("diglot.cli.options.SCHEMA", tmp_path / "options.json")
+    load_options.cache_clear()
+    try:
+        assert "max_steps" not in load_options()
+        given = ["--max-steps", "3", "--config", str(tmp_path / "r.yaml")]
+        assert parse_train(given) == {"max_steps": 3, "bf16": False}
+        with pytest.raises(ConfigError, match="'max_stepz' is no option"):
+            parse_train(["--max_stepz", "3"])
+    finally:
+        load_options.cache_clear()
+
+
+def test_an_option_that_an_older_transformers_lacks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import diglot.cli.train as train
+
+    monkeypatch.setattr(train, "fields", lambda cls: [f for f in fields(cls) if f.name != "bf16"])
+    with pytest.raises(ConfigError, match=r"bf16: no option of the installed transformers \d"):
+        train.split({"bf16": True, "output_dir": "x"})
+
+
+def test_secrets_are_left_out_of_the_resolved_config_at_every_depth() -> None:
+    from diglot.cli.train import resolved, split
+
+    secret = {"token": "hf_secret", "dtype": "float32"}
+    values = {"output_dir": "x", "hub_token": "hf_secret", "model_init_kwargs": secret, "use_cpu": True}
+    found = resolved(*split({**values, "teacher_model_init_kwargs": dict(secret), "max_new_tokens": 5}))
+    assert "hf_secret" not in yaml.safe_dump(found)
+    assert found["model_init_kwargs"] == {"dtype": "float32"}
+    assert found["max_new_tokens"] == 5 and "tokenizer_name_or_path" in found
 
 
 def test_dashes_negations_and_types() -> None:

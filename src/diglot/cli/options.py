@@ -7,10 +7,13 @@ The committed file is what makes `--help` and the check of a recipe fast; a test
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -39,7 +42,33 @@ class Option:
 @cache
 def load_options() -> dict[str, Option]:
     """Name -> option, from the committed schema."""
-    entries = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    return _as_options(json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+def options_for(names: Iterable[str]) -> dict[str, Option]:
+    """The committed schema, and with it what else the installed transformers has, if one of `names` is among that.
+
+    Which names it has is read from its source, so that a mistyped one does not wait for torch.
+    """
+    spec = importlib.util.find_spec("transformers")
+    source = Path(spec.origin).with_name("training_args.py") if spec and spec.origin else None
+    if source is None or not source.exists() or not set(names) & _fields_in(source):
+        return load_options()
+    return {**_as_options(generate()), **load_options()}
+
+
+def _fields_in(source: Path) -> set[str]:
+    """Names of the fields of `TrainingArguments`."""
+    return {
+        part.target.id
+        for node in ast.parse(source.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"
+        for part in node.body
+        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+    }
+
+
+def _as_options(entries: Iterable[dict[str, Any]]) -> dict[str, Option]:
     tuples = ("kinds", "trainers", "choices")
     found: dict[str, Option] = {}
     for entry in entries:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from diglot.cli.options import GROUPS, Option, load_options
+from diglot.cli.options import GROUPS, Option, load_options, options_for
 from diglot.errors import ConfigError
 
 EXAMPLE = """example:
@@ -30,8 +30,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def train_parser() -> argparse.ArgumentParser:
-    """The parser of `diglot train`, in groups, from the committed schema."""
+def train_parser(options: Mapping[str, Option]) -> argparse.ArgumentParser:
+    """The parser of `diglot train`, in groups."""
     parser = _Parser(
         prog="diglot train",
         usage="diglot train [--config FILE] [--OPTION VALUE ...]",
@@ -45,7 +45,7 @@ def train_parser() -> argparse.ArgumentParser:
         "--config", metavar="FILE", help="A YAML file with any of these options; the command line wins."
     )
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    for option in load_options().values():
+    for option in options.values():
         _add(groups[option.group], option)
     return parser
 
@@ -70,13 +70,23 @@ def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or an unreadable recipe.
     """
-    parsed, unknown = train_parser().parse_known_args(list(arguments))
-    given = vars(parsed)
-    keys = [text.split("=")[0].lstrip("-").replace("-", "_") for text in unknown if text.startswith("--")]
+    options: Mapping[str, Option] = load_options()
+    parsed, unknown = train_parser(options).parse_known_args(list(arguments))
+    recipe = _recipe(Path(parsed.config)) if "config" in parsed else {}
+    if missing := [*_keys(unknown), *(recipe.keys() - options.keys())]:
+        options = options_for(missing)
+        parsed, unknown = train_parser(options).parse_known_args(list(arguments))
     if unknown:
-        raise ConfigError(_unknown(keys or [unknown[0]], "on the command line"))
-    recipe = _recipe(Path(given.pop("config"))) if "config" in given else {}
-    return {name: coerce(option_of(name), value) for name, value in {**recipe, **given}.items()}
+        raise ConfigError(_unknown(_keys(unknown) or [unknown[0]], "on the command line"))
+    if wrong := [key for key in recipe if key not in options]:
+        raise ConfigError(_unknown(wrong, f"in {parsed.config}"))
+    given = {name: value for name, value in vars(parsed).items() if name != "config"}
+    return {name: coerce(options[name], value) for name, value in {**recipe, **given}.items()}
+
+
+def _keys(unknown: Sequence[str]) -> list[str]:
+    """What was meant as an option, among arguments that no option took."""
+    return [text.split("=")[0].lstrip("-").replace("-", "_") for text in unknown if text.startswith("--")]
 
 
 def _recipe(path: Path) -> dict[str, Any]:
@@ -90,15 +100,7 @@ def _recipe(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
         raise ConfigError(f"The recipe {path} holds {type(found).__name__}, expected one `key: value` a line.")
-    wrong = [key for key in found if key not in load_options()]
-    if wrong:
-        raise ConfigError(_unknown(wrong, f"in {path}"))
     return dict(found)
-
-
-def option_of(name: str) -> Option:
-    """The option called `name`."""
-    return load_options()[name]
 
 
 def coerce(option: Option, value: Any) -> Any:

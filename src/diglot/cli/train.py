@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
 
+from diglot.cli.options import load_options
 from diglot.cli.script import TrainArguments
 from diglot.data import load_dataset
 from diglot.errors import ConfigError
@@ -61,9 +63,10 @@ def split(values: dict[str, Any]) -> tuple[TrainArguments, DistillationConfig]:
     known = {f.name for f in fields(config_class)}
     wrong = sorted(k for k in values if k not in own and k not in known)
     if wrong:
-        raise ConfigError(
-            f"{', '.join(wrong)}: no option of --trainer {script.trainer}. Choose the other trainer, or drop it."
-        )
+        options = load_options()
+        absent = [k for k in wrong if k in options and script.trainer in options[k].trainers]
+        reason = f"the installed transformers {version('transformers')}" if absent else f"--trainer {script.trainer}"
+        raise ConfigError(f"{', '.join(absent or wrong)}: no option of {reason}. Drop it, or change the other.")
     if "output_dir" not in values:
         raise ConfigError("output_dir is not given. Say --output_dir: the student and its configuration go there.")
     try:
@@ -76,12 +79,15 @@ def split(values: dict[str, Any]) -> tuple[TrainArguments, DistillationConfig]:
 
 def resolved(script: TrainArguments, config: DistillationConfig) -> dict[str, Any]:
     """Every option with the value in force, as plain values; secrets left out."""
-    found = {**vars(script), **config.to_dict()}
-    return {
-        k: v
-        for k, v in found.items()
-        if "token" not in k or "tokenizer" in k or k.startswith(("max_", "average_", "include_"))
-    }
+    return _without_secrets({**vars(script), **config.to_dict()})
+
+
+def _without_secrets(value: Any) -> Any:
+    """Without tokens, at every depth: `hub_token`, or a `token` among the arguments for `from_pretrained`."""
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if k != "token" and not str(k).endswith("_token")}
+        return {k: _without_secrets(v) for k, v in kept.items()}
+    return [_without_secrets(v) for v in value] if isinstance(value, list) else value
 
 
 def build(script: TrainArguments, config: DistillationConfig) -> DistillationTrainer:

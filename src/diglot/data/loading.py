@@ -118,7 +118,11 @@ def _checked(data: Any, where: str, streaming: bool) -> Any:
     if data.column_names is not None:
         check_columns(data.column_names, where)
     rows = itertools.islice(data, 1 if streaming else CHECKED_ROWS)
-    if check_rows(rows, where) == 0:
+    try:
+        seen = check_rows(rows, where)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8: {error.reason} in {error.object[:40]!r}.") from error
+    if seen == 0:
         raise DataError(f"{where} has no rows. Expected rows with {COLUMNS}.")
     if "__row__" not in (data.column_names or ()):
         data = data.map(_number, with_indices=True) if streaming else data.add_column("__row__", range(len(data)))
@@ -159,23 +163,13 @@ def _csv_header(path: Path) -> list[str]:
 
 
 def _explain_json(path: Path) -> str | None:
-    """The first line that is no JSON object, or whose columns are of another kind than those before it."""
-    kinds: dict[str, tuple[str, int]] = {}
+    """What is wrong with the first line that is no JSON object."""
     try:
         for number, row in _json_rows(path):
             if not isinstance(row, dict):
                 return f"{path} line {number}: {str(row)[:60]!r} is not a JSON object. Expected one with {COLUMNS}."
-            for column, value in row.items():
-                kind = type(value).__name__
-                first, line = kinds.setdefault(column, (kind, number))
-                if value is not None and kind != first:
-                    if first != "NoneType":
-                        return (
-                            f"{path} line {number}: `{column}` is {kind}, but {first} in line {line}. Make them alike."
-                        )
-                    kinds[column] = (kind, number)
-    except json.JSONDecodeError as error:
-        return f"{path} line {error.lineno}: {error.msg} (column {error.colno})."
+    except DataError as error:
+        return str(error)
     except UnicodeDecodeError as error:
         return f"{path} is not UTF-8: {error.reason} at byte {error.start}."
     return None
@@ -185,15 +179,19 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Rows with their line; those of a JSON list are counted instead."""
     text = path.read_text(encoding="utf-8")
     if text.lstrip().startswith("["):
-        yield from enumerate(json.loads(text), 1)
+        yield from enumerate(_parse(text, path, 1), 1)
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                # Counted from the line's start: put back where the line stands in the file.
-                raise json.JSONDecodeError(error.msg, "\n" * (number - 1) + error.doc, error.pos + number - 1) from None
+            yield number, _parse(line, path, number)
+
+
+def _parse(text: str, path: Path, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{path} line {line + error.lineno - 1}, column {error.colno}"
+        raise DataError(f"{place}: this is not JSON: {error.msg}.") from error
 
 
 def _first_cause(error: BaseException) -> str:

@@ -1,0 +1,58 @@
+"""Rows of a dataset: what is said about a bad one, and tools that a table has changed."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import Dataset
+
+from diglot.data import to_sample
+from diglot.errors import DataError
+
+ASK = {"role": "user", "content": "How many?"}
+SAY = {"role": "assistant", "content": "Two."}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "?"}, "columns ['question'], expected `prompt`"),
+        ({"prompt": ""}, "`prompt` is empty"),
+        ({"prompt": []}, "`prompt` is [], expected a string or a non-empty list"),
+        ({"prompt": 3}, "`prompt` is 3"),
+        ({"prompt": "a", "completion": 3}, "`completion` is int"),
+        ({"prompt": [ASK], "completion": [ASK]}, "the last message of `completion` is from 'user'"),
+        ({"prompt": [{"content": "no role"}]}, "expected {'role': ..., 'content': ...}"),
+        ({"messages": [SAY]}, "the only message is the assistant's"),
+        ({"messages": "How many?"}, "`messages` is 'How many?'"),
+        ({"text": 3}, "`text` is int"),
+        ({"prompt": "a", "tools": "[{"}, "`tools` is a string but not JSON"),
+        ({"prompt": "a", "tools": ["f"]}, "expected a list of JSON schemas"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(row, said) -> None:
+    with pytest.raises(DataError) as caught:
+        to_sample(row, "my.jsonl row 12")
+    assert "my.jsonl row 12" in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_fields_that_a_table_filled_with_none_are_gone_at_every_depth() -> None:
+    schemas = [
+        {"type": "function", "function": {"name": "a", "parameters": {"properties": {"city": {"type": "string"}}}}},
+        {"type": "function", "function": {"name": "b", "parameters": {"properties": {"day": {"type": "integer"}}}}},
+    ]
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": {"city": "Rome"}}}]}
+    rows = [{"messages": [ASK, call], "tools": schemas[:1]}, {"messages": [ASK, SAY], "tools": schemas[1:]}]
+    table = Dataset.from_list(rows)
+    assert table[0]["tools"][0]["function"]["parameters"]["properties"].get("day", 0) is None  # what is guarded against
+    for row, schema in zip(table, schemas, strict=True):
+        assert to_sample(row, "row").conversation.tools == (schema,)
+    assert to_sample({**table[0], "messages": [ASK, table[0]["messages"][1], ASK]}, "row").conversation.messages == (
+        ASK,
+        {**call, "content": None},
+        ASK,
+    )
+
+
+def test_tools_may_be_a_string_of_json() -> None:
+    assert to_sample({"prompt": [ASK], "tools": '[{"name": "f"}]'}, "row").conversation.tools == ({"name": "f"},)
