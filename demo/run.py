@@ -60,10 +60,10 @@ PAIRS = {
     "instruct": Recipe(
         student="smollm2-135m-instruct",
         teacher="qwen2.5-coder-1.5b-instruct",
-        max_steps={"gkd": 60, "minillm": 60},
+        max_steps={"gkd": 40, "minillm": 40},
         batch=16,
         max_completion_length=96,
-        learning_rate=2e-5,
+        learning_rate=5e-5,
         eval_prompts=32,
     ),
 }

@@ -111,9 +111,7 @@ def test_values_that_cannot_work_write_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_option_that_a_newer_transformers_has_is_accepted(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_option_that_a_newer_transformers_has_is_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shorter = [e for e in json.loads(SCHEMA.read_text(encoding="utf-8")) if e["name"] not in ("max_steps", "bf16")]
     (tmp_path / "options.json").write_text(json.dumps(shorter))
     (tmp_path / "r.yaml").write_text("bf16: false\n")
