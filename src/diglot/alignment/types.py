@@ -55,6 +55,11 @@ class Alignment(Generic[Array]):
         """`C`."""
         return len(self.chunk_segment)  # type: ignore[arg-type]
 
+    def in_exact_chunk(self, chunk: Any) -> Any:
+        """Which tokens lie in an exact chunk, bool [N], given the chunk of each, `chunk_s` or `chunk_t`."""
+        inside = chunk >= 0
+        return inside & self.chunk_exact[chunk * inside] if self.num_chunks else inside  # type: ignore[index]
+
     def to(self, device: torch.device | str) -> Alignment[torch.Tensor]:
         """The same with torch tensors on `device` in place of the arrays."""
         import torch

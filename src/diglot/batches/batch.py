@@ -66,11 +66,7 @@ def align_pairs(
         for side, exact in ((student, student.exact & ~excluded), (teacher, teacher.exact))
     )
     aligned = align(side_s, side_t, sum(segments))
-    in_exact = (
-        (aligned.chunk_s >= 0) & aligned.chunk_exact[aligned.chunk_s]
-        if len(aligned.chunk_exact)
-        else aligned.chunk_s >= 0
-    )
+    in_exact = aligned.in_exact_chunk(aligned.chunk_s)
     written = sum(int(((p.student.segment >= 0) | (p.student.roles != Role.PROMPT)).sum()) for p in kept)
     stats = {
         "tokens": float((~excluded).sum()),

@@ -88,7 +88,7 @@ class Evaluator:
         logp_t, stop_t = self._facts(
             self.teacher.hidden(batch.teacher), batch.teacher, self.teacher.head, self.pair.stop_t
         )
-        exact_s, exact_t = (_in_exact(alignment.chunk_exact, chunk) for chunk in (alignment.chunk_s, alignment.chunk_t))
+        exact_s, exact_t = map(alignment.in_exact_chunk, (alignment.chunk_s, alignment.chunk_t))
         sample_s, sample_t = _sample_of(batch.student), _sample_of(batch.teacher)
         surprisal = _sums(-logp_s * exact_s, sample_s, num)
         both = stop_s[alignment.pair_s], stop_t[alignment.pair_t]
@@ -146,11 +146,6 @@ def _sums(values: Tensor, sample: Tensor, num: int) -> np.ndarray:
 def _sample_of(side: PackedSide) -> Tensor:
     """Which sample of the batch each scored token belongs to, [N]."""
     return side.rows // side.input_ids.shape[1]
-
-
-def _in_exact(chunk_exact: Tensor, chunk: Tensor) -> Tensor:
-    inside = chunk >= 0
-    return inside & chunk_exact[chunk.clamp(min=0)] if len(chunk_exact) else inside
 
 
 def _any_id(reader: PairReader) -> int:

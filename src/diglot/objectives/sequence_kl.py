@@ -14,9 +14,7 @@ def mean_logp(logp: Tensor, chunk: Tensor, alignment: Alignment[Tensor]) -> Tens
 
     `chunk [N]` is the chunk of each token.
     """
-    inside = chunk >= 0
-    if alignment.num_chunks:
-        inside = inside & alignment.chunk_exact[chunk.clamp(min=0)]
+    inside = alignment.in_exact_chunk(chunk)
     segment = alignment.chunk_segment[chunk[inside]]
     zeros = logp.new_zeros(alignment.num_segments)
     count = zeros.index_add(0, segment, logp.new_ones(len(segment)))

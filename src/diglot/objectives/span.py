@@ -94,7 +94,7 @@ def span_advantages(
     if dense is not None:
         own = torch.where(dense, 0.0, own)
         count = torch.where(dense, (count - 1).clamp(min=1), count) if length_normalization else count
-    usable = (alignment.chunk_s >= 0) & alignment.chunk_exact[chunk] if chunks else alignment.chunk_s >= 0
+    usable = alignment.in_exact_chunk(alignment.chunk_s)
     return torch.where(usable, (own + future[chunk]) / count, 0.0) if chunks else torch.zeros_like(logp_s)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from diglot.alignment import Alignment
+from diglot.objectives.span import chunk_sums
 from diglot.rendering import Conversation, Renderer
 from diglot.rollouts.sampler import Ids, TransformersSampler
 
@@ -95,16 +96,14 @@ def mixture_weight(
     if not chunks:
         return torch.ones_like(logp_s)
 
-    def total(logp: Tensor, chunk: Tensor) -> Tensor:
-        inside = chunk >= 0
-        return logp.new_zeros(chunks).index_add(0, chunk[inside], logp[inside])
-
     share = torch.full((chunks,), alpha, device=logp_s.device)
     if max_new_tokens is not None:
         before = alignment.count_s.cumsum(0) - alignment.count_s
         first = torch.cat([before.new_zeros(1), (alignment.chunk_segment.diff() != 0).nonzero()[:, 0] + 1])
         start = before[first][torch.unique_consecutive(alignment.chunk_segment, return_inverse=True)[1]]
         share = share * (1 - (before - start) / max_new_tokens).clamp(0, 1)
-    ratio = (total(logp_t, chunk_t) - total(logp_s, chunk_s)).exp()  # may overflow to inf: the weight is then 0
+    ratio = (
+        chunk_sums(logp_t, chunk_t, chunks) - chunk_sums(logp_s, chunk_s, chunks)
+    ).exp()  # may overflow to inf: the weight is then 0
     weight = 1 / (share * ratio + (1 - share))
     return torch.where(chunk_s >= 0, weight[chunk_s.clamp(min=0)], 1.0).to(logp_s.dtype)

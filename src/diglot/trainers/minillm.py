@@ -155,9 +155,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _scored(self, batch: AlignedBatch) -> Tensor:
         """Which student tokens lie in an exact chunk, bool [N_s]."""
-        chunk = batch.alignment.chunk_s
-        inside = chunk >= 0
-        return inside & batch.alignment.chunk_exact[chunk.clamp(min=0)] if batch.alignment.num_chunks else inside
+        return batch.alignment.in_exact_chunk(batch.alignment.chunk_s)
 
     def _dense(self, batch: AlignedBatch) -> Tensor:
         """Which student tokens have an exact single-step divergence, bool [N_s]."""
