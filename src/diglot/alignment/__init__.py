@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diglot.alignment.align import align, check_bytes
+from diglot.alignment.align import align, check_bytes, starts
 from diglot.alignment.types import Alignment, Side
 
-__all__ = ["Alignment", "Side", "align", "check_bytes"]
+__all__ = ["Alignment", "Side", "align", "check_bytes", "starts"]

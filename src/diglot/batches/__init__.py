@@ -3,5 +3,6 @@
 from diglot.batches.batch import AlignedBatch, align_pairs
 from diglot.batches.packed import PackedSide, pack
 from diglot.batches.reading import PairReader, ReadPair
+from diglot.batches.written import Written, WrittenSide
 
-__all__ = ["AlignedBatch", "PackedSide", "PairReader", "ReadPair", "align_pairs", "pack"]
+__all__ = ["AlignedBatch", "PackedSide", "PairReader", "ReadPair", "Written", "WrittenSide", "align_pairs", "pack"]

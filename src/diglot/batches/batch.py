@@ -12,6 +12,7 @@ from torch import Tensor
 from diglot.alignment import Alignment, Side, align
 from diglot.batches.packed import PackedSide, pack
 from diglot.batches.reading import ReadPair
+from diglot.batches.written import Written, WrittenSide
 from diglot.rendering import Rendered, Role
 
 
@@ -27,6 +28,7 @@ class AlignedBatch:
     student: PackedSide
     teacher: PackedSide
     alignment: Alignment  # torch tensors
+    written: Written  # the same and the tokens, as numpy arrays
     stats: dict[str, float]  # sums and counts for the log
     on_policy: bool
     counts: Mapping[str, float] | None = None
@@ -67,19 +69,34 @@ def align_pairs(
     )
     aligned = align(side_s, side_t, sum(segments))
     in_exact = aligned.in_exact_chunk(aligned.chunk_s)
-    written = sum(int(((p.student.segment >= 0) | (p.student.roles != Role.PROMPT)).sum()) for p in kept)
+    num_written = sum(int(((p.student.segment >= 0) | (p.student.roles != Role.PROMPT)).sum()) for p in kept)
     stats = {
         "tokens": float((~excluded).sum()),
         "covered": float(in_exact.sum()),
         "one_to_one": float(len(aligned.pair_s)),
         "dropped": float((aligned.chunk_s < 0).sum()),
         "chunks": float(aligned.chunk_exact.sum()),
-        "written": float(written),
+        "written": float(num_written),
         "bytes": float(sum(len(text) for p in kept for text in p.student.segment_bytes)),
         "stopped": float(sum(p.student.stopped[-1] for p in kept)),
         "samples": float(len(kept)),
     }
-    return AlignedBatch(kept, student, teacher, aligned.to("cpu"), stats, on_policy)
+    written_s, written_t = (
+        WrittenSide(packed.targets.numpy(), side.end, side.segment, side.exact, side.stop)
+        for packed, side in ((student, side_s), (teacher, side_t))
+    )
+    written = Written(written_s, written_t, aligned, _common_texts(kept, segments))
+    return AlignedBatch(kept, student, teacher, aligned.to("cpu"), written, stats, on_policy)
+
+
+def _common_texts(pairs: Sequence[ReadPair], segments: Sequence[int]) -> list[bytes]:
+    """The bytes of every segment, as far as both sides hold them."""
+    texts = []
+    for pair, count in zip(pairs, segments, strict=True):
+        both = zip(pair.student.segment_bytes, pair.teacher.segment_bytes, strict=False)
+        common = [min(mine, theirs, key=len) for mine, theirs in both]
+        texts += common + [b""] * (count - len(common))
+    return texts
 
 
 def _nothing(pad_id: int) -> Rendered:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from diglot.objectives.base import ColumnObjective, Pair, Path, PathObjective, RowObjective, Values
+from diglot.objectives.base import (
+    ColumnObjective,
+    Pair,
+    Path,
+    PathObjective,
+    RowObjective,
+    Rows,
+    Tables,
+    Teller,
+    Values,
+)
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.registry import OBJECTIVES, make_objective, objective_class
 from diglot.objectives.rungs import Rung
@@ -14,7 +24,10 @@ __all__ = [
     "Path",
     "PathObjective",
     "RowObjective",
+    "Rows",
     "Rung",
+    "Tables",
+    "Teller",
     "Values",
     "generalized_jsd",
     "make_objective",

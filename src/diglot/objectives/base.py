@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,21 @@ from diglot.objectives.rungs import Rung
 
 if TYPE_CHECKING:
     from diglot.alignment import Alignment
-    from diglot.vocabulary import Vocabulary
+    from diglot.batches import Written
+    from diglot.vocabulary import Encoded, Vocabulary
+
+
+Encode = Callable[[Sequence[str]], Sequence["Encoded"]]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the tokens of both sides are."""
+
+    student: Vocabulary
+    teacher: Vocabulary
+    encode_s: Encode | None = None
+    encode_t: Encode | None = None
 
 
 @dataclass(frozen=True)
@@ -29,10 +43,22 @@ class Pair:
     shared_t: Tensor  # int64 [K] their teacher ids
     stop_s: Tensor  # int64 ids that end a turn, student
     stop_t: Tensor  # int64 ids that end a turn, teacher
+    tables: Tables | None = None  # the vocabularies themselves, for objectives that look into tokens
 
     @classmethod
-    def of(cls, student: Vocabulary, teacher: Vocabulary, stop_s: Sequence[int], stop_t: Sequence[int]) -> Pair:
-        """The pair of two vocabularies, whose lengths are the widths of the logits, and two stop sets."""
+    def of(
+        cls,
+        student: Vocabulary,
+        teacher: Vocabulary,
+        stop_s: Sequence[int],
+        stop_t: Sequence[int],
+        encode_s: Encode | None = None,
+        encode_t: Encode | None = None,
+    ) -> Pair:
+        """The pair of two vocabularies, whose lengths are the widths of the logits, and two stop sets.
+
+        `encode_s` and `encode_t` turn texts into each side's tokens; few objectives ask for them.
+        """
         shared_s, shared_t = student.shared(teacher)
         return cls(
             same=student.same_as(teacher),
@@ -42,7 +68,14 @@ class Pair:
             shared_t=torch.as_tensor(shared_t, dtype=torch.int64),
             stop_s=torch.tensor(list(stop_s), dtype=torch.int64),
             stop_t=torch.tensor(list(stop_t), dtype=torch.int64),
+            tables=Tables(student, teacher, encode_s, encode_t),
         )
+
+    def need_tables(self, name: str) -> Tables:
+        """The vocabularies. `ConfigError` if the pair was made without them."""
+        if self.tables is None:
+            raise ConfigError(f"objective {name!r} looks into tokens, and this pair has no vocabularies: use Pair.of.")
+        return self.tables
 
     def to(self, device: torch.device | str) -> Pair:
         """The same with its tensors on `device`."""
@@ -68,14 +101,52 @@ class Path:
     logp_t: Tensor  # [N_t]
     logp_old: Tensor | None = None  # [N_s] the student's when it wrote the text
     weight: Tensor | None = None  # [N_s] importance weights, constants
+    noncanonical: Tensor | None = None  # bool [N_s] would the student's tokenizer cut the text otherwise here?
+    boundary_s: Tensor | None = None  # [N_s] log mass, in the row of each token, of "a new word, or the end"
+    boundary_t: Tensor | None = None  # [N_t]
+    logp_reference_s: Tensor | None = None  # [N_s] of the student before training, constants
+    logp_reference_t: Tensor | None = None  # [N_t] of a reference teacher, constants
 
     def to(self, device: torch.device | str) -> Path:
         """The same with its tensors on `device`."""
         return replace(self, **_moved(self, device))
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of both sides are compared, and what is known about each beforehand."""
+
+    student: Tensor  # int64 [R] token whose predicting row is read, student
+    teacher: Tensor  # int64 [R] teacher
+    given: Mapping[str, Tensor] = field(default_factory=dict)  # each [R, ...], handed to the objective by name
+    count: int | None = None  # over how many items the values are averaged, if not over the rows
+    skipped: Mapping[str, int] = field(default_factory=dict)  # reason -> rows that were left out on purpose
+
+    @property
+    def items(self) -> int:
+        """Over how many items the values are averaged."""
+        return len(self.student) if self.count is None else self.count
+
+    def to(self, device: torch.device | str) -> Rows:
+        """The same with its tensors on `device`."""
+        given = {name: value.to(device) for name, value in self.given.items()}
+        return replace(self, student=self.student.to(device), teacher=self.teacher.to(device), given=given)
+
+
+class Teller(Protocol):
+    """Answers what rows of other positions say, for objectives that ask for it (`extra`)."""
+
+    path: Path
+
+    def teacher_ranges(self, token: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Log of the teacher's mass on `sorted_ids[low:high]` in the row that predicts `token`, `[Q]`, constant.
+
+        `sorted_ids` is the order of the teacher's tokens by bytes (`Vocabulary.trie`).
+        """
+
+
 class RowObjective(ABC):
-    """A divergence between whole next-token distributions, row by row."""
+    """A divergence between next-token distributions, row by row."""
 
     name: ClassVar[str]
     needs: ClassVar[Rung] = Rung.HIDDEN
@@ -83,20 +154,28 @@ class RowObjective(ABC):
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
 
-    def rows(self, alignment: Alignment[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Token indices `[R]`, student and teacher, whose rows are compared, and whether each is a stop row.
+    def rows(self, written: Written) -> Rows:
+        """Which rows are compared: here those that predict the tokens of the one-to-one pairs."""
+        alignment = written.alignment
+        return Rows(torch.from_numpy(alignment.pair_s), torch.from_numpy(alignment.pair_t))
 
-        The rows are those that predict the tokens of `alignment`'s one-to-one pairs.
-        """
-        return alignment.pair_s, alignment.pair_t, alignment.chunk_stop[alignment.chunk_s[alignment.pair_s]]
+    def extra(self, rows: Rows, written: Written, teller: Teller) -> dict[str, Tensor]:
+        """More that the objective is given of each row, `[R, ...]`, from scores of the text; may carry gradient."""
+        return {}
 
     @abstractmethod
-    def __call__(self, logits_s: Tensor, logits_t: Tensor) -> Values:
-        """Values `[R]` of `logits_s [R, V_s]` against `logits_t [R, V_t]`, computed in float32 (float64 if given)."""
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
+        """Values `[R]` of `logits_s [R, V_s]` against `logits_t [R, V_t]`, computed in float32 (float64 if given).
+
+        `given` holds the same rows of what `rows` and `extra` gave.
+        """
 
     def to(self, device: torch.device | str) -> RowObjective:
-        """Move the pair to `device`; returns self."""
+        """Move the pair, and the tensors that the objective made of it, to `device`; returns self."""
         self.pair = self.pair.to(device)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
         return self
 
 
@@ -126,6 +205,16 @@ class PathObjective(ABC):
 
     name: ClassVar[str]
     needs: ClassVar[Rung] = Rung.TEXT_LOGPROBS
+
+    @property
+    def reads_boundaries(self) -> bool:
+        """Does it read the boundary masses of the path? They take the teacher's whole rows."""
+        return False
+
+    @property
+    def reads_references(self) -> bool:
+        """Does it read the log-probabilities of the two reference models?"""
+        return False
 
     def mask(self, alignment: Alignment[Tensor]) -> Tensor:
         """Which of the values count, bool: here the student tokens that lie in a chunk, `[N_s]`."""

@@ -44,5 +44,5 @@ class JSD(RowObjective):
             raise ConfigError(f"kd_temperature={kd_temperature} cannot divide logits: choose a value above 0.")
         self.beta, self.kd_temperature = beta, kd_temperature
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor) -> Values:
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
         return Values(full_jsd(logits_s, logits_t, self.beta, self.kd_temperature))

@@ -88,7 +88,7 @@ class Strict(ColumnObjective):
             )
         self.top_k, self.beta, self.residual = top_k, beta, residual
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor) -> Values:
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
         return strict_divergence(
             logits_s, logits_t, self.pair, top_k=self.top_k, beta=self.beta, residual=self.residual
         )

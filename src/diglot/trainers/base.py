@@ -273,7 +273,8 @@ class DistillationTrainer(Trainer):
     ) -> tuple[Tensor, Values]:
         """`share` times the sum of a divergence over its rows, each times its importance weight, and the single
         values."""
-        rows_s, rows_t, _ = objective.rows(batch.alignment)
+        rows = objective.rows(batch.written).to(hidden_s.device)
+        rows_s, rows_t = rows.student, rows.teacher
         weight = torch.full((len(rows_s),), share, dtype=torch.float64, device=hidden_s.device)
         if batch.weight is not None:
             weight = weight * batch.weight[rows_s]

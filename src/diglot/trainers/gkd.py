@@ -28,7 +28,7 @@ class Term:
     def count(self, batch: AlignedBatch) -> float:
         """Over how many items of this batch the term is averaged."""
         if isinstance(self.objective, RowObjective):
-            return float(len(self.objective.rows(batch.alignment)[0]))
+            return float(self.objective.rows(batch.written).items)
         return float(self.objective.mask(batch.alignment).sum())
 
 

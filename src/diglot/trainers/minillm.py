@@ -160,7 +160,7 @@ class MiniLLMTrainer(DistillationTrainer):
     def _dense(self, batch: AlignedBatch) -> Tensor:
         """Which student tokens have an exact single-step divergence, bool [N_s]."""
         covered = torch.zeros_like(batch.alignment.chunk_s, dtype=torch.bool)
-        return covered.index_fill(0, self.single_step.rows(batch.alignment)[0], True)
+        return covered.index_fill(0, self.single_step.rows(batch.written).student.to(covered.device), True)
 
     def _log_rollout(self, batch: AlignedBatch) -> None:
         assert batch.logp_old is not None and batch.logp_t is not None
