@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diglot.errors import ConfigError
-from diglot.objectives import OBJECTIVES, Pair, PathObjective, RowObjective, Rung, make_objective, objective_class
+from diglot.objectives import OBJECTIVES, Objective, Pair, PathObjective, Rung, make_objective, objective_class
 
 PAIR = Pair(False, 4, 5, torch.tensor([0, 1]), torch.tensor([2, 1]), torch.tensor([3]), torch.tensor([4]))
 
@@ -15,12 +15,12 @@ PAIR = Pair(False, 4, 5, torch.tensor([0, 1]), torch.tensor([2, 1]), torch.tenso
 def test_each_objective_knows_its_name_and_what_it_needs(name: str) -> None:
     cls = objective_class(name)
     assert cls.name == name
-    assert cls.needs == (Rung.HIDDEN if issubclass(cls, RowObjective) else Rung.TEXT_LOGPROBS)
-    assert issubclass(cls, (RowObjective, PathObjective))
+    assert cls.needs == (Rung.TEXT_LOGPROBS if issubclass(cls, PathObjective) else Rung.HIDDEN)
+    assert issubclass(cls, Objective)
 
 
 def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"no objective is called 'strickt'; did you mean 'strict'\?.*ce, jsd"):
+    with pytest.raises(ConfigError, match=r"no objective is called 'strickt'; did you mean 'strict'\?.*ce, dskd"):
         make_objective("strickt", PAIR)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diglot.alignment import Side, align
+from diglot.batches import Written, WrittenSide
 from diglot.errors import ConfigError
 from diglot.objectives import Pair, make_objective
 from diglot.objectives.strict import strict_divergence
@@ -158,14 +159,17 @@ def test_metrics_carry_no_gradient() -> None:
     assert not any(value.requires_grad for value in found.metrics.values())
 
 
-def test_rows_are_the_pairs_and_stop_rows_are_marked() -> None:
-    def side(ends: list[int]) -> Side:
+def test_rows_are_the_pairs_and_stop_is_one_of_them() -> None:
+    def side(ends: list[int]) -> WrittenSide:
         n = len(ends)
-        return Side(np.array(ends), np.zeros(n, np.int64), np.ones(n, bool), np.arange(n) == n - 1)
+        nothing = np.zeros(n, np.int64)
+        return WrittenSide(nothing, np.array(ends), nothing, np.ones(n, bool), np.arange(n) == n - 1)
 
-    alignment = align(side([3, 6, 7, 8]), side([3, 7, 8]), 1).to("cpu")
-    rows_s, rows_t, stop = make_objective("strict", PAIR).rows(alignment)
-    assert (rows_s.tolist(), rows_t.tolist(), stop.tolist()) == ([0, 3], [0, 2], [False, True])
+    student, teacher = side([3, 6, 7, 8]), side([3, 7, 8])
+    sides = (Side(x.end, x.segment, x.exact, x.stop) for x in (student, teacher))
+    written = Written(student, teacher, align(*sides, 1), [b"abcdefg"])
+    rows = make_objective("strict", PAIR).rows(written)
+    assert (rows.student.tolist(), rows.teacher.tolist()) == ([0, 3], [0, 2])
 
 
 def test_an_empty_stop_set_is_refused() -> None:

@@ -62,7 +62,7 @@ def test_trains_with_all_terms(tmp_path: Path, teacher: str, alpha: float) -> No
     log = trainer.state.log_history[1]
     assert all(
         math.isfinite(log[k])
-        for k in ("loss", "reverse_kl", "minillm/single_step", "minillm/lm_loss", "minillm/clip_ratio")
+        for k in ("loss", "reverse_kl", "single_step/loss", "minillm/lm_loss", "minillm/clip_ratio")
     )
 
 

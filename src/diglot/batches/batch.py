@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,11 +39,17 @@ class AlignedBatch:
     advantage: Tensor | None = None
     weight: Tensor | None = None
     reference: PackedSide | None = None  # text for a language-modelling loss, student side only
+    noncanonical: Tensor | None = None  # bool [N] student tokens that its own tokenizer would have cut otherwise
+    plans: dict[str, Any] = field(default_factory=dict)  # what objectives have found out about the text
 
     def to(self, device: torch.device) -> AlignedBatch:
         """The same with inputs and alignment on `device`."""
         return replace(
-            self, student=self.student.to(device), teacher=self.teacher.to(device), alignment=self.alignment.to(device)
+            self,
+            student=self.student.to(device),
+            teacher=self.teacher.to(device),
+            alignment=self.alignment.to(device),
+            noncanonical=None if self.noncanonical is None else self.noncanonical.to(device),
         )
 
 
@@ -86,7 +93,11 @@ def align_pairs(
         for packed, side in ((student, side_s), (teacher, side_t))
     )
     written = Written(written_s, written_t, aligned, _common_texts(kept, segments))
-    return AlignedBatch(kept, student, teacher, aligned.to("cpu"), written, stats, on_policy)
+    noncanonical = np.concatenate([p.noncanonical for p in kept] or [np.zeros(0, np.bool_)])
+    stats["noncanonical"] = float(noncanonical.sum())
+    return AlignedBatch(
+        kept, student, teacher, aligned.to("cpu"), written, stats, on_policy, noncanonical=torch.from_numpy(noncanonical)
+    )
 
 
 def _common_texts(pairs: Sequence[ReadPair], segments: Sequence[int]) -> list[bytes]:

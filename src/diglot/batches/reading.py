@@ -23,6 +23,7 @@ class ReadPair:
     conversation: Conversation
     student: Rendered
     teacher: Rendered
+    noncanonical: NDArray[np.bool_]  # of each scored student token: would its tokenizer have cut the text otherwise?
 
     @property
     def prompt_length(self) -> int:
@@ -83,7 +84,21 @@ class PairReader:
         else:
             text = student.segment_bytes[-1].decode("utf-8")
             own = self.teacher.render(conversation, text, stopped=student.stopped[-1], thinking=thinking)
-        return self._fit(conversation, student, own)
+        return self._fit(conversation, student, own, self._noncanonical(student))
+
+    def _noncanonical(self, sampled: Rendered) -> NDArray[np.bool_]:
+        """Which scored tokens of a completion the student's own tokenizer does not give for its text.
+
+        A token is canonical if the encoding of the whole text has the same id for the same bytes. Stop always is.
+        """
+        scored = sampled.segment >= 0
+        ids, ends, stop = sampled.ids[scored], sampled.end[scored], sampled.roles[scored] == Role.STOP
+        own = self.student.encoder.encode([sampled.segment_bytes[-1].decode("utf-8")])[0]
+        stride = len(self.student.vocabulary) + 1
+        starts, own_starts = (np.concatenate([[0], e[:-1]]) if len(e) else e for e in (ends, own.ends))
+        # One number for (start, id); the end follows from them where the token is exact.
+        same = np.isin(starts * stride + ids, (own_starts * stride + own.ids)[own.exact])
+        return ~same & ~stop
 
     def written(self, sample: Sample, *, stopped: bool = True) -> ReadPair | None:
         """A completion that somebody else wrote, as text: each side encodes it."""
@@ -96,7 +111,7 @@ class PairReader:
             side.render(conversation, sample.reply, stopped=stopped, score=self.score_turns, thinking=thinking)
             for side in (self.student, self.teacher)
         )
-        return self._fit(conversation, student, teacher)
+        return self._fit(conversation, student, teacher, np.zeros(int((student.segment >= 0).sum()), np.bool_))
 
     def reference(self, sample: Sample) -> Rendered | None:
         """A text to imitate, on the student's side only; None (and counted) if its prompt alone fills the limit."""
@@ -111,7 +126,9 @@ class PairReader:
             self.dropped["prompt_too_long"] += 1
             return None
 
-    def _fit(self, conversation: Conversation, student: Rendered, teacher: Rendered) -> ReadPair | None:
+    def _fit(
+        self, conversation: Conversation, student: Rendered, teacher: Rendered, noncanonical: NDArray[np.bool_]
+    ) -> ReadPair | None:
         """Cut both sides to their limits; a prompt that fills a limit alone drops the sample and is counted."""
         try:
             cut_student = truncate(student, self.max_length) if self.max_length else student
@@ -122,4 +139,5 @@ class PairReader:
         for of_student, of_teacher in zip(cut_student.segment_bytes, cut_teacher.segment_bytes, strict=False):
             shared = min(len(of_student), len(of_teacher))
             check_bytes(of_student[:shared], of_teacher[:shared], where="student and teacher")
-        return ReadPair(conversation, cut_student, cut_teacher)
+        kept = int((cut_student.segment >= 0).sum())
+        return ReadPair(conversation, cut_student, cut_teacher, noncanonical[:kept])

@@ -25,12 +25,19 @@ class Head:
         scale: factor on the raw logits.
         softcap: logits are bent to `softcap * tanh(logits / softcap)` after scaling, if given.
         name: of the model, for messages.
+        frozen: the module's parameters get no gradient.
     """
 
     def __init__(
-        self, module: nn.Module, *, scale: float = 1.0, softcap: float | None = None, name: str = "model"
+        self,
+        module: nn.Module,
+        *,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        name: str = "model",
+        frozen: bool = False,
     ) -> None:
-        self.module, self.scale, self.softcap, self.name = module, scale, softcap, name
+        self.module, self.scale, self.softcap, self.name, self.frozen = module, scale, softcap, name, frozen
 
     @classmethod
     def of(cls, model: nn.Module) -> Head:
@@ -52,7 +59,11 @@ class Head:
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """The trainable parameters, a tied embedding among them."""
-        return tuple(p for p in self.module.parameters() if p.requires_grad)
+        return () if self.frozen else tuple(p for p in self.module.parameters() if p.requires_grad)
+
+    def as_frozen(self) -> Head:
+        """The same head, of which nothing gets a gradient from what is computed with it."""
+        return Head(self.module, scale=self.scale, softcap=self.softcap, name=self.name, frozen=True)
 
     def __call__(self, hidden: Tensor, parameters: Sequence[Tensor] | None = None) -> Tensor:
         """Logits `[..., V]` of `hidden [..., H]`: float32, or float64 if the module computes in it.
@@ -115,7 +126,7 @@ class Head:
 
     @property
     def _trainable(self) -> list[str]:
-        return [name for name, p in self.module.named_parameters() if p.requires_grad]
+        return [name for name, p in self.module.named_parameters() if p.requires_grad and not self.frozen]
 
 
 def _scale(config: Any) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from diglot.errors import ConfigError
 from diglot.heads.head import Head
 from diglot.objectives.base import ColumnObjective, Values
 
-RowFunction = Callable[[Tensor, Tensor], Values]
-BlockFunction = Callable[[Tensor, Sequence[Tensor] | None], Values]
+RowFunction = Callable[..., Values]
+Given = Mapping[str, Tensor]
+BlockFunction = Callable[[Tensor, Sequence[Tensor] | None, Given], Values]
 
 _CPU_BUDGET = 256 * 2**20
 _MASS_ROWS = 16  # rows of a block on which the teacher's mass of chosen columns is measured
@@ -47,18 +48,20 @@ def reduce_rows(
     objective: RowFunction,
     hidden_s: Tensor,
     head_s: Head,
-    hidden_t: Tensor,
+    hidden_t: Tensor | None,
     head_t: Head,
     rows_s: Tensor,
     rows_t: Tensor,
     weight: Tensor,
     chunk_rows: int,
     temperature: float = 1.0,
+    given: Given | None = None,
 ) -> tuple[Tensor, Values]:
     """`sum(weight * loss)` over rows, with gradient, and the single rows' values, `[R]`, without.
 
     The gradient is formed block by block together with the value, so that at most `chunk_rows` rows of logits exist at
-    a time; it reaches `hidden_s` and the trainable parameters of `head_s`. It can be taken once, not differentiated.
+    a time; it reaches `hidden_s`, the trainable parameters of `head_s`, and what of `given` requires it. It can be taken
+    once, not differentiated.
     Up to rounding the result does not depend on `chunk_rows`. A row of weight 0 has no part in sum and gradient.
 
     A `ColumnObjective` that reads few columns gets those alone: no more than they are formed of the teacher's logits.
@@ -66,27 +69,33 @@ def reduce_rows(
     rows of each block, since it takes whole rows of logits, and is NaN on the others.
 
     Args:
-        objective: maps logits `[r, V_s]`, `[r, V_t]` to values `[r]`, each of its own row alone.
+        objective: maps logits `[r, V_s]`, `[r, V_t]`, and of each of `given` the same rows, to values `[r]`, each of
+            its own row alone.
         hidden_s: `[N_s, H_s]`; `rows_s` `[R]` says which of them each row reads.
-        hidden_t: `[N_t, H_t]`; `rows_t` `[R]` likewise. Gets no gradient.
+        hidden_t: `[N_t, H_t]`; `rows_t` `[R]` likewise. Gets no gradient. None: the objective gets None for its logits.
         weight: `[R]`, the factors of the reduction.
         temperature: divides the logits of both sides.
+        given: more about each row, `[R, ...]`, handed to the objective by name.
 
     Raises `ConfigError` for row arrays of different lengths or `chunk_rows < 1`.
     """
     _check(rows_s, rows_t, weight, chunk_rows)
     parameters = head_s.parameters
-    inputs = (hidden_s, *parameters) if torch.is_grad_enabled() else ()
-    gradients = _Gradients(hidden_s, parameters) if any(x.requires_grad for x in inputs) else None
+    given = given or {}
+    inputs = (hidden_s, *parameters, *given.values()) if torch.is_grad_enabled() else ()
+    gradients = _Gradients(hidden_s, parameters, given) if any(x.requires_grad for x in inputs) else None
     evaluate: Callable[..., BlockFunction] = _by_whole_rows
     if reads_few_columns(objective, head_s, head_t):
         evaluate = _by_columns
     parts = []
     for block in blocks(len(rows_s), chunk_rows):
-        rows, of_teacher = rows_s[block], hidden_t[rows_t[block].to(hidden_t.device)]
+        rows, of_teacher = rows_s[block], None if hidden_t is None else hidden_t[rows_t[block].to(hidden_t.device)]
         of_block = evaluate(objective, hidden_s.detach()[rows], head_s, of_teacher, head_t, temperature)
-        rows_weight = weight[block]
-        values = gradients.add(of_block, rows, rows_weight) if gradients else of_block(hidden_s[rows], None)
+        known = {name: value.detach()[block] for name, value in given.items()}
+        if gradients:
+            values = gradients.add(of_block, rows, block, weight[block], known)
+        else:
+            values = of_block(hidden_s[rows], None, known)
         parts.append(Values(values.loss.detach(), {k: v.detach() for k, v in values.metrics.items()}))
         del of_block, values
     values = _joined(parts)
@@ -103,11 +112,11 @@ def reads_few_columns(objective: RowFunction, head_s: Head, head_t: Head) -> boo
 
 @torch.no_grad()
 def _by_whole_rows(
-    objective: RowFunction, hidden_s: Tensor, head_s: Head, hidden_t: Tensor, head_t: Head, temperature: float
+    objective: RowFunction, hidden_s: Tensor, head_s: Head, hidden_t: Tensor | None, head_t: Head, temperature: float
 ) -> BlockFunction:
     """The values of a block as a function of the student's hidden states and head parameters; whole rows of logits."""
-    logits_t = _warmed(head_t(hidden_t), temperature).to(hidden_s.device)
-    return lambda leaf, parameters: objective(_warmed(head_s(leaf, parameters), temperature), logits_t)
+    logits_t = None if hidden_t is None else _warmed(head_t(hidden_t), temperature).to(hidden_s.device)
+    return lambda leaf, parameters, given: objective(_warmed(head_s(leaf, parameters), temperature), logits_t, **given)
 
 
 @torch.no_grad()
@@ -128,7 +137,7 @@ def _by_columns(
     del whole_t
     chosen_t = chosen_t.to(hidden_s.device)
 
-    def of_block(leaf: Tensor, parameters: Sequence[Tensor] | None) -> Values:
+    def of_block(leaf: Tensor, parameters: Sequence[Tensor] | None, given: Given) -> Values:
         chosen_s = _warmed(head_s.columns(leaf, columns_s, parameters), temperature)
         return Values(objective.compare(chosen_s, chosen_t), {"mass_s": mass_s, "mass_t": mass_t})
 
@@ -145,28 +154,31 @@ def blocks(rows: int, chunk_rows: int) -> Iterator[slice]:
 
 
 class _Gradients:
-    """The running gradient of a weighted sum with respect to the student's hidden states and head parameters."""
+    """The running gradient of a weighted sum with respect to the student's hidden states, head parameters and more."""
 
-    def __init__(self, hidden: Tensor, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, hidden: Tensor, parameters: Sequence[Tensor], given: Given) -> None:
         self.hidden, self.parameters = hidden, parameters
         # Fresh leaves: hooks on the model's own parameters see one whole gradient later, not that of every block.
         self.leaves = [p.detach().requires_grad_() for p in parameters]
         self.hidden_sum = torch.zeros_like(hidden, requires_grad=False) if hidden.requires_grad else None
         # Sums of many blocks are kept in float32 even where the parameter is not.
         self.sums = [torch.zeros_like(p, dtype=_sum_dtype(p), requires_grad=False) for p in parameters]
+        self.given = {name: value for name, value in given.items() if value.requires_grad}
+        self.of_given = {name: torch.zeros_like(value, requires_grad=False) for name, value in self.given.items()}
 
-    def add(self, of_block: BlockFunction, rows: Tensor, weight: Tensor) -> Values:
+    def add(self, of_block: BlockFunction, rows: Tensor, block: slice, weight: Tensor, given: Given) -> Values:
         """Add the gradient of one block; returns its values."""
         with torch.enable_grad():
             leaf = self.hidden.detach()[rows].requires_grad_(self.hidden_sum is not None)
-            values = of_block(leaf, self.leaves)
+            known = {name: value.requires_grad_(name in self.given) for name, value in given.items()}
+            values = of_block(leaf, self.leaves, known)
             total = _weighted(values.loss, weight).sum()
         if total.requires_grad:
-            wanted = [leaf, *self.leaves] if self.hidden_sum is not None else self.leaves
-            found = list(torch.autograd.grad(total, wanted, allow_unused=True))
+            wanted = [*self.leaves, *(known[name] for name in self.given)]
+            found = list(torch.autograd.grad(total, [leaf, *wanted] if leaf.requires_grad else wanted, allow_unused=True))
             if self.hidden_sum is not None and (of_hidden := found.pop(0)) is not None:
                 self.hidden_sum.index_add_(0, rows, of_hidden)
-            for so_far, gradient in zip(self.sums, found, strict=True):
+            for so_far, gradient in zip([*self.sums, *(g[block] for g in self.of_given.values())], found, strict=True):
                 if gradient is not None:
                     so_far.add_(gradient)
         return values
@@ -174,7 +186,8 @@ class _Gradients:
     def attached_to(self, total: Tensor) -> Tensor:
         """`total` as a node of the graph with these gradients."""
         sums = [found.to(p.dtype) for found, p in zip(self.sums, self.parameters, strict=True)]
-        return _Attach.apply(total, [self.hidden_sum, *sums], self.hidden, *self.parameters)
+        inputs = (self.hidden, *self.parameters, *self.given.values())
+        return _Attach.apply(total, [self.hidden_sum, *sums, *self.of_given.values()], *inputs)
 
 
 class _Attach(torch.autograd.Function):

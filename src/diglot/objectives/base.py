@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diglot.errors import ConfigError
 from diglot.objectives.rungs import Rung
@@ -150,6 +150,7 @@ class RowObjective(ABC):
 
     name: ClassVar[str]
     needs: ClassVar[Rung] = Rung.HIDDEN
+    balanced_with_ce: ClassVar[bool] = False
 
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
@@ -158,6 +159,11 @@ class RowObjective(ABC):
         """Which rows are compared: here those that predict the tokens of the one-to-one pairs."""
         alignment = written.alignment
         return Rows(torch.from_numpy(alignment.pair_s), torch.from_numpy(alignment.pair_t))
+
+    @property
+    def is_single_step(self) -> bool:
+        """Is it the whole single-step reverse KL of its rows, so that a policy gradient need not reward them for it?"""
+        return False
 
     def extra(self, rows: Rows, written: Written, teller: Teller) -> dict[str, Tensor]:
         """More that the objective is given of each row, `[R, ...]`, from scores of the text; may carry gradient."""
@@ -200,11 +206,88 @@ class ColumnObjective(RowObjective):
         """Values `[R]` from the logits of the chosen columns, `[R, k_s]` and `[R, k_t]`."""
 
 
+class SummaryObjective(ABC):
+    """A comparison of short summaries of the rows of both sides, several rows of each at a time.
+
+    Unlike a `RowObjective` it may take rows of several positions together; what it keeps of each row must be short.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[Rung] = Rung.HIDDEN
+    balanced_with_ce: ClassVar[bool] = False
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+
+    @abstractmethod
+    def plan(self, written: Written) -> Any:
+        """All that the text alone says: which entries of the summaries are compared. Has `items`, their number."""
+
+    @abstractmethod
+    def summary_s(self, plan: Any) -> Callable[[Tensor, slice], Tensor]:
+        """Maps logits `[r, V_s]` of a slice of the student's scored tokens to the summary of those rows."""
+
+    @abstractmethod
+    def summary_t(self, plan: Any) -> Callable[[Tensor, slice], Tensor]:
+        """The same for the teacher."""
+
+    @abstractmethod
+    def __call__(self, summary_s: Tensor, summary_t: Tensor, plan: Any) -> Values:
+        """Values `[items]`."""
+
+    to = RowObjective.to
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison of a `ProjectedObjective`: rows of logits of either head on hidden states of either side."""
+
+    name: str
+    compare: Callable[..., Values]  # like a `RowObjective`; its second argument is None where `right` is
+    left: Tensor  # hidden states that the gradient goes to
+    left_head: str  # "student", or "frozen_student" or "teacher", which get no gradient
+    right: Tensor | None  # hidden states of the constant side, read by `right_head`
+    right_head: str
+    rows_left: Tensor
+    rows_right: Tensor
+    given: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class ProjectedObjective(ABC):
+    """Comparisons of hidden states that trainable maps carry from one model's space into the other's.
+
+    The maps are `projectors`, made by `prepare`; they are trained and saved with the student, and are no part of it.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[Rung] = Rung.HIDDEN
+    balanced_with_ce: ClassVar[bool] = False
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+        self.projectors: nn.ParameterDict = nn.ParameterDict()
+
+    @abstractmethod
+    def prepare(self, weight_s: Tensor, weight_t: Tensor) -> None:
+        """Make the projectors for the two output embeddings, `[V_s, H_s]` and `[V_t, H_t]`."""
+
+    @abstractmethod
+    def rows(self, written: Written) -> Rows:
+        """Which rows are compared."""
+
+    @abstractmethod
+    def parts(self, rows: Rows, hidden_s: Tensor, hidden_t: Tensor) -> list[Part]:
+        """The comparisons; their values are added up."""
+
+    to = RowObjective.to
+
+
 class PathObjective(ABC):
     """A value of what was written, from its log-probabilities alone."""
 
     name: ClassVar[str]
     needs: ClassVar[Rung] = Rung.TEXT_LOGPROBS
+    balanced_with_ce: ClassVar[bool] = False
 
     @property
     def reads_boundaries(self) -> bool:

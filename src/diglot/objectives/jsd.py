@@ -46,3 +46,7 @@ class JSD(RowObjective):
 
     def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
         return Values(full_jsd(logits_s, logits_t, self.beta, self.kd_temperature))
+
+    @property
+    def is_single_step(self) -> bool:
+        return self.beta == 1 and self.kd_temperature == 1

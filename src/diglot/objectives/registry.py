@@ -8,14 +8,26 @@ from collections.abc import Iterable
 from typing import Any
 
 from diglot.errors import ConfigError
-from diglot.objectives.base import Pair, PathObjective, RowObjective
+from diglot.objectives.base import Pair, PathObjective, ProjectedObjective, RowObjective, SummaryObjective
+from diglot.objectives.bpm import BPM
+from diglot.objectives.byte import ByteLaw
 from diglot.objectives.ce import CrossEntropy
+from diglot.objectives.dskd import DSKD
+from diglot.objectives.escd import ESCD
 from diglot.objectives.jsd import JSD
 from diglot.objectives.sequence_kl import SequenceKL
+from diglot.objectives.shared_prefix import SharedPrefix
 from diglot.objectives.span import Span
 from diglot.objectives.strict import Strict
 
-OBJECTIVES: dict[str, type[RowObjective] | type[PathObjective]] = {
+Objective = RowObjective | PathObjective | SummaryObjective | ProjectedObjective
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "bpm": BPM,
+    "byte": ByteLaw,
+    "dskd": DSKD,
+    "escd": ESCD,
+    "shared_prefix": SharedPrefix,
     "jsd": JSD,
     "strict": Strict,
     "sequence_kl": SequenceKL,
@@ -24,21 +36,21 @@ OBJECTIVES: dict[str, type[RowObjective] | type[PathObjective]] = {
 }
 
 
-def objective_class(name: str) -> type[RowObjective] | type[PathObjective]:
+def objective_class(name: str) -> type[Objective]:
     """The class registered under `name`. `ConfigError` with the nearest names if there is none."""
     if name not in OBJECTIVES:
         raise ConfigError(f"no objective is called {name!r}; {_instead(name, OBJECTIVES)}")
     return OBJECTIVES[name]
 
 
-def make_objective(name: str, pair: Pair, **options: Any) -> RowObjective | PathObjective:
+def make_objective(name: str, pair: Pair, **options: Any) -> Objective:
     """The objective called `name` for a pair of vocabularies. `ConfigError` for an unknown name or option."""
     cls = objective_class(name)
     known = [p for p in inspect.signature(cls).parameters if p != "pair"]
     for option in options:
         if option not in known:
             raise ConfigError(f"objective {name!r} has no option {option!r}; {_instead(option, known)}")
-    return cls(pair, **options) if issubclass(cls, RowObjective) else cls(**options)
+    return cls(**options) if issubclass(cls, PathObjective) else cls(pair, **options)
 
 
 def _instead(wrong: str, known: Iterable[str]) -> str:

@@ -28,14 +28,16 @@ from diglot.batches import AlignedBatch, PackedSide, ReadPair, align_pairs
 from diglot.data import Sample, to_sample
 from diglot.errors import AlignmentError, ConfigError
 from diglot.evaluation import Evaluator, OnPolicyReport
-from diglot.heads import Head, default_chunk_rows, last_hidden, reads_few_columns, reduce_rows, token_logps
-from diglot.objectives import RowObjective, Values
+from diglot.heads import Head, default_chunk_rows, last_hidden, token_logps
+from diglot.objectives import PathObjective
 from diglot.rendering import Conversation, Renderer, Role
 from diglot.report import CompletionRow, model_card, print_completions
 from diglot.rollouts import TransformersSampler
 from diglot.trainers.config import DistillationConfig
 from diglot.trainers.metrics import StepMetrics
-from diglot.trainers.sides import describe, prepare_sides
+from diglot.trainers.projectors import add_to_optimizer, load_projectors, make_projectors, save_projectors
+from diglot.trainers.sides import describe, load_references, prepare_sides
+from diglot.trainers.terms import BatchScores, Reader, Term, check_rung, terms_of
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,8 @@ class DistillationTrainer(Trainer):
         # Before the Trainer's own setup, which makes the output folder: what cannot work leaves nothing behind.
         self.args, self.pair = args, sides.pair.to(args.device)
         self._prepare_objectives()
+        check_rung(self.terms, self.teacher.rung)
+        self.references = load_references(sides, self.terms, args)
         student: Any = sides.student
         if peft_config is not None:
             from peft import get_peft_model
@@ -102,7 +106,12 @@ class DistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # every micro-batch's loss is already a share of the window's
         self.student_head = Head.of(self.student)
         self.student_head.verify(self.student)
-        self.teacher.model.to(self.args.device)  # type: ignore[arg-type]
+        for held in (self.teacher, *(self.references or ())):
+            held.model.to(self.args.device)  # type: ignore[arg-type]
+        for term in self.terms:
+            if not isinstance(term.objective, PathObjective):
+                term.objective.to(self.args.device)
+        self.projectors = make_projectors(self.terms, self.student_head, self.teacher.head)
         if self.is_world_process_zero():
             logger.info(describe(sides))
 
@@ -111,10 +120,11 @@ class DistillationTrainer(Trainer):
         """The model in training, without the wrappers of data parallelism."""
         return self.accelerator.unwrap_model(self.model)
 
+    terms: list[Term]
+
     @abstractmethod
     def _prepare_objectives(self) -> None:
-        """Build what `compute_loss` compares with, from `args`, `pair` and `teacher`; called before the
-        Trainer's own setup."""
+        """Set `terms` from `args`, `pair` and `teacher`; called before the Trainer's own setup."""
 
     # ---- one window: sample, read, align, count ----------------------------------------------------------------
 
@@ -268,28 +278,56 @@ class DistillationTrainer(Trainer):
             hidden, head, side.targets, stop, stop_ids, chunk_rows=self.chunk_rows(), temperature=temperature
         )
 
-    def row_loss(
-        self, objective: RowObjective, share: float, hidden_s: Tensor, hidden_t: Tensor, batch: AlignedBatch
-    ) -> tuple[Tensor, Values]:
-        """`share` times the sum of a divergence over its rows, each times its importance weight, and the single
-        values."""
-        rows = objective.rows(batch.written).to(hidden_s.device)
-        rows_s, rows_t = rows.student, rows.teacher
-        weight = torch.full((len(rows_s),), share, dtype=torch.float64, device=hidden_s.device)
-        if batch.weight is not None:
-            weight = weight * batch.weight[rows_s]
-        return reduce_rows(
-            objective,
+    # ---- the terms of the loss ---------------------------------------------------------------------------------
+
+    def requested_terms(self, auto: str, **defaults: Any) -> list[Term]:
+        """The terms that `args.objective` asks for; `defaults` are options of `jsd` and `strict`."""
+        requested: Any = self.args.objective
+        named = [requested] if isinstance(requested, str) else requested
+        named = [auto if one == "auto" else {**one, "name": auto} if _is_auto(one) else one for one in named]
+        strict = {**defaults, "top_k": self.args.strict_top_k}
+        return terms_of(named, self.pair, {"jsd": defaults, "strict": strict})
+
+    def term_counts(self, batches: Sequence[AlignedBatch]) -> dict[str, float]:
+        """Over how many items of these batches each term is averaged."""
+        return {term.name: sum(map(term.count, batches)) for term in self.terms}
+
+    def terms_loss(self, terms: Sequence[Term], hidden_s: Tensor, batch: AlignedBatch) -> Tensor:
+        """The batch's share of the weighted terms, each averaged over its own items."""
+        assert batch.counts is not None
+        loss = hidden_s.new_zeros(())
+        scores = self.scores(hidden_s, batch)
+        for term in terms:
+            share = term.weight * self.accelerator.num_processes / max(batch.counts[term.name], 1.0)
+            loss = loss + scores.loss(term, share, self._metrics.add_mean)
+        return loss
+
+    def scores(self, hidden_s: Tensor, batch: AlignedBatch) -> BatchScores:
+        """What both models say about a batch, for objectives to ask."""
+        student, teacher = self.student_renderer.vocabulary, self.teacher.renderer.vocabulary
+        return BatchScores(
+            batch,
             hidden_s,
-            self.student_head,
-            hidden_t,
-            self.teacher.head,
-            rows_s,
-            rows_t,
-            weight,
-            self.chunk_rows(reads_few_columns(objective, self.student_head, self.teacher.head)),
+            self.teacher_hidden(batch),
+            Reader.of(self.student_head, student, self.pair.stop_s),
+            Reader.of(self.teacher.head, teacher, self.pair.stop_t),
+            chunk_rows=self.chunk_rows,
             temperature=self.args.kd_temperature,
+            stop_as_set=not self.same_vocabulary,
+            references=None if self.references is None else self._reference_logps,
         )
+
+    @torch.no_grad()
+    def _reference_logps(self, batch: AlignedBatch) -> tuple[Tensor, Tensor]:
+        assert self.references is not None
+        found = []
+        for model, side, stop in zip(
+            self.references, (batch.student, batch.teacher), (self.pair.stop_s, self.pair.stop_t), strict=True
+        ):
+            ends = torch.zeros_like(side.stop) if self.same_vocabulary else side.stop
+            hidden = model.hidden(side)
+            found.append(token_logps(hidden, model.head, side.targets, ends, stop, self.chunk_rows()))
+        return found[0], found[1]
 
     def chunk_rows(self, few_columns: bool = False) -> int:
         """Rows of logits that exist at a time."""
@@ -298,6 +336,20 @@ class DistillationTrainer(Trainer):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's own, and the projectors of the objectives."""
+        optimizer = super().create_optimizer(model)
+        add_to_optimizer(optimizer, self.projectors)
+        return optimizer
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Also the projectors; written first, the trainer's state last."""
+        if self.projectors and self.is_world_process_zero():
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            save_projectors(folder, self.projectors)
+        super()._save_checkpoint(model, trial)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
@@ -305,6 +357,8 @@ class DistillationTrainer(Trainer):
 
     def restore(self, checkpoint: Path) -> None:
         """Take up from `checkpoint` what the Trainer does not keep itself. Model and state are loaded already."""
+        if self.projectors:
+            load_projectors(checkpoint, self.projectors)
         logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
         self._metrics.num_tokens = logged[-1] if logged else 0.0
 
@@ -427,6 +481,10 @@ class DistillationTrainer(Trainer):
 def collate_samples(rows: list[dict[str, Any]]) -> dict[str, list[Sample]]:
     """Rows of a dataset as samples; runs in the data workers."""
     return {"samples": [to_sample(row, where=f"row {row.get('__row__', i)}") for i, row in enumerate(rows)]}
+
+
+def _is_auto(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.get("name") == "auto"
 
 
 def pad_id(renderer: Renderer) -> int:

@@ -79,6 +79,13 @@ class DistillationConfig(TrainingArguments):
         "Teacher",
     )
 
+    reference_teacher_model_name_or_path: str | None = option(
+        None, "A small model with the teacher's tokenizer, for objectives with `reference_alpha`.", "Teacher"
+    )
+    reference_model_name_or_path: str | None = option(
+        None, "The student before training, for the same; by default where the student was loaded from.", "Teacher"
+    )
+
     # Data
     max_length: int | None = option(
         1024,
@@ -102,6 +109,12 @@ class DistillationConfig(TrainingArguments):
     num_generations: int = option(1, "Completions per prompt.", "Generation")
 
     # Objective
+    objective: str | list[Any] = option(
+        "auto",
+        "Name of an objective, or a list of {name, weight, options}; `diglot objectives` lists them. `auto`: GKD takes jsd "
+        "on equal vocabularies, else strict; MiniLLM its own single-step part.",
+        "Objective",
+    )
     kd_temperature: float = option(1.0, "Temperature of both laws inside the divergence.", "Objective")
     strict_top_k: int = option(
         16, "`strict`: how many of the student's likeliest shared tokens a row compares, 0: all.", "Objective"
@@ -164,11 +177,6 @@ class GKDConfig(DistillationConfig):
     )
     seq_kd: bool = option(
         False, "On off-policy steps the teacher writes the completion and the student re-reads it.", "Objective"
-    )
-    objective: str | list[Any] = option(
-        "auto",
-        "Name of an objective, or a list of {name, weight, options}. `auto`: jsd on equal vocabularies, else strict.",
-        "Objective",
     )
     max_new_tokens: int | None = option(None, "Another name of max_completion_length, as in TRL's GKD.", "Generation")
 

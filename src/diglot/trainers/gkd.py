@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,66 +9,24 @@ from torch import Tensor
 
 from diglot.batches import AlignedBatch, ReadPair
 from diglot.data import Sample
-from diglot.errors import ConfigError, TeacherError
-from diglot.objectives import OBJECTIVES, Path, PathObjective, RowObjective, make_objective
 from diglot.trainers.base import DistillationTrainer, Window
 from diglot.trainers.config import GKDConfig
-
-
-@dataclass(frozen=True)
-class Term:
-    """One weighted objective of the loss."""
-
-    name: str
-    weight: float
-    objective: RowObjective | PathObjective
-
-    def count(self, batch: AlignedBatch) -> float:
-        """Over how many items of this batch the term is averaged."""
-        if isinstance(self.objective, RowObjective):
-            return float(self.objective.rows(batch.written).items)
-        return float(self.objective.mask(batch.alignment).sum())
 
 
 class GKDTrainer(DistillationTrainer):
     """The student writes (a share `lmbda` of steps), the teacher judges every row, the student follows.
 
     On the other steps completions come from the dataset, or from the teacher with `seq_kd`. The divergence is the
-    generalised JSD with `beta`, on whole vocabularies if they are equal and on one-to-one rows of shared tokens if not.
+    generalised JSD with `beta`, on whole vocabularies if they are equal and on one-to-one rows of shared tokens if not;
+    `objective` names others, alone or as a weighted sum.
     """
 
     args: GKDConfig
     config_class = GKDConfig
 
     def _prepare_objectives(self) -> None:
-        self.terms = [
-            Term(name, weight, make_objective(name, self.pair, **options))
-            for name, weight, options in self._requested_objectives()
-        ]
-        for term in self.terms:
-            if term.objective.needs > self.teacher.rung:
-                fitting = [n for n, o in OBJECTIVES.items() if o.needs <= self.teacher.rung]
-                raise TeacherError(
-                    f"Objective {term.name!r} needs {term.objective.needs.name} of the teacher, which offers "
-                    f"{self.teacher.rung.name}. These would work: {', '.join(fitting)}."
-                )
-
-    def _requested_objectives(self) -> list[tuple[str, float, dict[str, Any]]]:
-        requested = self.args.objective
-        if isinstance(requested, str):
-            requested = [{"name": requested}]
-        terms = []
-        for one in requested:
-            entry = {"name": one} if isinstance(one, str) else dict(one)
-            name, weight = entry.pop("name", None), float(entry.pop("weight", 1.0))
-            if name is None:
-                raise ConfigError(f"objective entry {one!r} has no name. Write {{name: strict, weight: 1.0}}.")
-            if name == "auto":
-                name = "jsd" if self.same_vocabulary else "strict"
-            defaults = {"beta": self.args.beta} if name in ("jsd", "strict") else {}
-            defaults |= {"top_k": self.args.strict_top_k} if name == "strict" else {}
-            terms.append((name, weight, {**defaults, **entry}))
-        return terms
+        auto = "jsd" if self.same_vocabulary else "strict"
+        self.terms = self.requested_terms(auto, beta=self.args.beta)
 
     # ---- the window --------------------------------------------------------------------------------------------
 
@@ -83,7 +39,7 @@ class GKDTrainer(DistillationTrainer):
         else:
             pairs = [[self.reader.written(sample) for sample in batch] for batch in window]
         batches = [self.align(batch, on_policy) for batch in pairs]
-        counts = self.count_over_ranks({t.name: sum(map(t.count, batches)) for t in self.terms})
+        counts = self.count_over_ranks(self.term_counts(batches))
         for batch in batches:
             batch.counts = counts
         return batches
@@ -111,30 +67,5 @@ class GKDTrainer(DistillationTrainer):
     # ---- the loss ----------------------------------------------------------------------------------------------
 
     def batch_loss(self, model: torch.nn.Module, batch: AlignedBatch) -> Tensor:
-        assert batch.counts is not None
-        hidden_s, hidden_t = self.hidden_at_rows(model, batch.student), self.teacher_hidden(batch)
-        loss = hidden_s.sum() * 0.0
-        for term in self.terms:
-            share = term.weight * self.accelerator.num_processes / max(batch.counts[term.name], 1.0)
-            loss = loss + self._term_loss(term, share, hidden_s, hidden_t, batch)
-        return loss
-
-    def _term_loss(self, term: Term, share: float, hidden_s: Tensor, hidden_t: Tensor, batch: AlignedBatch) -> Tensor:
-        if isinstance(term.objective, RowObjective):
-            loss, rows = self.row_loss(term.objective, share, hidden_s, hidden_t, batch)
-            metrics = {"loss": rows.loss, **rows.metrics}
-        else:
-            logp_s, logp_t = (
-                self.logps(hidden_s, batch.student, "student"),
-                self.logps(hidden_t, batch.teacher, "teacher"),
-            )
-            path = Path(logp_s, logp_t.detach())
-            values, mask = term.objective(path, batch.alignment)
-            loss, metrics = share * values.loss[mask].sum(), {k: v[mask] for k, v in values.metrics.items()}
-        self._log_metrics(term.name, metrics)
-        return loss
-
-    def _log_metrics(self, name: str, metrics: Mapping[str, Tensor]) -> None:
-        for metric, values in metrics.items():
-            measured = values[~values.isnan()]
-            self._metrics.add_mean(f"{name}/{metric}", float(measured.sum()), len(measured))
+        hidden = self.hidden_at_rows(model, batch.student)
+        return hidden.sum() * 0.0 + self.terms_loss(self.terms, hidden, batch)

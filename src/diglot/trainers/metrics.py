@@ -16,6 +16,7 @@ RATIOS: dict[str, tuple[str, str]] = {
     "align/one_to_one": ("one_to_one", "tokens"),
     "align/dropped": ("dropped", "tokens"),
     "align/chunks_per_token": ("chunks", "tokens"),
+    "align/noncanonical": ("noncanonical", "tokens"),
     "on_policy": ("on_policy", "windows"),
 }
 

@@ -30,6 +30,7 @@ from diglot.rollouts import TeacherMixture, continue_prefixes, mixture_weight, w
 from diglot.trainers.base import DistillationTrainer, Ids, Window, pad_id
 from diglot.trainers.config import MiniLLMConfig
 from diglot.trainers.held import HeldBatch, load_held, save_held
+from diglot.trainers.terms import Term
 from diglot.trainers.windows import RepeatedWindows
 
 
@@ -49,12 +50,15 @@ class MiniLLMTrainer(DistillationTrainer):
         super().__init__(*args, **kwargs)
 
     def _prepare_objectives(self) -> None:
-        exact: dict[str, Any] = {"beta": 1.0}
-        if not self.same_vocabulary:
-            exact |= {"top_k": None, "residual": True}  # all shared tokens and one bin for the rest: nothing is ignored
-        made = make_objective("jsd" if self.same_vocabulary else "strict", self.pair, **exact)
-        assert isinstance(made, RowObjective)
-        self.single_step = made
+        auto = "jsd" if self.same_vocabulary else "strict"
+        if self.args.objective == "auto":
+            # All shared tokens and one bin for the rest: nothing of the single step is ignored.
+            exact = {} if self.same_vocabulary else {"top_k": None, "residual": True}
+            options: dict[str, Any] = {"beta": 1.0, **exact}
+            single = Term("single_step", 1.0, make_objective(auto, self.pair, **options))
+            self.terms = [single] if self.args.single_step_decomposition else []
+        else:
+            self.terms = self.requested_terms(auto, beta=1.0)
 
     def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler | None:
         """Each window of data comes `num_iterations` times in a row: an inner epoch is one optimizer step."""
@@ -131,13 +135,16 @@ class MiniLLMTrainer(DistillationTrainer):
                 "tokens": float(sum(len(values) for values in scored)),
                 "sum": float(sum(values.sum() for values in scored)),
                 "squares": float(sum(values.square().sum() for values in scored)),
+                **self.term_counts(batches),
             }
         )
         count = max(sums["tokens"], 1.0)
+        # An exact single step belongs to the same sum over tokens as the policy gradient; others have their own mean.
+        terms = {t.name: count if _is_single_step(t) else sums[t.name] for t in self.terms}
         mean = sums["sum"] / count
         deviation = max(sums["squares"] / count - mean * mean, 0.0) ** 0.5
         for batch, values in zip(batches, found, strict=True):
-            batch.counts = {"tokens": count}
+            batch.counts = {"tokens": count, **terms}
             batch.advantage = (values - mean) / (deviation + 1e-8) if self.args.whiten_advantages else values
 
     def _raw_advantages(self, batch: AlignedBatch) -> Tensor:
@@ -150,17 +157,22 @@ class MiniLLMTrainer(DistillationTrainer):
             gamma=self.args.gamma,
             length_normalization=self.args.length_normalization,
             reward_clip=self.args.reward_clip,
-            dense=self._dense(batch) if self.args.single_step_decomposition else None,
+            dense=self._dense(batch),
         )
 
     def _scored(self, batch: AlignedBatch) -> Tensor:
         """Which student tokens lie in an exact chunk, bool [N_s]."""
         return batch.alignment.in_exact_chunk(batch.alignment.chunk_s)
 
-    def _dense(self, batch: AlignedBatch) -> Tensor:
-        """Which student tokens have an exact single-step divergence, bool [N_s]."""
+    def _dense(self, batch: AlignedBatch) -> Tensor | None:
+        """Which student tokens have the single-step part as an exact divergence, bool [N_s]: not rewarded for it."""
+        exact = [term for term in self.terms if _is_single_step(term)]
+        if not exact:
+            return None
         covered = torch.zeros_like(batch.alignment.chunk_s, dtype=torch.bool)
-        return covered.index_fill(0, self.single_step.rows(batch.written).student.to(covered.device), True)
+        for term in exact:
+            covered.index_fill_(0, term.plan(batch).student.to(covered.device), True)
+        return covered
 
     def _log_rollout(self, batch: AlignedBatch) -> None:
         assert batch.logp_old is not None and batch.logp_t is not None
@@ -178,10 +190,8 @@ class MiniLLMTrainer(DistillationTrainer):
         loss = hidden.sum() * 0.0
         if self.args.rkl_advantage:
             loss = loss + share * self._policy_gradient(hidden, batch)
-        if self.args.single_step_decomposition:
-            single, rows = self.row_loss(self.single_step, share, hidden, self.teacher_hidden(batch), batch)
-            self._metrics.add_mean("minillm/single_step", float(rows.loss.sum()), len(rows.loss))
-            loss = loss + single
+        if self.terms:
+            loss = loss + self.terms_loss(self.terms, hidden, batch)
         if self.lm_dataset is not None and self.args.lm_coef > 0:
             lm_share = self.args.lm_coef * self.accelerator.num_processes / max(batch.counts["lm"], 1.0)
             loss = loss + lm_share * self._language_modelling(model, batch)
@@ -242,6 +252,10 @@ class MiniLLMTrainer(DistillationTrainer):
             batches.append(self.align(pairs, on_policy=True))
             batches[-1].logp_old = one.logp_old.to(self.args.device)
         self._held = self._prepare_rollouts(batches)
+
+
+def _is_single_step(term: Term) -> bool:
+    return isinstance(term.objective, RowObjective) and term.objective.is_single_step
 
 
 def _held_of(batch: AlignedBatch) -> HeldBatch:

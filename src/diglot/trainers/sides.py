@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from diglot.batches import PairReader
 from diglot.errors import ConfigError
-from diglot.objectives import Pair
+from diglot.objectives import Pair, PathObjective
 from diglot.rendering import Renderer
 from diglot.teachers import LocalTeacher, find_teacher_tokenizer
 from diglot.trainers.config import DistillationConfig
+from diglot.trainers.terms import Term
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,14 @@ def prepare_sides(
         )
     renderer_t = _renderer(model, teacher_tokenizer, args.teacher_chat_template_kwargs, "teacher")
     local = LocalTeacher(model, renderer_t, args.teacher_max_length)
-    pair = Pair.of(renderer.vocabulary, renderer_t.vocabulary, renderer.stop_ids, renderer_t.stop_ids)
+    pair = Pair.of(
+        renderer.vocabulary,
+        renderer_t.vocabulary,
+        renderer.stop_ids,
+        renderer_t.stop_ids,
+        renderer.encoder.encode,
+        renderer_t.encoder.encode,
+    )
     same = pair.same and args.vocabulary_path == "auto"
     reader = PairReader(
         renderer,
@@ -71,6 +80,39 @@ def prepare_sides(
         score_turns="all" if args.score_turns == "all" else "last",
     )
     return Sides(student, renderer, local, pair, same, reader)
+
+
+def load_references(
+    sides: Sides, terms: Sequence[Term], args: DistillationConfig
+) -> tuple[LocalTeacher, LocalTeacher] | None:
+    """The student before training and the reference teacher, if a term reads their log-probabilities.
+
+    Raises `ConfigError` if one does and no reference teacher is named, or it reads other tokens than the teacher.
+    """
+    asking = [t.name for t in terms if isinstance(t.objective, PathObjective) and t.objective.reads_references]
+    if not asking:
+        return None
+    name, start = args.reference_teacher_model_name_or_path, args.reference_model_name_or_path
+    start = start or sides.student.config._name_or_path
+    if not name or not start:
+        raise ConfigError(
+            f"Objective {asking[0]!r} with reference_alpha compares with two references; the teacher's is {name!r}, the "
+            f"student's {start!r}. Give reference_teacher_model_name_or_path (a small model with the teacher's tokenizer) "
+            "and reference_model_name_or_path (the student before training)."
+        )
+    own = _load_teacher(name, args)
+    renderers = sides.renderer, sides.teacher.renderer
+    models = AutoModelForCausalLM.from_pretrained(start, **_kwargs(args.model_init_kwargs)), own
+    for model, renderer, option in zip(
+        models, renderers, ("reference_model_name_or_path", "reference_teacher_model_name_or_path"), strict=True
+    ):
+        rows: Any = model.get_input_embeddings()
+        if rows.num_embeddings < int((~renderer.vocabulary.control).nonzero()[0].max(initial=0)) + 1:
+            raise ConfigError(
+                f"{option} has {rows.num_embeddings} embedding rows, the {renderer.name}'s vocabulary "
+                f"{len(renderer.vocabulary)}: a reference must read the same tokens. Choose a model of the same family."
+            )
+    return LocalTeacher(models[0], renderers[0]), LocalTeacher(models[1], renderers[1], sides.teacher.max_length)
 
 
 def describe(sides: Sides) -> str:

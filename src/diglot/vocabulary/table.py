@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diglot.errors import VocabularyError
 from diglot.vocabulary.kinds import describe
+from diglot.vocabulary.trie import ByteTrie
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +78,17 @@ class Vocabulary:
     def lengths(self) -> NDArray[np.int64]:
         """Bytes of each token, [V]."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def word_starts(self) -> NDArray[np.int64]:
+        """Ids of the tokens whose first byte is a space, a tab or a line break."""
+        texts = np.flatnonzero(self.lengths > 0)
+        return texts[np.isin(self.data[self.offsets[texts]], np.frombuffer(b" \t\n\r", dtype=np.uint8))]
+
+    @cached_property
+    def trie(self) -> ByteTrie:
+        """All tokens in order of their bytes."""
+        return ByteTrie.of(self)
 
     def token(self, token_id: int) -> bytes:
         """The bytes of one token. Raises `VocabularyError` for an id outside [0, V)."""

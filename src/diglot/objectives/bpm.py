@@ -1,0 +1,198 @@
+"""Byte-prefix marginal: the teacher's law over the student's next token, at every student row.
+
+For every teacher token that may come next, the student's next token is the longest one that its bytes start with. Inside
+a teacher token only those are left that start with the bytes already written, and what counts is the rest of them. Where
+a student token runs past the end of the written teacher token, its mass comes from the teacher's later rows, along the
+text that was written. (BPM, arXiv 2607.22334. There for byte-level BPE; here the maps are over byte tables of any kind.)
+
+Shapes: `R` rows, `K` candidates of a row that run past the teacher's token, `E` entries of all prefix ranges.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diglot.batches import Written
+from diglot.errors import ConfigError
+from diglot.objectives.base import Pair, RowObjective, Rows, Teller, Values, at_least_float32, check_range
+from diglot.objectives.divergences import generalized_jsd
+from diglot.objectives.masses import FLOOR, gathered, log_mass, ragged
+from diglot.objectives.spanning import plain_tokens, prefix_range, spanning
+from diglot.vocabulary import Vocabulary
+from diglot.vocabulary.maps import first_tokens, greedy_tokens
+
+class BPM(RowObjective):
+    """Generalised JSD between the byte-prefix marginal `t` of the teacher and the student's law `p`, in nats per row.
+
+    `t(v) = sum of q(u) over teacher tokens u whose bytes map to v`. Cells: the student's tokens that some teacher token
+    maps to, stop, and one for everything else on both sides. `beta=0` is the forward KL(t || p) of the paper, `beta=1`
+    the reverse; there cells without target mass count as 1e-8, since `t` only bounds the true marginal from below.
+
+    Zero if and only if `p = t`. That is the teacher's law over student tokens up to three things: the longest prefix
+    need not be what the student's tokenizer gives (`first_token="encode"` asks it); past the written teacher token only
+    the written continuation is followed; both read one tokenization of the text before. With equal vocabularies `t = q`
+    and the value is the JSD of the two laws with control ids in one cell and stop ids in another.
+
+    Args:
+        beta: in [0, 1].
+        first_token: "greedy", or "encode": the first token of the student's own encoding of the teacher token.
+        skip_blank: leave out rows whose written student token is spaces and tabs only. Such rows teach the teacher's way
+            of cutting indentation, which the student cannot keep up (section 5 of the paper). They are counted.
+        stop: compare the mass of stop. Without it, stop ids are part of the cell for everything else.
+    """
+
+    name = "bpm"
+
+    def __init__(
+        self, pair: Pair, *, beta: float = 0.0, first_token: str = "greedy", skip_blank: bool = True, stop: bool = True
+    ) -> None:
+        super().__init__(pair)
+        check_range("beta", beta, 0.0, 1.0)
+        if first_token not in ("greedy", "encode"):
+            raise ConfigError(f"first_token={first_token!r} is not known: choose 'greedy' or 'encode'.")
+        self.beta, self.skip_blank, self.stop = beta, skip_blank, stop
+        tables = pair.need_tables(self.name)
+        student, teacher = tables.student, tables.teacher
+        self.student, self.teacher = student, teacher
+        self._greedy = greedy_tokens(teacher, student)
+        whole = self._greedy[np.minimum(teacher.offsets[:-1], len(self._greedy) - 1)]
+        whole = np.where(teacher.lengths > 0, whole, -1)
+        if pair.same:
+            whole = np.where(teacher.lengths > 0, np.arange(len(teacher)), -1)[: len(student)]
+        self._differ = np.zeros(len(teacher), dtype=np.bool_)
+        if first_token == "encode":
+            if tables.encode_s is None:
+                raise ConfigError("first_token='encode' needs the student's encoder: use Pair.of(..., encode_s=...).")
+            greedy, whole = whole, first_tokens(teacher, tables.encode_s, fallback=whole)
+            self._differ = greedy != whole
+        self._blank = blank_tokens(student)
+        self.none = len(student) + 1  # columns of the cells: tokens, stop, none
+        self.column_of = torch.from_numpy(_with_stop(whole, pair.stop_t.numpy() if stop else None, len(student)))
+        self.image = torch.zeros(len(student), dtype=torch.bool).index_fill(0, torch.from_numpy(whole[whole >= 0]), True)
+        self.suffix_column = torch.from_numpy(np.where(self._greedy >= 0, self._greedy, self.none))
+        self.sorted_t = torch.from_numpy(teacher.trie.sorted_ids)
+        self.begin_t, self.length_t = torch.from_numpy(teacher.offsets[:-1]), torch.from_numpy(teacher.lengths)
+        self.differ = torch.from_numpy(self._differ)
+
+    # ---- which rows --------------------------------------------------------------------------------------------
+
+    def rows(self, written: Written) -> Rows:
+        """Every student token of an exact chunk, with the teacher token that it starts in."""
+        s, t, alignment = written.student, written.teacher, written.alignment
+        j = alignment.teacher_at
+        known = written.usable_s & (j >= 0) & plain_tokens(s, self.student)
+        if len(t.ids):
+            known &= plain_tokens(t, self.teacher)[j] & (alignment.chunk_t[j] == alignment.chunk_s)
+        if not self.stop:
+            known &= ~s.stop
+        blank = known & self._blank[s.ids] & ~s.stop if self.skip_blank else np.zeros_like(known)
+        i = np.flatnonzero(known & ~blank)
+        j = j[i]
+        inside = s.start[i] - t.start[j]
+        low, high = prefix_range(self.teacher, t.ids[j], inside)
+        given = {"inside": inside, "low": low, "high": high}
+        tensors = {name: torch.from_numpy(value) for name, value in given.items()}
+        return Rows(torch.from_numpy(i), torch.from_numpy(j), tensors, skipped={"blank": int(blank.sum())})
+
+    def extra(self, rows: Rows, written: Written, teller: Teller) -> dict[str, Tensor]:
+        """Where mass moves to tokens that run past the written teacher token: columns and differences, `[R, K + 1]`."""
+        i, j = rows.student.cpu().numpy(), rows.teacher.cpu().numpy()
+        found = spanning(written, i, j, self.student, self.teacher)
+        device = rows.student.device
+        row, token = torch.from_numpy(found.row).to(device), torch.from_numpy(found.token).to(device)
+        width = int(torch.bincount(row, minlength=1).max()) + 1 if len(row) else 1
+        column = torch.full((len(i), width), self.none, device=device)
+        mass = torch.zeros(len(i), width, dtype=torch.float32, device=device)
+        if not len(row):
+            return {"span_column": column[:, :0], "span_mass": mass[:, :0]}
+        last, (low, high) = torch.from_numpy(found.last).to(device), (torch.from_numpy(x).to(device) for x in found.tail)
+        before = torch.cat([teller.path.logp_t.new_zeros(1), teller.path.logp_t]).double().cumsum(0)
+        start = rows.teacher[row]
+        reach = (before[last] - before[start] + teller.teacher_ranges(last, low, high)).exp().float()
+        place = torch.from_numpy(found.place).to(device)
+        longer = torch.zeros_like(mass)
+        longer[row, place] = reach  # P_1 >= P_2 >= ... of each row, 0 after the last
+        column[row, place + 1] = token
+        column[:, 0] = self._head(written, i, j).to(device)
+        mass[:, 1:] = longer[:, :-1] - longer[:, 1:]
+        mass[:, 0] = -longer[:, 0]
+        return {"span_column": column, "span_mass": mass}
+
+    def _head(self, written: Written, i: NDArray[np.int64], j: NDArray[np.int64]) -> Tensor:
+        """The column that the written teacher token itself maps to, `[R]`."""
+        t, inside = written.teacher, written.student.start[i] - written.teacher.start[j]
+        at = np.minimum(self.teacher.offsets[t.ids[j]] + inside, len(self._greedy) - 1)
+        column = np.where(inside > 0, self.suffix_column.cpu().numpy()[at], self.column_of.cpu().numpy()[t.ids[j]])
+        return torch.from_numpy(column)
+
+    # ---- the two laws ------------------------------------------------------------------------------------------
+
+    def target(self, logits_t: Tensor, **given: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """`t` over student tokens, stop and none, `[R, V_s + 2]`; which of its columns can be reached; metrics `[R]`."""
+        probs = at_least_float32(logits_t).softmax(-1)
+        whole = given["inside"] == 0
+        target = gathered(probs * whole[:, None], self.column_of, self.none + 1)
+        reached = torch.cat([self.image.expand(len(probs), -1), whole.new_ones(len(probs), 2)], dim=-1)
+        reached[:, :-1] &= whole[:, None]
+        at, row = ragged(given["low"], given["high"])
+        token = self.sorted_t[at]
+        row, token = (x[self.length_t[token] > given["inside"][row]] for x in (row, token))  # not ended at the prefix
+        column = self.suffix_column[self.begin_t[token] + given["inside"][row]]
+        flat = row * target.shape[1] + column
+        target.view(-1).index_add_(0, flat, probs.view(-1)[row * probs.shape[1] + token])
+        reached.view(-1).index_fill_(0, flat, True)
+        moved = torch.zeros_like(target[:, 0])
+        if given["span_column"].shape[1]:
+            mass = given["span_mass"].to(target.dtype)
+            target.scatter_add_(1, given["span_column"], mass).clamp_(min=0)
+            reached.scatter_(1, given["span_column"], reached.gather(1, given["span_column"]) | (mass > 0))
+            moved = -mass[:, 0]
+        total = target.sum(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
+        differing = (probs * (self.differ & whole[:, None])).sum(-1)
+        return target / total, reached, {"spanned": moved / total[:, 0], "maps_differ": differing}
+
+    def cells(self, logits_s: Tensor, reached: Tensor) -> Tensor:
+        """Log-probabilities of the student over the same cells, `[R, V_s + 2]`; -inf in those that are not reached."""
+        logits = at_least_float32(logits_s)
+        tokens, stops = reached[:, :-2], self.pair.stop_s
+        rest = logits.masked_fill(tokens, -math.inf)
+        if self.stop:
+            rest = rest.index_fill(-1, stops, -math.inf)
+            tokens = tokens.index_fill(-1, stops, False)
+            stop = logits[:, stops].logsumexp(-1, keepdim=True)
+        else:
+            stop = torch.full_like(logits[:, :1], -math.inf)
+        others = rest.logsumexp(-1, keepdim=True)
+        own = logits.masked_fill(~tokens, -math.inf)
+        return torch.cat([own, stop, others], dim=-1) - logits.logsumexp(-1, keepdim=True)
+
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
+        with torch.no_grad():
+            target, reached, metrics = self.target(logits_t, **given)
+        logp = self.cells(logits_s, reached)
+        logt = torch.where(target > 0, log_mass(target), -math.inf)
+        if self.beta > 0:
+            logt = torch.where(logp > -math.inf, logt.clamp(min=math.log(FLOOR)), logt)
+        loss = generalized_jsd(logp, logt, self.beta)
+        metrics |= {"none_t": target[:, -1], "none_s": logp[:, -1].detach().exp()}
+        return Values(loss, metrics)
+
+
+def _with_stop(column: NDArray[np.int64], stop: NDArray[np.int64] | None, size_s: int) -> NDArray[np.int64]:
+    """Map of teacher ids to cells: student tokens, `size_s` for stop, `size_s + 1` for none."""
+    cells = np.where(column >= 0, column, size_s + 1)
+    if stop is not None:
+        cells[stop] = size_s
+    return cells
+
+
+def blank_tokens(vocabulary: Vocabulary) -> NDArray[np.bool_]:
+    """Which tokens are spaces and tabs only, `[V]`."""
+    blanks = np.isin(vocabulary.data, np.frombuffer(b" \t", dtype=np.uint8))
+    count = np.concatenate([[0], np.cumsum(blanks)])
+    return (vocabulary.lengths > 0) & (np.diff(count[vocabulary.offsets]) == vocabulary.lengths)

@@ -1,0 +1,217 @@
+"""The next-byte law of both models at every byte of the text: the one alphabet that needs no map between vocabularies.
+
+A row of token probabilities says which byte comes next: sum over the tokens that start with the bytes written since the
+token began, by the byte that follows in them. Where a written token ends, two stories remain, that it ended there and
+that it was the beginning of a longer one; the law is their mixture. Stop is the 257th letter.
+
+Shapes: `N` tokens of a side, `Q` queries (a token's row after its first 0, 1, ... bytes), `I` bytes that are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diglot.batches import Written, WrittenSide
+from diglot.errors import ConfigError
+from diglot.objectives.base import Pair, SummaryObjective, Values, at_least_float32, check_range
+from diglot.objectives.divergences import generalized_jsd
+from diglot.objectives.masses import FLOOR, gathered, log_mass, ragged
+from diglot.objectives.spanning import plain_tokens, prefix_range
+from diglot.vocabulary import Vocabulary
+
+Ints = NDArray[np.int64]
+STOP, ENDED = 256, 257  # columns of a summary after those of the 256 bytes
+
+
+@dataclass(frozen=True)
+class SidePlan:
+    """One side's queries, and which of them each compared byte reads."""
+
+    first: Tensor  # int64 [N + 1] query of each token after 0 bytes; those after 1, 2 ... bytes follow
+    read: Tensor  # int64 [Q] bytes of the token that are written
+    low: Tensor  # int64 [Q] range of sorted tokens that start with them
+    high: Tensor  # int64 [Q]
+    begins: Tensor  # int64 [I] query of a token that begins at this byte, or -1
+    goes_on: Tensor  # int64 [I] query of the token that is under way, or may have just ended; or -1
+
+    def to(self, device: torch.device | str) -> SidePlan:
+        """The same on `device`."""
+        return SidePlan(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class BytePlan:
+    """Both sides' queries for the same bytes, in order of segment and position."""
+
+    student: SidePlan
+    teacher: SidePlan
+    items: int
+
+    def to(self, device: torch.device | str) -> BytePlan:
+        """The same on `device`."""
+        return BytePlan(self.student.to(device), self.teacher.to(device), self.items)
+
+
+class ByteLaw(SummaryObjective):
+    """Generalised JSD between the two next-byte laws, in nats per byte, plus a segmentation anchor on the student.
+
+    Law at a byte that begins a token, with `e` the mass of the token before as it was written and `l(b)` that of longer
+    tokens which go on with `b`: `(e * p_first(b) + l(b)) / (e + sum l)`. Inside a token: `l(b) / sum l`. Both are exact
+    given that the text before was cut as written, with one token under way; the exact law sums over all cuts.
+
+    The divergence is zero if and only if the laws agree at every byte of the text. It is symmetric in the two tokenizers
+    and leaves the student free to cut text in any way, so alone it lets canonical likelihood decay. `anchor` times the
+    student's surprisal of its own cut comes on top: with it, `-log p(token)` splits into `-log` of the byte law and this
+    part, without the content. It asks nothing of the teacher, and is not zero where the laws agree.
+
+    Args:
+        beta: in [0, 1]; 0 forward KL(teacher || student), 1 reverse KL(student || teacher).
+        anchor: weight of the segmentation part, at least 0.
+    """
+
+    name = "byte"
+
+    def __init__(self, pair: Pair, *, beta: float = 0.5, anchor: float = 1.0) -> None:
+        super().__init__(pair)
+        check_range("beta", beta, 0.0, 1.0)
+        if anchor < 0:
+            raise ConfigError(f"anchor={anchor} is negative: choose 0 (no segmentation part) or more.")
+        self.beta, self.anchor = beta, anchor
+        tables = pair.need_tables(self.name)
+        self.student, self.teacher = _Columns(tables.student, pair.stop_s), _Columns(tables.teacher, pair.stop_t)
+
+    def plan(self, written: Written) -> BytePlan:
+        """The bytes of all exact chunks, and a stop where both sides have one."""
+        s, t, at_s, at_t = written.student, written.teacher, self.student.vocabulary, self.teacher.vocabulary
+        plain_s = written.usable_s & plain_tokens(s, at_s)
+        plain_t = written.usable_t & plain_tokens(t, at_t)
+        token = np.repeat(np.arange(len(s.ids)), np.where(plain_s, s.end - s.start, 0))
+        offset = np.arange(len(token)) - np.searchsorted(token, token)
+        position = s.start[token] + offset
+        stride = int(max(s.end.max(initial=0), t.end.max(initial=0))) + 1
+        other = np.searchsorted(t.segment * stride + t.end, s.segment[token] * stride + position, side="right")
+        kept = other < len(t.ids)
+        kept[kept] &= plain_t[other[kept]] & (t.segment[other[kept]] == s.segment[token[kept]])
+        token, offset, position, other = token[kept], offset[kept], position[kept], other[kept]
+        student = _side_plan(s, plain_s, at_s, token, offset)
+        return BytePlan(student, _side_plan(t, plain_t, at_t, other, position - t.start[other]), len(token))
+
+    def summary_s(self, plan: BytePlan) -> Callable[[Tensor, slice], Tensor]:
+        return self.student.summary(plan.student)
+
+    def summary_t(self, plan: BytePlan) -> Callable[[Tensor, slice], Tensor]:
+        return self.teacher.summary(plan.teacher)
+
+    def __call__(self, summary_s: Tensor, summary_t: Tensor, plan: BytePlan) -> Values:
+        law_s, cut_s = byte_law(summary_s, plan.student)
+        law_t, cut_t = byte_law(summary_t.detach(), plan.teacher)
+        divergence = generalized_jsd(*(smoothed(law).log() for law in (law_s, law_t)), self.beta)
+        loss = divergence + self.anchor * cut_s if self.anchor else divergence
+        return Values(loss, {"divergence": divergence.detach(), "cut_s": cut_s.detach(), "cut_t": cut_t})
+
+    def to(self, device: torch.device | str) -> ByteLaw:
+        self.pair, self.student, self.teacher = self.pair.to(device), self.student.to(device), self.teacher.to(device)
+        return self
+
+
+def byte_law(summary: Tensor, plan: SidePlan) -> tuple[Tensor, Tensor]:
+    """Next-byte laws, `[I, 257]`, and the surprisal in nats of the written cut at each byte, `[I]`.
+
+    The surprisal of all cuts and of all bytes under their laws *given the cut* add up to that of the tokens.
+    """
+    begins, goes_on = (plan.begins >= 0)[:, None], (plan.goes_on >= 0)[:, None]
+    first = summary[plan.begins.clamp(min=0), : STOP + 1]
+    first = first / log_safe(first.sum(-1, keepdim=True))
+    under_way = summary[plan.goes_on.clamp(min=0)]
+    longer, ended = under_way[:, :STOP], under_way[:, ENDED:]
+    longer = torch.cat([longer, torch.zeros_like(ended)], dim=-1)
+    total = longer.sum(-1, keepdim=True)
+    mixed = (ended * first + longer) / log_safe(ended + total)
+    law = torch.where(begins & goes_on, mixed, torch.where(begins, first, longer / log_safe(total)))
+    cut = log_mass(ended + total) - log_mass(torch.where(begins, ended, total))
+    return law, torch.where(goes_on, cut, 0.0).squeeze(-1)
+
+
+def smoothed(law: Tensor) -> Tensor:
+    """With `FLOOR` more in every cell, and normalised again.
+
+    Inside a token a byte may have no token to go on with, though one that ended there could: no KL may be infinite.
+    """
+    return (law + FLOOR) / (1 + FLOOR * law.shape[-1])
+
+
+def log_safe(mass: Tensor) -> Tensor:
+    """A mass that something may be divided by."""
+    return mass.clamp(min=torch.finfo(mass.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """A vocabulary's columns: in which order, and with which bytes."""
+
+    vocabulary: Vocabulary
+    stop: Tensor
+    first_byte: Tensor | None = None  # int64 [V]: byte, STOP, or ENDED for tokens that are neither
+    sorted_ids: Tensor | None = None
+    begin: Tensor | None = None  # int64 [V]
+    length: Tensor | None = None  # int64 [V]
+    data: Tensor | None = None  # uint8 [D]
+
+    def to(self, device: torch.device | str) -> _Columns:
+        """With its tensors, on `device`."""
+        v = self.vocabulary
+        texts = v.lengths > 0
+        first = np.full(len(v), ENDED, dtype=np.int64)
+        first[texts] = v.data[v.offsets[:-1][texts]]
+        first[self.stop.cpu().numpy()] = STOP
+        arrays = (first, v.trie.sorted_ids, v.offsets[:-1], v.lengths, v.data.copy())
+        return _Columns(v, self.stop.to(device), *(torch.from_numpy(a).to(device) for a in arrays))
+
+    def summary(self, plan: SidePlan) -> Callable[[Tensor, slice], Tensor]:
+        """Masses of the next bytes, of stop, and of "the token ends here", of each query of the rows, `[q, 258]`."""
+        columns = self if self.data is not None else self.to(plan.low.device)
+        return lambda logits, rows: columns._masses(logits, rows, plan)
+
+    def _masses(self, logits: Tensor, rows: slice, plan: SidePlan) -> Tensor:
+        assert self.first_byte is not None and self.sorted_ids is not None and self.data is not None
+        assert self.begin is not None and self.length is not None
+        probs = at_least_float32(logits).softmax(-1)
+        offsets = plan.first[rows.start : rows.start + len(probs) + 1]
+        queries = slice(int(offsets[0]), int(offsets[-1]))
+        asked = torch.diff(offsets)
+        row_of = torch.repeat_interleave(asked)
+        read, low, high = plan.read[queries], plan.low[queries], plan.high[queries]
+        # Of a token's first byte all columns have a say; after that, the range of those that start as it does.
+        some = asked > 0
+        beginnings = gathered(probs[some], self.first_byte, ENDED + 1)
+        beginnings = torch.cat([beginnings[:, :ENDED], torch.zeros_like(beginnings[:, :1])], dim=-1)
+        out = probs.new_zeros(len(read), ENDED + 1).index_put(((offsets[:-1] - offsets[0])[some],), beginnings)
+        at, query = ragged(low, high)
+        token = self.sorted_ids[at]
+        depth = read[query]
+        place = (self.begin[token] + depth).clamp(max=len(self.data) - 1)
+        column = torch.where(self.length[token] > depth, self.data[place].long(), ENDED)
+        masses = probs.view(-1)[row_of[query] * probs.shape[1] + token]
+        return out.view(-1).index_add(0, query * (ENDED + 1) + column, masses).view_as(out)
+
+
+def _side_plan(side: WrittenSide, plain: NDArray[np.bool_], vocabulary: Vocabulary, token: Ints, offset: Ints) -> SidePlan:
+    """Queries of all plain tokens of a side; `token` and `offset` say where each compared byte lies."""
+    written = np.where(side.stop, 0, side.end - side.start)
+    asked = np.where(plain, written + 1, 0)
+    first = np.concatenate([[0], np.cumsum(asked)])
+    owner = np.repeat(np.arange(len(asked)), asked)
+    read = np.arange(len(owner)) - first[owner]
+    low, high = prefix_range(vocabulary, side.ids[owner], read)
+    before = token - 1
+    follows = (before >= 0) & (side.segment[before] == side.segment[token]) & plain[before]
+    begins = np.where(offset == 0, first[token], -1)
+    after = np.where(follows, first[before] + written[before], -1)
+    goes_on = np.where(offset > 0, first[token] + offset, after)
+    return SidePlan(*(torch.from_numpy(x) for x in (first, read, low, high, begins, goes_on)))

@@ -1,0 +1,78 @@
+"""Student tokens that run past the end of the written teacher token, along the text that was written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diglot.batches import Written, WrittenSide
+from diglot.vocabulary import Vocabulary
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Spanning:
+    """Candidates `[Q]`, in order of row and length."""
+
+    row: Ints  # which of the given rows
+    place: Ints  # 0 for the shortest candidate of its row, 1 for the next ...
+    token: Ints  # the student token
+    last: Ints  # teacher token in which it ends
+    tail: tuple[Ints, Ints]  # range of sorted teacher tokens that start with what the candidate covers of `last`
+
+
+def spanning(written: Written, i: Ints, j: Ints, student: Vocabulary, teacher: Vocabulary) -> Spanning:
+    """All student tokens that student token `i[k]` starts with, itself included, and that end after teacher token `j[k]`.
+
+    `[K]` rows. Candidates end no later than the written student token, so that no row looks past what it predicts, and
+    inside teacher tokens of exact chunks.
+    """
+    s, t = written.student, written.teacher
+    lengths = np.array([len(text) for text in written.texts], dtype=np.int64)
+    begin = np.cumsum(lengths) - lengths
+    data = np.frombuffer(b"".join(written.texts), dtype=np.uint8)
+    segment, start, until = s.segment[i], s.start[i], t.end[j]
+    found = []
+    end = np.minimum(s.end[i], lengths[segment])
+    for on, depth, node in student.trie.walk(data, begin[segment] + start, begin[segment] + end):
+        token = student.trie.token[node]
+        hit = (token >= 0) & (start[on] + depth > until[on])
+        found.append((on[hit], np.full(int(hit.sum()), depth), token[hit]))
+    row, depth_of, token = (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else (_NONE,) * 3
+    order = np.lexsort((depth_of, row))
+    row, depth_of, token = row[order], depth_of[order], token[order]
+
+    stride = int(max(t.end.max(initial=0), s.end.max(initial=0))) + 1
+    end = start[row] + depth_of
+    last = np.searchsorted(t.segment * stride + t.end, segment[row] * stride + end)
+    unusable = np.concatenate([[0], np.cumsum(~written.usable_t)])
+    kept = last < len(t.ids)
+    kept[kept] &= unusable[last[kept] + 1] == unusable[j[row[kept]]]
+    kept[kept] &= t.segment[last[kept]] == segment[row[kept]]
+    row, end, token, last = row[kept], end[kept], token[kept], last[kept]
+    place = np.arange(len(row)) - np.searchsorted(row, row)
+    return Spanning(row, place, token, last, prefix_range(teacher, t.ids[last], end - t.start[last]))
+
+
+_NONE = np.zeros(0, dtype=np.int64)
+
+
+def prefix_range(vocabulary: Vocabulary, ids: Ints, length: Ints) -> tuple[Ints, Ints]:
+    """The range of sorted tokens that start with the first `length` bytes of each of `ids`; empty where that is 0."""
+    trie = vocabulary.trie
+    inside = length > 0
+    low, high = np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=np.int64)
+    node = trie.node_at[vocabulary.offsets[ids[inside]] + length[inside] - 1]
+    low[inside], high[inside] = trie.low[node], trie.high[node]
+    return low, high
+
+
+def plain_tokens(side: WrittenSide, vocabulary: Vocabulary) -> NDArray[np.bool_]:
+    """Which tokens stand for the bytes of the table, or for stop, `[N]`.
+
+    Some tokenizers' first or last token of a text stands for its bytes without a space.
+    """
+    return side.stop | ((vocabulary.lengths[side.ids] == side.end - side.start) & (side.end > side.start))

@@ -1,0 +1,84 @@
+"""From the tokens of one vocabulary to those of another, by their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diglot.vocabulary.table import Vocabulary
+from diglot.vocabulary.trie import ByteTrie
+
+if TYPE_CHECKING:
+    from diglot.vocabulary.encoder import Encoded
+
+Ints = NDArray[np.int64]
+Encode = Callable[[Sequence[str]], Sequence["Encoded"]]
+
+
+def greedy_tokens(source: Vocabulary, target: Vocabulary) -> Ints:
+    """For each byte of `source`'s table the longest token of `target` that the rest of the token starts with, or -1.
+
+    `[D]`: entry `offsets[u] + c` belongs to token `u` after its first `c` bytes.
+    """
+    ends = np.repeat(source.offsets[1:], source.lengths)
+    return target.trie.longest(source.data, np.arange(len(source.data)), ends)
+
+
+def first_tokens(source: Vocabulary, encode: Encode, fallback: Ints) -> Ints:
+    """The first token that `encode` gives for the text of each token of `source`, `[V]`.
+
+    Tokens that are no text on their own, or that are not encoded exactly, keep `fallback`.
+    """
+    texts, ids = [], []
+    for i in np.flatnonzero(source.lengths > 0):
+        with suppress(UnicodeDecodeError):
+            texts.append(source.token(int(i)).decode("utf-8"))
+            ids.append(int(i))
+    found = fallback.copy()
+    for i, encoded in zip(ids, encode(texts), strict=True):
+        if len(encoded.ids) and encoded.exact[0]:
+            found[i] = encoded.ids[0]
+    return found
+
+
+@dataclass(frozen=True)
+class Cells:
+    """One partition for two vocabularies: shared tokens `[0, K)`, then 256 first bytes, then one cell for the rest."""
+
+    student: Ints  # [V_s] cell of each id
+    teacher: Ints  # [V_t]
+    count: int  # K + 257
+
+
+def shared_prefix_cells(student: Vocabulary, teacher: Vocabulary) -> Cells:
+    """Each token's cell is the longest shared token that its bytes start with, its first byte where there is none.
+
+    Shared are byte strings that are a token on both sides; several ids with the same bytes fall into one cell. Tokens
+    without bytes (controls, padding) are in the last cell.
+    """
+    shared = _shared_strings(student, teacher)
+    trie = ByteTrie.of(student, shared)
+    cell_of = np.full(len(student), -1, dtype=np.int64)
+    cell_of[shared] = np.arange(len(shared))
+
+    def cells(vocabulary: Vocabulary) -> Ints:
+        begin, end = vocabulary.offsets[:-1], vocabulary.offsets[1:]
+        found = trie.longest(vocabulary.data, begin, end)
+        cell = np.full(len(vocabulary), len(shared) + 256, dtype=np.int64)
+        texts = end > begin
+        cell[texts] = len(shared) + vocabulary.data[begin[texts]].astype(np.int64)
+        return np.where(found >= 0, cell_of[found], cell)
+
+    return Cells(cells(student), cells(teacher), len(shared) + 257)
+
+
+def _shared_strings(student: Vocabulary, teacher: Vocabulary) -> Ints:
+    """One student id for each byte string that is a token on both sides, ascending."""
+    found = teacher.trie.longest(student.data, student.offsets[:-1], student.offsets[1:])
+    whole = (found >= 0) & (teacher.lengths[found] == student.lengths)
+    return np.intersect1d(np.flatnonzero(whole), student.trie.token)
