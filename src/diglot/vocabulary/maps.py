@@ -59,7 +59,8 @@ def shared_prefix_cells(student: Vocabulary, teacher: Vocabulary) -> Cells:
     """Each token's cell is the longest shared token that its bytes start with, its first byte where there is none.
 
     Shared are byte strings that are a token on both sides; several ids with the same bytes fall into one cell. Tokens
-    without bytes (controls, padding) are in the last cell.
+    without bytes (controls, padding) are in the last cell, and those whose first byte opens a cell on one side only: the
+    other side has nothing but its unknown token for them.
     """
     shared = _shared_strings(student, teacher)
     trie = ByteTrie.of(student, shared)
@@ -74,7 +75,11 @@ def shared_prefix_cells(student: Vocabulary, teacher: Vocabulary) -> Cells:
         cell[texts] = len(shared) + vocabulary.data[begin[texts]].astype(np.int64)
         return np.where(found >= 0, cell_of[found], cell)
 
-    return Cells(cells(student), cells(teacher), len(shared) + 257)
+    cells_s, cells_t, rest = cells(student), cells(teacher), len(shared) + 256
+    one_sided = np.setxor1d(cells_s, cells_t)
+    for side in (cells_s, cells_t):
+        side[np.isin(side, one_sided)] = rest
+    return Cells(cells_s, cells_t, rest + 1)
 
 
 def _shared_strings(student: Vocabulary, teacher: Vocabulary) -> Ints:
