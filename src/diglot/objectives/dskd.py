@@ -56,14 +56,19 @@ class DSKD(ProjectedObjective):
     def parts(self, rows: Rows, hidden_s: Tensor, hidden_t: Tensor) -> list[Part]:
         if not self.projectors:
             raise ConfigError("The projectors are not made yet: call prepare(weight_s, weight_t) first.")
-        of_teacher = hidden_t.to(hidden_s.device).float() @ self.projectors["t_to_s"]
-        of_student = hidden_s.float() @ self.projectors["s_to_t"]
+        of_teacher = _projected(hidden_t.to(hidden_s.device), self.projectors["t_to_s"])
+        of_student = _projected(hidden_s, self.projectors["s_to_t"])
         s, t, given = rows.student, rows.teacher, rows.given
         return [
             Part("student_space", student_space, hidden_s, "student", of_teacher.detach(), "student", s, t, given),
             Part("projector", surprisal, of_teacher, "frozen_student", None, "student", t, t, given),
             Part("teacher_space", teacher_space, of_student, "teacher", hidden_t, "teacher", s, t, given),
         ]
+
+
+def _projected(hidden: Tensor, projector: Tensor) -> Tensor:
+    hidden = at_least_float32(hidden)
+    return hidden @ projector.to(hidden.dtype)
 
 
 def student_space(logits_s: Tensor, logits_q: Tensor, label: Tensor) -> Values:

@@ -135,6 +135,8 @@ class DistillationTrainer(Trainer):
         window = [batch["samples"] for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not window:
             return [], None
+        for projector in self.projectors.values():
+            projector.grad = None  # the Trainer clears the gradients of its model only
         batches = self.prepare_window(window)
         self._watch_coverage(batches)
         self._show_completions(batches)
@@ -351,14 +353,14 @@ class DistillationTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_projectors(Path(checkpoint), self.projectors)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.restore(Path(checkpoint))
 
     def restore(self, checkpoint: Path) -> None:
         """Take up from `checkpoint` what the Trainer does not keep itself. Model and state are loaded already."""
-        if self.projectors:
-            load_projectors(checkpoint, self.projectors)
         logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
         self._metrics.num_tokens = logged[-1] if logged else 0.0
 

@@ -41,14 +41,13 @@ def save_projectors(folder: Path, projectors: dict[str, nn.Parameter]) -> None:
 
 
 def load_projectors(folder: Path, projectors: dict[str, nn.Parameter]) -> None:
-    """Read what `save_projectors` wrote. `ConfigError` if the checkpoint has none or others."""
+    """Read what `save_projectors` wrote. `ConfigError` if the checkpoint has others."""
     path = folder / FILE
-    if not path.exists():
-        raise ConfigError(f"{folder} has no {FILE}, but the objective has projectors: resume from its own checkpoint.")
-    saved = load_file(path)
+    saved = load_file(path) if path.exists() else {}
     if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in projectors.items()}:
         raise ConfigError(
-            f"{path} holds {_shapes(saved)}, the run has {_shapes(projectors)}: resume with the same objective and models."
+            f"{path} holds the projectors {_shapes(saved)}, this run has {_shapes(projectors)}. Resume with the objective and "
+            "the models of the checkpoint."
         )
     with torch.no_grad():
         for name, parameter in projectors.items():
