@@ -1,4 +1,4 @@
-"""Real texts through two tokenizers of the zoo, with random logits for every scored token: the ground for objectives."""
+"""Real texts through two tokenizers of the zoo, with random logits for every scored token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from diglot.data import Sample
 from diglot.objectives import Pair, Path, PathObjective, RowObjective, SummaryObjective, Values, make_objective
 from diglot.rendering import Conversation, Renderer
 
-TEXTS = ("The river had been rising.", "def add(a, b):\n    return a + b\n", "naïve café 数学, as you asked", "x", " 12 345 ")
+TEXTS = (
+    "The river had been rising.",
+    "def add(a, b):\n    return a + b\n",
+    "naïve café 数学, as you asked",
+    "x",
+    " 12 345 ",
+)
 
 
 @lru_cache
@@ -96,7 +102,9 @@ class Scored:
             plan = objective.plan(self.batch.written)
             whole_s, whole_t = slice(0, len(self.logits_s)), slice(0, len(self.logits_t))
             return objective(
-                objective.summary_s(plan)(self.logits_s, whole_s), objective.summary_t(plan)(self.logits_t, whole_t), plan
+                objective.summary_s(plan)(self.logits_s, whole_s),
+                objective.summary_t(plan)(self.logits_t, whole_t),
+                plan,
             )
         assert isinstance(objective, RowObjective)
         rows, given = self.asked(objective)

@@ -161,7 +161,9 @@ SAME_ZERO = [
 
 
 @pytest.mark.parametrize(("name", "options"), SAME_ZERO, ids=[f"{n}{sorted(o.items())}" for n, o in SAME_ZERO])
-def test_equal_laws_over_equal_vocabularies_give_zero_loss_and_zero_gradient(name: str, options: dict[str, Any]) -> None:
+def test_equal_laws_over_equal_vocabularies_give_zero_loss_and_zero_gradient(
+    name: str, options: dict[str, Any]
+) -> None:
     scored = Scored.of("chatml", "chatml")
     scored.logits_t = scored.logits_s.detach().clone()
     values = scored.values(name, **options)

@@ -98,7 +98,9 @@ class Plain:
                 k += 1
             rest = text[int(t.start[k]) : end]
             mass *= sum(q for u, q in enumerate(self.q[k]) if self.texts_t[u].startswith(rest))
-            target[moved_from] = max(target[moved_from] - mass, 0.0) if moved_from is head else target[moved_from] - mass
+            target[moved_from] = (
+                max(target[moved_from] - mass, 0.0) if moved_from is head else target[moved_from] - mass
+            )
             target[v] += mass
             moved_from = v
 
@@ -155,8 +157,7 @@ def test_shared_prefix_is_the_jsd_of_the_cells_written_plainly(sides: tuple[str,
         return cells
 
     expected = [
-        jsd(law(plain.vt, plain.q[j], plain.stop_t), law(plain.vs, plain.p[i], plain.stop_s), beta)
-        for i, j in rows
+        jsd(law(plain.vt, plain.q[j], plain.stop_t), law(plain.vs, plain.p[i], plain.stop_s), beta) for i, j in rows
     ]
     found = scored.values("shared_prefix", beta=beta).loss
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-9)
@@ -166,7 +167,12 @@ class PlainBytes:
     """Next-byte laws of one side, byte by byte."""
 
     def __init__(self, vocabulary: Vocabulary, side: Any, probs: list[list[float]], stop: set[int]) -> None:
-        self.texts, self.side, self.probs, self.stop = [vocabulary.token(i) for i in range(len(vocabulary))], side, probs, stop
+        self.texts, self.side, self.probs, self.stop = (
+            [vocabulary.token(i) for i in range(len(vocabulary))],
+            side,
+            probs,
+            stop,
+        )
 
     def under_way(self, i: int, read: int) -> tuple[dict[int, float], float]:
         """Masses of the byte after the first `read` of token `i`, and of "it ends here"."""

@@ -21,7 +21,12 @@ OPTIONS: dict[str, dict[str, Any]] = {}
 def test_every_objective_trains_in_both_trainers(tmp_path: Path, make: Any, name: str) -> None:
     options = {"lmbda": 0.5} if make is tiny.gkd else {"num_iterations": 2}
     trainer = make(
-        tmp_path, zoo.chatml(), zoo.turns(), tiny.CHAT_ROWS, objective=[{"name": name, **OPTIONS.get(name, {})}], **options
+        tmp_path,
+        zoo.chatml(),
+        zoo.turns(),
+        tiny.CHAT_ROWS,
+        objective=[{"name": name, **OPTIONS.get(name, {})}],
+        **options,
     )
     before = tiny.parameters(trainer.model)
     trainer.train()

@@ -96,7 +96,14 @@ def align_pairs(
     noncanonical = np.concatenate([p.noncanonical for p in kept] or [np.zeros(0, np.bool_)])
     stats["noncanonical"] = float(noncanonical.sum())
     return AlignedBatch(
-        kept, student, teacher, aligned.to("cpu"), written, stats, on_policy, noncanonical=torch.from_numpy(noncanonical)
+        kept,
+        student,
+        teacher,
+        aligned.to("cpu"),
+        written,
+        stats,
+        on_policy,
+        noncanonical=torch.from_numpy(noncanonical),
     )
 
 

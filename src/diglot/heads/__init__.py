@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from diglot.heads.head import Head
 from diglot.heads.hidden import last_hidden
-from diglot.heads.summaries import summaries, token_logps
 from diglot.heads.rows import blocks, default_chunk_rows, reads_few_columns, reduce_rows
+from diglot.heads.summaries import summaries, token_logps
 
-__all__ = ["Head", "blocks", "default_chunk_rows", "last_hidden", "reads_few_columns", "reduce_rows", "summaries", "token_logps"]
+__all__ = [
+    "Head",
+    "blocks",
+    "default_chunk_rows",
+    "last_hidden",
+    "reads_few_columns",
+    "reduce_rows",
+    "summaries",
+    "token_logps",
+]

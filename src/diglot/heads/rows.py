@@ -60,9 +60,9 @@ def reduce_rows(
     """`sum(weight * loss)` over rows, with gradient, and the single rows' values, `[R]`, without.
 
     The gradient is formed block by block together with the value, so that at most `chunk_rows` rows of logits exist at
-    a time; it reaches `hidden_s`, the trainable parameters of `head_s`, and what of `given` requires it. It can be taken
-    once, not differentiated.
-    Up to rounding the result does not depend on `chunk_rows`. A row of weight 0 has no part in sum and gradient.
+    a time; it reaches `hidden_s`, the trainable parameters of `head_s`, and what of `given` requires it. It can be
+    taken once, not differentiated. Up to rounding the result does not depend on `chunk_rows`. A row of weight 0 has no
+    part in sum and gradient.
 
     A `ColumnObjective` that reads few columns gets those alone: no more than they are formed of the teacher's logits.
     Its metrics are `mass_s` and `mass_t`, the probability of the chosen columns; the teacher's is measured on a few
@@ -175,7 +175,9 @@ class _Gradients:
             total = _weighted(values.loss, weight).sum()
         if total.requires_grad:
             wanted = [*self.leaves, *(known[name] for name in self.given)]
-            found = list(torch.autograd.grad(total, [leaf, *wanted] if leaf.requires_grad else wanted, allow_unused=True))
+            found = list(
+                torch.autograd.grad(total, [leaf, *wanted] if leaf.requires_grad else wanted, allow_unused=True)
+            )
             if self.hidden_sum is not None and (of_hidden := found.pop(0)) is not None:
                 self.hidden_sum.index_add_(0, rows, of_hidden)
             for so_far, gradient in zip([*self.sums, *(g[block] for g in self.of_given.values())], found, strict=True):

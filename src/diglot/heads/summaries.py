@@ -14,9 +14,7 @@ from diglot.heads.rows import blocks
 Summary = Callable[[Tensor, slice], Tensor]
 
 
-def summaries(
-    summary: Summary, hidden: Tensor, head: Head, chunk_rows: int, temperature: float = 1.0
-) -> Tensor:
+def summaries(summary: Summary, hidden: Tensor, head: Head, chunk_rows: int, temperature: float = 1.0) -> Tensor:
     """`summary(logits [r, V], rows)` of blocks of rows, joined along the first dimension.
 
     `hidden` is `[N, H]`; `rows` is the slice of the `N` rows that a block holds. A summary may have any number of

@@ -136,7 +136,9 @@ class Rows:
 class Teller(Protocol):
     """Answers what rows of other positions say, for objectives that ask for it (`extra`)."""
 
-    path: Path
+    @property
+    def path(self) -> Path:
+        """Log-probs of the text, at the temperature of the divergence."""
 
     def teacher_ranges(self, token: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Log of the teacher's mass on `sorted_ids[low:high]` in the row that predicts `token`, `[Q]`, constant.
@@ -145,15 +147,26 @@ class Teller(Protocol):
         """
 
 
-class RowObjective(ABC):
-    """A divergence between next-token distributions, row by row."""
+class PairObjective(ABC):
+    """What objectives have in common that read distributions: the pair of vocabularies that they are made for."""
 
     name: ClassVar[str]
     needs: ClassVar[Rung] = Rung.HIDDEN
-    balanced_with_ce: ClassVar[bool] = False
+    balanced_with_ce: ClassVar[bool] = False  # is the loss scaled to the cross-entropy of its rows, and that added?
 
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the pair, and the tensors that the objective made of it, to `device`."""
+        self.pair = self.pair.to(device)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+
+
+class RowObjective(PairObjective):
+    """A divergence between next-token distributions, row by row."""
 
     def rows(self, written: Written) -> Rows:
         """Which rows are compared: here those that predict the tokens of the one-to-one pairs."""
@@ -175,14 +188,6 @@ class RowObjective(ABC):
 
         `given` holds the same rows of what `rows` and `extra` gave.
         """
-
-    def to(self, device: torch.device | str) -> RowObjective:
-        """Move the pair, and the tensors that the objective made of it, to `device`; returns self."""
-        self.pair = self.pair.to(device)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device))
-        return self
 
 
 class ColumnObjective(RowObjective):
@@ -206,18 +211,11 @@ class ColumnObjective(RowObjective):
         """Values `[R]` from the logits of the chosen columns, `[R, k_s]` and `[R, k_t]`."""
 
 
-class SummaryObjective(ABC):
+class SummaryObjective(PairObjective):
     """A comparison of short summaries of the rows of both sides, several rows of each at a time.
 
     Unlike a `RowObjective` it may take rows of several positions together; what it keeps of each row must be short.
     """
-
-    name: ClassVar[str]
-    needs: ClassVar[Rung] = Rung.HIDDEN
-    balanced_with_ce: ClassVar[bool] = False
-
-    def __init__(self, pair: Pair) -> None:
-        self.pair = pair
 
     @abstractmethod
     def plan(self, written: Written) -> Any:
@@ -235,8 +233,6 @@ class SummaryObjective(ABC):
     def __call__(self, summary_s: Tensor, summary_t: Tensor, plan: Any) -> Values:
         """Values `[items]`."""
 
-    to = RowObjective.to
-
 
 @dataclass(frozen=True)
 class Part:
@@ -253,18 +249,14 @@ class Part:
     given: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class ProjectedObjective(ABC):
+class ProjectedObjective(PairObjective):
     """Comparisons of hidden states that trainable maps carry from one model's space into the other's.
 
     The maps are `projectors`, made by `prepare`; they are trained and saved with the student, and are no part of it.
     """
 
-    name: ClassVar[str]
-    needs: ClassVar[Rung] = Rung.HIDDEN
-    balanced_with_ce: ClassVar[bool] = False
-
     def __init__(self, pair: Pair) -> None:
-        self.pair = pair
+        super().__init__(pair)
         self.projectors: nn.ParameterDict = nn.ParameterDict()
 
     @abstractmethod
@@ -278,8 +270,6 @@ class ProjectedObjective(ABC):
     @abstractmethod
     def parts(self, rows: Rows, hidden_s: Tensor, hidden_t: Tensor) -> list[Part]:
         """The comparisons; their values are added up."""
-
-    to = RowObjective.to
 
 
 class PathObjective(ABC):

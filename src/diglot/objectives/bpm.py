@@ -1,9 +1,10 @@
 """Byte-prefix marginal: the teacher's law over the student's next token, at every student row.
 
-For every teacher token that may come next, the student's next token is the longest one that its bytes start with. Inside
-a teacher token only those are left that start with the bytes already written, and what counts is the rest of them. Where
-a student token runs past the end of the written teacher token, its mass comes from the teacher's later rows, along the
-text that was written. (BPM, arXiv 2607.22334. There for byte-level BPE; here the maps are over byte tables of any kind.)
+For every teacher token that may come next, the student's next token is the longest one that its bytes start with.
+Inside a teacher token only those are left that start with the bytes already written, and what counts is the rest of
+them. Where a student token runs past the end of the written teacher token, its mass comes from the teacher's later
+rows, along the text that was written. (BPM, arXiv 2607.22334. There for byte-level BPE; here the maps are over byte
+tables of any kind.)
 
 Shapes: `R` rows, `K` candidates of a row that run past the teacher's token, `E` entries of all prefix ranges.
 """
@@ -26,6 +27,7 @@ from diglot.objectives.spanning import plain_tokens, prefix_range, spanning
 from diglot.vocabulary import Vocabulary
 from diglot.vocabulary.maps import first_tokens, greedy_tokens
 
+
 class BPM(RowObjective):
     """Generalised JSD between the byte-prefix marginal `t` of the teacher and the student's law `p`, in nats per row.
 
@@ -41,8 +43,8 @@ class BPM(RowObjective):
     Args:
         beta: in [0, 1].
         first_token: "greedy", or "encode": the first token of the student's own encoding of the teacher token.
-        skip_blank: leave out rows whose written student token is spaces and tabs only. Such rows teach the teacher's way
-            of cutting indentation, which the student cannot keep up (section 5 of the paper). They are counted.
+        skip_blank: leave out rows whose written student token is spaces and tabs only. Such rows teach the teacher's
+            way of cutting indentation, which the student cannot keep up (section 5 of the paper). They are counted.
         stop: compare the mass of stop. Without it, stop ids are part of the cell for everything else.
     """
 
@@ -73,7 +75,9 @@ class BPM(RowObjective):
         self._blank = blank_tokens(student)
         self.none = len(student) + 1  # columns of the cells: tokens, stop, none
         self.column_of = torch.from_numpy(_with_stop(whole, pair.stop_t.numpy() if stop else None, len(student)))
-        self.image = torch.zeros(len(student), dtype=torch.bool).index_fill(0, torch.from_numpy(whole[whole >= 0]), True)
+        self.image = torch.zeros(len(student), dtype=torch.bool).index_fill(
+            0, torch.from_numpy(whole[whole >= 0]), True
+        )
         self.suffix_column = torch.from_numpy(np.where(self._greedy >= 0, self._greedy, self.none))
         self.sorted_t = torch.from_numpy(teacher.trie.sorted_ids)
         self.begin_t, self.length_t = torch.from_numpy(teacher.offsets[:-1]), torch.from_numpy(teacher.lengths)
@@ -110,7 +114,10 @@ class BPM(RowObjective):
         mass = torch.zeros(len(i), width, dtype=torch.float32, device=device)
         if not len(row):
             return {"span_column": column[:, :0], "span_mass": mass[:, :0]}
-        last, (low, high) = torch.from_numpy(found.last).to(device), (torch.from_numpy(x).to(device) for x in found.tail)
+        last, (low, high) = (
+            torch.from_numpy(found.last).to(device),
+            (torch.from_numpy(x).to(device) for x in found.tail),
+        )
         before = torch.cat([teller.path.logp_t.new_zeros(1), teller.path.logp_t]).double().cumsum(0)
         start = rows.teacher[row]
         reach = (before[last] - before[start] + teller.teacher_ranges(last, low, high)).exp().float()
@@ -133,7 +140,7 @@ class BPM(RowObjective):
     # ---- the two laws ------------------------------------------------------------------------------------------
 
     def target(self, logits_t: Tensor, **given: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """`t` over student tokens, stop and none, `[R, V_s + 2]`; which of its columns can be reached; metrics `[R]`."""
+        """`t` over student tokens, stop and none, `[R, V_s + 2]`; which columns can be reached; metrics `[R]`."""
         probs = at_least_float32(logits_t).softmax(-1)
         whole = given["inside"] == 0
         target = gathered(probs * whole[:, None], self.column_of, self.none + 1)

@@ -65,10 +65,10 @@ class ByteLaw(SummaryObjective):
     tokens which go on with `b`: `(e * p_first(b) + l(b)) / (e + sum l)`. Inside a token: `l(b) / sum l`. Both are exact
     given that the text before was cut as written, with one token under way; the exact law sums over all cuts.
 
-    The divergence is zero if and only if the laws agree at every byte of the text. It is symmetric in the two tokenizers
-    and leaves the student free to cut text in any way, so alone it lets canonical likelihood decay. `anchor` times the
-    student's surprisal of its own cut comes on top: with it, `-log p(token)` splits into `-log` of the byte law and this
-    part, without the content. It asks nothing of the teacher, and is not zero where the laws agree.
+    The divergence is zero if and only if the laws agree at every byte of the text. It is symmetric in the two
+    tokenizers and leaves the student free to cut text in any way, so alone it lets canonical likelihood decay. `anchor`
+    times the student's surprisal of its own cut comes on top: with it, `-log p(token)` splits into `-log` of the byte
+    law and this part, without the content. It asks nothing of the teacher, and is not zero where the laws agree.
 
     Args:
         beta: in [0, 1]; 0 forward KL(teacher || student), 1 reverse KL(student || teacher).
@@ -111,13 +111,13 @@ class ByteLaw(SummaryObjective):
     def __call__(self, summary_s: Tensor, summary_t: Tensor, plan: BytePlan) -> Values:
         law_s, cut_s = byte_law(summary_s, plan.student)
         law_t, cut_t = byte_law(summary_t.detach(), plan.teacher)
-        divergence = generalized_jsd(*(smoothed(law).log() for law in (law_s, law_t)), self.beta)
+        divergence = generalized_jsd(smoothed(law_s).log(), smoothed(law_t).log(), self.beta)
         loss = divergence + self.anchor * cut_s if self.anchor else divergence
         return Values(loss, {"divergence": divergence.detach(), "cut_s": cut_s.detach(), "cut_t": cut_t})
 
-    def to(self, device: torch.device | str) -> ByteLaw:
-        self.pair, self.student, self.teacher = self.pair.to(device), self.student.to(device), self.teacher.to(device)
-        return self
+    def to(self, device: torch.device | str) -> None:
+        super().to(device)
+        self.student, self.teacher = self.student.to(device), self.teacher.to(device)
 
 
 def byte_law(summary: Tensor, plan: SidePlan) -> tuple[Tensor, Tensor]:
@@ -201,7 +201,9 @@ class _Columns:
         return out.view(-1).index_add(0, query * (ENDED + 1) + column, masses).view_as(out)
 
 
-def _side_plan(side: WrittenSide, plain: NDArray[np.bool_], vocabulary: Vocabulary, token: Ints, offset: Ints) -> SidePlan:
+def _side_plan(
+    side: WrittenSide, plain: NDArray[np.bool_], vocabulary: Vocabulary, token: Ints, offset: Ints
+) -> SidePlan:
     """Queries of all plain tokens of a side; `token` and `offset` say where each compared byte lies."""
     written = np.where(side.stop, 0, side.end - side.start)
     asked = np.where(plain, written + 1, 0)

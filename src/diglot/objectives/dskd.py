@@ -19,7 +19,8 @@ class DSKD(ProjectedObjective):
 
     With `h` hidden states, `U` output embeddings, `P` the projectors, `y` the written student token:
 
-    - student space: `q' = softmax(U_s P_ts h_t)`; `KL(q' || p)` where the likeliest token of `q'` is `y`, `q'` constant;
+    - student space: `q' = softmax(U_s P_ts h_t)`; `KL(q' || p)` where the likeliest token of `q'` is `y`, `q'`
+      constant;
     - the projector: `-log q'(y)`, whose gradient goes to `P_ts` alone;
     - teacher space: `p' = softmax(U_t P_st h_s)`; `KL(q || p')`, whose gradient goes to `P_st` and the student.
 

@@ -25,14 +25,14 @@ Ints = NDArray[np.int64]
 class ESCD(BPM):
     """`bpm` at every student row, plus the completion step at the written children, in nats per root row.
 
-    Child of a row at a teacher boundary: the next student row, after the written token `a`. For each group `g` of teacher
-    tokens that begin with `a`, have no student token of their own, and begin with one another: `-M_g log C_g`, with `M_g`
-    the teacher's mass of the group at the root, and `C_g` the student's mass, at the child, of tokens that begin with what
-    is left of the group's shortest token. (The paper also scores children that were not written, which takes another
-    forward pass of the student for each.)
+    Child of a row at a teacher boundary: the next student row, after the written token `a`. For each group `g` of
+    teacher tokens that begin with `a`, have no student token of their own, and begin with one another: `-M_g log C_g`,
+    with `M_g` the teacher's mass of the group at the root, and `C_g` the student's mass, at the child, of tokens that
+    begin with what is left of the group's shortest token. (The paper also scores children that were not written, which
+    takes another forward pass of the student for each.)
 
-    The child's value is a cross-entropy: its gradient is right, its size is not zero where the laws agree, and no part of
-    it says what the student should do with the mass that is in no group.
+    The child's value is a cross-entropy: its gradient is right, its size is not zero where the laws agree, and no part
+    of it says what the student should do with the mass that is in no group.
     """
 
     name = "escd"

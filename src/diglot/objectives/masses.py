@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 FLOOR = 1e-8
 """A mass that no token can carry to a cell counts as this much where a KL divergence would be infinite."""
 

@@ -25,7 +25,8 @@ class Spanning:
 
 
 def spanning(written: Written, i: Ints, j: Ints, student: Vocabulary, teacher: Vocabulary) -> Spanning:
-    """All student tokens that student token `i[k]` starts with, itself included, and that end after teacher token `j[k]`.
+    """All student tokens that student token `i[k]` starts with, itself included, and that end after teacher token
+    `j[k]`.
 
     `[K]` rows. Candidates end no later than the written student token, so that no row looks past what it predicts, and
     inside teacher tokens of exact chunks.

@@ -35,7 +35,13 @@ from diglot.report import CompletionRow, model_card, print_completions
 from diglot.rollouts import TransformersSampler
 from diglot.trainers.config import DistillationConfig
 from diglot.trainers.metrics import StepMetrics
-from diglot.trainers.projectors import add_to_optimizer, load_projectors, make_projectors, save_projectors
+from diglot.trainers.projectors import (
+    AverageProjectorGradients,
+    add_to_optimizer,
+    load_projectors,
+    make_projectors,
+    save_projectors,
+)
 from diglot.trainers.sides import describe, load_references, prepare_sides
 from diglot.trainers.terms import BatchScores, Reader, Term, check_rung, terms_of
 
@@ -112,6 +118,8 @@ class DistillationTrainer(Trainer):
             if not isinstance(term.objective, PathObjective):
                 term.objective.to(self.args.device)
         self.projectors = make_projectors(self.terms, self.student_head, self.teacher.head)
+        if self.projectors and self.accelerator.num_processes > 1:
+            self.add_callback(AverageProjectorGradients(self.projectors, self.accelerator.reduce))
         if self.is_world_process_zero():
             logger.info(describe(sides))
 
@@ -285,8 +293,9 @@ class DistillationTrainer(Trainer):
     def requested_terms(self, auto: str, **defaults: Any) -> list[Term]:
         """The terms that `args.objective` asks for; `defaults` are options of `jsd` and `strict`."""
         requested: Any = self.args.objective
-        named = [requested] if isinstance(requested, str) else requested
-        named = [auto if one == "auto" else {**one, "name": auto} if _is_auto(one) else one for one in named]
+        entries: list[Any] = [requested] if isinstance(requested, str) else list(requested)
+        entries = [{"name": one} if isinstance(one, str) else one for one in entries]
+        named = [{**one, "name": auto} if one.get("name") == "auto" else one for one in entries]
         strict = {**defaults, "top_k": self.args.strict_top_k}
         return terms_of(named, self.pair, {"jsd": defaults, "strict": strict})
 
@@ -483,10 +492,6 @@ class DistillationTrainer(Trainer):
 def collate_samples(rows: list[dict[str, Any]]) -> dict[str, list[Sample]]:
     """Rows of a dataset as samples; runs in the data workers."""
     return {"samples": [to_sample(row, where=f"row {row.get('__row__', i)}") for i, row in enumerate(rows)]}
-
-
-def _is_auto(entry: Any) -> bool:
-    return isinstance(entry, dict) and entry.get("name") == "auto"
 
 
 def pad_id(renderer: Renderer) -> int:

@@ -111,8 +111,8 @@ class DistillationConfig(TrainingArguments):
     # Objective
     objective: str | list[Any] = option(
         "auto",
-        "Name of an objective, or a list of {name, weight, options}; `diglot objectives` lists them. `auto`: GKD takes jsd "
-        "on equal vocabularies, else strict; MiniLLM its own single-step part.",
+        "Name of an objective, or a list of {name, weight, options}; `diglot objectives` lists them. `auto`: GKD takes "
+        "jsd on equal vocabularies, else strict; MiniLLM its own single-step part.",
         "Objective",
     )
     kd_temperature: float = option(1.0, "Temperature of both laws inside the divergence.", "Objective")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from diglot.errors import ConfigError
 from diglot.heads import Head
@@ -46,20 +48,33 @@ def load_projectors(folder: Path, projectors: dict[str, nn.Parameter]) -> None:
     saved = load_file(path) if path.exists() else {}
     if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in projectors.items()}:
         raise ConfigError(
-            f"{path} holds the projectors {_shapes(saved)}, this run has {_shapes(projectors)}. Resume with the objective and "
-            "the models of the checkpoint."
+            f"{path} holds the projectors {_shapes(saved)}, this run {_shapes(projectors)}. Resume with the objective "
+            "and the models of the checkpoint."
         )
     with torch.no_grad():
         for name, parameter in projectors.items():
             parameter.copy_(saved[name])
 
 
+class AverageProjectorGradients(TrainerCallback):
+    """Averages the projectors' gradients over ranks before each optimizer step: no wrapper does it for them."""
+
+    def __init__(self, projectors: dict[str, nn.Parameter], reduce: Callable[..., Tensor]) -> None:
+        self.projectors, self.reduce = projectors, reduce
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        for projector in self.projectors.values():
+            gradient = torch.zeros_like(projector) if projector.grad is None else projector.grad
+            projector.grad = self.reduce(gradient, "mean")
+
+
 def _weight(head: Head) -> Tensor:
     weight = getattr(head.module, "weight", None)
     if not isinstance(weight, Tensor):
         raise ConfigError(
-            f"The head of {head.name} is a {type(head.module).__name__} without a weight of its own, so no projector can "
-            "start from it. Use another objective than 'dskd'."
+            f"The head of {head.name} is a {type(head.module).__name__} without a weight of its own, so no projector "
+            "can start from it. Use another objective than 'dskd'."
         )
     return weight
 

@@ -96,9 +96,9 @@ def load_references(
     start = start or sides.student.config._name_or_path
     if not name or not start:
         raise ConfigError(
-            f"Objective {asking[0]!r} with reference_alpha compares with two references; the teacher's is {name!r}, the "
-            f"student's {start!r}. Give reference_teacher_model_name_or_path (a small model with the teacher's tokenizer) "
-            "and reference_model_name_or_path (the student before training)."
+            f"Objective {asking[0]!r} with reference_alpha compares with two references; the teacher's is {name!r}, "
+            f"the student's {start!r}. Give reference_teacher_model_name_or_path (a small model with the teacher's "
+            "tokenizer) and reference_model_name_or_path (the student before training)."
         )
     own = _load_teacher(name, args)
     renderers = sides.renderer, sides.teacher.renderer

@@ -164,9 +164,7 @@ class BatchScores:
             path = replace(path, boundary_s=boundary_s, boundary_t=boundary_t)
         if objective.reads_references:
             if self.references is None:
-                raise ConfigError(
-                    "reference_alpha needs reference models: give reference_teacher_model_name_or_path."
-                )
+                raise ConfigError("reference_alpha needs reference models: give reference_teacher_model_name_or_path.")
             reference_s, reference_t = self.references(self.batch)
             path = replace(path, logp_reference_s=reference_s, logp_reference_t=reference_t)
         return path
@@ -266,7 +264,8 @@ class BatchScores:
         return objective(of_student, of_teacher, plan)
 
     def _projected(self, objective: ProjectedObjective, rows: Rows, share: float) -> tuple[Values, Tensor]:
-        total, metrics, loss = self.hidden_s.new_zeros(()), {}, self.hidden_s.new_zeros(len(rows.student)).detach()
+        metrics: dict[str, Tensor] = {}
+        total, loss = self.hidden_s.new_zeros(()), self.hidden_s.new_zeros(len(rows.student))
         for part in objective.parts(rows, self.hidden_s, self.hidden_t):
             of_part, values = self._part(part, self._weights(rows.student, share))
             total = total + of_part

@@ -35,14 +35,14 @@ def first_tokens(source: Vocabulary, encode: Encode, fallback: Ints) -> Ints:
     Tokens that are no text on their own, or that are not encoded exactly, keep `fallback`.
     """
     texts, ids = [], []
-    for i in np.flatnonzero(source.lengths > 0):
+    for i in np.flatnonzero(source.lengths > 0).tolist():
         with suppress(UnicodeDecodeError):
-            texts.append(source.token(int(i)).decode("utf-8"))
-            ids.append(int(i))
+            texts.append(source.token(i).decode("utf-8"))
+            ids.append(i)
     found = fallback.copy()
-    for i, encoded in zip(ids, encode(texts), strict=True):
+    for k, encoded in zip(ids, encode(texts), strict=True):
         if len(encoded.ids) and encoded.exact[0]:
-            found[i] = encoded.ids[0]
+            found[k] = encoded.ids[0]
     return found
 
 
@@ -59,8 +59,8 @@ def shared_prefix_cells(student: Vocabulary, teacher: Vocabulary) -> Cells:
     """Each token's cell is the longest shared token that its bytes start with, its first byte where there is none.
 
     Shared are byte strings that are a token on both sides; several ids with the same bytes fall into one cell. Tokens
-    without bytes (controls, padding) are in the last cell, and those whose first byte opens a cell on one side only: the
-    other side has nothing but its unknown token for them.
+    without bytes (controls, padding) are in the last cell, and those whose first byte opens a cell on one side only:
+    the other side has nothing but its unknown token for them.
     """
     shared = _shared_strings(student, teacher)
     trie = ByteTrie.of(student, shared)

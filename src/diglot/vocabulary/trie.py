@@ -60,7 +60,8 @@ class ByteTrie:
             ending[own[whole] - count] = sorted_ids[alive[whole]]
             token.append(ending)
             count, depth = count + len(first), depth + 1
-        return cls(sorted_ids, *map(np.concatenate, (low, high, token)), node_at, np.concatenate(edges))
+        ranges = np.concatenate(low), np.concatenate(high)
+        return cls(sorted_ids, *ranges, np.concatenate(token), node_at, np.concatenate(edges))
 
     def walk(self, data: NDArray[np.uint8], begin: Ints, end: Ints) -> Iterator[tuple[Ints, int, Ints]]:
         """Follow `data[begin[k]:end[k]]` for all `k` at once, until no token starts with what was read.
