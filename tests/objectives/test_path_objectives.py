@@ -61,7 +61,7 @@ def test_cross_entropy_is_the_surprisal_of_every_token_stop_included() -> None:
     assert mask.all()
 
 
-@pytest.mark.parametrize("name", ["ce", "sequence_kl", "span"])
+@pytest.mark.parametrize("name", ["alm", "ce", "sequence_kl", "span"])
 def test_the_mask_is_known_without_log_probs_and_is_the_one_returned(name: str) -> None:
     objective = make_objective(name, PAIR)
     values, mask = objective(Path(torch.tensor(LOGP_S), torch.tensor(LOGP_T)), alignment())
@@ -71,7 +71,7 @@ def test_the_mask_is_known_without_log_probs_and_is_the_one_returned(name: str) 
     assert all(metric.shape == mask.shape for metric in values.metrics.values())
 
 
-@pytest.mark.parametrize("name", ["ce", "sequence_kl", "span"])
+@pytest.mark.parametrize("name", ["alm", "ce", "sequence_kl", "span"])
 def test_nothing_written_gives_no_values(name: str) -> None:
     none = Side(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0, bool))
     values, mask = make_objective(name, PAIR)(Path(torch.zeros(0), torch.zeros(0)), align(none, none, 0).to("cpu"))

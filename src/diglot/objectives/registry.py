@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from diglot.errors import ConfigError
+from diglot.objectives.alm import ALM
 from diglot.objectives.base import Pair, PathObjective, ProjectedObjective, RowObjective, SummaryObjective
 from diglot.objectives.bpm import BPM
 from diglot.objectives.byte import ByteLaw
@@ -17,6 +18,7 @@ from diglot.objectives.escd import ESCD
 from diglot.objectives.jsd import JSD
 from diglot.objectives.sequence_kl import SequenceKL
 from diglot.objectives.shared_prefix import SharedPrefix
+from diglot.objectives.simct import SimCT
 from diglot.objectives.span import Span
 from diglot.objectives.strict import Strict
 
@@ -32,6 +34,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "strict": Strict,
     "sequence_kl": SequenceKL,
     "span": Span,
+    "alm": ALM,
+    "simct": SimCT,
     "ce": CrossEntropy,
 }
 

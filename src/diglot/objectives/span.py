@@ -2,8 +2,6 @@
 
 MiniLLM (arXiv 2306.08543) with tokens replaced by chunks, the shortest pieces of text at whose ends both
 tokenizers have a boundary. With equal vocabularies a chunk is a token and everything below is the paper's.
-
-Shapes: `N_s`, `N_t` packed tokens, `C` chunks, `S` segments. Log-probs in nats. A stop event is a chunk like any other.
 """
 
 from __future__ import annotations
@@ -12,97 +10,29 @@ import torch
 from torch import Tensor
 
 from diglot.alignment import Alignment
+from diglot.errors import ConfigError
 from diglot.objectives.base import Path, PathObjective, Values
+from diglot.objectives.chunks import (
+    NONCANONICAL,
+    check_choice,
+    chunk_sums,
+    end_gap,
+    end_masses,
+    suffix_in_chunk,
+    usable_chunks,
+)
+from diglot.objectives.credit import CREDITS, discounted_returns, remaining_chunks, span_advantages
 from diglot.objectives.rungs import Rung
 
-
-def chunk_sums(values: Tensor, chunk: Tensor, num_chunks: int) -> Tensor:
-    """Sum of token values over each chunk, [C]; tokens in no chunk (-1) are left out."""
-    inside = chunk >= 0
-    return values.new_zeros(num_chunks).index_add(0, chunk[inside], values[inside])
-
-
-def suffix_in_chunk(logp: Tensor, chunk: Tensor, num_chunks: int) -> Tensor:
-    """For token `i` the sum of `logp` from `i` to the end of its chunk, [N_s]. Tokens of a chunk are consecutive."""
-    exact = logp.double()
-    inside = chunk >= 0
-    kept = torch.where(inside, exact, 0.0)
-    total = kept.cumsum(0)
-    # Log-probs are at most 0, so the running sum is lowest at the chunk's last token.
-    end = exact.new_zeros(num_chunks).scatter_reduce(0, chunk[inside], total[inside], "amin", include_self=False)
-    if not num_chunks:
-        return torch.zeros_like(logp)
-    return torch.where(inside, end[chunk.clamp(min=0)] - (total - kept), 0.0).to(logp.dtype)
-
-
-def discounted_returns(rewards: Tensor, segment: Tensor, gamma: float) -> Tensor:
-    """`G_k = r_k + gamma * G_{k+1}` inside each segment, [C], for rewards [C] in order of segment.
-
-    By doubling: after step `d` each entry holds the sum of its next `d` rewards, so long texts need logarithmically
-    many vector operations, and no power of gamma is ever divided by (absolute-position discounting underflows).
-    """
-    total, reach, discount = rewards.clone(), 1, gamma
-    longest = int(torch.bincount(segment).max()) if segment.numel() else 0
-    while reach < longest:
-        later = torch.where(segment[reach:] == segment[:-reach], total[reach:], 0.0)
-        total = torch.cat([total[:-reach] + discount * later, total[-reach:]])
-        reach, discount = reach * 2, discount * discount
-    return total
-
-
-def remaining_chunks(segment: Tensor) -> Tensor:
-    """How many chunks of the segment start at or after each chunk, float [C]."""
-    counts = torch.bincount(segment) if segment.numel() else segment
-    last = counts.cumsum(0)[segment] if segment.numel() else segment
-    return (last - torch.arange(segment.numel(), device=segment.device)).to(torch.float32)
-
-
-def span_advantages(
-    logp_s: Tensor,
-    logp_t: Tensor,
-    alignment: Alignment,
-    *,
-    gamma: float,
-    length_normalization: bool,
-    reward_clip: float = 100.0,
-    dense: Tensor | None = None,
-) -> Tensor:
-    """Advantage of each student token, [N_s], without gradient.
-
-    The reward of chunk `k` is `l^T_k - l^S_k`, the difference of both log-likelihoods of its bytes. A token's
-    advantage is its own chunk's part plus `gamma * G_{k+1}`. Inside a chunk, terms of tokens that came before are
-    dropped: they do not depend on this token, so their contribution has mean zero (the variance-reduced form; shared
-    credit has the same expectation at gamma = 1).
-
-    Args:
-        dense: bool [N_s], tokens whose own chunk is covered by an exact single-step divergence. Their advantage is
-            the long part only, `gamma * G_{k+1}` (paper, eq. 5).
-        length_normalization: divide by the number of chunks that the sum ranges over (paper, section 2.2).
-        reward_clip: each chunk's reward is clipped to `[-reward_clip, reward_clip]` nats.
-    """
-    logp_s, logp_t = logp_s.detach().float(), logp_t.detach().float()
-    chunks = alignment.chunk_segment.numel()
-    in_teacher = chunk_sums(logp_t, alignment.chunk_t, chunks)
-    rewards = (in_teacher - chunk_sums(logp_s, alignment.chunk_s, chunks)).clamp(-reward_clip, reward_clip)
-    rewards = torch.where(alignment.chunk_exact, rewards, 0.0)
-    segment = alignment.chunk_segment
-    future = gamma * _next_in_segment(discounted_returns(rewards, segment, gamma), segment)
-
-    chunk = alignment.chunk_s.clamp(min=0)
-    own = (in_teacher[chunk] - suffix_in_chunk(logp_s, alignment.chunk_s, chunks)).clamp(-reward_clip, reward_clip)
-    count = remaining_chunks(segment)[chunk] if length_normalization else torch.ones_like(own)
-    if dense is not None:
-        own = torch.where(dense, 0.0, own)
-        count = torch.where(dense, (count - 1).clamp(min=1), count) if length_normalization else count
-    usable = alignment.in_exact_chunk(alignment.chunk_s)
-    return torch.where(usable, (own + future[chunk]) / count, 0.0) if chunks else torch.zeros_like(logp_s)
-
-
-def _next_in_segment(values: Tensor, segment: Tensor) -> Tensor:
-    """`values[k + 1]` where that is the same segment, else 0, [C]."""
-    if values.numel() < 2:
-        return torch.zeros_like(values)
-    return torch.cat([torch.where(segment[1:] == segment[:-1], values[1:], 0.0), values.new_zeros(1)])
+__all__ = [
+    "Span",
+    "chunk_sums",
+    "clipped_policy_gradient",
+    "discounted_returns",
+    "remaining_chunks",
+    "span_advantages",
+    "suffix_in_chunk",
+]
 
 
 def clipped_policy_gradient(
@@ -125,26 +55,82 @@ class Span(PathObjective):
 
     One value per student token. The value itself is a surrogate: its gradient is the estimate, its size means
     nothing. The metric `advantage` is what each token was credited with, in nats.
+
+    The gradient is zero where the two likelihoods of every chunk agree: all rewards are 0 then. It sees only what was
+    sampled. On the student's own text, at gamma 1 and with credit "variance_reduced" or "shared",
+    the expected gradient is that of the reverse KL if where chunks end does not depend on bytes that come later.
+    Biases: a teacher that merges across a boundary depending on what follows, since rewards of "earlier chunks" that
+    are left out of a return then still depend on the token; text is scored by one of the teacher's spellings of it
+    (canonical-path bias); gamma below 1, clipping, and the other forms of credit (`span_advantages`).
+
+    Args:
+        credit: how a chunk's reward is shared among its tokens, see `span_advantages`.
+        reference_alpha: if given, rewards are `(l^T - l^R) - alpha (l^S - l^ref)`: what the teacher learnt over its
+            reference R against what the student learnt over itself before training (CompassOPD, arXiv 2609.10154).
+            Its fixed point is the student's start times the teacher's ratio to the power `1 / alpha`, not the teacher.
+        noncanonical: "mask" gives chunks that the student's tokenizer would not have written so no reward and no
+            gradient. "boundary" adds `log omega_T - log omega_S` at a chunk's end to its reward, so both sides speak
+            about "these bytes, then a new word or the end". omega_S is read of the student as it is now and counts as
+            a reward: the gradient through it is left out.
     """
 
     name = "span"
     needs = Rung.TEXT_LOGPROBS
 
     def __init__(
-        self, gamma: float = 1.0, length_normalization: bool = False, reward_clip: float = 100.0, epsilon: float = 0.2
+        self,
+        gamma: float = 1.0,
+        length_normalization: bool = False,
+        reward_clip: float = 100.0,
+        epsilon: float = 0.2,
+        credit: str = "variance_reduced",
+        reference_alpha: float | None = None,
+        noncanonical: str = "none",
     ) -> None:
+        check_choice("credit", credit, CREDITS)
+        check_choice("noncanonical", noncanonical, NONCANONICAL)
+        if reference_alpha is not None and noncanonical == "boundary":
+            raise ConfigError(
+                f"reference_alpha={reference_alpha} with noncanonical='boundary' would need boundary masses of the two "
+                "reference models, which are not read: use noncanonical='none' or 'mask'."
+            )
         self.gamma, self.length_normalization = gamma, length_normalization
         self.reward_clip, self.epsilon = reward_clip, epsilon
+        self.credit, self.reference_alpha, self.noncanonical = credit, reference_alpha, noncanonical
+
+    @property
+    def reads_boundaries(self) -> bool:
+        return self.noncanonical == "boundary"
+
+    @property
+    def reads_references(self) -> bool:
+        return self.reference_alpha is not None
 
     def __call__(self, path: Path, alignment: Alignment) -> tuple[Values, Tensor]:
         old = path.logp_s.detach() if path.logp_old is None else path.logp_old
+        scored_s, scored_t = self._compared(old, path)
         advantage = span_advantages(
-            old,
-            path.logp_t,
+            scored_s,
+            scored_t,
             alignment,
             gamma=self.gamma,
             length_normalization=self.length_normalization,
             reward_clip=self.reward_clip,
+            credit=self.credit,
+            shares=old,
+            bonus=end_gap(*end_masses(path, alignment, self.name)) if self.reads_boundaries else None,
+            usable=usable_chunks(path, alignment, self.noncanonical, self.name),
         )
         loss, _ = clipped_policy_gradient(path.logp_s, old, advantage, self.epsilon, path.weight)
-        return Values(loss, {"advantage": advantage}), alignment.chunk_s >= 0
+        return Values(loss, {"advantage": advantage}), self.mask(alignment)
+
+    def _compared(self, old: Tensor, path: Path) -> tuple[Tensor, Tensor]:
+        """What is summed over each side's tokens, `[N_s]` and `[N_t]`: log-probs, or their gain over a reference."""
+        if self.reference_alpha is None:
+            return old, path.logp_t
+        if path.logp_reference_s is None or path.logp_reference_t is None:
+            raise ConfigError(
+                f"reference_alpha={self.reference_alpha} needs the log-probs of two reference models, and the path has "
+                "none: give them, or leave reference_alpha out."
+            )
+        return self.reference_alpha * (old - path.logp_reference_s), path.logp_t - path.logp_reference_t

@@ -79,7 +79,7 @@ class Strict(ColumnObjective):
         check_range("beta", beta, 0.0, 1.0)
         if top_k is not None and top_k < 0:
             raise ConfigError(f"top_k={top_k} is negative: choose 0 for all {len(pair.shared_s)} shared tokens.")
-        _check_columns(pair)
+        check_columns(pair)
         all_chosen = not top_k or top_k >= len(pair.shared_s)
         if residual and beta == 0 and all_chosen and len(pair.shared_s) + len(pair.stop_s) >= pair.size_s:
             raise ConfigError(
@@ -122,7 +122,8 @@ def _folded(chosen: Tensor, stops: int) -> Tensor:
     return torch.cat([chosen[:, :-stops], chosen[:, -stops:].logsumexp(-1, keepdim=True)], dim=-1)
 
 
-def _check_columns(pair: Pair) -> None:
+def check_columns(pair: Pair) -> None:
+    """Raise `ConfigError` unless both sides have stop ids, and none of them is a shared text token."""
     for side, stop, shared in (("student", pair.stop_s, pair.shared_s), ("teacher", pair.stop_t, pair.shared_t)):
         if not len(stop):
             raise ConfigError(f"the {side} has an empty stop set, expected at least one id: name its stop token.")

@@ -1,0 +1,120 @@
+"""Rewards of chunks, their returns, and the credit that each of the student's tokens gets for them.
+
+Shapes: `N_s`, `N_t` packed tokens, `C` chunks. Log-probs in nats. A stop event is a chunk like any other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diglot.alignment import Alignment
+from diglot.objectives.base import at_least_float32
+from diglot.objectives.chunks import check_choice, chunk_sums, suffix_in_chunk
+
+CREDITS = ("variance_reduced", "shared", "uniform", "proportional")
+
+
+def discounted_returns(rewards: Tensor, segment: Tensor, gamma: float) -> Tensor:
+    """`G_k = r_k + gamma * G_{k+1}` inside each segment, [C], for rewards [C] in order of segment.
+
+    By doubling: after step `d` each entry holds the sum of its next `d` rewards, so long texts need logarithmically
+    many vector operations, and no power of gamma is ever divided by (absolute-position discounting underflows).
+    """
+    total, reach, discount = rewards.clone(), 1, gamma
+    longest = int(torch.bincount(segment).max()) if segment.numel() else 0
+    while reach < longest:
+        later = torch.where(segment[reach:] == segment[:-reach], total[reach:], 0.0)
+        total = torch.cat([total[:-reach] + discount * later, total[-reach:]])
+        reach, discount = reach * 2, discount * discount
+    return total
+
+
+def remaining_chunks(segment: Tensor) -> Tensor:
+    """How many chunks of the segment start at or after each chunk, float [C]."""
+    counts = torch.bincount(segment) if segment.numel() else segment
+    last = counts.cumsum(0)[segment] if segment.numel() else segment
+    return (last - torch.arange(segment.numel(), device=segment.device)).to(torch.float32)
+
+
+def span_advantages(
+    logp_s: Tensor,
+    logp_t: Tensor,
+    alignment: Alignment,
+    *,
+    gamma: float,
+    length_normalization: bool,
+    reward_clip: float = 100.0,
+    dense: Tensor | None = None,
+    credit: str = "variance_reduced",
+    shares: Tensor | None = None,
+    bonus: Tensor | None = None,
+    usable: Tensor | None = None,
+) -> Tensor:
+    """Advantage of each student token, [N_s], without gradient.
+
+    The reward of chunk `k` is `A_k = l^T_k - l^S_k`, the difference of both log-likelihoods of its bytes. A token's
+    advantage is its own part of its chunk's reward plus `gamma * G_{k+1}`.
+
+    Args:
+        credit: the token's own part.
+            "variance_reduced": `A_k` without the student's log-probs of the tokens that came before in the chunk. They
+            do not depend on this token, so they add noise of mean zero.
+            "shared": `A_k` for each token. Both have the expected gradient of the reverse KL at gamma 1 if later bytes
+            do not decide where chunks end; where they do, and for gamma below 1, only nearly.
+            "uniform": `A_k / |S_k|`. Adds up to `A_k` over the chunk, and weighs long chunks down: biased.
+            "proportional": `A_k log p_i / l^S_k`, which is `(l^T_k / l^S_k - 1) log p_i` (DPCA). Adds up to `A_k`; goes
+            to tokens that the student found surprising, and is large where `l^S_k` is near 0: biased.
+        shares: log-probs [N_s] by which "proportional" divides, where `logp_s` are not plain log-probs.
+        bonus: added to each chunk's reward, [C].
+        usable: which chunks are rewarded, bool [C]; the exact ones if not given.
+        dense: bool [N_s], tokens whose own chunk is covered by an exact single-step divergence. Their advantage is
+            the long part only, `gamma * G_{k+1}` (MiniLLM, eq. 5).
+        length_normalization: divide by the number of chunks that the sum ranges over (MiniLLM, section 2.2).
+        reward_clip: each chunk's reward is clipped to `[-reward_clip, reward_clip]` nats.
+    """
+    check_choice("credit", credit, CREDITS)
+    logp_s, logp_t = at_least_float32(logp_s.detach()), at_least_float32(logp_t.detach())
+    if not alignment.num_chunks:
+        return torch.zeros_like(logp_s)
+    chunk_s, segment = alignment.chunk_s, alignment.chunk_segment
+    usable = alignment.chunk_exact if usable is None else usable
+    gain = chunk_sums(logp_t, alignment.chunk_t, alignment.num_chunks)
+    gain = gain if bonus is None else gain + bonus
+    rewards = (gain - chunk_sums(logp_s, chunk_s, alignment.num_chunks)).clamp(-reward_clip, reward_clip)
+    rewards = torch.where(usable, rewards, 0.0)
+    future = gamma * _next_in_segment(discounted_returns(rewards, segment, gamma), segment)
+
+    chunk = chunk_s.clamp(min=0)
+    if credit == "variance_reduced":
+        own = gain[chunk] - suffix_in_chunk(logp_s, chunk_s, alignment.num_chunks)
+        own = own.clamp(-reward_clip, reward_clip)
+    else:
+        by = logp_s if shares is None else at_least_float32(shares.detach())
+        own = rewards[chunk] * _share(credit, by, alignment)
+    count = remaining_chunks(segment)[chunk] if length_normalization else torch.ones_like(own)
+    if dense is not None:
+        own = torch.where(dense, 0.0, own)
+        count = torch.where(dense, (count - 1).clamp(min=1), count) if length_normalization else count
+    return torch.where((chunk_s >= 0) & usable[chunk], (own + future[chunk]) / count, 0.0)
+
+
+def _share(credit: str, logp: Tensor, alignment: Alignment) -> Tensor:
+    """Which part of its chunk's reward each token gets, [N_s]. Parts of a chunk add up to 1 unless `shared`."""
+    if credit == "shared":
+        return torch.ones_like(logp)
+    chunk = alignment.chunk_s.clamp(min=0)
+    even = 1.0 / alignment.count_s[chunk].to(logp.dtype)
+    if credit == "uniform":
+        return even
+    total = chunk_sums(logp, alignment.chunk_s, alignment.num_chunks)[chunk]
+    # A chunk that the student is certain of has no surprise to divide by: each of its tokens gets the same.
+    certain = total == 0
+    return torch.where(certain, even, logp / torch.where(certain, 1.0, total))
+
+
+def _next_in_segment(values: Tensor, segment: Tensor) -> Tensor:
+    """`values[k + 1]` where that is the same segment, else 0, [C]."""
+    if values.numel() < 2:
+        return torch.zeros_like(values)
+    return torch.cat([torch.where(segment[1:] == segment[:-1], values[1:], 0.0), values.new_zeros(1)])
