@@ -21,6 +21,7 @@ from diglot.objectives.shared_prefix import SharedPrefix
 from diglot.objectives.simct import SimCT
 from diglot.objectives.span import Span
 from diglot.objectives.strict import Strict
+from diglot.objectives.xtoken import XTokenH, XTokenP
 
 Objective = RowObjective | PathObjective | SummaryObjective | ProjectedObjective
 
@@ -37,6 +38,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "alm": ALM,
     "simct": SimCT,
     "ce": CrossEntropy,
+    "xtoken_p": XTokenP,
+    "xtoken_h": XTokenH,
 }
 
 

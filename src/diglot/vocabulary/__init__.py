@@ -1,6 +1,7 @@
 """Which bytes does a token id stand for?"""
 
 from diglot.vocabulary.encoder import ByteEncoder, Encoded
+from diglot.vocabulary.projection import Projection
 from diglot.vocabulary.table import Vocabulary
 
-__all__ = ["ByteEncoder", "Encoded", "Vocabulary"]
+__all__ = ["ByteEncoder", "Encoded", "Projection", "Vocabulary"]
