@@ -15,6 +15,7 @@ from diglot.objectives.byte import ByteLaw
 from diglot.objectives.ce import CrossEntropy
 from diglot.objectives.dskd import DSKD
 from diglot.objectives.escd import ESCD
+from diglot.objectives.gold import Gold
 from diglot.objectives.jsd import JSD
 from diglot.objectives.sequence_kl import SequenceKL
 from diglot.objectives.shared_prefix import SharedPrefix
@@ -22,6 +23,7 @@ from diglot.objectives.simct import SimCT
 from diglot.objectives.span import Span
 from diglot.objectives.strict import Strict
 from diglot.objectives.xtoken import XTokenH, XTokenP
+from diglot.objectives.uld import ULD
 
 Objective = RowObjective | PathObjective | SummaryObjective | ProjectedObjective
 
@@ -40,6 +42,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ce": CrossEntropy,
     "xtoken_p": XTokenP,
     "xtoken_h": XTokenH,
+    "uld": ULD,
+    "gold": Gold,
 }
 
 
