@@ -205,6 +205,19 @@ class BatchScores:
         found = summaries(masses, self.hidden_t[rows], self.teacher.head, self.chunk_rows(False), self.temperature)
         return found[torch.argsort(by_row)].to(self.hidden_s.device)
 
+    def student_logps(self, token: Tensor, ids: Tensor) -> Tensor:
+        """Log-probs of `ids` in the student's rows that predict `token`, `[Q]`; carries gradient."""
+        return self._row_logps(self.hidden_s, token, ids, self.student)
+
+    @torch.no_grad()
+    def teacher_logps(self, token: Tensor, ids: Tensor) -> Tensor:
+        """The same of the teacher, constant."""
+        return self._row_logps(self.hidden_t, token, ids, self.teacher).to(self.hidden_s.device)
+
+    def _row_logps(self, hidden: Tensor, token: Tensor, ids: Tensor, reader: Reader) -> Tensor:
+        rows, never = hidden[token.to(hidden.device)], torch.zeros_like(ids, dtype=torch.bool)
+        return token_logps(rows, reader.head, ids, never, reader.stop_ids, self.chunk_rows(False), self.temperature)
+
     # ---- terms -------------------------------------------------------------------------------------------------
 
     def loss(self, term: Term, share: float, add_mean: AddMean) -> Tensor:
