@@ -19,7 +19,7 @@ CROSS = sorted(set(OBJECTIVES) - {"jsd", "dskd"})  # dskd compares hidden states
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in CROSS),
     ("strict", {"residual": True, "beta": 0.5, "top_k": 0}),
-    *((name, {"beta": beta}) for name in ("bpm", "shared_prefix", "escd") for beta in (0.5, 1.0)),
+    *((name, {"beta": beta}) for name in ("bpm", "shared_prefix", "escd", "gold") for beta in (0.5, 1.0)),
     *(("byte", {"beta": beta, "anchor": 0.0}) for beta in (0.0, 0.5, 1.0)),
 ]
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items())}" for name, options in VARIANTS]
@@ -136,8 +136,8 @@ def test_no_row_looks_at_a_position_after_the_text_that_it_predicts(name: str, o
     for cut in range(2, int(written.student.end.max()) - 2, 3):
         changed = Scored.of("chatml", "inst", TEXTS[:1])
         later_s, later_t = (torch.from_numpy(side.start >= cut) for side in (written.student, written.teacher))
-        changed.logits_s = torch.where(later_s[:, None], changed.logits_s.roll(1, 1), changed.logits_s)
-        changed.logits_t = torch.where(later_t[:, None], changed.logits_t.roll(1, 1), changed.logits_t)
+        changed.logits_s = torch.where(later_s[:, None], 2 * changed.logits_s.roll(1, 1), changed.logits_s)
+        changed.logits_t = torch.where(later_t[:, None], 2 * changed.logits_t.roll(1, 1), changed.logits_t)
         after = changed.of_objective(objective).loss.detach()
         sees_until = last[chunk[rows.student.numpy()]]
         early = torch.from_numpy(sees_until <= cut)
@@ -157,6 +157,9 @@ SAME_ZERO = [
     ("byte", {"anchor": 0.0, "beta": 1.0}),
     ("sequence_kl", {}),
     ("span", {}),
+    ("uld", {}),
+    ("gold", {}),
+    ("gold", {"beta": 0.3, "weights": "count"}),
 ]
 
 
