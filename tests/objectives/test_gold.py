@@ -319,6 +319,12 @@ def test_as_shipped_leaves_out_chunks_that_have_no_row_that_late() -> None:
     assert rows.student.tolist() == [1, 3] and rows.skipped == {"not_exact": 0, "no_row": 2}
 
 
+def test_as_shipped_leaves_out_chunks_that_are_not_exact() -> None:
+    unsure = written(side([1, 3, 4, 8, 9], [2, 3, 4], inexact=(0,)), side([3, 4, 5, 7, 8, 9], [1, 3, 4]))
+    rows = shipped().rows(unsure)
+    assert rows.student.tolist() == [3, 4, 6] and rows.skipped == {"not_exact": 1, "no_row": 2}
+
+
 def test_as_shipped_says_what_it_cannot_do() -> None:
     objective = shipped()
     with pytest.raises(ConfigError, match="Teller has no student_logps"):
