@@ -65,9 +65,9 @@ def span_bias(reading: Reading) -> Tensor:
     return span_totals(reading) - (truth_t - truth_s)
 
 
-def span_gradient(reading: Reading) -> Tensor:
+def span_gradient(reading: Reading, **options: Any) -> Tensor:
     """What the gradient of `span` is on average."""
-    span = make_objective("span", reading.pair, reward_clip=1e6)
+    span = make_objective("span", reading.pair, **{"reward_clip": 1e6, **options})
     assert isinstance(span, PathObjective)
     return Learner(reading).expected_gradient(span)
 
@@ -157,14 +157,37 @@ def _span_gradient_rows(claim: Claim, sampled: Reading, perfect: Reading) -> lis
     found, wanted, learner = span_gradient(sampled), path_kl_gradient(sampled), Learner(sampled)
     whole = learner.credited_gradient(whole_credit(sampled))
     settled = learner.credited_gradient(settled_credit(sampled))
-    drift = float(span_gradient(perfect).norm())
+    drift, still = (float(span_gradient(perfect, credit=c).norm()) for c in ("variance_reduced", "whole"))
+    by_option = relative(span_gradient(sampled, credit="whole"), wanted)
     return [
         claim(OF_KL, "approximate", relative(found, wanted), "relative norm"),
         claim(f"{OF_KL}, direction", "approximate", turned(found, wanted), "1 - cosine"),
         claim(f"{OF_KL}, whole text credited", "exact", relative(whole, wanted), "relative norm"),
+        claim(f"{OF_KL}, credit=whole", "exact", by_option, "relative norm"),
         claim(f"{OF_KL}, settled past dropped", "exact", relative(settled, wanted), "relative norm"),
         claim("a perfect student: expected gradient = 0", "approximate", drift, "nats, norm over all logits"),
+        claim("a perfect student: expected gradient = 0, credit=whole", "exact", still, "nats, norm over all logits"),
+        *_noncanonical_rows(claim, sampled),
     ]
+
+
+def text_kl_gradient(reading: Reading) -> Tensor:
+    """Gradient of KL(student's law of texts || teacher's law of texts), each summed over all tokenizations."""
+    truth_t = log_of(text_probability(reading.teacher, text) for text in reading.texts)
+    truth_s = log_of(text_probability(reading.student, text) for text in reading.texts)
+    return Learner(reading).credited_gradient(reading.per_token(truth_t - truth_s))
+
+
+def _noncanonical_rows(claim: Claim, sampled: Reading) -> list[Row]:
+    """What each answer to tokens that the student's tokenizer would not write does to the direction of the gradient."""
+    wanted = text_kl_gradient(sampled)
+    of_text = "expected gradient points along that of KL(text law || text law)"
+    return [
+        claim(f"{of_text}, noncanonical={option}, credit={credit}", "approximate",
+              turned(span_gradient(sampled, noncanonical=option, credit=credit), wanted), "1 - cosine")
+        for credit in ("variance_reduced", "whole")
+        for option in ("none", "mask", "boundary")
+    ]  # fmt: skip
 
 
 # ---- sequence_kl -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -86,10 +86,13 @@ class Reading:
 
     @cached_property
     def path(self) -> Path:
-        """Log-probabilities of what was written, constants."""
+        """Log-probabilities of what was written, and the boundary masses, constants."""
         return Path(
             _written_logps(self.rows_s, self.batch.written.student),
             _written_logps(self.rows_t, self.batch.written.teacher),
+            noncanonical=self.batch.noncanonical,
+            boundary_s=_boundary(self.rows_s, self.student.toy),
+            boundary_t=_boundary(self.rows_t, self.teacher.toy),
         )
 
     @cached_property
@@ -117,6 +120,12 @@ class Reading:
     def teacher_logps(self) -> Tensor:
         """`log q_canonical` of each text, `[S]`, from the oracle."""
         return log_of(canonical_probability(self.teacher, text) for text in self.texts)
+
+
+def _boundary(rows: Tensor, toy: Toy) -> Tensor:
+    """Log mass of "a space follows, or the end", `[N]`."""
+    breaking = [i for i, piece in enumerate(toy.pieces) if piece.startswith(b" ") or i == toy.stop]
+    return rows[:, breaking].logsumexp(-1)
 
 
 def _log_rows(law: Law, tokens: Sequence[Tokens]) -> Tensor:
@@ -170,7 +179,7 @@ class Learner:
         """What the objective's gradient is on average over texts that the student writes."""
         reading = self.reading
         logp = self.logp()
-        values, mask = objective(Path(logp, reading.path.logp_t), reading.batch.alignment)
+        values, mask = objective(replace(reading.path, logp_s=logp), reading.batch.alignment)
         by_token = len(values.loss) == len(logp)
         weight = reading.mass[reading.segment_s] if by_token else reading.mass
         return self.gradient((weight * values.loss)[mask].sum())

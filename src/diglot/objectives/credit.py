@@ -12,7 +12,7 @@ from diglot.alignment import Alignment
 from diglot.objectives.base import at_least_float32
 from diglot.objectives.chunks import check_choice, chunk_sums, suffix_in_chunk
 
-CREDITS = ("variance_reduced", "shared", "uniform", "proportional")
+CREDITS = ("variance_reduced", "shared", "whole", "uniform", "proportional")
 
 
 def discounted_returns(rewards: Tensor, segment: Tensor, gamma: float) -> Tensor:
@@ -62,6 +62,8 @@ def span_advantages(
             do not depend on this token, so they add noise of mean zero.
             "shared": `A_k` for each token. Both have the expected gradient of the reverse KL at gamma 1 if later bytes
             do not decide where chunks end; where they do, and for gamma below 1, only nearly.
+            "whole": the rewards of the whole segment, but for the student's log-probs of the tokens before. Its
+            expected gradient is always that of the reverse KL, at more variance; needs gamma 1, and no chunk is clipped.
             "uniform": `A_k / |S_k|`. Adds up to `A_k` over the chunk, and weighs long chunks down: biased.
             "proportional": `A_k log p_i / l^S_k`, which is `(l^T_k / l^S_k - 1) log p_i` (DPCA). Adds up to `A_k`; goes
             to tokens that the student found surprising, and is large where `l^S_k` is near 0: biased.
@@ -86,7 +88,11 @@ def span_advantages(
     future = gamma * _next_in_segment(discounted_returns(rewards, segment, gamma), segment)
 
     chunk = chunk_s.clamp(min=0)
-    if credit == "variance_reduced":
+    scored = (chunk_s >= 0) & usable[chunk]
+    if credit == "whole":
+        own = _whole(gain, logp_s, alignment, usable, scored)
+        future = torch.zeros_like(future)
+    elif credit == "variance_reduced":
         own = gain[chunk] - suffix_in_chunk(logp_s, chunk_s, alignment.num_chunks)
         own = own.clamp(-reward_clip, reward_clip)
     else:
@@ -96,7 +102,19 @@ def span_advantages(
     if dense is not None:
         own = torch.where(dense, 0.0, own)
         count = torch.where(dense, (count - 1).clamp(min=1), count) if length_normalization else count
-    return torch.where((chunk_s >= 0) & usable[chunk], (own + future[chunk]) / count, 0.0)
+    return torch.where(scored, (own + future[chunk]) / count, 0.0)
+
+
+def _whole(gain: Tensor, logp_s: Tensor, alignment: Alignment, usable: Tensor, scored: Tensor) -> Tensor:
+    """The teacher's log-prob of each token's segment minus the student's of the token and all after it, [N_s]."""
+    segment = alignment.chunk_segment
+    of_teacher = gain.new_zeros(alignment.num_segments).index_add(0, segment[usable], gain[usable])
+    token_segment = segment[alignment.chunk_s.clamp(min=0)]
+    kept = torch.where(scored, logp_s, 0.0).double()
+    totals = kept.new_zeros(alignment.num_segments).index_add(0, token_segment, kept)
+    # Tokens are in order of segment, so what lies before a segment is the sum of the segments before.
+    before = kept.cumsum(0) - kept - (totals.cumsum(0) - totals)[token_segment]
+    return of_teacher[token_segment] - (totals[token_segment] - before).to(logp_s.dtype)
 
 
 def _share(credit: str, logp: Tensor, alignment: Alignment) -> Tensor:

@@ -57,9 +57,9 @@ class Span(PathObjective):
     nothing. The metric `advantage` is what each token was credited with, in nats.
 
     The gradient is zero where the two likelihoods of every chunk agree: all rewards are 0 then. It sees only what was
-    sampled. On the student's own text, at gamma 1 and with credit "variance_reduced" or "shared",
-    the expected gradient is that of the reverse KL if where chunks end does not depend on bytes that come later.
-    Biases: a teacher that merges across a boundary depending on what follows, since rewards of "earlier chunks" that
+    sampled. On the student's own text, at gamma 1 and with credit "whole", the expected gradient is that of
+    KL(law of the student's paths || teacher's law of canonical paths). With "variance_reduced" or "shared" it is so if
+    where chunks end does not depend on bytes that come later; they have less variance. Biases: a teacher that merges across a boundary depending on what follows, since rewards of "earlier chunks" that
     are left out of a return then still depend on the token; text is scored by one of the teacher's spellings of it
     (canonical-path bias); gamma below 1, clipping, and the other forms of credit (`span_advantages`).
 
@@ -89,6 +89,11 @@ class Span(PathObjective):
     ) -> None:
         check_choice("credit", credit, CREDITS)
         check_choice("noncanonical", noncanonical, NONCANONICAL)
+        if credit == "whole" and gamma != 1:
+            raise ConfigError(
+                f"credit='whole' sums the rewards of the whole text, and gamma={gamma} would discount them: "
+                "choose gamma=1, or another credit."
+            )
         if reference_alpha is not None and noncanonical == "boundary":
             raise ConfigError(
                 f"reference_alpha={reference_alpha} with noncanonical='boundary' would need boundary masses of the two "
