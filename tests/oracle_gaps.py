@@ -1,10 +1,12 @@
 """What each objective equals on toy models, and by how much what it does not equal is missed.
 
-PYTHONPATH=src python tests/oracle_gaps.py      # print the table
+PYTHONPATH=src python tests/oracle_gaps.py               # print every row
+PYTHONPATH=src python tests/oracle_gaps.py --markdown    # the table of docs/objectives.md
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -314,6 +316,28 @@ def gap_table() -> list[Row]:
     return [one for rows in TABLE for one in rows()]
 
 
+def markdown(rows: list[Row]) -> str:
+    """The claims of each objective with the range of their gaps over the pairs, as the documentation shows them."""
+    grouped: dict[tuple[str, str, str, bool], list[Row]] = {}
+    for one in rows:
+        claim = one["claim"].split(": ", 1)[1]
+        exact = one["kind"] != "approximate"
+        grouped.setdefault((one["objective"], claim, one["unit"], exact), []).append(one)
+    lines = ["| objective | claim | measured gap | unit |", "|---|---|---|---|"]
+    for (objective, claim, unit, exact), found in grouped.items():
+        gaps = sorted(one["gap"] for one in found)
+        low, high = (f"{gap:.2g}" for gap in (gaps[0], gaps[-1]))
+        bound = "1e-10" if gaps[-1] < 1e-10 else "1e-7"
+        gap = f"exact (< {bound})" if exact else low if low == high else f"{low} to {high}"
+        row = f"| `{objective}` | {_escaped(claim)} | {gap} | {_escaped(unit)} |"
+        lines.append(row)
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
 def show(rows: list[Row]) -> None:
     """Print a table."""
     for one in rows:
@@ -321,4 +345,4 @@ def show(rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    show(gap_table())
+    print(markdown(gap_table())) if "--markdown" in sys.argv else show(gap_table())

@@ -13,6 +13,7 @@ On-policy distillation of language models whose tokenizers differ.
 
 commands:
   train        distil a teacher into a student (GKD, MiniLLM)
+  objectives   which objective for what: a table
 
   diglot COMMAND --help   options of a command
   diglot --version
@@ -38,15 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    if command != "train":
-        print(f"diglot: there is no command {command!r}; commands: train", file=sys.stderr)
-        return 2
-    from diglot.cli.parsing import parse_train
+    if command == "train":
+        from diglot.cli.parsing import parse_train
 
-    values = parse_train(arguments)
-    from diglot.cli.train import train
+        values = parse_train(arguments)
+        from diglot.cli.train import train
 
-    return train(values)
+        return train(values)
+    if command == "objectives":
+        from diglot.cli.objectives import show
+
+        return show(arguments)
+    print(f"diglot: there is no command {command!r}; commands: train, objectives", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

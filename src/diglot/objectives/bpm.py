@@ -130,6 +130,15 @@ class BPM(RowObjective):
         mass[:, 0] = -longer[:, 0]
         return {"span_column": column, "span_mass": mass}
 
+    def _written_logps(self, written: Written, token: NDArray[np.int64], teller: Teller) -> Tensor:
+        """Running sums of the log-probs of the written teacher tokens `token`, as if the others had none, `[N_t + 1]`."""
+        place = np.zeros(len(self.teacher), dtype=np.int64)
+        place[self.teacher.trie.sorted_ids] = np.arange(len(self.teacher.trie.sorted_ids))
+        at = torch.from_numpy(place[written.teacher.ids[token]])
+        logps = teller.teacher_ranges(torch.from_numpy(token), at, at + 1)
+        logp = logps.new_zeros(len(written.teacher.ids) + 1, dtype=torch.float64)
+        return logp.index_put((torch.from_numpy(token + 1).to(logp.device),), logps.double()).cumsum(0)
+
     def _head(self, written: Written, i: NDArray[np.int64], j: NDArray[np.int64]) -> Tensor:
         """The column that the written teacher token itself maps to, `[R]`."""
         t, inside = written.teacher, written.student.start[i] - written.teacher.start[j]

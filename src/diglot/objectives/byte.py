@@ -11,22 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from diglot.batches import Written, WrittenSide
 from diglot.errors import ConfigError
 from diglot.objectives.base import Pair, SummaryObjective, Values, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
-from diglot.objectives.masses import FLOOR, gathered, log_mass, ragged
-from diglot.objectives.spanning import plain_tokens, prefix_range
+from diglot.objectives.masses import FLOOR, log_mass, ragged
+from diglot.objectives.spanning import plain_tokens
 from diglot.vocabulary import Vocabulary
 
 Ints = NDArray[np.int64]
 STOP, ENDED = 256, 257  # columns of a summary after those of the 256 bytes
+_FAINT = 1e-7  # prefixes of less mass are summed token by token: running sums have an error of about 1e-14
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,7 @@ class SidePlan:
     """One side's queries, and which of them each compared byte reads."""
 
     first: Tensor  # int64 [N + 1] query of each token after 0 bytes; those after 1, 2 ... bytes follow
-    read: Tensor  # int64 [Q] bytes of the token that are written
-    low: Tensor  # int64 [Q] range of sorted tokens that start with them
-    high: Tensor  # int64 [Q]
+    node: Tensor  # int64 [Q] node of the written bytes in the vocabulary's trie; 0 before the first
     begins: Tensor  # int64 [I] query of a token that begins at this byte, or -1
     goes_on: Tensor  # int64 [I] query of the token that is under way, or may have just ended; or -1
 
@@ -84,7 +84,8 @@ class ByteLaw(SummaryObjective):
             raise ConfigError(f"anchor={anchor} is negative: choose 0 (no segmentation part) or more.")
         self.beta, self.anchor = beta, anchor
         tables = pair.need_tables(self.name)
-        self.student, self.teacher = _Columns(tables.student, pair.stop_s), _Columns(tables.teacher, pair.stop_t)
+        self.student = _Columns.of(tables.student, pair.stop_s)
+        self.teacher = _Columns.of(tables.teacher, pair.stop_t)
 
     def plan(self, written: Written) -> BytePlan:
         """The bytes of all exact chunks, and a stop where both sides have one."""
@@ -153,52 +154,86 @@ def log_safe(mass: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Columns:
-    """A vocabulary's columns: in which order, and with which bytes."""
+    """A vocabulary's columns in order of their bytes, and its trie."""
 
     vocabulary: Vocabulary
     stop: Tensor
-    first_byte: Tensor | None = None  # int64 [V]: byte, STOP, or ENDED for tokens that are neither
-    sorted_ids: Tensor | None = None
-    begin: Tensor | None = None  # int64 [V]
-    length: Tensor | None = None  # int64 [V]
-    data: Tensor | None = None  # uint8 [D]
+    sorted_ids: Tensor  # int64 [M]
+    low: Tensor  # int64 [P] tokens with this prefix are sorted_ids[low:high]
+    high: Tensor  # int64 [P]
+    first_child: Tensor  # int64 [P + 1]
+    byte: Tensor  # int64 [P] last byte of the prefix
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary, stop: Tensor) -> _Columns:
+        """Of a vocabulary and its stop set."""
+        trie = vocabulary.trie
+        arrays = (trie.sorted_ids, trie.low, trie.high, trie.first_child, trie.byte)
+        return cls(vocabulary, stop, *(torch.from_numpy(a).to(stop.device) for a in arrays))
 
     def to(self, device: torch.device | str) -> _Columns:
-        """With its tensors, on `device`."""
-        v = self.vocabulary
-        texts = v.lengths > 0
-        first = np.full(len(v), ENDED, dtype=np.int64)
-        first[texts] = v.data[v.offsets[:-1][texts]]
-        first[self.stop.cpu().numpy()] = STOP
-        arrays = (first, v.trie.sorted_ids, v.offsets[:-1], v.lengths, v.data.copy())
-        return _Columns(v, self.stop.to(device), *(torch.from_numpy(a).to(device) for a in arrays))
+        """The same with its tensors on `device`."""
+        return _Columns.of(self.vocabulary, self.stop.to(device))
 
     def summary(self, plan: SidePlan) -> Callable[[Tensor, slice], Tensor]:
         """Masses of the next bytes, of stop, and of "the token ends here", of each query of the rows, `[q, 258]`."""
-        columns = self if self.data is not None else self.to(plan.low.device)
-        return lambda logits, rows: columns._masses(logits, rows, plan)
+        return lambda logits, rows: self._masses(logits, rows, plan)
 
     def _masses(self, logits: Tensor, rows: slice, plan: SidePlan) -> Tensor:
-        assert self.first_byte is not None and self.sorted_ids is not None and self.data is not None
-        assert self.begin is not None and self.length is not None
         probs = at_least_float32(logits).softmax(-1)
         offsets = plan.first[rows.start : rows.start + len(probs) + 1]
-        queries = slice(int(offsets[0]), int(offsets[-1]))
-        asked = torch.diff(offsets)
-        row_of = torch.repeat_interleave(asked)
-        read, low, high = plan.read[queries], plan.low[queries], plan.high[queries]
-        # Of a token's first byte all columns have a say; after that, the range of those that start as it does.
-        some = asked > 0
-        beginnings = gathered(probs[some], self.first_byte, ENDED + 1)
-        beginnings = torch.cat([beginnings[:, :ENDED], torch.zeros_like(beginnings[:, :1])], dim=-1)
-        out = probs.new_zeros(len(read), ENDED + 1).index_put(((offsets[:-1] - offsets[0])[some],), beginnings)
-        at, query = ragged(low, high)
+        node = plan.node[int(offsets[0]) : int(offsets[-1])]
+        row = torch.repeat_interleave(torch.diff(offsets))
+        # Sorted by bytes, the tokens that start with a prefix are neighbours: a mass is a difference of running sums.
+        running = probs.gather(1, self.sorted_ids.expand(len(probs), -1)).double().cumsum(-1)
+        running = nn.functional.pad(running, (1, 0))
+
+        def between(query: Tensor, low: Tensor, high: Tensor) -> Tensor:
+            return running[row[query], high] - running[row[query], low]
+
+        child, parent = ragged(self.first_child[node], self.first_child[node + 1])
+        every = torch.arange(len(node), device=node.device)
+        childless = self.first_child[node] == self.first_child[node + 1]
+        longer = torch.where(childless, self.high[node], self.low[self.first_child[node].clamp(max=len(self.low) - 1)])
+        out = running.new_zeros(len(node), ENDED + 1)
+        out = out.index_put((parent, self.byte[child]), between(parent, self.low[child], self.high[child]))
+        out = out.index_put((every, torch.full_like(every, ENDED)), between(every, self.low[node], longer))
+        stop = torch.where(node == 0, probs[:, self.stop].sum(-1).double()[row], 0.0)
+        out = out.index_put((every, torch.full_like(every, STOP)), stop)
+        return self._sharpened(out, probs, node, row).to(probs.dtype)
+
+    def _sharpened(self, out: Tensor, probs: Tensor, node: Tensor, row: Tensor) -> Tensor:
+        """The same where a prefix is so unlikely that running sums would round its masses: summed one by one."""
+        faint = (node > 0) & (out.detach().sum(-1) < _FAINT)
+        if not bool(faint.any()):
+            return out
+        query = faint.nonzero()[:, 0]
+        at, owner = ragged(self.low[node[query]], self.high[node[query]])
         token = self.sorted_ids[at]
-        depth = read[query]
-        place = (self.begin[token] + depth).clamp(max=len(self.data) - 1)
-        column = torch.where(self.length[token] > depth, self.data[place].long(), ENDED)
-        masses = probs.view(-1)[row_of[query] * probs.shape[1] + token]
-        return out.view(-1).index_add(0, query * (ENDED + 1) + column, masses).view_as(out)
+        begin, length, data = self._table
+        depth = self._depth[node[query]][owner]
+        place = (begin[token] + depth).clamp(max=len(data) - 1)
+        column = torch.where(length[token] > depth, data[place], ENDED)
+        masses = probs[row[query][owner], token].double()
+        exact = out.new_zeros(len(query), ENDED + 1).index_put((owner, column), masses, accumulate=True)
+        return out.index_put((query,), exact)
+
+    @cached_property
+    def _table(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where each id's bytes begin, how many they are, and all bytes."""
+        v = self.vocabulary
+        arrays = (v.offsets[:-1], v.lengths, v.data.astype(np.int64))
+        begin, length, data = (torch.from_numpy(a).to(self.stop.device) for a in arrays)
+        return begin, length, data
+
+    @cached_property
+    def _depth(self) -> Tensor:
+        """Bytes of each node's prefix, `[P]`."""
+        v, depth = self.vocabulary, np.zeros(len(self.low), dtype=np.int64)
+        within = np.arange(len(v.data)) - np.repeat(v.offsets[:-1], v.lengths) + 1
+        known = v.trie.node_at >= 0
+        depth[v.trie.node_at[known]] = within[known]
+        return torch.from_numpy(depth).to(self.stop.device)
 
 
 def _side_plan(
@@ -210,10 +245,12 @@ def _side_plan(
     first = np.concatenate([[0], np.cumsum(asked)])
     owner = np.repeat(np.arange(len(asked)), asked)
     read = np.arange(len(owner)) - first[owner]
-    low, high = prefix_range(vocabulary, side.ids[owner], read)
+    trie = vocabulary.trie
+    at = vocabulary.offsets[side.ids[owner]] + read - 1
+    node = np.where(read > 0, trie.node_at[np.maximum(at, 0)], 0)
     before = token - 1
     follows = (before >= 0) & (side.segment[before] == side.segment[token]) & plain[before]
     begins = np.where(offset == 0, first[token], -1)
     after = np.where(follows, first[before] + written[before], -1)
     goes_on = np.where(offset > 0, first[token] + offset, after)
-    return SidePlan(*(torch.from_numpy(x) for x in (first, read, low, high, begins, goes_on)))
+    return SidePlan(*(torch.from_numpy(x) for x in (first, node, begins, goes_on)))

@@ -22,6 +22,7 @@ class Spanning:
     token: Ints  # the student token
     last: Ints  # teacher token in which it ends
     tail: tuple[Ints, Ints]  # range of sorted teacher tokens that start with what the candidate covers of `last`
+    whole: Ints  # teacher tokens that some candidate covers whole, ascending
 
 
 def spanning(written: Written, i: Ints, j: Ints, student: Vocabulary, teacher: Vocabulary) -> Spanning:
@@ -55,7 +56,11 @@ def spanning(written: Written, i: Ints, j: Ints, student: Vocabulary, teacher: V
     kept[kept] &= t.segment[last[kept]] == segment[row[kept]]
     row, end, token, last = row[kept], end[kept], token[kept], last[kept]
     place = np.arange(len(row)) - np.searchsorted(row, row)
-    return Spanning(row, place, token, last, prefix_range(teacher, t.ids[last], end - t.start[last]))
+    covered = np.zeros(len(t.ids) + 1, dtype=np.int64)
+    np.add.at(covered, j[row], 1)
+    np.add.at(covered, last, -1)
+    tail = prefix_range(teacher, t.ids[last], end - t.start[last])
+    return Spanning(row, place, token, last, tail, np.flatnonzero(np.cumsum(covered[:-1]) > 0))
 
 
 _NONE = np.zeros(0, dtype=np.int64)

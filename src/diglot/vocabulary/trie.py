@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,6 +63,16 @@ class ByteTrie:
             count, depth = count + len(first), depth + 1
         ranges = np.concatenate(low), np.concatenate(high)
         return cls(sorted_ids, *ranges, np.concatenate(token), node_at, np.concatenate(edges))
+
+    @cached_property
+    def first_child(self) -> Ints:
+        """Children of node `k` are the nodes `first_child[k]` to `first_child[k + 1]`, by ascending byte, [P + 1]."""
+        return np.searchsorted(self.edges, np.arange(len(self.low) + 1) * 256) + 1
+
+    @cached_property
+    def byte(self) -> Ints:
+        """Last byte of each node's prefix, [P]; 0 for the empty one."""
+        return np.concatenate([[0], self.edges % 256])
 
     def walk(self, data: NDArray[np.uint8], begin: Ints, end: Ints) -> Iterator[tuple[Ints, int, Ints]]:
         """Follow `data[begin[k]:end[k]]` for all `k` at once, until no token starts with what was read.

@@ -1,0 +1,28 @@
+"""`diglot objectives`: the decision table, one block per objective."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from diglot.objectives import guide
+
+
+def show(arguments: Sequence[str]) -> int:
+    """Print the table for the terminal, or as markdown."""
+    parser = argparse.ArgumentParser(prog="diglot objectives", description="Which objective for what.")
+    parser.add_argument("--markdown", action="store_true", help="the table as docs/objectives.md has it")
+    if parser.parse_args(arguments).markdown:
+        print(guide.markdown(), end="")
+        return 0
+    table = Table(title="Objectives: --objective NAME, or a weighted list in a recipe", show_lines=True)
+    table.add_column("objective", no_wrap=True, style="bold")
+    table.add_column("which")
+    for name, needs, about in guide.table():
+        lines = (f"needs {needs}", f"sees {about.sees}", f"zero when {about.zero}", f"cost of a row: {about.cost}")
+        table.add_row(name, "\n".join([about.use, *(f"[dim]{line}[/dim]" for line in lines)]))
+    Console().print(table)
+    return 0

@@ -1,0 +1,132 @@
+"""Which objective for what: one line each on what it sees, when it is zero, what it costs, and when to use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diglot.objectives.registry import OBJECTIVES
+from diglot.objectives.rungs import Rung
+
+NEEDS = {
+    Rung.TEXT_LOGPROBS: "log-probs of the text",
+    Rung.CHOSEN: "log-probs of chosen ids",
+    Rung.TOP_K: "top-k",
+    Rung.HIDDEN: "hidden states",
+    Rung.LOGITS: "logits",
+}
+
+
+@dataclass(frozen=True)
+class About:
+    """One row of the decision table, in plain words. `V` vocabulary, `K` shared tokens, `k` chosen ones."""
+
+    sees: str
+    zero: str
+    cost: str  # of one row beyond both models' bodies
+    use: str
+
+
+GUIDE: dict[str, About] = {
+    "jsd": About(
+        "all tokens, at every row", "laws equal", "V_s + V_t", "equal vocabularies: the textbook form, and GKD's default"
+    ),
+    "strict": About(
+        "the student's k likeliest shared tokens, at one-to-one rows",
+        "laws equal on the chosen tokens (with residual: and outside)",
+        "V_s + 2k",
+        "any pair whose tokens mostly agree: the cheapest, and GKD's default across tokenizers",
+    ),
+    "bpm": About(
+        "all student tokens, at every student row",
+        "student = byte-prefix marginal of the teacher",
+        "V_s + V_t + rows inside teacher tokens",
+        "pairs that cut text differently; whole laws matter",
+    ),
+    "shared_prefix": About(
+        "cells of shared prefixes, at every shared boundary",
+        "cell laws equal",
+        "V_s + V_t",
+        "whole laws without a map between tokens; both sides proper laws",
+    ),
+    "byte": About(
+        "the next byte, at every byte",
+        "byte laws equal (and the anchor: never)",
+        "V_s + V_t + prefix ranges",
+        "vocabularies with little in common, byte-level models",
+    ),
+    "escd": About(
+        "as bpm, and one step of completion at written pieces",
+        "never: the completion is a cross-entropy",
+        "bpm + written children",
+        "the teacher has long tokens that the student must write in pieces",
+    ),
+    "alm": About(
+        "chunks of the text as events",
+        "chunk likelihoods equal",
+        "V_s + V_t, once each",
+        "a teacher that gives log-probs only; off-policy text",
+    ),
+    "span": About(
+        "what was sampled, as rewards",
+        "chunk likelihoods equal",
+        "V_s + V_t, once each",
+        "a teacher that gives log-probs only; on-policy (credit=whole is exact)",
+    ),
+    "sequence_kl": About(
+        "one number per text",
+        "length-normalised likelihoods equal",
+        "V_s + V_t, once each",
+        "as a weak anchor beside another objective",
+    ),
+    "ce": About("the written text", "never", "V_s", "reference text; not on the student's own samples"),
+    "xtoken_p": About(
+        "the teacher's likeliest tokens through a projection",
+        "projected law equal on them",
+        "V_s + V_t + top-k",
+        "to compare with X-Token; task tokens outside the shared set",
+    ),
+    "xtoken_h": About(
+        "nearly equal tokens, and sorted leftovers",
+        "only if all tokens match",
+        "V_s + V_t + two sorts",
+        "to compare with X-Token; task tokens inside the shared set",
+    ),
+    "gold": About(
+        "shared tokens, and sorted leftovers, at merged chunks",
+        "only if all tokens match",
+        "V_s + V_t + two sorts",
+        "to compare with TRL; gold_as_shipped=True for its own reading",
+    ),
+    "uld": About(
+        "sorted probabilities, not which token has them",
+        "equal spectra, whatever they mean",
+        "V_s + V_t + two sorts",
+        "as a baseline only",
+    ),
+    "simct": About(
+        "shared tokens and written units, by length-normalised score",
+        "scores equal (not: laws equal)",
+        "V_s + V_t",
+        "to compare with SimCT",
+    ),
+    "dskd": About(
+        "the other model's hidden states through trained maps",
+        "says nothing about the laws",
+        "2 V_s + 2 V_t + maps",
+        "hidden states at hand; off-policy text",
+    ),
+}
+
+
+def table() -> list[tuple[str, str, About]]:
+    """(name, what it needs of the teacher, about) of every objective, in the order of `GUIDE`."""
+    return [(name, NEEDS[OBJECTIVES[name].needs], about) for name, about in GUIDE.items()]
+
+
+def markdown() -> str:
+    """The table as the documentation shows it."""
+    head = "| objective | needs of the teacher | sees | zero when | cost of a row | use it for |"
+    rows = [
+        f"| `{name}` | {needs} | {a.sees} | {a.zero} | {a.cost} | {a.use} |" for name, needs, a in table()
+    ]
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows]) + "\n"
