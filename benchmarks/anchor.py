@@ -1,8 +1,9 @@
 """Does the next-byte objective need a segmentation anchor? A small student from scratch, the same text for every arm.
 
-The student has a byte-level BPE of 4,096 tokens, trained on the training text, and four layers; the teacher is SmolLM2-135M.
-Off-policy: reference text of about 60 tokens a row. After equal numbers of steps each arm's held-out bits per byte is the
-cross-entropy of the student's canonical tokens over the bytes of the text. One seed for all arms: same start, same order.
+The student has a byte-level BPE of 4,096 tokens, trained on the training text, and four layers; the teacher is
+SmolLM2-135M. Off-policy: reference text of about 60 tokens a row. After equal numbers of steps each arm's held-out bits
+per byte is the cross-entropy of the student's canonical tokens over the bytes of the text. One seed for all arms: same
+start, same order.
 
     python benchmarks/anchor.py [--steps 200] [--arms ce byte byte+anchor ...]
 """
@@ -81,7 +82,13 @@ def run(arm: str, steps: int, batch: int) -> dict[str, float]:
     trainer.train()
     end = trainer.evaluator().on_reference(held_out).bits_per_byte
     first, *_, last = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"before": start, "after": end, "loss_first": first, "loss_last": last, "seconds": time.perf_counter() - began}
+    return {
+        "before": start,
+        "after": end,
+        "loss_first": first,
+        "loss_last": last,
+        "seconds": time.perf_counter() - began,
+    }
 
 
 def as_sample(row: dict[str, str]) -> Any:

@@ -1,12 +1,13 @@
 """Every objective on one real batch of the demo pair: seconds and peak memory of the loss stage, forward and backward.
 
-Hidden states are computed once; what is timed is what the objective adds: reading the heads, the values, the gradient of
-hidden states and head. Each row is the median of `--repeats` rounds over all objectives, so that noise of the machine
-falls on all of them.
+Hidden states are computed once; what is timed is what the objective adds: reading the heads, the values, the gradient
+of hidden states and head. Each row is the median of `--repeats` rounds over all objectives, so that noise of the
+machine falls on all of them.
 
-A second table says in which direction each objective pulls. There the two models have one tokenizer: the teacher, and as
-student the same weights with noise added. The path of unlike vocabularies is taken, and the gradient of the student's
-hidden states is compared with that of the whole JSD on equal vocabularies, at the same beta: 1 means the same direction.
+A second table says in which direction each objective pulls. There the two models have one tokenizer: the teacher, and
+as student the same weights with noise added. The path of unlike vocabularies is taken, and the gradient of the
+student's hidden states is compared with that of the whole JSD on equal vocabularies, at the same beta: 1 means the same
+direction.
 
     python benchmarks/objectives.py [--rows 16] [--repeats 3] [--only NAME ...]
 """
@@ -61,7 +62,9 @@ def costs(rows: int, repeats: int, names: list[str]) -> dict[str, dict[str, floa
         hidden = trainer.hidden_at_rows(trainer.model, batch.student)
     trainer.teacher_hidden(batch)
     terms = {name: term_for(trainer, name) for name in names if name != "jsd"}
-    print(f"{machine()}\n{rows} rows of text, {len(hidden)} student and {len(batch.teacher.rows)} teacher tokens scored")
+    print(
+        f"{machine()}\n{rows} rows of text, {len(hidden)} student and {len(batch.teacher.rows)} teacher tokens scored"
+    )
     seconds: dict[str, list[float]] = {name: [] for name in terms}
     found: dict[str, dict[str, float]] = {}
     for turn in range(repeats + 1):
@@ -128,7 +131,9 @@ def main() -> None:
     print(f"{'objective':14s} {'items':>7s} {'loss':>10s} {'seconds':>8s} {'peak MiB':>9s} {'cosine':>7s}")
     for name in sorted({*found, *cosines}, key=lambda n: found.get(n, {}).get("seconds", 0.0)):
         row = found.get(name)
-        of_pair = f"{row['items']:7.0f} {row['loss']:10.4f} {row['seconds']:8.3f} {row['peak_mib']:9.0f}" if row else " " * 37
+        of_pair = (
+            f"{row['items']:7.0f} {row['loss']:10.4f} {row['seconds']:8.3f} {row['peak_mib']:9.0f}" if row else " " * 37
+        )
         print(f"{name:14s} {of_pair} {cosines[name]:7.3f}")
     print(json.dumps({"objectives": found, "cosines": cosines}))
 

@@ -43,6 +43,10 @@ class Teller:
         self.path, self.rows = reading.path, reading.rows_t
         self.order = torch.from_numpy(reading.pair.need_tables("oracle").teacher.trie.sorted_ids)
 
+    def teacher_logps(self, token: Tensor, ids: Tensor) -> Tensor:
+        """Log-probs of `ids` in the rows of `token`, `[Q]`."""
+        return self.rows[token, ids]
+
     def teacher_ranges(self, token: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Log of the teacher's mass on `order[low:high]` in the row of `token`, `[Q]`."""
         asked = zip(token.tolist(), low.tolist(), high.tolist(), strict=True)

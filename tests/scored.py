@@ -82,6 +82,12 @@ class Scored:
             _logps(self.logits_t, written.teacher, self.pair.stop_t),
         )
 
+    def student_logps(self, token: Tensor, ids: Tensor) -> Tensor:
+        return self.logits_s.log_softmax(-1)[token, ids]
+
+    def teacher_logps(self, token: Tensor, ids: Tensor) -> Tensor:
+        return self.logits_t.log_softmax(-1)[token, ids]
+
     def teacher_ranges(self, token: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """What a `Teller` is asked for."""
         order = torch.from_numpy(self.pair.need_tables("test").teacher.trie.sorted_ids)

@@ -326,9 +326,6 @@ def test_as_shipped_leaves_out_chunks_that_are_not_exact() -> None:
 
 
 def test_as_shipped_says_what_it_cannot_do() -> None:
-    objective = shipped()
-    with pytest.raises(ConfigError, match="Teller has no student_logps"):
-        objective.extra(objective.rows(TEXT), TEXT, Teller(path_of(TEXT)))
     with pytest.raises(ConfigError, match=r"byte-level tokenizers only; these are byte-level.*metaspace"):
         make_objective("gold", pair("chatml", "turns"), gold_as_shipped=True)
     with pytest.raises(ConfigError, match="weights='mass' is not what TRL ships"):

@@ -140,6 +140,12 @@ class Teller(Protocol):
     def path(self) -> Path:
         """Log-probs of the text, at the temperature of the divergence."""
 
+    def student_logps(self, token: Tensor, ids: Tensor) -> Tensor:
+        """Log-prob of `ids` in the student's rows that predict `token`, `[Q]`; carries gradient."""
+
+    def teacher_logps(self, token: Tensor, ids: Tensor) -> Tensor:
+        """The same of the teacher, constant."""
+
     def teacher_ranges(self, token: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Log of the teacher's mass on `sorted_ids[low:high]` in the row that predicts `token`, `[Q]`, constant.
 

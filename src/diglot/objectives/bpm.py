@@ -114,12 +114,9 @@ class BPM(RowObjective):
         mass = torch.zeros(len(i), width, dtype=torch.float32, device=device)
         if not len(row):
             return {"span_column": column[:, :0], "span_mass": mass[:, :0]}
-        last, (low, high) = (
-            torch.from_numpy(found.last).to(device),
-            (torch.from_numpy(x).to(device) for x in found.tail),
-        )
-        before = torch.cat([teller.path.logp_t.new_zeros(1), teller.path.logp_t]).double().cumsum(0)
+        last, low, high = (torch.from_numpy(x).to(device) for x in (found.last, *found.tail))
         start = rows.teacher[row]
+        before = _running_logps(written, found.whole, teller).to(device)
         reach = (before[last] - before[start] + teller.teacher_ranges(last, low, high)).exp().float()
         place = torch.from_numpy(found.place).to(device)
         longer = torch.zeros_like(mass)
@@ -129,15 +126,6 @@ class BPM(RowObjective):
         mass[:, 1:] = longer[:, :-1] - longer[:, 1:]
         mass[:, 0] = -longer[:, 0]
         return {"span_column": column, "span_mass": mass}
-
-    def _written_logps(self, written: Written, token: NDArray[np.int64], teller: Teller) -> Tensor:
-        """Running sums of the log-probs of the written teacher tokens `token`, as if the others had none, `[N_t + 1]`."""
-        place = np.zeros(len(self.teacher), dtype=np.int64)
-        place[self.teacher.trie.sorted_ids] = np.arange(len(self.teacher.trie.sorted_ids))
-        at = torch.from_numpy(place[written.teacher.ids[token]])
-        logps = teller.teacher_ranges(torch.from_numpy(token), at, at + 1)
-        logp = logps.new_zeros(len(written.teacher.ids) + 1, dtype=torch.float64)
-        return logp.index_put((torch.from_numpy(token + 1).to(logp.device),), logps.double()).cumsum(0)
 
     def _head(self, written: Written, i: NDArray[np.int64], j: NDArray[np.int64]) -> Tensor:
         """The column that the written teacher token itself maps to, `[R]`."""
@@ -197,6 +185,13 @@ class BPM(RowObjective):
         loss = generalized_jsd(logp, logt, self.beta)
         metrics |= {"none_t": target[:, -1], "none_s": logp[:, -1].detach().exp()}
         return Values(loss, metrics)
+
+
+def _running_logps(written: Written, token: NDArray[np.int64], teller: Teller) -> Tensor:
+    """Running sums of the log-probs of the written teacher tokens `token`, as if the others had none, `[N_t + 1]`."""
+    logp = torch.zeros(len(written.teacher.ids) + 1, dtype=torch.float64)
+    found = teller.teacher_logps(torch.from_numpy(token), torch.from_numpy(written.teacher.ids[token]))
+    return logp.index_put((torch.from_numpy(token + 1),), found.cpu().double()).cumsum(0)
 
 
 def _with_stop(column: NDArray[np.int64], stop: NDArray[np.int64] | None, size_s: int) -> NDArray[np.int64]:

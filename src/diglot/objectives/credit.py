@@ -63,8 +63,8 @@ def span_advantages(
             "shared": `A_k` for each token. Both have the expected gradient of the reverse KL at gamma 1 if later bytes
             do not decide where chunks end; where they do, and for gamma below 1, only nearly.
             "whole": the rewards of the whole segment, but for the student's log-probs of the tokens before. Its
-            expected gradient is always that of the reverse KL, at more variance; needs gamma 1, and no chunk is clipped.
-            "uniform": `A_k / |S_k|`. Adds up to `A_k` over the chunk, and weighs long chunks down: biased.
+            expected gradient is always that of the reverse KL, at more variance; needs gamma 1, and no chunk is
+            clipped. "uniform": `A_k / |S_k|`. Adds up to `A_k` over the chunk, and weighs long chunks down: biased.
             "proportional": `A_k log p_i / l^S_k`, which is `(l^T_k / l^S_k - 1) log p_i` (DPCA). Adds up to `A_k`; goes
             to tokens that the student found surprising, and is large where `l^S_k` is near 0: biased.
         shares: log-probs [N_s] by which "proportional" divides, where `logp_s` are not plain log-probs.

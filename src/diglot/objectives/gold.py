@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,17 +20,6 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 _TRL_FLOOR = math.log(1e-8)  # TRL takes no logarithm of less, and multiplies by no less
-
-
-@runtime_checkable
-class LateTeller(Teller, Protocol):
-    """A teller that also says what rows give to tokens other than their own; only `gold_as_shipped` asks."""
-
-    def student_logps(self, token: Tensor, ids: Tensor) -> Tensor:
-        """Log-prob of `ids [Q]` in the student's rows that predict `token [Q]`; carries gradient."""
-
-    def teacher_logps(self, token: Tensor, ids: Tensor) -> Tensor:
-        """The same of the teacher, constant."""
 
 
 class Gold(RowObjective):
@@ -63,7 +51,7 @@ class Gold(RowObjective):
     cross-entropy weight is 0 by default, its temperatures are 1. A chunk that ends its segment has no row that late
     and is left out, as TRL leaves out the end-of-text token; of text that was cut off, TRL leaves out each side's last
     token and compares what precedes it, chunk or not. Its reduction is a mean over the chunks of a text, then over
-    texts; here the values are per chunk. Needs a `LateTeller` where a chunk has several tokens.
+    texts; here the values are per chunk.
 
     Metrics: `matched` and `unmatched`, the two parts before their weights; `mass_s`, `mass_t`, the probability of M in
     the row that is read, in [0, 1].
@@ -185,12 +173,6 @@ def late_logps(written: Written, other_s: Ints, other_t: Ints, teller: Teller) -
     like_s, like_t = teller.path.logp_s, teller.path.logp_t
     if not len(other_s) and not len(other_t):
         return like_s[:0], like_t[:0]
-    if not isinstance(teller, LateTeller):
-        raise ConfigError(
-            f"gold_as_shipped=True reads {len(other_s)} student and {len(other_t)} teacher tokens in rows that predict "
-            f"other tokens, and {type(teller).__name__} has no student_logps and teacher_logps. Use "
-            "gold_as_shipped=False."
-        )
     logp_s = teller.student_logps(_on(other_s + 1, like_s), _on(written.student.ids[other_s], like_s))
     logp_t = teller.teacher_logps(_on(other_t + 1, like_t), _on(written.teacher.ids[other_t], like_t))
     return logp_s.clamp_min(_TRL_FLOOR), logp_t.clamp_min(_TRL_FLOOR)

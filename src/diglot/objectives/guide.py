@@ -28,7 +28,10 @@ class About:
 
 GUIDE: dict[str, About] = {
     "jsd": About(
-        "all tokens, at every row", "laws equal", "V_s + V_t", "equal vocabularies: the textbook form, and GKD's default"
+        "all tokens, at every row",
+        "laws equal",
+        "V_s + V_t",
+        "equal vocabularies: the textbook form, and GKD's default",
     ),
     "strict": About(
         "the student's k likeliest shared tokens, at one-to-one rows",
@@ -126,7 +129,5 @@ def table() -> list[tuple[str, str, About]]:
 def markdown() -> str:
     """The table as the documentation shows it."""
     head = "| objective | needs of the teacher | sees | zero when | cost of a row | use it for |"
-    rows = [
-        f"| `{name}` | {needs} | {a.sees} | {a.zero} | {a.cost} | {a.use} |" for name, needs, a in table()
-    ]
+    rows = [f"| `{name}` | {needs} | {a.sees} | {a.zero} | {a.cost} | {a.use} |" for name, needs, a in table()]
     return "\n".join([head, "|---|---|---|---|---|---|", *rows]) + "\n"

@@ -22,8 +22,8 @@ from diglot.objectives.shared_prefix import SharedPrefix
 from diglot.objectives.simct import SimCT
 from diglot.objectives.span import Span
 from diglot.objectives.strict import Strict
-from diglot.objectives.xtoken import XTokenH, XTokenP
 from diglot.objectives.uld import ULD
+from diglot.objectives.xtoken import XTokenH, XTokenP
 
 Objective = RowObjective | PathObjective | SummaryObjective | ProjectedObjective
 
