@@ -12,7 +12,9 @@ from diglot.objectives import make_objective
 from diglot.objectives.byte import byte_law
 
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=16)
-MIXED = st.lists(st.one_of(UNICODE, st.sampled_from([" ", "  ", "\n", "\t", "ab", "12", "été", "数", "👩‍🚀"])), max_size=5)
+MIXED = st.lists(
+    st.one_of(UNICODE, st.sampled_from([" ", "  ", "\n", "\t", "ab", "12", "été", "数", "👩‍🚀"])), max_size=5
+)
 TEXTS = MIXED.map("".join)
 
 

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import tokenizers_zoo as zoo
+import torch
+from torch import Tensor
 
+from diglot.batches import AlignedBatch
+from diglot.errors import ConfigError
 from diglot.objectives import OBJECTIVES
+from diglot.trainers.terms import BatchScores
 
 CROSS = sorted(set(OBJECTIVES) - {"jsd"})
-OPTIONS: dict[str, dict[str, Any]] = {}
+BALANCED = {"xtoken_p", "xtoken_h"}  # scaled to the cross-entropy of each micro-batch: depends on the split
 
 
 @pytest.mark.parametrize("name", CROSS)
 @pytest.mark.parametrize("make", [tiny.gkd, tiny.minillm])
 def test_every_objective_trains_in_both_trainers(tmp_path: Path, make: Any, name: str) -> None:
     options = {"lmbda": 0.5} if make is tiny.gkd else {"num_iterations": 2}
-    trainer = make(
-        tmp_path,
-        zoo.chatml(),
-        zoo.turns(),
-        tiny.CHAT_ROWS,
-        objective=[{"name": name, **OPTIONS.get(name, {})}],
-        **options,
-    )
+    trainer = make(tmp_path, zoo.chatml(), zoo.turns(), tiny.CHAT_ROWS, objective=[{"name": name}], **options)
     before = tiny.parameters(trainer.model)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -35,3 +35,166 @@ def test_every_objective_trains_in_both_trainers(tmp_path: Path, make: Any, name
     assert any(f"{name}/loss" in entry for entry in logged)
     after = tiny.parameters(trainer.model)
     assert any(not (before[key] == after[key]).all() for key in before)
+
+
+def _window(trainer: Any, size: int) -> list[AlignedBatch]:
+    rows = tiny.CHAT_ROWS[:4]
+    batches = [trainer.data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
+    return [b["batch"] for b in trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)[0]]
+
+
+def _loss_and_gradient(trainer: Any, batches: list[AlignedBatch]) -> tuple[float, Tensor]:
+    trainer.model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss = trainer.compute_loss(trainer.model, {"batch": batch})
+        loss.backward()
+        total += loss.item()
+    return total, torch.cat([p.grad.ravel() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("name", sorted(set(CROSS) - BALANCED))
+def test_loss_and_gradient_do_not_depend_on_the_split_nor_on_the_rows_of_a_block(tmp_path: Path, name: str) -> None:
+    options: dict[str, Any] = dict(lmbda=0.0, objective=name)
+    whole = tiny.gkd(tmp_path, zoo.chatml(), zoo.turns(), **options)
+    split = tiny.gkd(tmp_path, zoo.chatml(), zoo.turns(), rows_per_chunk=5, **options)
+    expected, gradient = _loss_and_gradient(whole, _window(whole, 4))
+    found, other = _loss_and_gradient(split, _window(split, 1))
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert (gradient - other).abs().max() <= 2e-5 * gradient.abs().max()
+
+
+def _scores(trainer: Any) -> tuple[BatchScores, AlignedBatch, Tensor]:
+    (batch,) = _window(trainer, 4)
+    hidden = trainer.hidden_at_rows(trainer.model, batch.student)
+    return trainer.scores(hidden, batch), batch, hidden
+
+
+def test_scores_of_the_teacher_are_those_of_its_whole_rows(tmp_path: Path) -> None:
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0, kd_temperature=1.7, rows_per_chunk=6)
+    scores, batch, _ = _scores(trainer)
+    rows = (trainer.teacher.head(trainer.teacher_hidden(batch)) / 1.7).log_softmax(-1)
+    order = torch.from_numpy(trainer.teacher.renderer.vocabulary.trie.sorted_ids)
+    draw = torch.Generator().manual_seed(0)
+    token = torch.randint(len(rows), (40,), generator=draw)
+    low = torch.randint(len(order) - 30, (40,), generator=draw)
+    high = low + torch.randint(1, 30, (40,), generator=draw)
+    expected = torch.stack([rows[t, order[a:b]].logsumexp(-1) for t, a, b in zip(token, low, high, strict=True)])
+    torch.testing.assert_close(scores.teacher_ranges(token, low, high), expected, rtol=1e-5, atol=1e-5)
+    ids = torch.randint(rows.shape[1], (40,), generator=draw)
+    torch.testing.assert_close(scores.teacher_logps(token, ids), rows[token, ids], rtol=1e-5, atol=1e-5)
+    assert not scores.teacher_logps(token, ids).requires_grad
+
+
+def test_boundary_masses_are_those_of_word_starts_and_stop(tmp_path: Path) -> None:
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0)
+    scores, _, hidden = _scores(trainer)
+    vocabulary = trainer.student_renderer.vocabulary
+    starts = [i for i in range(len(vocabulary)) if vocabulary.token(i)[:1] in (b" ", b"\n", b"\t", b"\r")]
+    ids = torch.tensor([*starts, *trainer.student_renderer.stop_ids])
+    rows = trainer.student_head(hidden).log_softmax(-1)
+    torch.testing.assert_close(scores.boundaries[0], rows[:, ids].logsumexp(-1))
+    assert scores.boundaries[0].requires_grad and not scores.boundaries[1].requires_grad
+
+
+def test_a_balanced_objective_weighs_as_much_as_the_cross_entropy_of_its_rows(tmp_path: Path) -> None:
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0, objective="xtoken_p")
+    scores, batch, _ = _scores(trainer)
+    (term,) = trainer.terms
+    rows = term.plan(batch).student
+    surprisal = -scores.logps(1.0)[0][rows].sum() / len(rows)
+    loss, _ = _loss_and_gradient(trainer, [batch])
+    assert loss == pytest.approx(2 * surprisal.item(), rel=1e-4)
+
+
+def test_minillm_adds_terms_to_the_policy_gradient_with_their_own_weights(tmp_path: Path) -> None:
+    losses = {}
+    for name, objective in {
+        "none": [{"name": "ce", "weight": 0.0}],
+        "ce": [{"name": "ce", "weight": 1.0}],
+        "both": [{"name": "ce", "weight": 2.0}, {"name": "shared_prefix", "weight": 0.5}],
+        "prefix": [{"name": "shared_prefix", "weight": 1.0}],
+    }.items():
+        trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), objective=objective, teacher_mixed_alpha=0.0)
+        losses[name] = _loss_and_gradient(trainer, _window(trainer, 4))[0]
+    parts = {name: losses[name] - losses["none"] for name in ("ce", "prefix")}
+    assert parts["ce"] > 0.1 and parts["prefix"] > 0.01
+    assert losses["both"] - losses["none"] == pytest.approx(2 * parts["ce"] + 0.5 * parts["prefix"], rel=1e-4)
+
+
+def test_in_minillm_an_exact_single_step_is_not_rewarded_again(tmp_path: Path) -> None:
+    exact = [{"name": "strict", "top_k": 0, "residual": True}]
+    for objective, covered in ((exact, True), ([{"name": "strict"}], False), ("auto", True)):
+        trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), objective=objective)
+        (batch,) = _window(trainer, 4)
+        dense = trainer._dense(batch)
+        assert (dense is not None and bool(dense.any())) == covered
+
+
+def test_a_reference_teacher_changes_the_rewards_and_both_references_are_asked(tmp_path: Path) -> None:
+    for name, tokenizer, seed in (("start", zoo.chatml(), 0), ("reference", zoo.inst(), 7)):
+        tiny.tiny_model(tokenizer, seed).save_pretrained(tmp_path / name)
+    options = dict(
+        objective=[{"name": "span", "reference_alpha": 0.5}],
+        reference_teacher_model_name_or_path=str(tmp_path / "reference"),
+        reference_model_name_or_path=str(tmp_path / "start"),
+    )
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0, **options)
+    scores, batch, _ = _scores(trainer)
+    path = scores.path_for(trainer.terms[0].objective)  # type: ignore[arg-type]
+    assert path.logp_reference_s is not None and path.logp_reference_t is not None
+    torch.testing.assert_close(path.logp_reference_s, path.logp_s.detach())  # the student has not moved yet
+    assert not torch.allclose(path.logp_reference_t, path.logp_t)
+    trainer.train()
+    after = trainer.scores(trainer.hidden_at_rows(trainer.model, batch.student), batch)
+    moved = after.path_for(trainer.terms[0].objective)  # type: ignore[arg-type]
+    assert moved.logp_reference_s is not None
+    torch.testing.assert_close(moved.logp_reference_s, path.logp_reference_s)
+    assert not torch.allclose(moved.logp_s, moved.logp_reference_s)
+
+
+def test_a_reference_that_is_missing_or_reads_other_tokens_is_an_error_at_the_start(tmp_path: Path) -> None:
+    objective = [{"name": "span", "reference_alpha": 0.5}]
+    with pytest.raises(ConfigError, match="reference_teacher_model_name_or_path"):
+        tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), objective=copy.deepcopy(objective))
+    small = tiny.tiny_model(zoo.inst(), vocab_size=50)
+    small.save_pretrained(tmp_path / "small")
+    tiny.tiny_model(zoo.chatml()).save_pretrained(tmp_path / "start")
+    with pytest.raises(ConfigError, match=r"50 embedding rows"):
+        tiny.gkd(
+            tmp_path,
+            zoo.chatml(),
+            zoo.inst(),
+            objective=objective,
+            reference_teacher_model_name_or_path=str(tmp_path / "small"),
+            reference_model_name_or_path=str(tmp_path / "start"),
+        )
+
+
+def test_an_objective_may_be_named_twice_and_an_empty_list_is_refused(tmp_path: Path) -> None:
+    twice = [{"name": "strict", "beta": 0.0}, {"name": "strict", "beta": 1.0}]
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0, objective=twice)
+    assert [term.name for term in trainer.terms] == ["strict", "strict#2"]
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert logged["loss"] == pytest.approx(logged["strict/loss"] + logged["strict#2/loss"], rel=1e-4)
+    with pytest.raises(ConfigError, match="empty list"):
+        tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), objective=[])
+
+
+def test_the_share_of_noncanonical_tokens_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written letter by letter, a text has tokens that its tokenizer would not give; read as a reference it has none."""
+    text, shares = b"the river", {}
+    for lmbda in (0.0, 1.0):
+        trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=lmbda, max_steps=1)
+        vocabulary = trainer.student_renderer.vocabulary
+        letter = {vocabulary.token(i): i for i in range(len(vocabulary))}
+        spelt = np.array([*(letter[text[k : k + 1]] for k in range(len(text))), trainer.student_renderer.stop_id])
+        monkeypatch.setattr(trainer, "sample", lambda conversations, prompts, ids=spelt: [ids for _ in prompts])
+        trainer.train()
+        shares[lmbda] = next(e for e in trainer.state.log_history if "loss" in e)["align/noncanonical"]
+    own = trainer.student_renderer.encoder.encode([text.decode()])[0]
+    whole = {(end - 1, int(i)) for end, i in zip(own.ends, own.ids, strict=True) if vocabulary.lengths[i] == 1}
+    canonical = sum((k, int(i)) in whole for k, i in enumerate(spelt[:-1]))
+    assert shares == {0.0: 0.0, 1.0: pytest.approx((len(text) - canonical) / len(spelt))}
+    assert shares[1.0] > 0.5
