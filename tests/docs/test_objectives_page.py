@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from oracle_gaps import gap_table, markdown
+from scored import pair
 
 from diglot.cli.main import main
-from diglot.objectives import OBJECTIVES, guide
+from diglot.objectives import OBJECTIVES, guide, make_objective
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "objectives.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
 
 
 def test_the_decision_table_has_every_objective_and_is_the_one_in_the_documentation() -> None:
@@ -47,3 +51,17 @@ def _cells(line: str) -> list[str]:
 
 def _numbers(gap: str) -> list[float]:
     return [float(number) for number in re.findall(r"\d[\d.]*(?:e-?\d+)?", gap)]
+
+
+@pytest.mark.parametrize("page", ["docs/objectives.md", "README.md"])
+def test_lists_of_objectives_in_the_documentation_can_be_made(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = [line for block in re.findall(r"```yaml\n(.*?)```", text, re.S) for line in _entries(block)]
+    assert found
+    for entry in found:
+        options = {k: v for k, v in entry.items() if k not in ("name", "weight")}
+        assert make_objective(entry["name"], pair("chatml", "turns"), **options).name == entry["name"]
+
+
+def _entries(block: str) -> list[dict[str, Any]]:
+    return [yaml.safe_load(line) for line in re.findall(r"\{.*\}", block)]

@@ -183,7 +183,7 @@ def test_an_objective_may_be_named_twice_and_an_empty_list_is_refused(tmp_path: 
 
 
 def test_the_share_of_noncanonical_tokens_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written letter by letter, a text has tokens that its tokenizer would not give; read as a reference it has none."""
+    """Written letter by letter, a text has tokens that its tokenizer would not give; as a reference it has none."""
     text, shares = b"the river", {}
     for lmbda in (0.0, 1.0):
         trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=lmbda, max_steps=1)
