@@ -12,12 +12,13 @@ import pytest
 import tiny
 import tokenizers_zoo as zoo
 import torch
+from scored import pair as scored_pair
 from torch import Tensor
 
 from diglot.batches import AlignedBatch
-from diglot.errors import ConfigError
-from diglot.objectives import OBJECTIVES
-from diglot.trainers.terms import BatchScores
+from diglot.errors import ConfigError, TeacherError
+from diglot.objectives import OBJECTIVES, Rung, make_objective
+from diglot.trainers.terms import BatchScores, Term, check_rung
 
 CROSS = sorted(set(OBJECTIVES) - {"jsd"})
 BALANCED = {"xtoken_p", "xtoken_h"}  # scaled to the cross-entropy of each micro-batch: depends on the split
@@ -198,3 +199,13 @@ def test_the_share_of_noncanonical_tokens_is_logged(tmp_path: Path, monkeypatch:
     canonical = sum((k, int(i)) in whole for k, i in enumerate(spelt[:-1]))
     assert shares == {0.0: 0.0, 1.0: pytest.approx((len(text) - canonical) / len(spelt))}
     assert shares[1.0] > 0.5
+
+
+def test_options_can_raise_what_an_objective_needs_of_the_teacher() -> None:
+    pair = scored_pair("chatml", "inst")
+    plain = [Term("alm", 1.0, make_objective("alm", pair))]
+    check_rung(plain, Rung.TEXT_LOGPROBS)
+    outcome = [Term("alm", 1.0, make_objective("alm", pair, chunks="outcome"))]
+    check_rung(outcome, Rung.HIDDEN)
+    with pytest.raises(TeacherError, match=r"'alm' needs HIDDEN of the teacher, which offers TEXT_LOGPROBS.*span"):
+        check_rung(outcome, Rung.TEXT_LOGPROBS)

@@ -81,12 +81,20 @@ def terms_of(requested: str | Sequence[Any], pair: Pair, defaults: Mapping[str, 
 def check_rung(terms: Sequence[Term], offered: Rung) -> None:
     """Raise `TeacherError` for a term that needs more of the teacher than it offers."""
     for term in terms:
-        if term.objective.needs > offered:
+        needed = needs_of(term.objective)
+        if needed > offered:
             fitting = [name for name, objective in OBJECTIVES.items() if objective.needs <= offered]
             raise TeacherError(
-                f"Objective {term.name!r} needs {term.objective.needs.name} of the teacher, which offers "
+                f"Objective {term.name!r} needs {needed.name} of the teacher, which offers "
                 f"{offered.name}. These would work: {', '.join(fitting)}."
             )
+
+
+def needs_of(objective: Objective) -> Rung:
+    """What an objective needs of the teacher with its options: boundary masses take whole rows."""
+    if isinstance(objective, PathObjective) and objective.reads_boundaries:
+        return max(objective.needs, Rung.HIDDEN)
+    return objective.needs
 
 
 @dataclass(frozen=True)
