@@ -209,3 +209,14 @@ def test_options_can_raise_what_an_objective_needs_of_the_teacher() -> None:
     check_rung(outcome, Rung.HIDDEN)
     with pytest.raises(TeacherError, match=r"'alm' needs HIDDEN of the teacher, which offers TEXT_LOGPROBS.*span"):
         check_rung(outcome, Rung.TEXT_LOGPROBS)
+
+
+@pytest.mark.parametrize("rows", [(0, 9), (9, 0)])
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_padding_of_either_embedding_is_no_obstacle(tmp_path: Path, name: str, rows: tuple[int, int]) -> None:
+    """Equal vocabularies whose models have embeddings of unequal size."""
+    models = tuple(tiny.tiny_model(zoo.chatml(), seed, padding_rows=n) for seed, n in enumerate(rows))
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.chatml(), models=models, objective=name, lmbda=0.0, max_steps=1)
+    trainer.train()
+    logged = next(e for e in trainer.state.log_history if "loss" in e)
+    assert math.isfinite(logged["loss"]) and logged["align/coverage"] == 1

@@ -65,7 +65,7 @@ class BPM(RowObjective):
         whole = self._greedy[np.minimum(teacher.offsets[:-1], len(self._greedy) - 1)]
         whole = np.where(teacher.lengths > 0, whole, -1)
         if pair.same:
-            whole = np.where(teacher.lengths > 0, np.arange(len(teacher)), -1)[: len(student)]
+            whole = np.where(teacher.lengths > 0, np.arange(len(teacher)), -1)
         self._differ = np.zeros(len(teacher), dtype=np.bool_)
         if first_token == "encode":
             if tables.encode_s is None:
