@@ -40,6 +40,7 @@ class AlignedBatch:
     weight: Tensor | None = None
     reference: PackedSide | None = None  # text for a language-modelling loss, student side only
     noncanonical: Tensor | None = None  # bool [N] student tokens that its own tokenizer would have cut otherwise
+    places: list[int] | None = None  # of each pair in its window, in the order of the data
     plans: dict[str, Any] = field(default_factory=dict)  # what objectives have found out about the text
 
     def to(self, device: torch.device) -> AlignedBatch:

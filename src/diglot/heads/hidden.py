@@ -40,7 +40,7 @@ def run_with_hidden(
     inner = unwrap(model)
     # A hook on the decoder sees its output alone; `output_hidden_states` would keep every layer's alive as well. But
     # a compiled model need not honour a hook that is set after its compilation.
-    hooked = not _is_compiled(model, inner)
+    hooked = not is_compiled(model, inner)
     if not all_logits and "logits_to_keep" in inspect.signature(type(inner).forward).parameters:
         kwargs["logits_to_keep"] = 1
     seen: list[Any] = []
@@ -50,10 +50,9 @@ def run_with_hidden(
         output = model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            use_cache=False,
             output_hidden_states=not hooked,
             return_dict=True,
-            **kwargs,
+            **{"use_cache": False, **kwargs},
         )
     finally:
         if handle is not None:
@@ -75,5 +74,6 @@ def _hidden_of(output: Any) -> Tensor:
     return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
 
 
-def _is_compiled(model: nn.Module, inner: nn.Module) -> bool:
+def is_compiled(model: nn.Module, inner: nn.Module) -> bool:
+    """Is `model`, or the `inner` one of it, compiled? Hooks set afterwards need not be honoured then."""
     return hasattr(model, "_orig_mod") or getattr(inner, "_compiled_call_impl", None) is not None

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError
-from diglot.heads import Head, last_hidden
+from diglot.heads import Head, hidden_at_rows
 from diglot.objectives.rungs import Rung
 from diglot.rendering import Renderer
 
@@ -36,8 +36,8 @@ class LocalTeacher:
     def hidden(self, side: PackedSide) -> Tensor:
         """The hidden state that predicts each scored token, [N_t, H_t], on the teacher's device."""
         device = self.model.device
-        hidden = last_hidden(self.model, side.input_ids.to(device), side.attention_mask.to(device))
-        return hidden.flatten(0, 1)[side.rows.to(device)]
+        inputs = side.input_ids, side.attention_mask, side.rows
+        return hidden_at_rows(self.model, *(x.to(device) for x in inputs))
 
 
 def find_teacher_tokenizer(

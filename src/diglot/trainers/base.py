@@ -28,12 +28,14 @@ from diglot.batches import AlignedBatch, PackedSide, ReadPair, align_pairs
 from diglot.data import Sample, to_sample
 from diglot.errors import AlignmentError, ConfigError
 from diglot.evaluation import Evaluator, OnPolicyReport
-from diglot.heads import Head, default_chunk_rows, last_hidden, token_logps
+from diglot.heads import Head, default_chunk_rows, hidden_at_rows, token_logps
 from diglot.objectives import PathObjective
 from diglot.rendering import Conversation, Renderer, Role
 from diglot.report import CompletionRow, model_card, print_completions
 from diglot.rollouts import TransformersSampler
+from diglot.trainers.collate import collate_samples, pad_id
 from diglot.trainers.config import DistillationConfig
+from diglot.trainers.lengths import as_read, by_length, in_order_of_data
 from diglot.trainers.metrics import StepMetrics
 from diglot.trainers.projectors import (
     AverageProjectorGradients,
@@ -191,6 +193,16 @@ class DistillationTrainer(Trainer):
         """Does the student answer inside a think block? The teacher is then put into one as well, or into none."""
         return self.student_renderer.opens_thinking(conversation)
 
+    def align_window(self, window: Sequence[Sequence[ReadPair | None]], on_policy: bool) -> list[AlignedBatch]:
+        """The micro-batches of a window, samples of similar length together where the loss does not depend on it."""
+        split_matters = any(term.objective.balanced_with_ce for term in self.terms)
+        together = self.args.num_generations if on_policy else 1
+        found = []
+        for batch in as_read(window) if split_matters else by_length(window, together):
+            found.append(self.align([pair for _, pair in batch], on_policy))
+            found[-1].places = [place for place, pair in batch if pair is not None]
+        return found
+
     def align(self, pairs: Sequence[ReadPair | None], on_policy: bool) -> AlignedBatch:
         """One micro-batch of pairs, on the training device."""
         unscored = {Role.REASONING} if not self.args.score_reasoning else set()
@@ -268,7 +280,7 @@ class DistillationTrainer(Trainer):
 
     def hidden_at_rows(self, model: torch.nn.Module, side: PackedSide) -> Tensor:
         """The student's hidden state that predicts each scored token, [N_s, H_s], with gradient."""
-        return last_hidden(model, side.input_ids, side.attention_mask).flatten(0, 1)[side.rows]
+        return hidden_at_rows(model, side.input_ids, side.attention_mask, side.rows)
 
     def teacher_hidden(self, batch: AlignedBatch) -> Tensor:
         """The teacher's, [N_t, H_t]; computed once per batch."""
@@ -447,7 +459,7 @@ class DistillationTrainer(Trainer):
         args, step = self.args, self.state.global_step
         if not (args.log_completions and step % args.log_completions_steps == 0 and self.is_world_process_zero()):
             return
-        pairs = [pair for batch in batches for pair in batch.pairs][: args.num_completions_to_print]
+        pairs = in_order_of_data(batches)[: args.num_completions_to_print]
 
         def decode(ids: Ids) -> str:
             return str(self.student_renderer.tokenizer.decode(ids))
@@ -487,14 +499,3 @@ class DistillationTrainer(Trainer):
             tags=[tags] if isinstance(tags, str) else tags,
         )
         card.save(Path(str(self.args.output_dir)) / "README.md")
-
-
-def collate_samples(rows: list[dict[str, Any]]) -> dict[str, list[Sample]]:
-    """Rows of a dataset as samples; runs in the data workers."""
-    return {"samples": [to_sample(row, where=f"row {row.get('__row__', i)}") for i, row in enumerate(rows)]}
-
-
-def pad_id(renderer: Renderer) -> int:
-    """What fills shorter rows: masked everywhere, so any id will do."""
-    token = renderer.tokenizer.pad_token_id
-    return token if token is not None and token < len(renderer.vocabulary) else renderer.stop_id

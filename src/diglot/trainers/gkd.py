@@ -38,7 +38,7 @@ class GKDTrainer(DistillationTrainer):
             pairs = self.teacher_completions(window)
         else:
             pairs = [[self.reader.written(sample) for sample in batch] for batch in window]
-        batches = [self.align(batch, on_policy) for batch in pairs]
+        batches = self.align_window(pairs, on_policy)
         counts = self.count_over_ranks(self.term_counts(batches))
         for batch in batches:
             batch.counts = counts

@@ -28,12 +28,16 @@ class HeldBatch:
     conversations: list[Conversation]
     completions: list[Ids]
     logp_old: Tensor  # float32 [N_s]
+    places: list[int] | None = None  # of each completion in the window, in the order of the data
 
 
 def save_held(folder: Path, rank: int, batches: Sequence[HeldBatch]) -> None:
     """Write `rollouts-<rank>.json` and `rollouts-<rank>.safetensors` into `folder`."""
     text = [
-        [{**asdict(c), "completion": ids.tolist()} for c, ids in zip(b.conversations, b.completions, strict=True)]
+        [
+            {**asdict(c), "completion": ids.tolist(), "place": place}
+            for c, ids, place in zip(b.conversations, b.completions, b.places or range(len(b.completions)), strict=True)
+        ]
         for b in batches
     ]
     (folder / f"rollouts-{rank}.json").write_text(json.dumps(text, ensure_ascii=False), encoding="utf-8")
@@ -50,7 +54,8 @@ def load_held(folder: Path, rank: int) -> list[HeldBatch] | None:
     batches = []
     for i, rows in enumerate(json.loads(path.read_text(encoding="utf-8"))):
         completions = [np.array(row.pop("completion"), dtype=np.int64) for row in rows]
-        batches.append(HeldBatch([_conversation(row) for row in rows], completions, logp_old[str(i)]))
+        places = [row.pop("place") for row in rows] if all("place" in row for row in rows) else None
+        batches.append(HeldBatch([_conversation(row) for row in rows], completions, logp_old[str(i)], places))
     return batches
 
 

@@ -27,7 +27,8 @@ from diglot.objectives import RowObjective, make_objective
 from diglot.objectives.span import clipped_policy_gradient, span_advantages
 from diglot.rendering import Conversation
 from diglot.rollouts import TeacherMixture, continue_prefixes, mixture_weight, write_prefixes
-from diglot.trainers.base import DistillationTrainer, Ids, Window, pad_id
+from diglot.trainers.base import DistillationTrainer, Ids, Window
+from diglot.trainers.collate import pad_id
 from diglot.trainers.config import MiniLLMConfig
 from diglot.trainers.held import HeldBatch, load_held, save_held
 from diglot.trainers.terms import Term
@@ -73,7 +74,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def prepare_window(self, window: Window) -> list[AlignedBatch]:
         if self._held is None or self.state.global_step % self.args.num_iterations == 0:
-            self._held = self._prepare_rollouts([self.align(b, on_policy=True) for b in self.write_completions(window)])
+            self._held = self._prepare_rollouts(self.align_window(self.write_completions(window), on_policy=True))
         if self.lm_dataset is not None and self.args.lm_coef > 0:
             self._attach_references(self._held)
         for batch in self._held:
@@ -250,7 +251,7 @@ class MiniLLMTrainer(DistillationTrainer):
         for one in held:
             pairs = [self.reader.sampled(c, ids) for c, ids in zip(one.conversations, one.completions, strict=True)]
             batches.append(self.align(pairs, on_policy=True))
-            batches[-1].logp_old = one.logp_old.to(self.args.device)
+            batches[-1].logp_old, batches[-1].places = one.logp_old.to(self.args.device), one.places
         self._held = self._prepare_rollouts(batches)
 
 
@@ -261,4 +262,4 @@ def _is_single_step(term: Term) -> bool:
 def _held_of(batch: AlignedBatch) -> HeldBatch:
     assert batch.logp_old is not None
     completions = [pair.student.ids[pair.prompt_length :] for pair in batch.pairs]
-    return HeldBatch([pair.conversation for pair in batch.pairs], completions, batch.logp_old)
+    return HeldBatch([pair.conversation for pair in batch.pairs], completions, batch.logp_old, batch.places)
