@@ -5,7 +5,7 @@ from __future__ import annotations
 from diglot.heads.head import Head
 from diglot.heads.hidden import last_hidden
 from diglot.heads.rows import blocks, default_chunk_rows, reads_few_columns, reduce_rows
-from diglot.heads.shared_prompts import hidden_at_rows
+from diglot.heads.shared_prompts import hidden_at_rows, reads_prompts_once
 from diglot.heads.summaries import summaries, token_logps
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "hidden_at_rows",
     "last_hidden",
     "reads_few_columns",
+    "reads_prompts_once",
     "reduce_rows",
     "summaries",
     "token_logps",

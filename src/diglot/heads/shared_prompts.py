@@ -47,10 +47,22 @@ def hidden_at_rows(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
 
     Inputs are padded on the right.
     """
-    plan = find_shared_prompts(input_ids, rows) if _allowed(model) else None
-    if plan is None or plan.tokens > _PAYS * input_ids.numel() or not _agrees(model):
+    plan = _plan(model, input_ids, rows)
+    if plan is None:
         return last_hidden(model, input_ids, attention_mask).flatten(0, 1)[rows]
     return read_once(model, input_ids, rows, plan)
+
+
+def reads_prompts_once(model: nn.Module, input_ids: Tensor, rows: Tensor) -> bool:
+    """Does `hidden_at_rows` take the way by shared prompts for this batch?"""
+    return _plan(model, input_ids, rows) is not None
+
+
+def _plan(model: nn.Module, input_ids: Tensor, rows: Tensor) -> SharedPrompts | None:
+    """The cut of the batch, if it is allowed and pays."""
+    plan = find_shared_prompts(input_ids, rows) if _allowed(model) else None
+    pays = plan is not None and plan.tokens <= _PAYS * input_ids.numel()
+    return plan if pays and _agrees(model) else None
 
 
 def find_shared_prompts(input_ids: Tensor, rows: Tensor) -> SharedPrompts | None:

@@ -35,9 +35,12 @@ class LocalTeacher:
     @torch.no_grad()
     def hidden(self, side: PackedSide) -> Tensor:
         """The hidden state that predicts each scored token, [N_t, H_t], on the teacher's device."""
-        device = self.model.device
-        inputs = side.input_ids, side.attention_mask, side.rows
-        return hidden_at_rows(self.model, *(x.to(device) for x in inputs))
+        return self.at_rows(side.input_ids, side.attention_mask, side.rows)
+
+    @torch.no_grad()
+    def at_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
+        """The hidden states at `rows` of the flattened `[B * T]`; inputs are padded on the right."""
+        return hidden_at_rows(self.model, *(x.to(self.model.device) for x in (input_ids, attention_mask, rows)))
 
 
 def find_teacher_tokenizer(

@@ -285,8 +285,12 @@ class DistillationTrainer(Trainer):
     def teacher_hidden(self, batch: AlignedBatch) -> Tensor:
         """The teacher's, [N_t, H_t]; computed once per batch."""
         if batch.teacher_hidden is None:
-            batch.teacher_hidden = self.teacher.hidden(batch.teacher)
+            batch.teacher_hidden = self.ask_teacher(batch)
         return batch.teacher_hidden
+
+    def ask_teacher(self, batch: AlignedBatch) -> Tensor:
+        """The teacher's hidden states, computed now."""
+        return self.teacher.hidden(batch.teacher)
 
     def logps(self, hidden: Tensor, side: PackedSide, whose: str, temperature: float = 1.0) -> Tensor:
         """Log-prob of each written token, nats, [N], under the head of the "student" or the "teacher"."""
@@ -460,15 +464,9 @@ class DistillationTrainer(Trainer):
         if not (args.log_completions and step % args.log_completions_steps == 0 and self.is_world_process_zero()):
             return
         pairs = in_order_of_data(batches)[: args.num_completions_to_print]
-
-        def decode(ids: Ids) -> str:
-            return str(self.student_renderer.tokenizer.decode(ids))
-
-        rows = [
-            CompletionRow(decode(p.student.ids[: p.prompt_length]), decode(p.student.ids[p.prompt_length :]))
-            for p in pairs
-        ]
-        print_completions(rows, step)
+        cut = [np.split(p.student.ids, [p.prompt_length]) for p in pairs]
+        decode = self.student_renderer.tokenizer.decode
+        print_completions([CompletionRow(*(str(decode(ids)) for ids in both)) for both in cut], step)
 
     def create_model_card(
         self,

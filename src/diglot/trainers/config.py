@@ -175,6 +175,13 @@ class GKDConfig(DistillationConfig):
         "between them the generalised Jensen-Shannon divergence.",
         "Objective",
     )
+    teacher_cache_dir: str | None = option(
+        None,
+        "Folder in which to keep what the teacher says about completions of the dataset, so that later epochs and runs "
+        "need not ask again: its hidden states, (scored tokens) x (hidden size) x (bytes of its dtype) for each text. "
+        "It takes half of the free disk at most; delete it whenever you like. Nothing that is sampled is kept.",
+        "Teacher",
+    )
     seq_kd: bool = option(
         False, "On off-policy steps the teacher writes the completion and the student re-reads it.", "Objective"
     )

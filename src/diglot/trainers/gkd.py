@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diglot.batches import AlignedBatch, ReadPair
 from diglot.data import Sample
+from diglot.teachers import CachedTeacher
 from diglot.trainers.base import DistillationTrainer, Window
 from diglot.trainers.config import GKDConfig
 
@@ -23,6 +24,11 @@ class GKDTrainer(DistillationTrainer):
 
     args: GKDConfig
     config_class = GKDConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        folder = self.args.teacher_cache_dir
+        self.cached_teacher = None if folder is None else CachedTeacher(self.teacher, folder)
 
     def _prepare_objectives(self) -> None:
         auto = "jsd" if self.same_vocabulary else "strict"
@@ -63,6 +69,15 @@ class GKDTrainer(DistillationTrainer):
         written = self.teacher.renderer.from_sampled(sample.conversation, completion, thinking=inside)
         reply = written.segment_bytes[-1].decode("utf-8")
         return self.reader.written(Sample(sample.conversation, reply, sample.where), stopped=written.stopped[-1])
+
+    def ask_teacher(self, batch: AlignedBatch) -> Tensor:
+        """From the cache where the text is the dataset's: what is sampled does not come again."""
+        if self.cached_teacher is None or batch.on_policy or self.args.seq_kd:
+            return super().ask_teacher(batch)
+        hidden = self.cached_teacher.hidden(batch.teacher)
+        for name, count in zip(("hits", "misses"), self.cached_teacher.take_counts(), strict=True):
+            self._metrics.add_count(f"teacher/cache_{name}", count)
+        return hidden
 
     # ---- the loss ----------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ class StepMetrics:
     def __init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
         self._means: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, float] = defaultdict(float)
         self.num_tokens = 0.0  # scored student tokens since the start of training, all ranks
 
     def add(self, sums: Mapping[str, float]) -> None:
@@ -39,10 +40,14 @@ class StepMetrics:
         self._means[f"{name}|total"] += total
         self._means[f"{name}|count"] += count
 
+    def add_count(self, name: str, count: float) -> None:
+        """A metric of its own: how often something happened, on all ranks together."""
+        self._counts[name] += count
+
     def take(self, reduce: Reduce) -> dict[str, float]:
         """Metrics of all ranks since the last call. Every rank must call it at the same step."""
         known = {name: self._sums[name] for pair in RATIOS.values() for name in pair}
-        sums = reduce({**known, "dropped_samples": self._sums["dropped_samples"], **self._means})
+        sums = reduce({**known, "dropped_samples": self._sums["dropped_samples"], **self._means, **self._counts})
         self.num_tokens += sums["tokens"]
         logs = {name: sums[top] / sums[bottom] for name, (top, bottom) in RATIOS.items() if sums[bottom]}
         logs |= {
@@ -50,10 +55,11 @@ class StepMetrics:
             for key in self._means
             if key.endswith("|total") and (count := sums[f"{(name := key[:-6])}|count"])
         }
+        logs |= {name: sums[name] for name in self._counts}
         logs["completions/clipped_ratio"] = 1 - logs.pop("completions/stopped_ratio", 1.0)
         logs["align/dropped_samples"] = sums["dropped_samples"]
         logs["num_tokens"] = self.num_tokens
         self._sums.clear()
-        for key in self._means:
-            self._means[key] = 0.0
+        for kept in (self._means, self._counts):
+            kept.update(dict.fromkeys(kept, 0.0))
         return logs

@@ -269,7 +269,10 @@ class BatchScores:
             temperature=self.temperature,
             given=given,
         )
-        skipped = {f"skipped_{why}": torch.tensor([n / max(n + rows.items, 1)]) for why, n in rows.skipped.items()}
+        # One entry for each item: the logged mean is the share in the window, however that was split.
+        skipped = {
+            f"skipped_{why}": torch.cat([torch.ones(n), torch.zeros(rows.items)]) for why, n in rows.skipped.items()
+        }
         return Values(values.loss, {**values.metrics, **skipped}), loss
 
     def _weights(self, rows: Tensor, share: float) -> Tensor:

@@ -1,0 +1,182 @@
+"""What the teacher said about texts of the data, kept on disk: hidden states of their scored rows.
+
+They depend on the teacher's weights and configuration, on the ids that it reads, and, in the last bit, on how it was
+run. All of this is in the key, so nothing has to be declared stale: what changed is not found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diglot.batches import PackedSide
+from diglot.heads import reads_prompts_once
+from diglot.teachers.local import LocalTeacher
+
+logger = logging.getLogger(__name__)
+
+_UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, RuntimeError)
+
+
+class CachedTeacher:
+    """Answers from files where they hold the answer, asks the teacher for the rest and keeps what it says.
+
+    On the CPU the answer is the teacher's own to the bit: there a row of a batch does not depend on the other rows, but
+    does on the width of the batch, so a text is found again in batches of the same width only. On other devices, where
+    kernels promise no such thing, it is found in any batch.
+
+    Args:
+        teacher: whose answers are kept.
+        folder: of the files, one for each text and way of running; several processes may share it.
+        keep_free: bytes of the disk that no write may eat into; by default half of what is free without the folder.
+    """
+
+    def __init__(self, teacher: LocalTeacher, folder: str | Path, keep_free: int | None = None) -> None:
+        self.teacher, self.folder = teacher, Path(folder).expanduser()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        taken = sum(f.stat().st_size for f in self.folder.rglob("*.safetensors"))
+        self.keep_free = keep_free if keep_free is not None else (shutil.disk_usage(self.folder).free + taken) // 2
+        self.hits = self.misses = 0
+        self._full = False
+        self._identity: tuple[Any, str] | None = None
+
+    def take_counts(self) -> tuple[int, int]:
+        """Texts that were found and that were not, since the last call."""
+        counts = self.hits, self.misses
+        self.hits = self.misses = 0
+        return counts
+
+    @torch.no_grad()
+    def hidden(self, side: PackedSide) -> Tensor:
+        """As `LocalTeacher.hidden`: the hidden state that predicts each scored token, [N_t, H_t]."""
+        device, width = self.teacher.model.device, side.input_ids.shape[1]
+        batch_of_row = (side.rows // width).cpu()
+        counts = torch.bincount(batch_of_row, minlength=len(side.input_ids)).tolist()
+        paths = [self._path(key) for key in self._keys(side)]
+        found = [self._read(path, n) if n else None for path, n in zip(paths, counts, strict=True)]
+        asked = [b for b, n in enumerate(counts) if n and found[b] is None]
+        self.hits += sum(answer is not None for answer in found)
+        self.misses += len(asked)
+        if asked:
+            if self._depends_on_batch(side):
+                asked = [b for b, n in enumerate(counts) if n]
+            for b, answer in zip(asked, self._ask(side, asked, batch_of_row), strict=True):
+                self._write(paths[b], answer)
+                found[b] = answer
+        answers = [answer.to(device) for answer in found if answer is not None]
+        return torch.cat(answers) if answers else self.teacher.hidden(side)
+
+    def _ask(self, side: PackedSide, rows: list[int], batch_of_row: Tensor) -> tuple[Tensor, ...]:
+        """The teacher's answers about some rows of the batch, at the batch's own width."""
+        width, chosen = side.input_ids.shape[1], torch.tensor(rows)
+        place = torch.full((len(side.input_ids),), -1).index_put((chosen,), torch.arange(len(rows)))[batch_of_row]
+        wanted = place >= 0
+        at = place[wanted] * width + (side.rows.cpu() % width)[wanted]
+        chosen = chosen.to(side.input_ids.device)
+        hidden = self.teacher.at_rows(side.input_ids[chosen], side.attention_mask[chosen], at)
+        return hidden.split(torch.bincount(place[wanted], minlength=len(rows)).tolist())
+
+    # ---- keys --------------------------------------------------------------------------------------------------
+
+    def _keys(self, side: PackedSide) -> list[str]:
+        """What decides the answer about each row of the batch, as a digest."""
+        ids, mask = side.input_ids.cpu().numpy(), side.attention_mask.cpu().numpy()
+        at, width = side.rows.cpu().numpy(), side.input_ids.shape[1]
+        common = self.identity() + self._manner(side)
+        found = []
+        for b in range(len(ids)):
+            read, scored = ids[b][mask[b] > 0], at[at // width == b] % width
+            text = f"{common}/{len(read)}/".encode() + read.tobytes() + scored.astype(np.int64).tobytes()
+            found.append(hashlib.sha256(text).hexdigest())
+        return found
+
+    def _manner(self, side: PackedSide) -> str:
+        """How the teacher is run, as far as the answer's last bit depends on it."""
+        device = self.teacher.model.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        manner = f"{device}/{autocast}/{self.teacher.model.config._attn_implementation}"
+        if device != "cpu":
+            return manner
+        if self._depends_on_batch(side):
+            whole = side.input_ids.numpy().tobytes() + side.rows.numpy().tobytes()
+            manner += hashlib.sha256(whole).hexdigest()
+        return f"{manner}/{side.input_ids.shape[1]}"
+
+    def _depends_on_batch(self, side: PackedSide) -> bool:
+        """Do rows of the batch share prompts that are read once? Their sums then have another order."""
+        model = self.teacher.model
+        return model.device.type == "cpu" and reads_prompts_once(model, side.input_ids, side.rows)
+
+    def identity(self) -> str:
+        """A digest of weights, configuration, vocabulary and libraries; made anew when a weight was written to."""
+        model = self.teacher.model
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        versions = [(name, x.data_ptr(), x._version) for name, x in tensors]
+        if self._identity is None or self._identity[0] != versions:
+            digest = hashlib.sha256(self.teacher.renderer.vocabulary.content_hash.encode())
+            config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path",)}
+            digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+            digest.update(f"{type(model).__name__}/{torch.__version__}/{transformers.__version__}".encode())
+            for name, x in tensors:
+                digest.update(f"{name}/{x.dtype}/{tuple(x.shape)}/".encode())
+                digest.update(_bytes(x))
+            self._identity = versions, digest.hexdigest()
+        return self._identity[1]
+
+    # ---- files -------------------------------------------------------------------------------------------------
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _read(self, path: Path, rows: int) -> Tensor | None:
+        """The answer in a file; None if there is none or it is not what was written."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                answer, checksum = file.get_tensor("hidden"), (file.metadata() or {}).get("sha256")
+        except FileNotFoundError:
+            return None
+        except _UNREADABLE as error:
+            logger.warning("%s cannot be read (%s): the teacher is asked again.", path, error)
+            return None
+        if checksum != hashlib.sha256(_bytes(answer)).hexdigest() or answer.shape[0] != rows:
+            logger.warning("%s is damaged: the teacher is asked again.", path)
+            return None
+        return answer
+
+    def _write(self, path: Path, answer: Tensor) -> None:
+        """Keep an answer: into a file of another name first, so that none is ever half written."""
+        answer = answer.detach().cpu().contiguous()
+        size = answer.numel() * answer.element_size()
+        if self._full or shutil.disk_usage(self.folder).free - size < self.keep_free:
+            return self._stop(f"it may take half of the disk and {self.keep_free / 2**30:.1f} GiB stay free")
+        unfinished = path.with_name(f"{uuid4().hex}.tmp")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_file({"hidden": answer}, unfinished, metadata={"sha256": hashlib.sha256(_bytes(answer)).hexdigest()})
+            os.replace(unfinished, path)
+        except (OSError, SafetensorError) as error:
+            unfinished.unlink(missing_ok=True)
+            self._stop(str(error))
+
+    def _stop(self, why: str) -> None:
+        if not self._full:
+            logger.warning("The teacher cache %s takes no more: %s. What it holds is used.", self.folder, why)
+        self._full = True
+
+
+def _bytes(x: Tensor) -> memoryview:
+    """The raw bytes of a tensor of any type."""
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
