@@ -1,11 +1,18 @@
-"""What all tests share: no network, few threads, and generated examples that are the same every time."""
+"""What all tests share: no network, few threads, nothing kept at home, and examples that are the same every time."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if "DIGLOT_TABLES" not in os.environ:  # nothing is written into the home of who runs the tests
+    os.environ["DIGLOT_TABLES"] = tempfile.mkdtemp(prefix="diglot-tables-")
+    atexit.register(shutil.rmtree, os.environ["DIGLOT_TABLES"], ignore_errors=True)
 
 import torch
 from hypothesis import settings

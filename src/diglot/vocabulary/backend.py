@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from diglot.vocabulary.kinds import keeps_word_prefix
+from diglot.vocabulary.kinds import component, keeps_word_prefix
 
 Part = dict[str, Any]  # a component in tokenizer.json
 Change = Callable[[Part], Part | None]
+
+_MOST_RUNS = 32  # of added tokens: each one makes the library build its matcher again
 
 
 class Spans(NamedTuple):
@@ -26,7 +29,8 @@ class Spans(NamedTuple):
 class BackendEncoder:
     """Encodes with private copies of a `tokenizers` backend: one that knows the special tokens and one that does not.
 
-    Both have no truncation, no padding, no dropout and no dummy prefix.
+    Both have no truncation, no padding, no dropout and no dummy prefix. The copies share the user's model, which is
+    nearly all of a tokenizer, where nothing has to be changed in it; so do not give it a dropout later.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, names: Mapping[int, str]) -> None:
@@ -35,13 +39,15 @@ class BackendEncoder:
             tokenizer: left as it is.
             names: control id -> name, all of which must stay out of reach for text, but for the unknown token.
         """
-        self._post_processor = tokenizer.backend_tokenizer.post_processor
-        spec = _without_edges(json.loads(tokenizer.backend_tokenizer.to_str()))
-        hidden = _reachable(spec["model"], names)
-        self._plain = _build(_without_specials(spec, names, hidden))
+        backend = tokenizer.backend_tokenizer
+        self._post_processor = backend.post_processor
+        model = backend.model if _can_share(backend, names) else None
+        spec = _without_edges(json.loads(backend.to_str()) if model is None else _around(backend))
+        hidden = _reachable(spec["model"], names) if model is None else {}
+        self._plain = _build(_without_specials(spec, names, hidden), model)
         self._plain.encode_special_tokens = True
         # Where the two copies would differ by one switch only, the second costs nothing.
-        self._with_specials = _build(spec) if hidden or _gains_specials(spec, names) else None
+        self._with_specials = _build(spec, model) if hidden or _gains_specials(spec, names) else None
 
     def spans(self, texts: Sequence[str]) -> list[Spans]:
         """Encode as text, special tokens spelt out."""
@@ -70,8 +76,47 @@ class BackendEncoder:
         return encoding.ids[: added.index(0)] if 0 in added else []
 
 
-def _build(spec: Part) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+def _build(spec: Part, model: Any = None) -> tokenizers.Tokenizer:
+    """The tokenizer of this description, around `model` (shared, not copied) if one is given."""
+    if model is None:
+        return tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+    built = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}, ensure_ascii=False))
+    built.model = model
+    # In order, as `from_str` adds them, since a token that the model lacks gets the next free id.
+    for special, tokens in groupby(spec["added_tokens"], key=lambda token: token["special"]):
+        add = built.add_special_tokens if special else built.add_tokens
+        add([tokenizers.AddedToken(**{key: token[key] for key in token if key != "id"}) for token in tokens])
+    return built
+
+
+def _around(backend: tokenizers.Tokenizer) -> Part:
+    """The description of all of a tokenizer but its model, of which an empty one takes the place."""
+    added = sorted(backend.get_added_tokens_decoder().items())
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": i, **token.__getstate__()} for i, token in added],
+        "normalizer": component(backend.normalizer),
+        "pre_tokenizer": component(backend.pre_tokenizer),
+        "decoder": component(backend.decoder),
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }
+
+
+def _can_share(backend: tokenizers.Tokenizer, names: Mapping[int, str]) -> bool:
+    """May the copies use the tokenizer's own model? It writes no control token from its text, and nothing by chance.
+
+    A BPE merges inside a token as it merges the token's text alone, so one look at each name tells. With marks on a
+    word's first or last piece that is not so: then the merges themselves are read.
+    """
+    model, added = backend.model, sorted(backend.get_added_tokens_decoder().items())
+    if type(model) is not tokenizers.models.BPE or model.dropout:
+        return False
+    if model.continuing_subword_prefix or model.end_of_word_suffix:
+        return False
+    if len(list(groupby(added, key=lambda item: (item[1].special, item[0] in names)))) > _MOST_RUNS:
+        return False
+    own = {i: name for i, name in names.items() if model.token_to_id(name) == i and name != model.unk_token}
+    return all([token.id for token in model.tokenize(name)] != [i] for i, name in own.items())
 
 
 def _without_edges(spec: Part) -> Part:

@@ -125,19 +125,20 @@ def _undoing(backend: Tokenizer) -> list[dict[str, Any]]:
     return []
 
 
-_ALPHABET = byte_alphabet()
+# Each character of the alphabet -> the one whose code is its byte; the 68 that only look like bytes -> no byte at all.
+_AS_BYTE = {**dict.fromkeys(range(256), 0xFFFF), **{ord(c): byte for c, byte in byte_alphabet().items()}}
 
 
 def _spell_byte_level(piece: str) -> bytes:
     try:
-        return bytes([_ALPHABET[c] for c in piece])
-    except KeyError:  # the library's decoder leaves a piece that is not wholly in the alphabet as it is
+        return piece.translate(_AS_BYTE).encode("latin-1")
+    except UnicodeEncodeError:  # the library's decoder leaves a piece that is not wholly in the alphabet as it is
         return piece.encode()
 
 
 def _metaspace_speller(replacement: str, byte_fallback: bool) -> Spell:
     def spell(piece: str) -> bytes:
-        if byte_fallback and (found := _BYTE_PIECE.match(piece)):
+        if byte_fallback and piece[:3] == "<0x" and (found := _BYTE_PIECE.match(piece)):
             return bytes([int(found[1], 16)])
         return piece.replace(replacement, " ").encode()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from diglot.vocabulary.cache import cached
 from diglot.vocabulary.table import Vocabulary
 from diglot.vocabulary.trie import ByteTrie
 
@@ -25,8 +26,12 @@ def greedy_tokens(source: Vocabulary, target: Vocabulary) -> Ints:
 
     `[D]`: entry `offsets[u] + c` belongs to token `u` after its first `c` bytes.
     """
-    ends = np.repeat(source.offsets[1:], source.lengths)
-    return target.trie.longest(source.data, np.arange(len(source.data)), ends)
+
+    def build() -> dict[str, Ints]:
+        ends = np.repeat(source.offsets[1:], source.lengths)
+        return {"longest": target.trie.longest(source.data, np.arange(len(source.data)), ends)}
+
+    return cached("greedy", [source, target], build)["longest"]
 
 
 def first_tokens(source: Vocabulary, encode: Encode, fallback: Ints) -> Ints:
@@ -62,6 +67,11 @@ def shared_prefix_cells(student: Vocabulary, teacher: Vocabulary) -> Cells:
     without bytes (controls, padding) are in the last cell, and those whose first byte opens a cell on one side only:
     the other side has nothing but its unknown token for them.
     """
+    found = cached("cells", [student, teacher], lambda: _cells(student, teacher))
+    return Cells(found["student"], found["teacher"], int(found["count"][0]))
+
+
+def _cells(student: Vocabulary, teacher: Vocabulary) -> dict[str, Ints]:
     shared = _shared_strings(student, teacher)
     trie = ByteTrie.of(student, shared)
     cell_of = np.full(len(student), -1, dtype=np.int64)
@@ -79,7 +89,7 @@ def shared_prefix_cells(student: Vocabulary, teacher: Vocabulary) -> Cells:
     one_sided = np.setxor1d(cells_s, cells_t)
     for side in (cells_s, cells_t):
         side[np.isin(side, one_sided)] = rest
-    return Cells(cells_s, cells_t, rest + 1)
+    return {"student": cells_s, "teacher": cells_t, "count": np.array([rest + 1])}
 
 
 def _shared_strings(student: Vocabulary, teacher: Vocabulary) -> Ints:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +200,6 @@ def _problem(ids: NDArray, weights: NDArray, size_t: int) -> str:
     return ""
 
 
-def _tokens(vocabulary: Vocabulary) -> list[bytes]:
-    """Bytes of each id; control tokens have none."""
-    raw, offsets = vocabulary.data.tobytes(), vocabulary.offsets.tolist()
-    return [raw[low:high] for low, high in pairwise(offsets)]
-
-
 def _text(raw: bytes) -> str | None:
     try:
         return raw.decode()
@@ -270,7 +263,7 @@ def _identity(student: Vocabulary, teacher: Vocabulary) -> tuple[Ints, NDArray]:
 
 def _split(student: Vocabulary, teacher: Vocabulary, encode_t: Encode) -> tuple[Ints, NDArray]:
     """Rules 1 and 2."""
-    tokens_s, tokens_t = _tokens(student), _tokens(teacher)
+    tokens_s, tokens_t = student.tokens(), teacher.tokens()
     ids_of = _by_bytes(tokens_t, encode_t)
     ids = np.full((len(student), SLOTS), -1, dtype=np.int64)
     ids[:, 0] = [ids_of.get(raw, -1) for raw in tokens_s]
@@ -300,7 +293,7 @@ def _add_reverse(
     ids: Ints, weights: NDArray, student: Vocabulary, teacher: Vocabulary, encode_t: Encode, encode_s: Encode
 ) -> None:
     """Rule 3."""
-    tokens_s, tokens_t = _tokens(student), _tokens(teacher)
+    tokens_s, tokens_t = student.tokens(), teacher.tokens()
     ids_of = _by_bytes(tokens_t, encode_t)
     named = set(ids[ids >= 0].tolist())
     missing = [raw for raw, i in ids_of.items() if i not in named]

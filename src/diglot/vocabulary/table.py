@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from diglot.errors import VocabularyError
+from diglot.vocabulary.cache import cached
 from diglot.vocabulary.kinds import describe
 from diglot.vocabulary.trie import ByteTrie
 
@@ -54,12 +57,12 @@ class Vocabulary:
             unreachable = _beyond(tokenizer, texts, found.special, num_embeddings)
         size = num_embeddings or size
         names = {i: name for i, name in sorted(found.special.items()) if i < size}
+        ids = np.fromiter(texts, dtype=np.int64, count=len(texts))
         lengths = np.zeros(size, dtype=np.int64)
-        for i, text in texts.items():
-            lengths[i] = len(text)
+        lengths[ids] = np.fromiter(map(len, texts.values()), dtype=np.int64, count=len(texts))
         control = np.ones(size, dtype=np.bool_)
-        control[list(texts)] = False
-        data = np.frombuffer(b"".join(texts[i] for i in sorted(texts)), dtype=np.uint8)
+        control[ids] = False
+        data = np.frombuffer(b"".join([texts[i] for i in np.sort(ids).tolist()]), dtype=np.uint8)
         return cls(
             found.kind,
             data,
@@ -88,7 +91,7 @@ class Vocabulary:
     @cached_property
     def trie(self) -> ByteTrie:
         """All tokens in order of their bytes."""
-        return ByteTrie.of(self)
+        return ByteTrie(**cached("trie", [self], lambda: vars(ByteTrie.of(self))))
 
     def token(self, token_id: int) -> bytes:
         """The bytes of one token. Raises `VocabularyError` for an id outside [0, V)."""
@@ -98,6 +101,11 @@ class Vocabulary:
                 "such as -100, or the ids were made by another tokenizer: pass only ids of this model."
             )
         return self.data[self.offsets[token_id] : self.offsets[token_id + 1]].tobytes()
+
+    def tokens(self) -> list[bytes]:
+        """The bytes of each id, `[V]`; control tokens have none."""
+        raw = self.data.tobytes()
+        return [raw[low:high] for low, high in pairwise(self.offsets.tolist())]
 
     def bytes_of(self, ids: Sequence[int] | NDArray) -> bytes:
         """The bytes of `ids`, one after the other. Raises `VocabularyError` for an id outside [0, V)."""
@@ -116,17 +124,18 @@ class Vocabulary:
     @cached_property
     def _identity(self) -> dict[int, bytes | str]:
         """Id -> bytes, or name of a control token; without padding rows."""
-        texts: dict[int, bytes | str] = {int(i): self.token(int(i)) for i in np.flatnonzero(~self.control)}
+        tokens = self.tokens()
+        texts: dict[int, bytes | str] = {i: tokens[i] for i in np.flatnonzero(~self.control).tolist()}
         return {**texts, **self.names}
 
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 of the table and the names of control tokens, without padding rows."""
-        digest = hashlib.sha256()
-        for i in sorted(self._identity):
-            entry = self._identity[i]
-            kind, raw = (b"t", entry) if isinstance(entry, bytes) else (b"c", entry.encode())
-            digest.update(kind + i.to_bytes(8, "little") + len(raw).to_bytes(8, "little") + raw)
+        ids = np.flatnonzero(~self.control).astype("<i8")
+        digest = hashlib.sha256(len(ids).to_bytes(8, "little"))
+        for part in (ids, self.lengths[ids].astype("<i8"), self.data):  # no other id has bytes in `data`
+            digest.update(part.tobytes())
+        digest.update(json.dumps(sorted(self.names.items())).encode())
         return digest.hexdigest()
 
     def same_as(self, other: Vocabulary) -> bool:
@@ -167,20 +176,21 @@ class Vocabulary:
         Left out: control tokens, empty tokens, and bytes that two ids of one vocabulary share.
         """
         mine, theirs = self._unambiguous, other._unambiguous
-        both = sorted((mine[raw], theirs[raw]) for raw in mine.keys() & theirs.keys())
-        pairs = np.array(both, dtype=np.int64).reshape(-1, 2)
+        ids = [(i, theirs[raw]) for raw, i in mine.items() if raw in theirs]  # ascending, as `mine` is
+        pairs = np.array(ids, dtype=np.int64).reshape(-1, 2)
         return pairs[:, 0].copy(), pairs[:, 1].copy()
 
     @cached_property
     def _unambiguous(self) -> dict[bytes, int]:
+        """Bytes -> id, ascending, of the bytes that exactly one id has."""
         found: dict[bytes, int] = {}
-        ambiguous: set[bytes] = set()
-        for i in np.flatnonzero(~self.control & (self.lengths > 0)):
-            raw = self.token(int(i))
-            if raw in found:
+        ambiguous = {b""}
+        for i, raw in enumerate(self.tokens()):
+            if found.setdefault(raw, i) != i:
                 ambiguous.add(raw)
-            found[raw] = int(i)
-        return {raw: i for raw, i in found.items() if raw not in ambiguous}
+        for raw in ambiguous:
+            found.pop(raw, None)
+        return found
 
 
 def _beyond(

@@ -38,9 +38,8 @@ class ByteTrie:
         """The trie of the tokens `ids`, by default of all that have bytes."""
         if ids is None:
             ids = np.flatnonzero(vocabulary.lengths > 0)
-        texts = [vocabulary.token(int(i)) for i in ids]
-        order = np.array(sorted(range(len(texts)), key=texts.__getitem__), dtype=np.int64)
-        sorted_ids = np.asarray(ids, dtype=np.int64)[order]
+        tokens = vocabulary.tokens()
+        sorted_ids = np.array(sorted(ids.tolist(), key=tokens.__getitem__), dtype=np.int64)
         begin, length = vocabulary.offsets[sorted_ids], vocabulary.lengths[sorted_ids]
         node_at = np.full(len(vocabulary.data), -1, dtype=np.int64)
         node = np.zeros(len(sorted_ids), dtype=np.int64)  # of each token's prefix so far
