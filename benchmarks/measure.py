@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
-from assets import fetch_model, fetch_texts
+from assets import fetch_model, fetch_texts, fetch_tokenizer
 
 from diglot import GKDConfig, GKDTrainer
 from diglot.batches import AlignedBatch
@@ -52,6 +52,12 @@ def prepared_batch(trainer: GKDTrainer) -> AlignedBatch:
     samples = trainer.data_collator([data[i] for i in range(len(data))])
     (inputs,), _ = trainer.get_batch_samples(iter([samples]), 1, trainer.args.device)
     return inputs["batch"]
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A real tokenizer: `smollm2`, or one of `assets.TOKENIZERS`."""
+    folder = fetch_model("smollm2-135m-instruct") if name == "smollm2" else fetch_tokenizer(name)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 class PeakMemory:

@@ -106,8 +106,9 @@ TEXTS = ("passages", "gsm8k", "code")
 
 
 def cache() -> Path:
-    """Where everything is kept."""
-    return Path(os.environ.get("DIGLOT_CACHE") or "~/.cache/diglot").expanduser()
+    """Where everything is kept. `DIGLOT_CACHE=off` keeps no tables, but there is no demo without files."""
+    root = os.environ.get("DIGLOT_CACHE") or "off"
+    return Path("~/.cache/diglot" if root == "off" else root).expanduser()
 
 
 # ---- the public three --------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ def everything(vocabulary: Vocabulary) -> dict[str, Ints]:
     """All that may be kept about a vocabulary and its pair with another."""
     trie, cells = vocabulary.trie, shared_prefix_cells(vocabulary, OTHER)
     found = {name: getattr(trie, name) for name in ("sorted_ids", "low", "high", "token", "node_at", "edges")}
+    found |= dict(zip(("shared_s", "shared_t"), vocabulary.shared(OTHER), strict=True))
     found |= {"there": greedy_tokens(vocabulary, OTHER), "back": greedy_tokens(OTHER, vocabulary)}
     return found | {"cells_s": cells.student, "cells_t": cells.teacher, "count": np.array([cells.count])}
 
@@ -79,7 +80,7 @@ def test_what_is_kept_is_what_is_built(name: str, tables: Path, monkeypatch: pyt
     monkeypatch.setenv("DIGLOT_TABLES", str(tables))
     assert equal(everything(fresh(name)), built)
     files = {path: path.stat().st_mtime_ns for path in tables.iterdir()}
-    assert {path.name.split("-")[0] for path in files} == {"trie", "greedy", "cells"}
+    assert {path.name.split("-")[0] for path in files} == {"trie", "shared", "greedy", "cells"}
     for method in ("of", "longest"):
         monkeypatch.setattr(f"diglot.vocabulary.trie.ByteTrie.{method}", lambda *_: pytest.fail("built, though kept"))
     kept = everything(fresh(name))

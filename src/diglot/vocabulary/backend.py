@@ -15,6 +15,7 @@ from diglot.vocabulary.kinds import component, keeps_word_prefix
 Part = dict[str, Any]  # a component in tokenizer.json
 Change = Callable[[Part], Part | None]
 
+_EMPTY: Part = {"type": "BPE", "vocab": {}, "merges": []}
 _MOST_RUNS = 32  # of added tokens: each one makes the library build its matcher again
 
 
@@ -29,7 +30,7 @@ class Spans(NamedTuple):
 class BackendEncoder:
     """Encodes with private copies of a `tokenizers` backend: one that knows the special tokens and one that does not.
 
-    Both have no truncation, no padding, no dropout and no dummy prefix. The copies share the user's model, which is
+    Both have no truncation, no padding, no dropout and no dummy prefix. The copies use the user's own model, which is
     nearly all of a tokenizer, where nothing has to be changed in it; so do not give it a dropout later.
     """
 
@@ -41,10 +42,15 @@ class BackendEncoder:
         """
         backend = tokenizer.backend_tokenizer
         self._post_processor = backend.post_processor
+        hidden: dict[str, str] = {}
         model = backend.model if _can_share(backend, names) else None
-        spec = _without_edges(json.loads(backend.to_str()) if model is None else _around(backend))
-        hidden = _reachable(spec["model"], names) if model is None else {}
-        self._plain = _build(_without_specials(spec, names, hidden), model)
+        if model is not None and _never_writes(model, names):
+            spec = _without_edges(_around(backend))
+            self._plain = _build(_without_specials(spec, names, hidden), model)
+        else:
+            spec = _without_edges(json.loads(backend.to_str()))
+            hidden = _reachable(spec["model"], names)
+            self._plain = _build(_without_specials(spec, names, hidden))
         self._plain.encode_special_tokens = True
         # Where the two copies would differ by one switch only, the second costs nothing.
         self._with_specials = _build(spec, model) if hidden or _gains_specials(spec, names) else None
@@ -80,7 +86,7 @@ def _build(spec: Part, model: Any = None) -> tokenizers.Tokenizer:
     """The tokenizer of this description, around `model` (shared, not copied) if one is given."""
     if model is None:
         return tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
-    built = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}, ensure_ascii=False))
+    built = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": [], "model": _EMPTY}))
     built.model = model
     # In order, as `from_str` adds them, since a token that the model lacks gets the next free id.
     for special, tokens in groupby(spec["added_tokens"], key=lambda token: token["special"]):
@@ -98,22 +104,24 @@ def _around(backend: tokenizers.Tokenizer) -> Part:
         "normalizer": component(backend.normalizer),
         "pre_tokenizer": component(backend.pre_tokenizer),
         "decoder": component(backend.decoder),
-        "model": {"type": "BPE", "vocab": {}, "merges": []},
+        "model": _EMPTY,
     }
 
 
 def _can_share(backend: tokenizers.Tokenizer, names: Mapping[int, str]) -> bool:
-    """May the copies use the tokenizer's own model? It writes no control token from its text, and nothing by chance.
+    """May a copy use the tokenizer's own model: nothing in it is left to chance, and its tokens are soon added?"""
+    added = sorted(backend.get_added_tokens_decoder().items())
+    runs = groupby(added, key=lambda item: (item[1].special, item[0] in names))
+    return not getattr(backend.model, "dropout", None) and len(list(runs)) <= _MOST_RUNS
+
+
+def _never_writes(model: Any, names: Mapping[int, str]) -> bool:
+    """Does the model write none of the control tokens from its text, whatever it stands in? False if that is not sure.
 
     A BPE merges inside a token as it merges the token's text alone, so one look at each name tells. With marks on a
-    word's first or last piece that is not so: then the merges themselves are read.
+    word's first or last piece that is not so. Other models write every piece that they have.
     """
-    model, added = backend.model, sorted(backend.get_added_tokens_decoder().items())
-    if type(model) is not tokenizers.models.BPE or model.dropout:
-        return False
-    if model.continuing_subword_prefix or model.end_of_word_suffix:
-        return False
-    if len(list(groupby(added, key=lambda item: (item[1].special, item[0] in names)))) > _MOST_RUNS:
+    if type(model) is not tokenizers.models.BPE or model.continuing_subword_prefix or model.end_of_word_suffix:
         return False
     own = {i: name for i, name in names.items() if model.token_to_id(name) == i and name != model.unk_token}
     return all([token.id for token in model.tokenize(name)] != [i] for i, name in own.items())

@@ -175,10 +175,14 @@ class Vocabulary:
 
         Left out: control tokens, empty tokens, and bytes that two ids of one vocabulary share.
         """
+        found = cached("shared", [self, other], lambda: self._shared(other))
+        return found["mine"], found["theirs"]
+
+    def _shared(self, other: Vocabulary) -> dict[str, NDArray[np.int64]]:
         mine, theirs = self._unambiguous, other._unambiguous
         ids = [(i, theirs[raw]) for raw, i in mine.items() if raw in theirs]  # ascending, as `mine` is
         pairs = np.array(ids, dtype=np.int64).reshape(-1, 2)
-        return pairs[:, 0].copy(), pairs[:, 1].copy()
+        return {"mine": pairs[:, 0].copy(), "theirs": pairs[:, 1].copy()}
 
     @cached_property
     def _unambiguous(self) -> dict[bytes, int]:
