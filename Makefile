@@ -10,11 +10,12 @@ WORKERS ?= 2
 BIN := .venv/bin
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install test test-real nightly check lint demo clean
+.PHONY: help install test test-real nightly check lint demo bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo [PAIR=base|instruct] [TRAINER=gkd|minillm]   distil one real model into another, results in $(OUT)"
+	@echo "make bench       speed and memory beside TRL and beside the bare models, results in runs/bench"
 	@echo "make test        fast tests"
 	@echo "make check       ruff, mypy, the tests and the commands of the documentation"
 	@echo "make test-real   tests with the real models and tokenizers; fetches them"
@@ -49,6 +50,10 @@ check: lint test
 
 demo: .venv/.installed
 	THP_MEM_ALLOC_ENABLE=1 HF_HUB_OFFLINE=1 $(BIN)/python demo/run.py --pair $(PAIR) --trainer $(TRAINER) --out $(OUT)
+
+bench: .venv/.installed
+	$(BIN)/python demo/assets.py get smollm2-135m-instruct gemma-3-270m tokenizers texts
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/bench.py
 
 clean:
 	rm -rf .venv runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

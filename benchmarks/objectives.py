@@ -22,25 +22,15 @@ import time
 from typing import Any
 
 import torch
-from measure import PeakMemory, demo_trainer, fetch_model, machine, prepared_batch, rows_of_text
+from measure import PeakMemory, demo_trainer, fetch_model, machine, prepared_batch, rows_of_text, term_for
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diglot import GKDConfig, GKDTrainer
-from diglot.objectives import OBJECTIVES, PathObjective
-from diglot.trainers.projectors import make_projectors
-from diglot.trainers.terms import Term, terms_of
+from diglot.objectives import OBJECTIVES
+from diglot.trainers.terms import Term
 
 BETA = {name: {"beta": 1.0} for name in ("jsd", "strict", "bpm", "shared_prefix", "byte", "escd")}
-
-
-def term_for(trainer: GKDTrainer, name: str, **options: Any) -> Term:
-    """The objective as the only term of a trainer's loss."""
-    (term,) = terms_of([{"name": name, **options}], trainer.pair, {})
-    if not isinstance(term.objective, PathObjective):
-        term.objective.to(trainer.args.device)
-    make_projectors([term], trainer.student_head, trainer.teacher.head)
-    return term
 
 
 def loss_stage(trainer: GKDTrainer, term: Term, hidden: Tensor, batch: Any) -> tuple[float, Tensor]:

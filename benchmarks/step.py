@@ -1,54 +1,30 @@
 """What a training step costs beyond its two models.
 
-One on-policy step without generation (read, align, both forward passes, the loss, backward) of the real demo pair,
-against the bare floor on the same texts: student forward and backward, teacher forward, with the logits that such
-models make, and nothing else. Both alternate in one process; the ratio of medians stands last.
-
-    python benchmarks/step.py [--objective strict] [--repeats 7]
+One step without generation (read, align, both forward passes, the loss, backward) against the bare floor on the same
+texts: student forward and backward, teacher forward, with the logits that such models make, and nothing else. Both
+alternate in one process.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import transformers
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from measure import alternate, check_same, digest, term_for
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
-from assets import fetch_model, fetch_texts
-
-from diglot import GKDConfig, GKDTrainer
+from diglot import GKDTrainer
 from diglot.batches import AlignedBatch
 
-
-def make_trainer(objective: str, rows: int) -> GKDTrainer:
-    """The demo pair on reference text of about 60 tokens a row: off-policy, so that no generation is timed."""
-    student, teacher = (fetch_model(name) for name in ("smollm2-135m-instruct", "gemma-3-270m"))
-    texts = [row["text"].split(" ") for row in fetch_texts("passages", "train")[:rows]]
-    data = [{"prompt": " ".join(w[:12]), "completion": " " + " ".join(w[12:48])} for w in texts]
-    args = GKDConfig(
-        output_dir="runs/bench",
-        lmbda=0.0,
-        beta=1.0,
-        objective=objective,
-        per_device_train_batch_size=rows,
-        use_cpu=True,
-    )
-    return GKDTrainer(
-        AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32),
-        AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32),
-        args,
-        train_dataset=Dataset.from_list(data),
-        processing_class=AutoTokenizer.from_pretrained(student),
-    )
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "strict": {"beta": 1.0},
+    "span": {},
+    "bpm": {},
+    "byte": {},
+    "shared_prefix": {},
+}
 
 
 def floor(trainer: GKDTrainer, batch: AlignedBatch) -> None:
@@ -65,7 +41,8 @@ def floor(trainer: GKDTrainer, batch: AlignedBatch) -> None:
 def step(trainer: GKDTrainer) -> tuple[AlignedBatch, float]:
     """One step; the batch, and the seconds of reading and aligning in it."""
     start = time.perf_counter()
-    samples = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
+    data: Any = trainer.train_dataset
+    samples = trainer.data_collator([data[i] for i in range(len(data))])
     (inputs,), _ = trainer.get_batch_samples(iter([samples]), 1, trainer.args.device)
     aligned = time.perf_counter() - start
     trainer.compute_loss(trainer.model, inputs).backward()
@@ -73,37 +50,40 @@ def step(trainer: GKDTrainer) -> tuple[AlignedBatch, float]:
     return inputs["batch"], aligned
 
 
-def main() -> None:
-    """Alternate step and floor, print the table and the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objective", default="strict")
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args()
-    trainer = make_trainer(options.objective, options.rows)
-    batch, _ = step(trainer)  # warm both up
-    floor(trainer, batch)
-    seconds: dict[str, list[float]] = {"step": [], "floor": [], "reading and alignment": []}
-    for i in range(options.repeats):
-        for name in ("step", "floor") if i % 2 else ("floor", "step"):
+def compare(trainer: GKDTrainer, objectives: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Each objective as the trainer's only one, against the floor."""
+    found: dict[str, Any] = {}
+    for name in objectives:
+        trainer.terms = [term_for(trainer, name, **OBJECTIVES.get(name, {}))]
+        batch, _ = step(trainer)  # warms up as well
+        floor(trainer, batch)
+        shares: list[float] = []
+        inputs = _inputs(batch)
+
+        def of_step(name: str = name, inputs: str = inputs, shares: list[float] = shares) -> float:
             start = time.perf_counter()
-            if name == "step":
-                seconds["reading and alignment"].append(step(trainer)[1])
-            else:
-                floor(trainer, batch)
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, python {platform.python_version()}"
-    tokens = int(batch.student.attention_mask.sum()), int(batch.teacher.attention_mask.sum())
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}; objective {options.objective}")
-    print(f"{options.rows} rows, {tokens[0]} student and {tokens[1]} teacher tokens, {len(batch.student.rows)} scored")
-    for name, values in seconds.items():
-        print(f"{name:24s} median {medians[name]:7.3f} s   min {min(values):7.3f}   max {max(values):7.3f}")
-    share = medians["reading and alignment"] / medians["step"]
-    ratio = medians["step"] / medians["floor"]
-    print(json.dumps({"alignment_share_of_step": round(share, 4)}))
-    print(f"step / floor = {ratio:.3f}")
+            own, aligned = step(trainer)
+            seconds = time.perf_counter() - start
+            shares.append(aligned / seconds)
+            print(f"  {name}: {seconds:.2f} s", file=sys.stderr, flush=True)
+            check_same("the texts of step and floor", floor=inputs, step=_inputs(own))
+            return seconds
+
+        timing = alternate(
+            {"floor": lambda batch=batch: floor(trainer, batch), "step": of_step}, repeats, warm_up=False
+        )
+        low, high = timing.spread("step", "floor")
+        found[name] = {
+            "floor_seconds": timing.median("floor"),
+            "step_seconds": timing.median("step"),
+            "reading_share": sorted(shares)[len(shares) // 2],
+            "ratio": timing.ratio("step", "floor"),
+            "ratio_low": low,
+            "ratio_high": high,
+            "scored": len(batch.student.rows),
+        }
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def _inputs(batch: AlignedBatch) -> str:
+    return digest(batch.student.input_ids, batch.teacher.input_ids, batch.student.rows, batch.teacher.rows)

@@ -1,0 +1,183 @@
+"""The loss stage against TRL's GOLD: from hidden states to their gradient and that of the student's head.
+
+Each side runs in a process of its own, so that its peak memory is its own; the processes take turns. TRL's side makes
+whole logits `[B, T, V]` of both models from the hidden states, as its trainer does, and hands them to its `ULDLoss`.
+Our side aligns the texts and asks `BatchScores` for the loss. Both take the gradient of the same leaf `[B, T, H]` and
+of the head's weight.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from cases import Case, TRLSide, check_trl_reading, fingerprint_ours, fingerprint_trl, trl_sides
+from measure import BenchError, PeakMemory, alternate, check_same, resident
+from torch import Tensor
+
+from diglot.heads import default_chunk_rows
+from diglot.trainers.terms import BatchScores, Reader, terms_of
+
+Stage = Callable[[], tuple[float, float]]  # value and number of items
+
+# How TRL's loss is asked for; all other options have its defaults.
+TRL_FORMS: dict[str, dict[str, Any]] = {
+    "hybrid": {"uld_use_hybrid_loss": True},
+    "sorted": {"uld_use_hybrid_loss": False},
+    "hybrid by position": {"uld_use_hybrid_loss": True, "use_extended_uld": False},
+}
+OBJECTIVES: dict[str, dict[str, Any]] = {"strict": {"beta": 1.0}, "bpm": {}, "gold": {}}
+
+
+def our_stage(case: Case, objective: str, chunk_rows: int | None = None) -> tuple[Stage, str]:
+    """The stage of one of our objectives, and what it reads."""
+    (term,) = terms_of([{"name": objective, **OBJECTIVES.get(objective, {})}], case.pair, {})
+    readers = [
+        Reader.of(model.head, model.vocabulary, torch.tensor(model.stop_ids)) for model in (case.student, case.teacher)
+    ]
+    sizes = case.pair.size_s, case.pair.size_t
+
+    def rows(few: bool) -> int:
+        return chunk_rows or default_chunk_rows(*sizes, "cpu", few_columns=few)
+
+    def stage() -> tuple[float, float]:
+        batch = case.batch()
+        leaf = case.student.hidden.requires_grad_()
+        hidden_s = leaf.flatten(0, 1)[batch.student.rows]
+        hidden_t = case.teacher.hidden.flatten(0, 1)[batch.teacher.rows]
+        scores = BatchScores(batch, hidden_s, hidden_t, *readers, chunk_rows=rows, temperature=1.0, stop_as_set=True)
+        items = term.count(batch)
+        return _backward(case, scores.loss(term, 1.0 / items, lambda *_: None)), items
+
+    return stage, fingerprint_ours(case.batch())
+
+
+def trl_stage(case: Case, form: str) -> tuple[Stage, str]:
+    """The stage of TRL's loss in one of its forms, and what it reads."""
+    from trl.experimental.gold.gold_config import GOLDConfig
+    from trl.experimental.gold.gold_trainer import ULDLoss
+
+    defaults = {f.name: f.default for f in fields(GOLDConfig) if "uld" in f.name or f.name == "beta"}
+    config = SimpleNamespace(**{**defaults, **TRL_FORMS[form]})
+    loss = ULDLoss(config, case.student.tokenizer, case.teacher.tokenizer)
+    sides: tuple[TRLSide, TRLSide] = trl_sides(case.batch())
+    s, t = sides
+
+    def stage() -> tuple[float, float]:
+        leaf = case.student.hidden.requires_grad_()
+        logits_s = case.student.head(leaf)
+        with torch.no_grad():
+            logits_t = case.teacher.head(case.teacher.hidden)
+        value = loss(logits_s, logits_t, s.labels, t.labels, s.input_ids, t.input_ids, s.offsets, t.offsets)
+        return _backward(case, value), float((s.labels >= 0).sum())
+
+    return stage, fingerprint_trl(sides)
+
+
+def _backward(case: Case, loss: Tensor) -> float:
+    """Gradients of the hidden states and of the head, made anew; they are dropped, the value is kept."""
+    weight = case.student.head.module.weight
+    loss.backward()
+    for leaf in (case.student.hidden, weight):
+        if leaf.grad is None or not float(torch.linalg.vector_norm(leaf.grad)) > 0:
+            raise BenchError(f"{case.name}: a loss stage gave no gradient, so it did not do the work that is timed.")
+        leaf.grad = None
+    return float(loss.detach())
+
+
+# ---- one process per side ----------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process that runs one stage whenever it is told to, and measures it."""
+
+    def __init__(self, case: Path, side: str, what: str, chunk_rows: int | None = None) -> None:
+        self.name, self.peak, self.value, self.items = f"{side} {what}", 0, 0.0, 0.0
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, case, side, what, chunk_rows), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.fingerprint: str = self._answer()
+
+    def __call__(self) -> float:
+        """One run; its seconds."""
+        self.connection.send(True)
+        seconds, peak, self.value, self.items = self._answer()
+        self.peak = max(self.peak, peak)
+        print(f"  {self.name}: {seconds:.2f} s, {peak / 2**20:.0f} MiB", file=sys.stderr, flush=True)
+        return float(seconds)
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process.is_alive():
+            self.connection.send(None)
+        self.process.join()
+
+    def _answer(self) -> Any:
+        try:
+            found = self.connection.recv()
+        except EOFError:
+            self.process.join()
+            raise BenchError(
+                f"The process of {self.name!r} ended with code {self.process.exitcode}; -9 means that memory ran out: "
+                "lower the rows of both sides."
+            ) from None
+        if isinstance(found, BenchError):
+            raise found
+        return found
+
+
+def _serve(connection: Any, path: Path, side: str, what: str, chunk_rows: int | None) -> None:
+    case: Case = torch.load(path, weights_only=False)
+    stage, fingerprint = our_stage(case, what, chunk_rows) if side == "ours" else trl_stage(case, what)
+    connection.send(fingerprint)
+    level = resident()
+    while connection.recv():
+        start = time.perf_counter()
+        try:
+            with PeakMemory(level) as memory:
+                value, items = stage()
+        except BenchError as error:
+            connection.send(error)
+            return
+        connection.send((time.perf_counter() - start, memory.bytes, value, items))
+
+
+def compare(case: Case, repeats: int, objectives: Sequence[str], forms: Sequence[str]) -> dict[str, Any]:
+    """All sides in turn; ratios against TRL's first form."""
+    notes = check_trl_reading(case)
+    sides = [("trl", form) for form in forms] + [("ours", name) for name in objectives]
+    workers: list[Worker] = []
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(case, path := Path(folder) / "case.pt")
+        try:
+            for side, what in sides:
+                workers.append(Worker(path, side, what))
+            check_same(f"{case.name}: tokens and boundaries", **{w.name: w.fingerprint for w in workers})
+            timing = alternate({w.name: w for w in workers}, repeats)
+        finally:
+            for worker in workers:
+                worker.close()
+    reference, found = workers[0], {}
+    for worker in workers:
+        low, high = timing.spread(reference.name, worker.name)
+        found[worker.name] = {
+            "seconds": timing.median(worker.name),
+            "peak_mib": worker.peak / 2**20,
+            "value": worker.value,
+            "items": worker.items,
+            "speedup": timing.ratio(reference.name, worker.name),
+            "speedup_low": low,
+            "speedup_high": high,
+            "memory_ratio": worker.peak / reference.peak,
+        }
+    return {"sides": found, "notes": notes, "texts": len(case.texts)}
