@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import alignment
+import grouping
 import loss_stage
 import memory
 import on_policy
@@ -92,14 +92,14 @@ def run_alignment(repeats: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     streams = {}
     for kind, of_kind in kinds.items():
-        streams[kind] = alignment.stream(renderers[0], of_kind), alignment.stream(renderers[1], of_kind)
-        found[kind] = alignment.compare(streams[kind], len(of_kind), repeats)
+        streams[kind] = grouping.stream(renderers[0], of_kind), grouping.stream(renderers[1], of_kind)
+        found[kind] = grouping.compare(streams[kind], len(of_kind), repeats)
     names = ("texts", "tokens", "tokens_t", "trl_seconds", "seconds", "speedup_low", "speedup_high", "speedup")
     print("\nAlignment against TRL's grouping")
     print(table(("texts of", *names), ((kind, *map(row.get, names)) for kind, row in found.items())))
     sizes = (10_000, 100_000, 1_000_000, 10_000_000)
     first = [side_of(side, 220) for side in streams["short texts"]]
-    growth = alignment.growth((first[0], first[1]), 220, sizes)
+    growth = grouping.growth((first[0], first[1]), 220, sizes)
     print(table(("student tokens", "seconds per million"), growth.items()))
     worst = min(row["speedup"] for row in found.values())
     return {**found, "growth": growth, "speedup": worst, "seconds_per_million": max(growth.values())}
