@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from assets import fetch_texts, fetch_tokenizer
-from measure import BenchError, check_same, demo_trainer, digest, prepared_batch
+from measure import BenchError, check_same, demo_trainer, digest, fetch_texts, fetch_tokenizer, prepared_batch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
-from assets import fetch_model, fetch_texts, fetch_tokenizer
+from assets import fetch_model, fetch_texts
+from assets import fetch_tokenizer as fetch_tokenizer
 
 from diglot import GKDConfig, GKDTrainer
 from diglot.batches import AlignedBatch

@@ -69,6 +69,12 @@ class Teller:
 
     path: Path
 
+    def student_logps(self, token: Tensor, ids: Tensor) -> Tensor:
+        return self.path.logp_s[token]
+
+    def teacher_logps(self, token: Tensor, ids: Tensor) -> Tensor:
+        return self.path.logp_t[token]
+
     def teacher_ranges(self, token: Tensor, low: Tensor, high: Tensor) -> Tensor:
         raise NotImplementedError
 

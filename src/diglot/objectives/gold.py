@@ -92,9 +92,10 @@ class Gold(RowObjective):
         other_s, other_t = other_tokens(chunk_s, read_s, chunks), other_tokens(chunk_t, read_t, chunks)
         if self.gold_as_shipped:
             logp_s, logp_t = late_logps(written, other_s, other_t, teller)
-        else:
-            path = teller.path
-            logp_s, logp_t = path.logp_s[_on(other_s, path.logp_s)], path.logp_t[_on(other_t, path.logp_t)]
+        else:  # of these tokens alone: few chunks have several, and the whole path would run both heads once more
+            like = rows.student
+            logp_s = teller.student_logps(_on(other_s, like), _on(written.student.ids[other_s], like))
+            logp_t = teller.teacher_logps(_on(other_t, like), _on(written.teacher.ids[other_t], like))
         num_chunks = written.alignment.num_chunks
         return {
             "rest_s": summed(logp_s, chunk_s[other_s], chunks, num_chunks),

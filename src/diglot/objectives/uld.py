@@ -25,17 +25,19 @@ def sorted_l1(p: Tensor, q: Tensor) -> Tensor:
 
 
 class _SortedL1(torch.autograd.Function):
-    """Kept for the backward pass is one sign per mass: a byte, where autograd's sort would keep indices of eight."""
+    """Kept for the backward pass is one sign per mass: a byte, where autograd's sort would keep indices of eight.
+
+    Only as many ranks as the narrower side has are sorted; what the wider side has beyond them stands against zero.
+    """
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, q: Tensor) -> Tensor:
-        theirs = q.detach().sort(dim=-1, descending=True).values
-        gap, order = p.sort(dim=-1, descending=True)
-        common = min(gap.shape[-1], theirs.shape[-1])
-        gap[:, :common] -= theirs[:, :common]
-        beyond = theirs[:, common:].abs().sum(-1)
+        common = min(p.shape[-1], q.shape[-1])
+        (mine, order), (theirs, _) = _largest(p, common), _largest(q, common)
+        beyond = _sum_without(p, mine) + _sum_without(q, theirs)
+        gap = mine - theirs
         if ctx.needs_input_grad[0]:
-            sign = torch.zeros_like(gap, dtype=torch.int8)
+            sign = (p > 0).to(torch.int8)
             ctx.save_for_backward(sign.scatter_(-1, order, gap.sign().to(torch.int8)))
         return gap.abs_().sum(-1) + beyond
 
@@ -43,6 +45,20 @@ class _SortedL1(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         (sign,) = ctx.saved_tensors
         return grad_output[:, None] * sign, None
+
+
+def _largest(masses: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest entries of each row, downwards, and their places. Sorting whole rows takes far longer."""
+    found = masses.sort(dim=-1, descending=True) if count == masses.shape[-1] else masses.topk(count, dim=-1)
+    return found[0], found[1]
+
+
+def _sum_without(masses: Tensor, largest: Tensor) -> Tensor:
+    """Sum of what is not among the largest, `[R]`; in float64, since it is the difference of two sums."""
+    if largest.shape[-1] == masses.shape[-1]:
+        return masses.new_zeros(len(masses))
+    left = masses.sum(-1, dtype=torch.float64) - largest.sum(-1, dtype=torch.float64)
+    return left.clamp(min=0).to(masses.dtype)
 
 
 def pairs_by_index(segment_s: Ints, segment_t: Ints) -> tuple[Ints, Ints]:

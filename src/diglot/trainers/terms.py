@@ -205,9 +205,10 @@ class BatchScores:
         def masses(logits: Tensor, block: slice) -> Tensor:
             asked = slice(int(bounds[block.start]), int(bounds[block.start + len(logits)]))
             row = place[by_row[asked]] - block.start
-            # Prefix sums in float64: a range is a difference of two of them.
-            sums = torch.nn.functional.pad(logits.softmax(-1)[:, order].double().cumsum(-1), (1, 0))
-            found = sums[row, high[asked]] - sums[row, low[asked]]
+            # Prefix sums in float64, in place: a range is a difference of two of them.
+            sums = logits.softmax(-1)[:, order].double().cumsum_(-1)
+            upper, lower = (sums[row, (b - 1).clamp(min=0)] * (b > 0) for b in (high[asked], low[asked]))
+            found = upper - lower
             return found.clamp(min=1e-30).log().to(logits.dtype)
 
         found = summaries(masses, self.hidden_t[rows], self.teacher.head, self.chunk_rows(False), self.temperature)
