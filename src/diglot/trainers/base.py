@@ -466,7 +466,7 @@ class DistillationTrainer(Trainer):
         pairs = in_order_of_data(batches)[: args.num_completions_to_print]
         cut = [np.split(p.student.ids, [p.prompt_length]) for p in pairs]
         decode = self.student_renderer.tokenizer.decode
-        print_completions([CompletionRow(*(str(decode(ids)) for ids in both)) for both in cut], step)
+        print_completions([CompletionRow(str(decode(p)), str(decode(c))) for p, c in cut], step)
 
     def create_model_card(
         self,
