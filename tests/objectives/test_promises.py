@@ -107,9 +107,7 @@ ROWS = [(name, options) for name, options in VARIANTS if issubclass(OBJECTIVES[n
 
 
 @pytest.mark.parametrize(("name", "options"), ROWS, ids=[f"{n}{sorted(o.items())}" for n, o in ROWS])
-def test_each_row_s_value_is_its_own_and_rows_that_are_not_asked_for_get_exactly_no_gradient(
-    name: str, options: dict[str, Any]
-) -> None:
+def test_each_row_s_value_is_its_own(name: str, options: dict[str, Any]) -> None:
     scored = Scored.of("inst", "turns")
     objective = make_objective(name, scored.pair, **options)
     assert isinstance(objective, RowObjective)
@@ -120,6 +118,18 @@ def test_each_row_s_value_is_its_own_and_rows_that_are_not_asked_for_get_exactly
         alone = objective(scored.logits_s[rows.student[part]], scored.logits_t[rows.teacher[part]], **known).loss
         torch.testing.assert_close(alone, whole[part])
     assert not objective(scored.logits_s[:0], scored.logits_t[:0], **{k: v[:0] for k, v in given.items()}).loss.numel()
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=IDS)
+def test_what_is_not_compared_gets_exactly_no_gradient(name: str, options: dict[str, Any]) -> None:
+    """Tokens that lie in no exact chunk: their rows are masked, whatever the objective."""
+    if name == "ce":
+        return  # imitates every token of the text, comparable or not
+    scored = Scored.of("nfc", "wordpiece", ["Ünïcode été, two  words", "plain words"])
+    masked = torch.from_numpy(~scored.batch.written.usable_s)
+    assert 2 < masked.sum() < len(masked) - 2
+    gradient = scored.gradient(scored.values(name, **options).loss)
+    assert (gradient[masked] == 0).all() and (gradient[~masked] != 0).any()
 
 
 @pytest.mark.parametrize(("name", "options"), ROWS, ids=[f"{n}{sorted(o.items())}" for n, o in ROWS])

@@ -65,6 +65,7 @@ class ESCD(BPM):
         token = s.ids[i]
         child = np.minimum(i + 1, len(s.ids) - 1)
         has = (root.given["inside"].numpy() == 0) & ~s.stop[i] & (child > i) & (s.segment[child] == s.segment[i])
+        has &= written.usable_s[child]
         has &= self._groups_of[token + 1] > self._groups_of[token]
         parents = np.flatnonzero(has)
         low, high = self._groups_of[token[parents]], self._groups_of[token[parents] + 1]
