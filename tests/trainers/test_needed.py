@@ -120,6 +120,14 @@ def test_dropped_samples_stay_in_their_micro_batch_and_completions_of_a_prompt_t
     assert [[p is None for _, p in batch] for batch in alone] == [[n is None for n in batch] for batch in sizes]
 
 
+def test_a_window_of_one_micro_batch_stays_as_the_data_have_it(tmp_path: Path) -> None:
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.turns(), lmbda=0.0)
+    (batch,) = window(trainer, rows_of_many_lengths(), 8)
+    assert batch.places == list(range(8))
+    lengths_of_rows = [len(p.student.ids) for p in batch.pairs]
+    assert lengths_of_rows != sorted(lengths_of_rows)
+
+
 def test_the_table_of_completions_keeps_the_order_of_the_data(tmp_path: Path) -> None:
     """Through MiniLLM's checkpoint as well."""
     trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.turns(), num_iterations=2, teacher_mixed_alpha=0.0)

@@ -1,6 +1,7 @@
 """Which samples share a micro-batch: those of similar length, so that little of a pass is padding.
 
-The loss of a window does not depend on how its samples are split, so the split is free. A micro-batch is as wide as its
+The loss of a window does not depend on how its samples are split (the trainer asks whether a term's does), so the split
+is free. A micro-batch is as wide as its
 longest sample, before and after: no pass gets larger than the largest one was.
 """
 
@@ -17,8 +18,11 @@ def by_length(window: Sequence[Sequence[ReadPair | None]], together: int = 1) ->
     """The window's pairs, the shortest first, in micro-batches of the same sizes, each with its place in the window.
 
     Runs of `together` pairs (completions of one prompt) stay together, so that their prompt need be read once only.
-    What was dropped stays where it is: a micro-batch keeps the number of samples that it had.
+    What was dropped stays where it is: a micro-batch keeps the number of samples that it had. A window of a single
+    micro-batch has nothing to gain and stays as it is, to the bit.
     """
+    if len(window) == 1:
+        return as_read(window)
     placed = list(enumerate(pair for batch in window for pair in batch))
     runs = [placed[i : i + together] for i in range(0, len(placed), together)]
     whole = [run for run in runs if all(pair is not None for _, pair in run)]
