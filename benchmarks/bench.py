@@ -1,6 +1,6 @@
 """The benchmark suite: one table per question, ratios last, and all numbers in runs/bench/summary.json.
 
-    python benchmarks/bench.py [--only loss_stage step alignment memory on_policy] [--repeats 5]
+    python benchmarks/bench.py [--only loss_stage step alignment memory on_policy] [--repeats 3]
 
 Ends with an error if the two sides of a comparison did not work on the same texts.
 """
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts that are asked for; 1 if a comparison was none."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args(arguments)
     torch.manual_seed(SEED)

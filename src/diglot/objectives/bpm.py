@@ -140,7 +140,7 @@ class BPM(RowObjective):
         """`t` over student tokens, stop and none, `[R, V_s + 2]`; which columns can be reached; metrics `[R]`."""
         probs = at_least_float32(logits_t).softmax(-1)
         whole = given["inside"] == 0
-        target = gathered(probs * whole[:, None], self.column_of, self.none + 1)
+        target = gathered(probs, self.column_of, self.none + 1) * whole[:, None]
         reached = torch.cat([self.image.expand(len(probs), -1), whole.new_ones(len(probs), 2)], dim=-1)
         reached[:, :-1] &= whole[:, None]
         at, row = ragged(given["low"], given["high"])
@@ -157,7 +157,7 @@ class BPM(RowObjective):
             reached.scatter_(1, given["span_column"], reached.gather(1, given["span_column"]) | (mass > 0))
             moved = -mass[:, 0]
         total = target.sum(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
-        differing = (probs * (self.differ & whole[:, None])).sum(-1)
+        differing = (probs @ self.differ.to(probs.dtype)) * whole
         return target / total, reached, {"spanned": moved / total[:, 0], "maps_differ": differing}
 
     def cells(self, logits_s: Tensor, reached: Tensor) -> Tensor:
