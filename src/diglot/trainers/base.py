@@ -37,13 +37,7 @@ from diglot.trainers.collate import collate_samples, pad_id
 from diglot.trainers.config import DistillationConfig
 from diglot.trainers.lengths import as_read, by_length, in_order_of_data
 from diglot.trainers.metrics import StepMetrics
-from diglot.trainers.projectors import (
-    AverageProjectorGradients,
-    add_to_optimizer,
-    load_projectors,
-    make_projectors,
-    save_projectors,
-)
+from diglot.trainers.projectors import add_to_optimizer, load_projectors, make_projectors, save_projectors
 from diglot.trainers.sides import describe, load_references, prepare_sides
 from diglot.trainers.terms import BatchScores, Reader, Term, check_rung, terms_of
 
@@ -121,7 +115,10 @@ class DistillationTrainer(Trainer):
                 term.objective.to(self.args.device)
         self.projectors = make_projectors(self.terms, self.student_head, self.teacher.head)
         if self.projectors and self.accelerator.num_processes > 1:
-            self.add_callback(AverageProjectorGradients(self.projectors, self.accelerator.reduce))
+            raise ConfigError(
+                f"Objective 'dskd' trains projectors, which are not averaged over processes, and there are "
+                f"{self.accelerator.num_processes}. Run it on one process, or choose an objective without projectors."
+            )
         if self.is_world_process_zero():
             logger.info(describe(sides))
 

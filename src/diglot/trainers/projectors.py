@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from diglot.errors import ConfigError
 from diglot.heads import Head
@@ -54,19 +52,6 @@ def load_projectors(folder: Path, projectors: dict[str, nn.Parameter]) -> None:
     with torch.no_grad():
         for name, parameter in projectors.items():
             parameter.copy_(saved[name])
-
-
-class AverageProjectorGradients(TrainerCallback):
-    """Averages the projectors' gradients over ranks before each optimizer step: no wrapper does it for them."""
-
-    def __init__(self, projectors: dict[str, nn.Parameter], reduce: Callable[..., Tensor]) -> None:
-        self.projectors, self.reduce = projectors, reduce
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer."""
-        for projector in self.projectors.values():
-            gradient = torch.zeros_like(projector) if projector.grad is None else projector.grad
-            projector.grad = self.reduce(gradient, "mean")
 
 
 def _weight(head: Head) -> Tensor:
