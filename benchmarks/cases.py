@@ -217,20 +217,24 @@ def fingerprint_ours(batch: AlignedBatch) -> str:
     return digest(*(part for side in tokens for part in side), w.student.segment[ends], w.student.end[ends])
 
 
-def fingerprint_trl(sides: tuple[TRLSide, TRLSide]) -> str:
-    """The same, from what TRL's loss is given and from its own grouping of it."""
+def trl_boundaries(sides: tuple[TRLSide, TRLSide]) -> tuple[list[int], list[int]]:
+    """Text and byte of every end of a chunk, by TRL's own grouping."""
     from trl.experimental.gold.gold_trainer import ULDLoss
 
-    parts: list[list[int]] = []
-    scored = [side.scored() for side in sides]
-    for side in scored:
-        parts.append([k for k, (ids, _) in enumerate(side) for _ in ids])
-        parts.append([i for ids, _ in side for i in ids])
-        parts.append([end for _, offsets in side for _, end in offsets])
     texts, ends = [], []
-    for k, ((_, of_s), (_, of_t)) in enumerate(zip(*scored, strict=True)):
+    for k, ((_, of_s), (_, of_t)) in enumerate(zip(*(side.scored() for side in sides), strict=True)):
         for group_s, group_t in zip(*ULDLoss._align_by_byte_offsets(of_s, of_t), strict=True):
             if group_s and group_t and of_s[group_s[-1]][1] == of_t[group_t[-1]][1]:
                 texts.append(k)
                 ends.append(of_s[group_s[-1]][1])
-    return digest(*parts, texts, ends)
+    return texts, ends
+
+
+def fingerprint_trl(sides: tuple[TRLSide, TRLSide]) -> str:
+    """The same, from what TRL's loss is given and from its own grouping of it."""
+    parts: list[list[int]] = []
+    for side in (one.scored() for one in sides):
+        parts.append([k for k, (ids, _) in enumerate(side) for _ in ids])
+        parts.append([i for ids, _ in side for i in ids])
+        parts.append([end for _, offsets in side for _, end in offsets])
+    return digest(*parts, *trl_boundaries(sides))

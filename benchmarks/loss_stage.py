@@ -9,6 +9,7 @@ of the head's weight.
 from __future__ import annotations
 
 import multiprocessing
+import statistics
 import sys
 import tempfile
 import time
@@ -19,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from cases import Case, TRLSide, check_trl_reading, fingerprint_ours, fingerprint_trl, trl_sides
+from cases import Case, TRLSide, check_trl_reading, fingerprint_ours, fingerprint_trl, trl_boundaries, trl_sides
 from measure import BenchError, PeakMemory, alternate, check_same, resident
 from torch import Tensor
 
@@ -70,6 +71,9 @@ def trl_stage(case: Case, form: str) -> tuple[Stage, str]:
     loss = ULDLoss(config, case.student.tokenizer, case.teacher.tokenizer)
     sides: tuple[TRLSide, TRLSide] = trl_sides(case.batch())
     s, t = sides
+    lengths = [[len(ids) for ids, _ in side.scored()] for side in sides]
+    by_position = sum(map(min, *lengths))  # stop is left out by default
+    items = float(len(trl_boundaries(sides)[0]) if config.use_extended_uld else by_position)
 
     def stage() -> tuple[float, float]:
         leaf = case.student.hidden.requires_grad_()
@@ -77,7 +81,7 @@ def trl_stage(case: Case, form: str) -> tuple[Stage, str]:
         with torch.no_grad():
             logits_t = case.teacher.head(case.teacher.hidden)
         value = loss(logits_s, logits_t, s.labels, t.labels, s.input_ids, t.input_ids, s.offsets, t.offsets)
-        return _backward(case, value), float((s.labels >= 0).sum())
+        return _backward(case, value), items
 
     return stage, fingerprint_trl(sides)
 
@@ -100,7 +104,8 @@ class Worker:
     """A process that runs one stage whenever it is told to, and measures it."""
 
     def __init__(self, case: Path, side: str, what: str, chunk_rows: int | None = None) -> None:
-        self.name, self.peak, self.value, self.items = f"{side} {what}", 0, 0.0, 0.0
+        self.name, self.value, self.items = f"{side} {what}", 0.0, 0.0
+        self.peaks: list[int] = []
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, case, side, what, chunk_rows), daemon=True)
@@ -112,9 +117,14 @@ class Worker:
         """One run; its seconds."""
         self.connection.send(True)
         seconds, peak, self.value, self.items = self._answer()
-        self.peak = max(self.peak, peak)
+        self.peaks.append(peak)
         print(f"  {self.name}: {seconds:.2f} s, {peak / 2**20:.0f} MiB", file=sys.stderr, flush=True)
         return float(seconds)
+
+    @property
+    def peak(self) -> float:
+        """Bytes, the median over the runs, each above the level before the first one."""
+        return statistics.median(self.peaks)
 
     def close(self) -> None:
         """End the process."""

@@ -17,7 +17,7 @@ from cases import Case
 from loss_stage import Worker
 
 
-def peak(case: Case, objective: str, chunk_rows: int) -> tuple[int, int]:
+def peak(case: Case, objective: str, chunk_rows: int) -> tuple[float, int]:
     """Bytes at the highest point of one stage above its start, and bytes of hidden states among them."""
     batch = case.batch()
     leaf, rows_s, rows_t = case.student.hidden, len(batch.student.rows), len(batch.teacher.rows)
