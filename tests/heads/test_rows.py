@@ -53,8 +53,29 @@ def test_the_gradient_is_the_derivative(chunk_rows: int) -> None:
             OBJECTIVE, hidden, head, problem.hidden_t, problem.head_t, ROWS_S, ROWS_T, problem.weight, chunk_rows
         )[0]
 
+    class Anew(torch.autograd.Function):
+        """The value; its gradient is taken of a new one each time, since it can be taken once only."""
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+            ctx.save_for_backward(*inputs)
+            return value(*inputs).detach()
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> Any:
+            leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            with torch.enable_grad():
+                return torch.autograd.grad(value(*leaves), leaves, grad_output)
+
     inputs = [x.detach().clone().requires_grad_() for x in problem.inputs]
-    assert torch.autograd.gradcheck(value, inputs)
+    assert torch.autograd.gradcheck(Anew.apply, inputs)
+
+
+def test_a_gradient_that_was_handed_over_is_not_handed_over_again() -> None:
+    total, _ = Problem().reduced(4)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second time"):
+        total.backward()
 
 
 class _Given(Head):
@@ -316,8 +337,8 @@ def test_arguments_that_do_not_fit_are_named() -> None:
 
 
 def test_default_block_sizes_fit_the_budget() -> None:
-    assert default_chunk_rows(32000, 32000, "cpu") == 128
-    assert default_chunk_rows(10**7, 10**7, "cpu") == 64
+    assert default_chunk_rows(32000, 32000, "cpu") == 160
+    assert default_chunk_rows(10**7, 10**7, "cpu") == 32
     small = default_chunk_rows(100, 100, "cpu")
-    assert small % 64 == 0
+    assert small % 32 == 0
     assert 4 * 100 * small < 256 * 2**20

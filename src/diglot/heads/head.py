@@ -70,27 +70,57 @@ class Head:
 
         `parameters` stand in for `self.parameters`, in the same order.
         """
-        return self._finished(self._raw(self._as_input(hidden), parameters))
+        return self.finished(self.raw(hidden, parameters))
 
     @property
     def is_linear(self) -> bool:
         """Can single columns be computed? Not where an adapter sits on the head."""
         return type(self.module) is nn.Linear
 
-    def columns(self, hidden: Tensor, ids: Tensor, parameters: Sequence[Tensor] | None = None) -> Tensor:
-        """Logits `[R, k]` of the columns `ids` `[R, k]` only, for `hidden [R, H]`; needs `is_linear`."""
-        own: dict[str, Tensor] = dict(self.module.named_parameters())
-        own.update(zip(self._trainable, parameters or (), strict=parameters is not None))
+    def raw(self, hidden: Tensor, parameters: Sequence[Tensor] | None = None, ids: Tensor | None = None) -> Tensor:
+        """Logits before scale and soft cap, in the module's own number type.
+
+        Of the columns `ids` `[R, k]` only, if given, for `hidden [R, H]`: `[R, k]`; needs `is_linear`.
+        """
         hidden = self._as_input(hidden)
+        if ids is None:
+            return self._all(hidden, parameters)
+        own = self._own(parameters)
         weight = nn.functional.embedding(ids, own["weight"])  # [R, k, H]
         raw = torch.bmm(weight, hidden.to(weight.dtype).unsqueeze(-1)).squeeze(-1)
-        return self._finished(raw if own.get("bias") is None else raw + own["bias"][ids])
+        return raw if own.get("bias") is None else raw + own["bias"][ids]
 
-    def _finished(self, raw: Tensor) -> Tensor:
+    def columns(self, hidden: Tensor, ids: Tensor, parameters: Sequence[Tensor] | None = None) -> Tensor:
+        """Logits `[R, k]` of the columns `ids` `[R, k]` only, for `hidden [R, H]`; needs `is_linear`."""
+        return self.finished(self.raw(hidden, parameters, ids))
+
+    def finished(self, raw: Tensor) -> Tensor:
+        """Logits from what `raw` gives."""
         logits = at_least_float32(raw)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    @torch.no_grad()
+    def pull_back(self, of_raw: Tensor, hidden: Tensor, sums: Sequence[Tensor], ids: Tensor | None = None) -> Tensor:
+        """From the gradient of what `raw` gives for `hidden [R, H]` to that of `hidden`; needs `is_linear`.
+
+        The gradients of `self.parameters` are added to `sums`, in the same order: no second `[V, H]` is made for them.
+        """
+        into: dict[str, Tensor] = dict(zip(self._trainable, sums, strict=True))
+        weight = self.module.get_parameter("weight")
+        hidden, of_raw = hidden.to(of_raw.dtype), of_raw.contiguous()
+        if "bias" in into:
+            of_bias = of_raw.sum(0) if ids is None else of_raw.flatten()
+            _add_rows(into["bias"], of_bias, ids)
+        if ids is None:
+            if "weight" in into:
+                _add_product(into["weight"], of_raw.T, hidden)
+            return of_raw @ weight.to(of_raw.dtype)
+        if "weight" in into:
+            _add_rows(into["weight"], (of_raw.unsqueeze(-1) * hidden.unsqueeze(1)).flatten(0, 1), ids)
+        chosen = nn.functional.embedding(ids, weight).to(of_raw.dtype)
+        return torch.bmm(of_raw.unsqueeze(1), chosen).squeeze(1)
 
     def verify(self, model: nn.Module) -> None:
         """Raise `ConfigError` unless this head gives the logits of `model` itself, on a few tokens.
@@ -119,14 +149,34 @@ class Head:
             return hidden
         return hidden.to(first.dtype)
 
-    def _raw(self, hidden: Tensor, parameters: Sequence[Tensor] | None) -> Tensor:
+    def _all(self, hidden: Tensor, parameters: Sequence[Tensor] | None) -> Tensor:
         if parameters is None:
             return self.module(hidden)
         return functional_call(self.module, dict(zip(self._trainable, parameters, strict=True)), (hidden,))
 
+    def _own(self, parameters: Sequence[Tensor] | None) -> dict[str, Tensor]:
+        own: dict[str, Tensor] = dict(self.module.named_parameters())
+        own.update(zip(self._trainable, parameters or (), strict=parameters is not None))
+        return own
+
     @property
     def _trainable(self) -> list[str]:
         return [name for name, p in self.module.named_parameters() if p.requires_grad and not self.frozen]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b`; in one pass over `total` where all have one number type."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
+
+
+def _add_rows(total: Tensor, values: Tensor, ids: Tensor | None) -> None:
+    if ids is None:
+        total.add_(values)
+    else:
+        total.index_add_(0, ids.flatten(), values.to(total.dtype))
 
 
 def _scale(config: Any) -> float:

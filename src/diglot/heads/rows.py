@@ -11,11 +11,12 @@ from torch.autograd.function import once_differentiable
 
 from diglot.errors import ConfigError
 from diglot.heads.head import Head
+from diglot.heads.pullback import HeadGradient
 from diglot.objectives.base import ColumnObjective, Values
 
 RowFunction = Callable[..., Values]
 Given = Mapping[str, Tensor]
-BlockFunction = Callable[[Tensor, Sequence[Tensor] | None, Given], Values]
+BlockFunction = Callable[[Tensor, Given], Values]  # of the student's raw logits
 
 _CPU_BUDGET = 256 * 2**20
 _MASS_ROWS = 16  # rows of a block on which the teacher's mass of chosen columns is measured
@@ -27,11 +28,11 @@ _COPIES_S, _COPIES_T = 8, 5  # float32 rows of each side that live at the peak o
 def default_chunk_rows(
     vocab_size_s: int, vocab_size_t: int, device: torch.device | str, *, few_columns: bool = False
 ) -> int:
-    """How many rows of logits to form at a time: a multiple of 64 that fits a budget of memory, at least 64.
+    """How many rows of logits to form at a time: a multiple of 32 that fits a budget of memory, at least 32.
 
     The budget is 256 MiB on the CPU, an eighth of the free memory on a CUDA device. Wider blocks are faster: the
-    gradient of the head's weight is written once per block. With `few_columns`, whole rows are formed of the student
-    only, and without gradient.
+    gradient of the head's weight is read and written once per block. With `few_columns`, whole rows are formed of the
+    student only, and without gradient.
     """
     device = torch.device(device)
     budget = _CPU_BUDGET
@@ -41,7 +42,7 @@ def default_chunk_rows(
         budget = (free + cached) // _CUDA_SHARE
     copies_s, copies_t = (_COPIES_FEW, 0) if few_columns else (_COPIES_S, _COPIES_T)
     per_row = 4 * (copies_s * vocab_size_s + copies_t * vocab_size_t)
-    return max(budget // per_row // 64, 1) * 64
+    return max(budget // per_row // 32, 1) * 32
 
 
 def reduce_rows(
@@ -83,19 +84,19 @@ def reduce_rows(
     parameters = head_s.parameters
     given = given or {}
     inputs = (hidden_s, *parameters, *given.values()) if torch.is_grad_enabled() else ()
-    gradients = _Gradients(hidden_s, parameters, given) if any(x.requires_grad for x in inputs) else None
-    evaluate: Callable[..., BlockFunction] = _by_whole_rows
+    gradients = _Gradients(hidden_s, head_s, given) if any(x.requires_grad for x in inputs) else None
+    evaluate: Callable[..., tuple[BlockFunction, Tensor | None]] = _by_whole_rows
     if reads_few_columns(objective, head_s, head_t):
         evaluate = _by_columns
     parts = []
     for block in blocks(len(rows_s), chunk_rows):
         rows, of_teacher = rows_s[block], None if hidden_t is None else hidden_t[rows_t[block].to(hidden_t.device)]
-        of_block = evaluate(objective, hidden_s.detach()[rows], head_s, of_teacher, head_t, temperature)
+        of_block, ids = evaluate(objective, hidden_s.detach()[rows], head_s, of_teacher, head_t, temperature)
         known = {name: value.detach()[block] for name, value in given.items()}
         if gradients:
-            values = gradients.add(of_block, rows, block, weight[block], known)
+            values = gradients.add(of_block, ids, rows, block, weight[block], known)
         else:
-            values = of_block(hidden_s[rows], None, known)
+            values = of_block(head_s.raw(hidden_s[rows], ids=ids), known)
         parts.append(Values(values.loss.detach(), {k: v.detach() for k, v in values.metrics.items()}))
         del of_block, values
     values = _joined(parts)
@@ -113,17 +114,17 @@ def reads_few_columns(objective: RowFunction, head_s: Head, head_t: Head) -> boo
 @torch.no_grad()
 def _by_whole_rows(
     objective: RowFunction, hidden_s: Tensor, head_s: Head, hidden_t: Tensor | None, head_t: Head, temperature: float
-) -> BlockFunction:
-    """The values of a block as a function of the student's hidden states and head parameters; whole rows of logits."""
+) -> tuple[BlockFunction, None]:
+    """The values of a block as a function of the student's raw logits, in whole rows."""
     logits_t = None if hidden_t is None else _warmed(head_t(hidden_t), temperature).to(hidden_s.device)
-    return lambda leaf, parameters, given: objective(_warmed(head_s(leaf, parameters), temperature), logits_t, **given)
+    return lambda raw, given: objective(_warmed(head_s.finished(raw), temperature), logits_t, **given), None
 
 
 @torch.no_grad()
 def _by_columns(
     objective: ColumnObjective, hidden_s: Tensor, head_s: Head, hidden_t: Tensor, head_t: Head, temperature: float
-) -> BlockFunction:
-    """The same from the columns that the objective chooses."""
+) -> tuple[BlockFunction, Tensor]:
+    """The same of the columns that the objective chooses, and which columns of the student those are."""
     logits_s = _warmed(head_s(hidden_s), temperature)
     columns_s, columns_t = objective.choose(logits_s)
     mass_s = (logits_s.gather(-1, columns_s).logsumexp(-1) - logits_s.logsumexp(-1)).exp()
@@ -137,11 +138,11 @@ def _by_columns(
     del whole_t
     chosen_t = chosen_t.to(hidden_s.device)
 
-    def of_block(leaf: Tensor, parameters: Sequence[Tensor] | None, given: Given) -> Values:
-        chosen_s = _warmed(head_s.columns(leaf, columns_s, parameters), temperature)
+    def of_block(raw: Tensor, given: Given) -> Values:
+        chosen_s = _warmed(head_s.finished(raw), temperature)
         return Values(objective.compare(chosen_s, chosen_t), {"mass_s": mass_s, "mass_t": mass_t})
 
-    return of_block
+    return of_block, columns_s
 
 
 def _warmed(logits: Tensor, temperature: float) -> Tensor:
@@ -156,64 +157,61 @@ def blocks(rows: int, chunk_rows: int) -> Iterator[slice]:
 class _Gradients:
     """The running gradient of a weighted sum with respect to the student's hidden states, head parameters and more."""
 
-    def __init__(self, hidden: Tensor, parameters: Sequence[Tensor], given: Given) -> None:
-        self.hidden, self.parameters = hidden, parameters
-        # Fresh leaves: hooks on the model's own parameters see one whole gradient later, not that of every block.
-        self.leaves = [p.detach().requires_grad_() for p in parameters]
+    def __init__(self, hidden: Tensor, head: Head, given: Given) -> None:
+        self.hidden, self.head = hidden, HeadGradient(head)
         self.hidden_sum = torch.zeros_like(hidden, requires_grad=False) if hidden.requires_grad else None
-        # Sums of many blocks are kept in float32 even where the parameter is not.
-        self.sums = [torch.zeros_like(p, dtype=_sum_dtype(p), requires_grad=False) for p in parameters]
         self.given = {name: value for name, value in given.items() if value.requires_grad}
         self.of_given = {name: torch.zeros_like(value, requires_grad=False) for name, value in self.given.items()}
 
-    def add(self, of_block: BlockFunction, rows: Tensor, block: slice, weight: Tensor, given: Given) -> Values:
+    def add(
+        self, of_block: BlockFunction, ids: Tensor | None, rows: Tensor, block: slice, weight: Tensor, given: Given
+    ) -> Values:
         """Add the gradient of one block; returns its values."""
+        raw, way_back = self.head.raw(self.hidden.detach()[rows], ids)
         with torch.enable_grad():
-            leaf = self.hidden.detach()[rows].requires_grad_(self.hidden_sum is not None)
             known = {name: value.requires_grad_(name in self.given) for name, value in given.items()}
-            values = of_block(leaf, self.leaves, known)
+            values = of_block(raw, known)
             total = _weighted(values.loss, weight).sum()
         if total.requires_grad:
-            wanted = [*self.leaves, *(known[name] for name in self.given)]
-            found = list(
-                torch.autograd.grad(total, [leaf, *wanted] if leaf.requires_grad else wanted, allow_unused=True)
-            )
-            if self.hidden_sum is not None and (of_hidden := found.pop(0)) is not None:
-                self.hidden_sum.index_add_(0, rows, of_hidden)
-            for so_far, gradient in zip([*self.sums, *(g[block] for g in self.of_given.values())], found, strict=True):
+            wanted = [raw, *(known[name] for name in self.given)]
+            of_raw, *found = torch.autograd.grad(total, wanted, allow_unused=True)
+            for so_far, gradient in zip(self.of_given.values(), found, strict=True):
                 if gradient is not None:
-                    so_far.add_(gradient)
+                    so_far[block].add_(gradient)
+            of_hidden = None if of_raw is None else way_back(of_raw)
+            if self.hidden_sum is not None and of_hidden is not None:
+                self.hidden_sum.index_add_(0, rows, of_hidden)
         return values
 
     def attached_to(self, total: Tensor) -> Tensor:
         """`total` as a node of the graph with these gradients."""
-        sums = [found.to(p.dtype) for found, p in zip(self.sums, self.parameters, strict=True)]
-        inputs = (self.hidden, *self.parameters, *self.given.values())
-        return _Attach.apply(total, [self.hidden_sum, *sums, *self.of_given.values()], *inputs)
+        inputs = (self.hidden, *self.head.parameters, *self.given.values())
+        return _Attach.apply(total, [self.hidden_sum, *self.head.found(), *self.of_given.values()], *inputs)
 
 
 class _Attach(torch.autograd.Function):
-    """A value whose gradient is known already."""
+    """A value whose gradient is known already. It is scaled in place and handed over, so it can be taken once."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
+        ctx.gradients = gradients
         return total.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors]
-        return None, None, *scaled
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "The gradient of a reduced loss was asked for a second time: it is handed over at the first, and kept "
+                "nowhere. Add the losses before `backward`, or compute this one again."
+            )
+        found, ctx.gradients = ctx.gradients, None
+        return None, None, *(None if g is None else g.mul_(grad_output.to(g.dtype)) for g in found)
 
 
 def _weighted(loss: Tensor, weight: Tensor) -> Tensor:
     """`weight * loss`, zero where the weight is, even if the loss is infinite."""
     return (loss * weight.to(loss.dtype)).masked_fill(weight == 0, 0.0)
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _joined(parts: Sequence[Values]) -> Values:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from diglot.heads.head import Head
+from diglot.heads.pullback import HeadGradient
 from diglot.heads.rows import blocks
 
 Summary = Callable[[Tensor, slice], Tensor]
@@ -19,19 +21,47 @@ def summaries(summary: Summary, hidden: Tensor, head: Head, chunk_rows: int, tem
 
     `hidden` is `[N, H]`; `rows` is the slice of the `N` rows that a block holds. A summary may have any number of
     entries per row. The logits of a block are formed again in the backward pass, so at most `chunk_rows` rows of them
-    exist at a time. `temperature` divides the logits.
+    exist at a time; the gradient cannot be differentiated. `temperature` divides the logits.
     """
 
-    def of_block(rows: Tensor, block: slice) -> Tensor:
-        logits = head(rows)
+    def of_raw(raw: Tensor, block: slice) -> Tensor:
+        logits = head.finished(raw)
         return summary(logits if temperature == 1.0 else logits / temperature, block)
 
-    recomputed = torch.is_grad_enabled() and (hidden.requires_grad or bool(head.parameters))
-    found = []
-    for block in blocks(len(hidden), chunk_rows):
-        rows = hidden[block]
-        found.append(checkpoint(of_block, rows, block, use_reentrant=False) if recomputed else of_block(rows, block))
-    return torch.cat(found)
+    return _Summaries.apply(of_raw, head, chunk_rows, hidden, *head.parameters)
+
+
+class _Summaries(torch.autograd.Function):
+    """Blocks of summaries; backward goes through them one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, of_raw: Summary, head: Head, chunk_rows: int, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.of_raw, ctx.head, ctx.chunk_rows = of_raw, head, chunk_rows
+        ctx.save_for_backward(hidden)
+        device = hidden.device.type
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        found = [of_raw(head.raw(hidden[block]), block) for block in blocks(len(hidden), chunk_rows)]
+        ctx.lengths = [len(part) for part in found]
+        return torch.cat(found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_found: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden,) = ctx.saved_tensors
+        gradient, of_hidden = HeadGradient(ctx.head), torch.zeros_like(hidden)
+        parts = of_found.split(ctx.lengths)
+        for block, of_part in zip(blocks(len(hidden), ctx.chunk_rows), parts, strict=True):
+            with torch.autocast(*ctx.autocast):  # as in the forward pass
+                raw, way_back = gradient.raw(hidden[block].detach())
+                with torch.enable_grad():
+                    part = ctx.of_raw(raw, block)
+            if not part.requires_grad:
+                continue
+            (of_raw,) = torch.autograd.grad(part, raw, of_part, allow_unused=True)
+            of_rows = None if of_raw is None else way_back(of_raw)
+            if of_rows is not None:
+                of_hidden[block] = of_rows
+        return None, None, None, of_hidden, *gradient.found()
 
 
 def token_logps(

@@ -1,0 +1,56 @@
+"""From the gradient of a block of logits to that of hidden states and head, with one sum per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diglot.heads.head import Head
+
+WayBack = Callable[[Tensor], Tensor | None]
+
+
+class HeadGradient:
+    """The gradient of a head's trainable parameters, summed over blocks of rows.
+
+    Sums of many blocks are kept in float32 even where the parameter is not.
+    """
+
+    def __init__(self, head: Head) -> None:
+        self.head, self.parameters = head, head.parameters
+        self.sums = [torch.zeros_like(p, dtype=_sum_dtype(p), requires_grad=False) for p in self.parameters]
+        # Fresh leaves: hooks on the model's own parameters see one whole gradient later, not that of every block.
+        self.leaves = [p.detach().requires_grad_() for p in self.parameters]
+
+    def raw(self, hidden: Tensor, ids: Tensor | None = None) -> tuple[Tensor, WayBack]:
+        """Raw logits of `hidden [R, H]` as a leaf, and what to do with their gradient.
+
+        The way back adds to the sums and returns the gradient of `hidden`. For a linear head it is written out, so that
+        no gradient of the size of the weight is made per block; through adapters and autocast it is autograd's.
+        """
+        head = self.head
+        if head.is_linear and not torch.is_autocast_enabled(hidden.device.type):
+            with torch.no_grad():
+                raw = head.raw(hidden, ids=ids)
+            return raw.requires_grad_(), lambda of_raw: head.pull_back(of_raw, hidden, self.sums, ids).to(hidden.dtype)
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            raw = head.raw(leaf, self.leaves, ids)
+        return raw.detach().requires_grad_(), lambda of_raw: self._by_autograd(raw, of_raw, leaf)
+
+    def _by_autograd(self, raw: Tensor, of_raw: Tensor, leaf: Tensor) -> Tensor | None:
+        of_hidden, *found = torch.autograd.grad(raw, [leaf, *self.leaves], of_raw, allow_unused=True)
+        for so_far, gradient in zip(self.sums, found, strict=True):
+            if gradient is not None:
+                so_far.add_(gradient)
+        return of_hidden
+
+    def found(self) -> list[Tensor]:
+        """One gradient per parameter, in its own number type."""
+        return [found.to(p.dtype) for found, p in zip(self.sums, self.parameters, strict=True)]
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
