@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -262,6 +263,22 @@ def test_a_tied_embedding_gets_both_of_its_gradients_once() -> None:
         return model.get_input_embeddings().weight.grad.clone()
 
     torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-10, atol=1e-12)
+
+
+def test_values_that_are_views_of_a_block_do_not_keep_the_block() -> None:
+    problem = Problem()
+    laws: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def objective(logits_s: Tensor, logits_t: Tensor) -> Values:
+        alive.append(sum(law() is not None for law in laws))
+        law = logits_t.softmax(-1)
+        laws.append(weakref.ref(law.untyped_storage()))
+        return Values(logits_s.logsumexp(-1), {"last": law[:, -1]})
+
+    _, values = problem.reduced(2, objective)
+    assert alive == [0] * 5
+    torch.testing.assert_close(values.metrics["last"], problem.plain(objective)[1].metrics["last"])
 
 
 def test_nothing_as_large_as_all_logits_is_kept_for_the_backward_pass() -> None:

@@ -97,7 +97,8 @@ def reduce_rows(
             values = gradients.add(of_block, ids, rows, block, weight[block], known)
         else:
             values = of_block(head_s.raw(hidden_s[rows], ids=ids), known)
-        parts.append(Values(values.loss.detach(), {k: v.detach() for k, v in values.metrics.items()}))
+        # Copies: a metric may be a column of the block's whole law, which it would keep alive.
+        parts.append(Values(values.loss.detach().clone(), {k: v.detach().clone() for k, v in values.metrics.items()}))
         del of_block, values
     values = _joined(parts)
     # Summed here, not block by block: the rounding of the value then is the same for every block size.
