@@ -163,34 +163,44 @@ def _serve(connection: Any, path: Path, side: str, what: str, chunk_rows: int | 
 
 
 def compare(case: Case, repeats: int, objectives: Sequence[str], forms: Sequence[str]) -> dict[str, Any]:
-    """TRL's first form and our objectives in turn; TRL's other forms run once, for context."""
+    """TRL's first form and our objectives in turn; then TRL's other forms against the first, once, for context."""
     notes = check_trl_reading(case)
-    sides = [("trl", form) for form in forms] + [("ours", name) for name in objectives]
-    workers: list[Worker] = []
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         torch.save(case, path := Path(folder) / "case.pt")
+        reference = Worker(path, "trl", forms[0])
         try:
-            for side, what in sides:
-                workers.append(Worker(path, side, what))
-            check_same(f"{case.name}: tokens and boundaries", **{w.name: w.fingerprint for w in workers})
-            others = {w.name for w in workers[1 : len(forms)]}
-            timing = alternate({w.name: w for w in workers if w.name not in others}, repeats)
-            once = alternate({w.name: w for w in workers[: len(forms)]}, 1, warm_up=False)
+            found |= _against(reference, path, [("ours", name) for name in objectives], repeats, warm_up=True)
+            for form in forms[1:]:  # one by one: each process holds the case, and TRL's forms take gigabytes more
+                found |= _against(reference, path, [("trl", form)], 1, warm_up=False)
         finally:
-            for worker in workers:
-                worker.close()
-    reference, found = workers[0], {}
-    for worker in workers:
-        rounds = once if worker.name in others else timing
-        low, high = rounds.spread(reference.name, worker.name)
+            reference.close()
+    return {"sides": found, "notes": notes, "texts": len(case.texts)}
+
+
+def _against(
+    reference: Worker, case: Path, sides: Sequence[tuple[str, str]], repeats: int, *, warm_up: bool
+) -> dict[str, Any]:
+    """What each side cost, and its ratio to the reference of the same rounds."""
+    workers = [reference]
+    try:
+        workers += [Worker(case, side, what) for side, what in sides]
+        check_same("tokens and boundaries", **{w.name: w.fingerprint for w in workers})
+        timing = alternate({w.name: w for w in workers}, repeats, warm_up)
+    finally:
+        for worker in workers[1:]:
+            worker.close()
+    found = {}
+    for worker in workers[0 if warm_up else 1 :]:
+        low, high = timing.spread(reference.name, worker.name)
         found[worker.name] = {
-            "seconds": rounds.median(worker.name),
+            "seconds": timing.median(worker.name),
             "peak_mib": worker.peak / 2**20,
             "value": worker.value,
             "items": worker.items,
-            "speedup": rounds.ratio(reference.name, worker.name),
+            "speedup": timing.ratio(reference.name, worker.name),
             "speedup_low": low,
             "speedup_high": high,
             "memory_ratio": worker.peak / reference.peak,
         }
-    return {"sides": found, "notes": notes, "texts": len(case.texts)}
+    return found
