@@ -90,6 +90,7 @@ def _common(out: Path) -> dict[str, Any]:
         disable_tqdm=True,
         learning_rate=1e-3,
         lr_scheduler_type="constant",
+        log_rollouts=0,
     )
 
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from diglot.batches import AlignedBatch, PackedSide, PairReader, ReadPair, align_pairs, pack
 from diglot.data import Sample
 from diglot.evaluation.reports import OnPolicyReport, ReferenceReport
-from diglot.heads import Head, blocks, default_chunk_rows, last_hidden
+from diglot.evaluation.rows import RowFacts, compare, row_facts, sample_of, sample_sums
+from diglot.heads import Head, default_chunk_rows, last_hidden
 from diglot.objectives import Pair
 from diglot.rendering import Conversation
 from diglot.rollouts import TransformersSampler
@@ -49,9 +50,8 @@ class Evaluator:
         with _eval_mode(self.model):
             for batch in _batches(rendered, self.batch_size):
                 side = pack(batch, [len(r.segment_bytes) for r in batch], _any_id(self.reader)).to(self.model.device)
-                logp, _ = self._facts(self._hidden(side), side, self.head, self.pair.stop_s)
-                sample = _sample_of(side)
-                nats.append(_sums(-logp * ~side.stop, sample, len(batch)))
+                logp = self._facts(self._hidden(side), side, self.head, self.pair.stop_s).logp
+                nats.append(sample_sums(-logp * ~side.stop.cpu(), sample_of(side), len(batch)))
                 num_bytes.append(np.array([sum(map(len, r.segment_bytes)) for r in batch], dtype=np.float64))
         return ReferenceReport(np.concatenate(nats or [np.zeros(0)]), np.concatenate(num_bytes or [np.zeros(0)]))
 
@@ -83,40 +83,15 @@ class Evaluator:
 
     def _judge(self, batch: AlignedBatch) -> dict[str, np.ndarray]:
         """The columns of an `OnPolicyReport` for one batch."""
-        alignment, num = batch.alignment, len(batch.pairs)
-        logp_s, stop_s = self._facts(self._hidden(batch.student), batch.student, self.head, self.pair.stop_s)
-        logp_t, stop_t = self._facts(
-            self.teacher.hidden(batch.teacher), batch.teacher, self.teacher.head, self.pair.stop_t
-        )
-        exact_s, exact_t = map(alignment.in_exact_chunk, (alignment.chunk_s, alignment.chunk_t))
-        sample_s, sample_t = _sample_of(batch.student), _sample_of(batch.teacher)
-        surprisal = _sums(-logp_s * exact_s, sample_s, num)
-        both = stop_s[alignment.pair_s], stop_t[alignment.pair_t]
-        at_pairs = sample_s[alignment.pair_s]
-        return {
-            "gap": -surprisal - _sums(logp_t * exact_t, sample_t, num),
-            "surprisal": surprisal,
-            "num_bytes": np.array([sum(map(len, p.student.segment_bytes)) for p in batch.pairs], dtype=np.float64),
-            "stop_common": _sums(torch.minimum(*both), at_pairs, num),
-            "stop_either": _sums(torch.maximum(*both), at_pairs, num),
-            "tokens": _sums(torch.ones_like(logp_s), sample_s, num),
-            "covered": _sums(exact_s.to(logp_s), sample_s, num),
-        }
+        student = self._facts(self._hidden(batch.student), batch.student, self.head, self.pair.stop_s)
+        hidden_t = self.teacher.hidden(batch.teacher)
+        return compare(batch, student, self._facts(hidden_t, batch.teacher, self.teacher.head, self.pair.stop_t))
 
     def _hidden(self, side: PackedSide) -> Tensor:
         return last_hidden(self.model, side.input_ids, side.attention_mask).flatten(0, 1)[side.rows]
 
-    def _facts(self, hidden: Tensor, side: PackedSide, head: Head, stop_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-prob of each written token and the stop set's probability in its row, [N] each, one pass over the
-        head."""
-        logps, stops = [], []
-        for block in blocks(len(hidden), self.chunk_rows):
-            logits = head(hidden[block])
-            total, stop = logits.logsumexp(-1), logits[:, stop_ids].logsumexp(-1)
-            written = logits.gather(-1, side.targets[block].to(logits.device)[:, None])[:, 0]
-            logps.append(torch.where(side.stop[block].to(logits.device), stop, written) - total)
-            stops.append((stop - total).exp())
-        return torch.cat(logps).to(self.model.device), torch.cat(stops).to(self.model.device)
+    def _facts(self, hidden: Tensor, side: PackedSide, head: Head, stop_ids: Tensor) -> RowFacts:
+        return row_facts(hidden, side, head, stop_ids, self.chunk_rows)
 
 
 class _eval_mode:
@@ -135,17 +110,6 @@ class _eval_mode:
 def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def _sums(values: Tensor, sample: Tensor, num: int) -> np.ndarray:
-    """Sum of `values` [N] for each sample, float64 [M]."""
-    totals = torch.zeros(num, dtype=torch.float64, device=values.device)
-    return totals.index_add(0, sample, values.double()).cpu().numpy()
-
-
-def _sample_of(side: PackedSide) -> Tensor:
-    """Which sample of the batch each scored token belongs to, [N]."""
-    return side.rows // side.input_ids.shape[1]
 
 
 def _any_id(reader: PairReader) -> int:

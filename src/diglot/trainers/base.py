@@ -31,13 +31,15 @@ from diglot.evaluation import Evaluator, OnPolicyReport
 from diglot.heads import Head, default_chunk_rows, hidden_at_rows, token_logps
 from diglot.objectives import PathObjective
 from diglot.rendering import Conversation, Renderer, Role
-from diglot.report import CompletionRow, model_card, print_completions
+from diglot.report import model_card
 from diglot.rollouts import TransformersSampler
 from diglot.trainers.collate import collate_samples, pad_id
 from diglot.trainers.config import DistillationConfig
-from diglot.trainers.lengths import as_read, by_length, in_order_of_data
+from diglot.trainers.lengths import as_read, by_length
 from diglot.trainers.metrics import StepMetrics
+from diglot.trainers.observing import Observer
 from diglot.trainers.projectors import add_to_optimizer, load_projectors, make_projectors, save_projectors
+from diglot.trainers.recording import RecordCallback, with_numbers
 from diglot.trainers.sides import describe, load_references, prepare_sides
 from diglot.trainers.terms import BatchScores, Reader, Term, check_rung, terms_of
 
@@ -119,6 +121,9 @@ class DistillationTrainer(Trainer):
                 f"Objective 'dskd' trains projectors, which are not averaged over processes, and there are "
                 f"{self.accelerator.num_processes}. Run it on one process, or choose an objective without projectors."
             )
+        self.observer = Observer(self)
+        self.add_callback(RecordCallback(self.observer.fixed))
+        with_numbers(self)
         if self.is_world_process_zero():
             logger.info(describe(sides))
 
@@ -146,7 +151,7 @@ class DistillationTrainer(Trainer):
             projector.grad = None  # the Trainer clears the gradients of its model only
         batches = self.prepare_window(window)
         self._watch_coverage(batches)
-        self._show_completions(batches)
+        self.observer.window(batches)
         return [{"batch": batch} for batch in batches], int(sum(batch.stats["tokens"] for batch in batches))
 
     @abstractmethod
@@ -455,15 +460,6 @@ class DistillationTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self._metrics.take(self.count_over_ranks)}
         super().log(logs, start_time)
-
-    def _show_completions(self, batches: Sequence[AlignedBatch]) -> None:
-        args, step = self.args, self.state.global_step
-        if not (args.log_completions and step % args.log_completions_steps == 0 and self.is_world_process_zero()):
-            return
-        pairs = in_order_of_data(batches)[: args.num_completions_to_print]
-        cut = [np.split(p.student.ids, [p.prompt_length]) for p in pairs]
-        decode = self.student_renderer.tokenizer.decode
-        print_completions([CompletionRow(str(decode(p)), str(decode(c))) for p, c in cut], step)
 
     def create_model_card(
         self,

@@ -139,6 +139,12 @@ class DistillationConfig(TrainingArguments):
     log_completions_steps: int = option(100, "Print completions every so many steps.", "Logging")
     num_completions_to_print: int = option(3, "How many completions a table shows.", "Logging")
 
+    log_rollouts: int = option(
+        4,
+        "Sampled completions that each logged step writes to rollouts.jsonl, scored by both models; 0: none.",
+        "Logging",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in _MAPPINGS:
@@ -148,6 +154,7 @@ class DistillationConfig(TrainingArguments):
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
         _require(self.strict_top_k >= 0, "strict_top_k", self.strict_top_k, "0 (all shared tokens) or more")
+        _require(self.log_rollouts >= 0, "log_rollouts", self.log_rollouts, "0 (none) or more")
         _require(self.num_generations >= 1, "num_generations", self.num_generations, "1 or more")
         _require(self.max_completion_length >= 1, "max_completion_length", self.max_completion_length, "1 or more")
         _require(0 <= self.min_coverage <= 1, "min_coverage", self.min_coverage, "in [0, 1]")

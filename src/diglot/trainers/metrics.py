@@ -12,6 +12,7 @@ RATIOS: dict[str, tuple[str, str]] = {
     "completions/mean_length": ("written", "samples"),
     "completions/mean_bytes": ("bytes", "samples"),
     "completions/stopped_ratio": ("stopped", "samples"),
+    "completions/repetition": ("repeated", "repeatable"),
     "align/coverage": ("covered", "tokens"),
     "align/one_to_one": ("one_to_one", "tokens"),
     "align/dropped": ("dropped", "tokens"),

@@ -1,0 +1,137 @@
+"""Signs that a run goes wrong, read off its logged metrics, each with what to do about it. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+History = Sequence[Mapping[str, Any]]
+
+WINDOW = 3  # logs that are averaged at either end: one odd log is no trend
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One warning. `name` is stable, `text` says what was seen and what to do."""
+
+    name: str
+    step: int
+    text: str
+
+
+def advise(history: History) -> list[Advice]:
+    """What the last logs say, at most one advice of each kind. `history` holds one mapping per log, oldest first."""
+    return [found for rule in RULES if (found := rule(history)) is not None]
+
+
+def all_advice(history: History) -> list[Advice]:
+    """What was said over a whole run: each kind once, at the log where it was first true."""
+    found: dict[str, Advice] = {}
+    for end in range(1, len(history) + 1):
+        for one in advise(history[:end]):
+            found.setdefault(one.name, one)
+    return list(found.values())
+
+
+def coverage_falling(history: History) -> Advice | None:
+    """The share of tokens that can be aligned is 5 points lower than it was."""
+    ends = _ends(history, "align/coverage")
+    if ends is None or ends[1] > ends[0] - 0.05:
+        return None
+    return _say(
+        history,
+        "coverage_falling",
+        f"Alignment coverage fell from {ends[0]:.1%} to {ends[1]:.1%}: a growing share of what the student writes "
+        "carries no signal. Look at rollouts.jsonl for broken characters or control tokens; a lower learning rate or "
+        "temperature keeps the student on text.",
+    )
+
+
+def repetition(history: History) -> Advice | None:
+    """Completions repeat themselves: over 30% of their windows, and 15 points more than at first."""
+    ends = _ends(history, "completions/repetition")
+    if ends is None or ends[1] < 0.3 or ends[1] < ends[0] + 0.15:
+        return None
+    return _say(
+        history,
+        "repetition",
+        f"{ends[1]:.0%} of the completions' text repeats what stands before it, {ends[0]:.0%} at first. Loops are likely "
+        "text under many teachers, and a divergence on the student's own text rewards them. Mix in the dataset's "
+        "completions (lmbda below 1), move beta towards 0, or shorten max_completion_length.",
+    )
+
+
+def length_collapse(history: History) -> Advice | None:
+    """Completions are less than a third as long as they were."""
+    ends = _ends(history, "completions/mean_bytes")
+    if ends is None or ends[1] > ends[0] / 3:
+        return None
+    return _say(
+        history,
+        "length_collapse",
+        f"Completions shrank from {ends[0]:.0f} to {ends[1]:.0f} bytes. Short text has a small divergence, and reverse KL "
+        "over whole texts rewards stopping. Check that the teacher's stop is read as the student's (stop agreement), and "
+        "keep length_normalization on (MiniLLM) or lower the learning rate.",
+    )
+
+
+def stop_disagreement(history: History) -> Advice | None:
+    """Both sides' stop probabilities overlap 20 points less than they did."""
+    ends = _ends(history, "rollouts/stop_agreement", "eval_stop_agreement")
+    if ends is None or ends[1] > ends[0] - 0.2:
+        return None
+    return _say(
+        history,
+        "stop_disagreement",
+        f"Agreement on where to stop fell from {ends[0]:.2f} to {ends[1]:.2f}. Compare the stop sets of both sides, raise "
+        "max_completion_length if most completions are cut, and use an objective that sees the stop event.",
+    )
+
+
+def markup_surprise(history: History) -> Advice | None:
+    """The teacher gives the end of the turn and the markup of a reply less than one chance in 400."""
+    values = _values(history, "rollouts/teacher_markup_surprisal")
+    if len(values) < WINDOW or not values[-WINDOW:] or _mean(values[-WINDOW:]) < 6:
+        return None
+    return _say(
+        history,
+        "markup_surprise",
+        f"The teacher is surprised by markup: {_mean(values[-WINDOW:]):.1f} nats for the end of a turn. It reads a template "
+        "that it was not trained on, a base model's text as a chat, or a think block that is open on one side only. "
+        "Check teacher_tokenizer_name_or_path and teacher_chat_template_kwargs.",
+    )
+
+
+RULES: tuple[Callable[[History], Advice | None], ...] = (
+    coverage_falling,
+    repetition,
+    length_collapse,
+    stop_disagreement,
+    markup_surprise,
+)
+
+
+def _say(history: History, name: str, text: str) -> Advice:
+    return Advice(name, int(history[-1].get("step", 0)), text)
+
+
+def _values(history: History, *names: str) -> list[float]:
+    """The values of the first of `names` that was logged at all."""
+    for name in names:
+        values = [entry[name] for entry in history if isinstance(entry.get(name), (int, float))]
+        if values:
+            return values
+    return []
+
+
+def _ends(history: History, *names: str) -> tuple[float, float] | None:
+    """Mean of the first and of the last logs that hold a metric; None before they are two separate groups."""
+    values = _values(history, *names)
+    if len(values) < 2 * WINDOW:
+        return None
+    return _mean(values[:WINDOW]), _mean(values[-WINDOW:])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,100 @@
+"""What a run leaves behind while it goes on: its metrics, its warnings, a line on the screen. Callbacks only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from diglot.report import advise
+from diglot.report.records import METRICS, ROLLOUTS, append, keep
+
+logger = logging.getLogger(__name__)
+
+# What the progress bar shows, in this order: name of the metric, name on the screen, format.
+SHOWN = (
+    ("loss", "loss", "{:.4g}"),
+    ("rollouts/kl_nats_per_byte", "nats/byte", "{:.3f}"),
+    ("eval_reverse_kl_nats_per_byte", "eval nats/byte", "{:.3f}"),
+    ("eval_bits_per_byte", "bits/byte", "{:.3f}"),
+    ("align/coverage", "coverage", "{:.1%}"),
+    ("completions/mean_length", "length", "{:.0f}"),
+    ("completions/clipped_ratio", "cut", "{:.0%}"),
+    ("rollouts/stop_agreement", "stop", "{:.2f}"),
+    ("grad_norm", "grad", "{:.3g}"),
+    ("learning_rate", "lr", "{:.2g}"),
+)
+
+
+def numbers_that_matter(logs: Mapping[str, Any]) -> dict[str, str]:
+    """Name on the screen -> value, of those in `logs`."""
+    return {shown: form.format(float(logs[name])) for name, shown, form in SHOWN if name in logs}
+
+
+class RecordCallback(TrainerCallback):
+    """Appends every log to `metrics.jsonl` and says once of each kind what looks wrong. Main process only.
+
+    A run that goes on from a checkpoint keeps what was written up to it, and drops what came later: those steps are
+    done again. A run that starts anew sets the files of an older one aside, as `*.old`.
+
+    Args:
+        observe: called on every rank before the first step ("before") and after the last ("after").
+    """
+
+    def __init__(self, observe: Callable[[str], None]) -> None:
+        self.observe = observe
+        self._warned: set[str] = set()
+        self._written = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self._take_up(Path(args.output_dir), state.global_step)
+        if state.global_step == 0:
+            self.observe("before")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.observe("after")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        append(Path(args.output_dir) / METRICS, {"step": state.global_step, **logs})
+        self._written += 1
+        for advice in advise([entry for entry in state.log_history if "train_runtime" not in entry]):
+            if advice.name not in self._warned:
+                self._warned.add(advice.name)
+                logger.warning("Step %d: %s", advice.step, advice.text)
+
+    def _take_up(self, folder: Path, step: int) -> None:
+        if step:
+            keep(folder / METRICS, lambda record: record["step"] <= step)
+            keep(folder / ROLLOUTS, lambda record: record["step"] < step)
+        elif not self._written:  # what this process wrote before step 0, an evaluation, belongs to this run
+            for name in (METRICS, ROLLOUTS):
+                if (folder / name).exists():
+                    (folder / name).replace(folder / f"{name}.old")
+
+
+class NumbersProgress(ProgressCallback):
+    """The Trainer's progress bar with the numbers that matter on it, and one line of them for every log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        bar: Any = self.training_bar
+        if not state.is_world_process_zero or bar is None or not logs:
+            return
+        numbers = numbers_that_matter(logs)
+        if numbers:
+            bar.set_postfix({k: v for k, v in numbers.items() if k in ("loss", "nats/byte", "coverage")})
+            bar.write(f"step {state.global_step}: " + ", ".join(f"{name} {value}" for name, value in numbers.items()))
+
+
+def with_numbers(trainer: Any) -> None:
+    """Put `NumbersProgress` in the place of the Trainer's own bar, where there is one; notebooks keep theirs."""
+    own = [one for one in trainer.callback_handler.callbacks if type(one) is ProgressCallback]
+    for one in own:
+        trainer.remove_callback(one)
+        trainer.add_callback(NumbersProgress())
