@@ -14,6 +14,8 @@ On-policy distillation of language models whose tokenizers differ.
 commands:
   train        distil a teacher into a student (GKD, MiniLLM)
   objectives   which objective for what: a table
+  eval         how good is a student: numbers that do not depend on a tokenizer
+  report       what a run did, or two: one HTML file
 
   diglot COMMAND --help   options of a command
   diglot --version
@@ -50,7 +52,15 @@ def _run(command: str, arguments: list[str]) -> int:
         from diglot.cli.objectives import show
 
         return show(arguments)
-    print(f"diglot: there is no command {command!r}; commands: train, objectives", file=sys.stderr)
+    if command == "eval":
+        from diglot.cli.evaluate import evaluate
+
+        return evaluate(arguments)
+    if command == "report":
+        from diglot.cli.report import report
+
+        return report(arguments)
+    print(f"diglot: there is no command {command!r}; commands: train, objectives, eval, report", file=sys.stderr)
     return 2
 
 

@@ -1,0 +1,165 @@
+"""A run, or two, as one HTML page that needs nothing else: no network, no script."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from diglot.errors import ConfigError
+from diglot.report.advice import all_advice
+from diglot.report.colours import (
+    DISLIKES_DARK,
+    DISLIKES_LIGHT,
+    LIKES_DARK,
+    LIKES_LIGHT,
+    LIMIT,
+    step_of,
+)
+from diglot.report.plots import CURVES, Curve, drawn, svg
+from diglot.report.records import Record
+from diglot.report.runs import Run
+
+MAX_CHUNKS = 800  # of one completion that are drawn
+MAX_STEPS = 8  # of the training that are shown, evenly spaced, first and last among them
+_VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page of one run, or of two side by side. All text of models, data and options is escaped.
+
+    Raises:
+        ConfigError: a package that draws pages is not installed.
+    """
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise ConfigError(
+            "Reports are written with jinja2, which is not installed: pip install 'diglot[report]'."
+        ) from error
+    environment = Environment(
+        loader=PackageLoader("diglot.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=_number, gap=_gap, visible=visible, percent=_percent)
+    environment.tests["table"] = _is_table
+    curves = [
+        {"curve": curve, "svg": Markup(svg(curve, runs, f"plot{i}"))}
+        for i, curve in enumerate(CURVES)
+        if drawn(curve, runs)
+    ]
+    return environment.get_template("report.html.j2").render(
+        runs=runs,
+        title=" and ".join(run.name for run in runs),
+        changes=[_changes(curve, runs) for curve in CURVES if curve.fixed and drawn(curve, runs)],
+        advice=[(run, one) for run in runs for one in all_advice(run.logs)],
+        curves=curves,
+        groups=side_by_side(runs),
+        training=[(run, training_groups(run)) for run in runs],
+        differing=_differing(runs),
+        css_colours=Markup(_css_colours()),
+        limit=LIMIT,
+    )
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def _changes(curve: Curve, runs: Sequence[Run]) -> dict[str, Any]:
+    """One row of the table of what changed."""
+    values = []
+    for run in runs:
+        before, after = run.before_after(curve.fixed)
+        values.append((before, after, after - before if before is not None and after is not None else None))
+    return {"curve": curve, "values": values}
+
+
+def _differing(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
+    """Options that two runs do not share, with the value of each."""
+    names = sorted({name for run in runs for name in run.config})
+    found = [(name, [run.config.get(name) for run in runs]) for name in names]
+    return [(name, values) for name, values in found if any(value != values[0] for value in values)]
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _gap(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
+
+
+def _is_table(value: Any) -> bool:
+    """Rows with the same keys?"""
+    rows = isinstance(value, list) and value and all(isinstance(one, dict) for one in value)
+    return bool(rows) and all(one.keys() == value[0].keys() for one in value)
+
+
+# ---- completions -----------------------------------------------------------------------------------------------------
+
+
+def visible(text: str) -> str:
+    """Text with spaces and line breaks that can be seen, and control characters as escapes."""
+    return "".join(_VISIBLE.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)
+
+
+def side_by_side(runs: Sequence[Run]) -> list[list[dict[str, Any]]]:
+    """Groups of completions to one prompt: before and after of one run, or the last ones of two."""
+    if len(runs) == 1:
+        ends = [("before the first step", runs[0].rollouts_in("before"))]
+        ends.append((f"after step {runs[0].steps}", runs[0].rollouts_in("after")))
+    else:
+        ends = [(run.name, run.rollouts_in("after")) for run in runs]
+    prompts = list(dict.fromkeys(record["prompt"] for _, records in ends for record in records))
+    return [[_shown(title, r) for title, records in ends for r in records if r["prompt"] == p] for p in prompts]
+
+
+def training_groups(run: Run) -> list[tuple[int, list[dict[str, Any]]]]:
+    """Step -> completions while training, for at most `MAX_STEPS` steps."""
+    records = run.rollouts_in("training")
+    steps = sorted({record["step"] for record in records})
+    if len(steps) > MAX_STEPS:
+        steps = [steps[round(i * (len(steps) - 1) / (MAX_STEPS - 1))] for i in range(MAX_STEPS)]
+    return [(step, [_shown(f"step {step}", r) for r in records if r["step"] == step]) for step in steps]
+
+
+def _shown(title: str, record: Record) -> dict[str, Any]:
+    """What the template needs of one rollout."""
+    chunks = [_chunk(chunk) for chunk in record["chunks"][:MAX_CHUNKS]]
+    gaps = [chunk["gap"] for chunk in chunks if chunk["gap"] is not None]
+    size = record.get("num_bytes") or 0
+    return {
+        **record,
+        "title": title,
+        "chunks": chunks,
+        "hidden": len(record["chunks"]) - len(chunks),
+        "gap": sum(gaps) / size if gaps and size and len(chunks) == len(record["chunks"]) else None,
+    }
+
+
+def _chunk(chunk: dict[str, Any]) -> dict[str, Any]:
+    known = chunk["comparable"] and chunk["logp_s"] is not None and chunk["logp_t"] is not None
+    gap = chunk["logp_t"] - chunk["logp_s"] if known else None
+    step = step_of(gap)
+    name = "" if step == 0 else f"g{step}" if step > 0 else f"m{-step}"
+    return {**chunk, "gap": gap, "css": name if known else "unknown"}
+
+
+def _css_colours() -> str:
+    """The colour scale as rules, for light and dark."""
+    light = _rules(LIKES_LIGHT, DISLIKES_LIGHT)
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{_rules(LIKES_DARK, DISLIKES_DARK)}\n}}"
+
+
+def _rules(likes: Sequence[str], dislikes: Sequence[str]) -> str:
+    rules = [f".g{i} {{ background: {colour} }}" for i, colour in enumerate(likes, start=1)]
+    return "\n".join(rules + [f".m{i} {{ background: {colour} }}" for i, colour in enumerate(dislikes, start=1)])
