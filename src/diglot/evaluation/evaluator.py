@@ -44,16 +44,33 @@ class Evaluator:
 
     @torch.no_grad()
     def on_reference(self, samples: Sequence[Sample]) -> ReferenceReport:
-        """Bits per byte of the samples' completions."""
-        nats, num_bytes = [], []
+        """Bits per byte of the samples' completions, and how the model's stop fits where they end."""
+        columns: list[tuple[np.ndarray, ...]] = []
         rendered = [r for s in samples if (r := self.reader.reference(s)) is not None]
         with _eval_mode(self.model):
             for batch in _batches(rendered, self.batch_size):
                 side = pack(batch, [len(r.segment_bytes) for r in batch], _any_id(self.reader)).to(self.model.device)
-                logp = self._facts(self._hidden(side), side, self.head, self.pair.stop_s).logp
-                nats.append(sample_sums(-logp * ~side.stop.cpu(), sample_of(side), len(batch)))
-                num_bytes.append(np.array([sum(map(len, r.segment_bytes)) for r in batch], dtype=np.float64))
-        return ReferenceReport(np.concatenate(nats or [np.zeros(0)]), np.concatenate(num_bytes or [np.zeros(0)]))
+                facts = self._facts(self._hidden(side), side, self.head, self.pair.stop_s)
+                ends, sample, num = side.stop.cpu(), sample_of(side), len(batch)
+                size = np.array([sum(map(len, r.segment_bytes)) for r in batch], dtype=np.float64)
+                sums = [sample_sums(v, sample, num) for v in (-facts.logp * ~ends, facts.stop * ends, facts.stop)]
+                columns.append((sums[0], size, sums[1], sums[2]))
+        return ReferenceReport(*map(np.concatenate, zip(*columns, strict=True))) if columns else _nothing_read()
+
+    @torch.no_grad()
+    def reference_gap(self, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+        """log p_teacher - log p_student of each sample's reply, nats, and its bytes, `[M]` each."""
+        found = []
+        with _eval_mode(self.model):
+            for batch in _batches([p for s in samples if (p := self.reader.written(s)) is not None], self.batch_size):
+                columns = self._judge(self._aligned(batch, on_policy=False))
+                found.append((-columns["gap"], columns["num_bytes"]))
+        gaps, sizes = zip(*found, strict=True) if found else ((np.zeros(0),), (np.zeros(0),))
+        return np.concatenate(gaps), np.concatenate(sizes)
+
+    def _aligned(self, pairs: Sequence[ReadPair], on_policy: bool) -> AlignedBatch:
+        pads = _any_id(self.reader), self.teacher.renderer.stop_id
+        return align_pairs(pairs, pad_s=pads[0], pad_t=pads[1], on_policy=on_policy).to(self.model.device)
 
     @torch.no_grad()
     def on_policy(
@@ -66,10 +83,7 @@ class Evaluator:
             for i, batch in enumerate(_batches(conversations, self.batch_size)):
                 pairs = self._write(batch, sampler, max_new_tokens, seed + i)
                 texts += [p.student.segment_bytes[-1].decode("utf-8") for p in pairs]
-                aligned = align_pairs(
-                    pairs, pad_s=_any_id(self.reader), pad_t=self.teacher.renderer.stop_id, on_policy=True
-                )
-                found.append(self._judge(aligned.to(self.model.device)))
+                found.append(self._judge(self._aligned(pairs, on_policy=True)))
         columns = {name: np.concatenate([f[name] for f in found] or [np.zeros(0)]) for name in OnPolicyReport.columns()}
         return OnPolicyReport(**columns, completions=texts)
 
@@ -110,6 +124,10 @@ class _eval_mode:
 def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def _nothing_read() -> ReferenceReport:
+    return ReferenceReport(*(np.zeros(0) for _ in range(4)))
 
 
 def _any_id(reader: PairReader) -> int:

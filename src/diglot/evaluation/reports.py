@@ -33,6 +33,8 @@ class ReferenceReport:
 
     nats: Sums  # -log p of the text's bytes, stop not included
     num_bytes: Sums
+    stop_at_end: Sums = field(default_factory=lambda: np.zeros(0))  # probability of stop where the reply ends
+    stop_expected: Sums = field(default_factory=lambda: np.zeros(0))  # sum of the probability of stop over its rows
 
     @property
     def bits_per_byte(self) -> float:
@@ -56,6 +58,7 @@ class OnPolicyReport:
     stop_either: Sums  # the same with max
     tokens: Sums
     covered: Sums  # student tokens in exact chunks
+    stopped: Sums  # 1 where the completion ended by itself, 0 where it was cut
     completions: Sequence[str] = field(default_factory=list)
 
     @classmethod

@@ -56,9 +56,9 @@ def repetition(history: History) -> Advice | None:
     return _say(
         history,
         "repetition",
-        f"{ends[1]:.0%} of the completions' text repeats what stands before it, {ends[0]:.0%} at first. Loops are likely "
-        "text under many teachers, and a divergence on the student's own text rewards them. Mix in the dataset's "
-        "completions (lmbda below 1), move beta towards 0, or shorten max_completion_length.",
+        f"{ends[1]:.0%} of the completions' text repeats what stands before it, {ends[0]:.0%} at first. Loops are "
+        "likely text under many teachers, and a divergence on the student's own text rewards them. Mix in the "
+        "dataset's completions (lmbda below 1), move beta towards 0, or shorten max_completion_length.",
     )
 
 
@@ -70,9 +70,9 @@ def length_collapse(history: History) -> Advice | None:
     return _say(
         history,
         "length_collapse",
-        f"Completions shrank from {ends[0]:.0f} to {ends[1]:.0f} bytes. Short text has a small divergence, and reverse KL "
-        "over whole texts rewards stopping. Check that the teacher's stop is read as the student's (stop agreement), and "
-        "keep length_normalization on (MiniLLM) or lower the learning rate.",
+        f"Completions shrank from {ends[0]:.0f} to {ends[1]:.0f} bytes. Short text has a small divergence, and "
+        "reverse KL over whole texts rewards stopping. Check that the teacher's stop is read as the student's (stop "
+        "agreement), and keep length_normalization on (MiniLLM) or lower the learning rate.",
     )
 
 
@@ -84,8 +84,8 @@ def stop_disagreement(history: History) -> Advice | None:
     return _say(
         history,
         "stop_disagreement",
-        f"Agreement on where to stop fell from {ends[0]:.2f} to {ends[1]:.2f}. Compare the stop sets of both sides, raise "
-        "max_completion_length if most completions are cut, and use an objective that sees the stop event.",
+        f"Agreement on where to stop fell from {ends[0]:.2f} to {ends[1]:.2f}. Compare the stop sets of both sides, "
+        "raise max_completion_length if most completions are cut, and use an objective that sees the stop event.",
     )
 
 
@@ -97,9 +97,9 @@ def markup_surprise(history: History) -> Advice | None:
     return _say(
         history,
         "markup_surprise",
-        f"The teacher is surprised by markup: {_mean(values[-WINDOW:]):.1f} nats for the end of a turn. It reads a template "
-        "that it was not trained on, a base model's text as a chat, or a think block that is open on one side only. "
-        "Check teacher_tokenizer_name_or_path and teacher_chat_template_kwargs.",
+        f"The teacher is surprised by markup: {_mean(values[-WINDOW:]):.1f} nats for the end of a turn. It reads a "
+        "template that it was not trained on, a base model's text as a chat, or a think block that is open on one side "
+        "only. Check teacher_tokenizer_name_or_path and teacher_chat_template_kwargs.",
     )
 
 

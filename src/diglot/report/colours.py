@@ -14,7 +14,7 @@ STEPS = 5  # on either side of zero
 LIKES_LIGHT = ("#e3eefb", "#c3dcf5", "#9cc6ee", "#6fabe3", "#3f8fd6")
 LIKES_DARK = ("#15283c", "#17375a", "#184879", "#1a5a9a", "#1d6dbb")
 DISLIKES_LIGHT = ("#fdeede", "#fbd9b5", "#f8bf85", "#f2a04f", "#e67f1e")
-DISLIKES_DARK = ("#352413", "#503214", "#6f4314", "#8f5412", "#ad640d")
+DISLIKES_DARK = ("#352413", "#503214", "#6f4314", "#8f5412", "#9c590a")
 
 
 def step_of(gap: float | None) -> int:

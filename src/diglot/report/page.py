@@ -86,12 +86,12 @@ def _differing(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
 
 def _number(value: Any) -> str:
     if value is None:
-        return "–"
+        return "\N{EN DASH}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _gap(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+def _gap(value: float, digits: int = 2) -> str:
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _percent(value: float) -> str:

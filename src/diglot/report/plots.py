@@ -84,6 +84,8 @@ def svg(curve: Curve, runs: Sequence[Run], name: str) -> str:
         for number, run in enumerate(runs[:2]):
             _draw(axes, curve, run, (_RUN_0, _RUN_1)[number], number)
         _dress(axes, curve)
+        last = max(1, *(run.steps for run in runs))
+        axes.set_xlim(-0.03 * last, 1.03 * last)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return _for_page(file.getvalue(), name, f"{curve.title} over steps{f', {curve.unit}' if curve.unit else ''}")
@@ -95,9 +97,7 @@ def _draw(axes: Any, curve: Curve, run: Run, colour: str, number: int) -> None:
     axes.plot(steps, values, color=colour, lw=1.4, ls=solid, alpha=0.75, marker="." if len(steps) == 1 else None)
     steps, values = run.series(*curve.evaluation)
     axes.plot(steps, values, color=colour, lw=1.2, ls=solid, marker="o", ms=4.5)
-    ends = [
-        (step, v) for step, v in zip((0, run.steps), run.before_after(curve.fixed), strict=True) if v is not None
-    ]
+    ends = [(step, v) for step, v in zip((0, run.steps), run.before_after(curve.fixed), strict=True) if v is not None]
     if ends:
         x, y = zip(*ends, strict=True)
         axes.plot(x, y, color=colour, ls=":", lw=1, marker="D", ms=7, mfc=_PAPER, mew=1.6, zorder=4, clip_on=False)
@@ -106,7 +106,7 @@ def _draw(axes: Any, curve: Curve, run: Run, colour: str, number: int) -> None:
 def _dress(axes: Any, curve: Curve) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    if curve.log_scale:
+    if curve.log_scale and _spans_decades(axes):
         axes.set_yscale("log")
     axes.set_xlabel("step", color=_INK)
     axes.set_ylabel(curve.unit, color=_INK)
@@ -118,6 +118,12 @@ def _dress(axes: Any, curve: Curve) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(_LINE)
+
+
+def _spans_decades(axes: Any) -> bool:
+    """Are all values positive, and the largest fifty times the smallest?"""
+    values = [y for line in axes.get_lines() for y in line.get_ydata()]
+    return bool(values) and min(values) > 0 and max(values) > 50 * min(values)
 
 
 def _for_page(text: str, name: str, label: str) -> str:

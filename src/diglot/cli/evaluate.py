@@ -1,0 +1,143 @@
+"""`diglot eval`: numbers of one model or several that do not depend on a tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from diglot.errors import ConfigError
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Measure every model on the same rows with the same seed, and print a table or JSON."""
+    given = _parser().parse_args(arguments)
+    if given.lm_eval_tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            f"--lm_eval_tasks {given.lm_eval_tasks} needs lm-eval, which is not installed. "
+            "Run: pip install 'lm-eval[hf]'."
+        )
+    found = _measure(given)
+    if given.lm_eval_tasks:
+        for name, one in found.items():
+            one["lm_eval"] = lm_eval(name, given.lm_eval_tasks, given.batch_size, given.device)
+    if given.json:
+        print(json.dumps({"data": given.data, "teacher": given.teacher, "models": found}, indent=2))
+    else:
+        _print(found)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="diglot eval",
+        description="Numbers that do not depend on a tokenizer, with 95%% bootstrap intervals over the rows.",
+        epilog="example: diglot eval runs/first --teacher Qwen/Qwen2.5-1.5B-Instruct --data heldout.jsonl",
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a model id or a folder; several are compared")
+    parser.add_argument("--teacher", help="what to compare each of them with: divergences, agreement, stops")
+    parser.add_argument("--data", required=True, help="a hub id, a JSONL, Parquet or CSV file, or a folder")
+    parser.add_argument("--split", default="train", help="split of the data (default: train, as a single file has)")
+    parser.add_argument("--rows", type=int, default=64, help="how many rows are read (default: 64)")
+    parser.add_argument("--max_completion_length", type=int, default=128, help="tokens of a sample (default: 128)")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows at a time (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of samples, places and intervals (default: 0)")
+    parser.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
+    parser.add_argument("--dtype", default="auto", help="number type of the weights (default: the file's own)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the models")
+    parser.add_argument("--lm_eval_tasks", metavar="A,B", help="also run these tasks of lm-eval, if it is installed")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    return parser
+
+
+def _measure(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Model -> measure -> value, interval and unit."""
+    from diglot.data import load_dataset, to_sample
+    from diglot.evaluation.battery import Plan, measure
+
+    rows = islice(load_dataset(given.data, split=given.split), given.rows)
+    samples = [to_sample(row, where=f"row {i}") for i, row in enumerate(rows)]
+    plan = Plan(given.max_completion_length, given.batch_size, seed=given.seed)
+    teacher = None if given.teacher is None else _load(given.teacher, given)
+    found = {}
+    for name in given.models:
+        measures = measure(_load(name, given), teacher, samples, plan)
+        found[name] = {key: one.as_json() for key, one in measures.items()}
+    return found
+
+
+def _load(name: str, given: argparse.Namespace) -> Any:
+    """A model in evaluation mode on the device, with its own tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from diglot.evaluation.battery import Side
+    from diglot.rendering import Renderer
+
+    options = {"trust_remote_code": given.trust_remote_code}
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=given.dtype, **options)
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    model = model.to(given.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    rows = model.get_input_embeddings().num_embeddings
+    return Side(
+        name,
+        model,
+        Renderer(tokenizer, num_embeddings=rows, generation_config=model.generation_config, name=name),
+    )
+
+
+def lm_eval(model: str, tasks: str, batch_size: int, device: str | None = None) -> dict[str, Any]:
+    """The results of lm-eval's `tasks` on a model, by task. It runs in a process of its own.
+
+    Raises:
+        ConfigError: it ended with an error, or wrote no results.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model}"]
+        command += ["--tasks", tasks, "--batch_size", str(batch_size), "--output_path", folder]
+        command += ["--device", device] if device else []
+        done = subprocess.run(command, capture_output=True, text=True)
+        written = sorted(Path(folder).rglob("results*.json"))
+        if done.returncode or not written:
+            raise ConfigError(
+                f"lm-eval ended with code {done.returncode} for {model} and tasks {tasks}: "
+                f"{done.stderr.strip()[-800:]} Try the same alone: {' '.join(command)}"
+            )
+        return json.loads(written[-1].read_text(encoding="utf-8"))["results"]
+
+
+def _print(found: dict[str, dict[str, Any]]) -> None:
+    """One column for each model. Names are data, never markup."""
+    from rich.text import Text
+
+    table = Table(title="95% intervals over rows")
+    table.add_column("measure", no_wrap=True)
+    for name in found:
+        table.add_column(Text(name), justify="right")
+    table.add_column("unit", style="dim")
+    names = list(dict.fromkeys(key for one in found.values() for key in one if key != "lm_eval"))
+    for key in names:
+        units = [one[key]["unit"] for one in found.values() if key in one]
+        table.add_row(key, *(_cell(one.get(key)) for one in found.values()), units[0])
+    Console().print(table)
+    for name, one in found.items():
+        for task, results in one.get("lm_eval", {}).items():
+            shown = {k: v for k, v in results.items() if isinstance(v, float)}
+            Console().print(Text(f"{name}  {task}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items())))
+
+
+def _cell(measure: dict[str, Any] | None) -> str:
+    if measure is None or measure["value"] is None:
+        return ""
+    text = f"{measure['value']:.4g}"
+    return text if measure["low"] is None else f"{text} [{measure['low']:.4g}, {measure['high']:.4g}]"
