@@ -1,0 +1,81 @@
+"""Warnings on made histories: each comes when it should, names what was seen, and not before."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tokenizers_zoo as zoo
+
+from diglot.report import advise, all_advice
+
+HEALTHY: dict[str, float] = {
+    "align/coverage": 0.99,
+    "completions/repetition": 0.05,
+    "completions/mean_bytes": 400.0,
+    "rollouts/stop_agreement": 0.8,
+    "rollouts/teacher_markup_surprisal": 1.0,
+}
+BAD: dict[str, tuple[str, float]] = {
+    "coverage_falling": ("align/coverage", 0.8),
+    "repetition": ("completions/repetition", 0.6),
+    "length_collapse": ("completions/mean_bytes", 60.0),
+    "stop_disagreement": ("rollouts/stop_agreement", 0.3),
+    "markup_surprise": ("rollouts/teacher_markup_surprisal", 9.0),
+}
+
+
+def history(*parts: tuple[int, dict[str, float]]) -> list[dict[str, Any]]:
+    """`(number of logs, what differs from a healthy run)` one after the other, a log every ten steps."""
+    entries = [{**HEALTHY, **changed} for number, changed in parts for _ in range(number)]
+    return [{"step": 10 * (i + 1), **entry} for i, entry in enumerate(entries)]
+
+
+def test_a_healthy_run_is_not_warned_about() -> None:
+    assert advise(history((30, {}))) == [] == advise([]) == advise([{"step": 1, "eval_loss": 1.0}])
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_each_sign_gives_its_own_advice_and_no_other(name: str) -> None:
+    metric, value = BAD[name]
+    found = advise(history((6, {}), (3, {metric: value})))
+    assert [one.name for one in found] == [name]
+    assert found[0].step == 90 and any(c.isdigit() for c in found[0].text) and len(found[0].text) > 80
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_one_odd_log_is_no_trend(name: str) -> None:
+    metric, value = BAD[name]
+    near = {"rollouts/teacher_markup_surprisal": 9.0}.get(metric, value)
+    mild = HEALTHY[metric] + (near - HEALTHY[metric]) * 0.25
+    assert advise(history((6, {}), (1, {metric: mild}), (2, {}))) == []
+
+
+def test_a_run_that_was_bad_from_the_start_is_no_trend() -> None:
+    assert advise(history((12, {"completions/repetition": 0.6, "completions/mean_bytes": 30.0}))) == []
+
+
+def test_over_a_whole_run_each_kind_is_said_once_where_it_began() -> None:
+    found = all_advice(history((6, {}), (6, {"align/coverage": 0.7}), (6, {"completions/repetition": 0.9})))
+    assert [(one.name, one.step) for one in found] == [("coverage_falling", 70), ("repetition", 140)]
+
+
+def test_metrics_that_a_log_lacks_are_passed_over() -> None:
+    logs = history((6, {}), (3, {"align/coverage": 0.6}))
+    mixed = [entry for log in logs for entry in (log, {"step": log["step"], "eval_loss": 1.0, "align/coverage": None})]
+    assert [one.name for one in advise(mixed)] == ["coverage_falling"]
+
+
+def test_the_trainer_says_it_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), max_steps=1)
+    callback = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "RecordCallback")
+    trainer.state.is_world_process_zero = True
+    trainer.state.log_history = history((6, {}), (3, {"align/coverage": 0.6}))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            callback.on_log(trainer.args, trainer.state, trainer.control, logs={"loss": 1.0})
+    said = [r.getMessage() for r in caplog.records if "coverage fell" in r.getMessage()]
+    assert len(said) == 1 and "99.0%" in said[0] and "60.0%" in said[0]
