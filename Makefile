@@ -37,6 +37,7 @@ test: .venv/.installed
 
 test-real: .venv/.installed
 	$(BIN)/python demo/assets.py get smollm2-135m-instruct gemma-3-270m tokenizers texts
+	$(BIN)/python tests/browser.py
 	$(PYTEST) -m "real and not nightly"
 
 nightly: .venv/.installed

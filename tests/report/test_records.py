@@ -17,7 +17,8 @@ from diglot.trainers import GKDTrainer
 
 
 def run(out: Path, resume: Any = None, make: Any = tiny.gkd, **options: Any) -> GKDTrainer:
-    common = dict(lmbda=1.0, log_rollouts=2, save_strategy="steps", save_steps=2, max_steps=4)
+    common: dict[str, Any] = {"lmbda": 1.0} if make is tiny.gkd else {}
+    common |= dict(log_rollouts=2, max_completion_length=16, save_strategy="steps", save_steps=2, max_steps=4)
     trainer = make(out, zoo.chatml(), zoo.inst(), **{**common, **options})
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -66,16 +67,11 @@ def test_every_logged_step_and_both_ends_are_in_the_files(tmp_path: Path) -> Non
 @pytest.mark.parametrize("make", [tiny.gkd, tiny.minillm])
 def test_going_on_from_an_older_checkpoint_drops_what_came_after_it(tmp_path: Path, make: Any) -> None:
     """The files of a run that went back to step 2 are those of one that ran through."""
-    options: dict[str, Any] = {"make": make} | ({} if make is tiny.gkd else {"lmbda": None})
-    options = {k: v for k, v in options.items() if v is not None}
-    if make is tiny.minillm:
-        make_without = lambda out, s, t, **o: tiny.minillm(out, s, t, **{k: v for k, v in o.items() if k != "lmbda"})  # noqa: E731
-        options["make"] = make_without
-    run(tmp_path, **options)
-    timeless = [r for r in read(tmp_path / "rollouts.jsonl")]
-    run(tmp_path, resume=str(tmp_path / "checkpoint-2"), **options)
+    run(tmp_path, make=make)
+    rollouts = read(tmp_path / "rollouts.jsonl")
+    run(tmp_path, make=make, resume=str(tmp_path / "checkpoint-2"))
     assert steps(tmp_path, "metrics.jsonl") == [1, 2, 3, 4]
-    assert read(tmp_path / "rollouts.jsonl") == timeless
+    assert read(tmp_path / "rollouts.jsonl") == rollouts
 
 
 def test_a_new_run_sets_the_files_of_an_older_one_aside(tmp_path: Path) -> None:
@@ -138,7 +134,7 @@ def test_tensorboard_gets_every_metric(tmp_path: Path, monkeypatch: pytest.Monke
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    run(tmp_path, report_to=["tensorboard"], max_steps=2)
+    run(tmp_path, report_to=["tensorboard"], max_steps=2, log_rollouts=4)
     events = EventAccumulator(str(tmp_path / "board")).Reload()
     for name in ("align/coverage", "rollouts/stop_agreement", "completions/mean_bytes"):
         logged = [r[name] for r in read(tmp_path / "metrics.jsonl") if "loss" in r]
@@ -146,6 +142,6 @@ def test_tensorboard_gets_every_metric(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_screen_shows_the_numbers_that_matter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path, disable_tqdm=False, max_steps=2)
+    run(tmp_path, disable_tqdm=False, max_steps=2, log_rollouts=4)
     lines = [line for line in capsys.readouterr().out.replace("\r", "\n").splitlines() if line.startswith("step ")]
     assert len(lines) == 2 and all("loss " in line and "coverage 100.0%" in line and "stop " in line for line in lines)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 History = Sequence[Mapping[str, Any]]
 
-WINDOW = 3  # logs that are averaged at either end: one odd log is no trend
+WINDOW = 3  # logs at either end whose median is compared: one odd log is no trend
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,12 @@ def stop_disagreement(history: History) -> Advice | None:
 def markup_surprise(history: History) -> Advice | None:
     """The teacher gives the end of the turn and the markup of a reply less than one chance in 400."""
     values = _values(history, "rollouts/teacher_markup_surprisal")
-    if len(values) < WINDOW or not values[-WINDOW:] or _mean(values[-WINDOW:]) < 6:
+    if len(values) < WINDOW or median(values[-WINDOW:]) < 6:
         return None
     return _say(
         history,
         "markup_surprise",
-        f"The teacher is surprised by markup: {_mean(values[-WINDOW:]):.1f} nats for the end of a turn. It reads a "
+        f"The teacher is surprised by markup: {median(values[-WINDOW:]):.1f} nats for the end of a turn. It reads a "
         "template that it was not trained on, a base model's text as a chat, or a think block that is open on one side "
         "only. Check teacher_tokenizer_name_or_path and teacher_chat_template_kwargs.",
     )
@@ -126,12 +127,8 @@ def _values(history: History, *names: str) -> list[float]:
 
 
 def _ends(history: History, *names: str) -> tuple[float, float] | None:
-    """Mean of the first and of the last logs that hold a metric; None before they are two separate groups."""
+    """Median of the first and of the last logs that hold a metric; None before they are two separate groups."""
     values = _values(history, *names)
     if len(values) < 2 * WINDOW:
         return None
-    return _mean(values[:WINDOW]), _mean(values[-WINDOW:])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return median(values[:WINDOW]), median(values[-WINDOW:])

@@ -77,7 +77,7 @@ def svg(curve: Curve, runs: Sequence[Run], name: str) -> str:
         raise ConfigError(
             "Reports are drawn with matplotlib, which is not installed: pip install 'diglot[report]'."
         ) from error
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5, "axes.formatter.useoffset": False}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5, "axes.formatter.useoffset": False}
     with rc_context(style):
         figure = Figure(figsize=(4.6, 2.3), layout="constrained")
         axes: Any = figure.add_subplot()

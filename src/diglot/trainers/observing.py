@@ -141,15 +141,16 @@ class Observer:
     ) -> tuple[AlignedBatch, tuple[RowFacts, RowFacts]]:
         """Both models read the pairs, in evaluation mode; every model is left in the mode it was in."""
         trainer = self.trainer
-        batch = trainer.align(pairs, on_policy)
-        training = trainer.model.training
-        trainer.model.eval()
+        batch, model = trainer.align(pairs, on_policy), trainer.model
+        assert model is not None
+        training = model.training
+        model.eval()
         try:
             with trainer.accelerator.autocast():
-                hidden_s = trainer.hidden_at_rows(trainer.model, batch.student)
+                hidden_s = trainer.hidden_at_rows(model, batch.student)
                 hidden_t = trainer.teacher.hidden(batch.teacher)
         finally:
-            trainer.model.train(training)
+            model.train(training)
         rows = trainer.chunk_rows()
         student = row_facts(hidden_s, batch.student, trainer.student_head, trainer.pair.stop_s, rows, top)
         return batch, (

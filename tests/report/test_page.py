@@ -1,0 +1,151 @@
+"""The page about a run: what is on it, and that nothing in a run can become markup."""
+
+from __future__ import annotations
+
+import html.parser
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import tokenizers_zoo as zoo
+from made_runs import EVIL, WORDS, make_run
+
+from diglot.cli.main import main
+from diglot.errors import DataError
+from diglot.report import colours
+from diglot.report.page import page, visible
+from diglot.report.runs import load_run
+
+
+class Reader(html.parser.HTMLParser):
+    """Elements, their attributes, and all text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return page([load_run(make_run(tmp_path_factory.mktemp("runs") / "first"))])
+
+
+def test_text_of_a_run_is_never_markup(one: str) -> None:
+    """Prompts, completions, tokens, options and inspections that hold scripts are shown as text."""
+    found = Reader(one)
+    assert "script" not in found.tags and "img" not in found.tags
+    assert not [name for name, _ in found.attributes if name.startswith("on")]
+    assert found.text.count("<script>document.title='owned'</script>") >= 6
+    assert EVIL not in one
+
+
+def test_the_page_needs_nothing_from_elsewhere(one: str) -> None:
+    """No address is loaded: the only ones are names of SVG's own vocabulary; and the policy forbids the rest."""
+    found = Reader(one)
+    assert not {"link", "iframe", "object", "embed", "audio", "video"} & set(found.tags)
+    loading = [v for n, v in found.attributes if n in ("src", "href", "xlink:href", "srcset", "action", "data")]
+    assert loading and all(value.startswith("#") for value in loading)
+    assert "@import" not in one and not re.search(r"url\((?!#)", one)
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in found.attributes
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(one: str) -> None:
+    found = Reader(one)
+    ids = [value for name, value in found.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = [v[1:] for n, v in found.attributes if n in ("href", "xlink:href")] + re.findall(r"url\(#([^)]+)\)", one)
+    assert used and set(used) <= set(ids)
+
+
+def test_curves_numbers_warnings_gaps_pair_and_options_are_there(one: str) -> None:
+    found = Reader(one)
+    for title in ("Divergence student", "Reference text", "Length of completions", "Stop agreement", "Gradient norm"):
+        assert title in found.text
+    assert found.tags.count("svg") == 8
+    assert "0.3" in found.text and "0.1" in found.text and "-0.2" in found.text
+    assert "of the completions' text repeats" in found.text
+    assert "before the first step" in found.text and "after step 40" in found.text
+    assert "byte-level" in found.text and "learning_rate" in found.text
+    spans = [v for n, v in found.attributes if n == "class" and v.startswith("chunk")]
+    assert len(spans) == 4 * (len(WORDS) + 1) + 8 * 6  # both ends of two prompts; eight steps of training
+    assert "chunk g5" in spans and "chunk m5" in spans and "chunk m5 stop" in spans and "chunk unknown" in spans
+
+
+def test_two_runs_stand_side_by_side(tmp_path: Path) -> None:
+    runs = [load_run(make_run(tmp_path / name, shift)) for name, shift in (("a <b>", 0.0), ("second", 0.05))]
+    found = Reader(page(runs))
+    assert "a <b>" in found.text and "second" in found.text and "b" not in set(found.tags) - {"b"}
+    row = re.search(r"learning_rate\s*0\.0\s*0\.05", found.text)
+    assert row and "before the first step" not in found.text
+
+
+def test_a_run_without_its_other_files_is_shown_as_far_as_it_goes(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r")
+    for name in ("rollouts.jsonl", "resolved_config.yaml", "inspection.json"):
+        (folder / name).unlink()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n', encoding="utf-8")
+    found = Reader(page([load_run(folder)]))
+    assert found.tags.count("svg") == 1 and "No completions were kept" in found.text
+
+
+def test_the_report_of_a_real_little_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the trainer's own files through the command."""
+    tiny.gkd(tmp_path / "run", zoo.chatml(), zoo.inst(), max_steps=2, log_rollouts=2, lmbda=1.0).train()
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "out" / "r.html")]) == 0
+    assert capsys.readouterr().out.strip().endswith("r.html")
+    found = Reader((tmp_path / "out" / "r.html").read_text(encoding="utf-8"))
+    assert "Say hello." in found.text and "after step 2" in found.text
+
+
+def test_a_folder_that_is_no_run_is_an_error_that_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no metrics.jsonl" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="entry 1 of metrics.jsonl has no step"):
+        load_run(tmp_path)
+
+
+def test_the_command_does_not_wait_for_torch(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r")
+    code = f"import sys; from diglot.cli.main import main; main(['report', {str(folder)!r}]); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_text_can_be_read_on_every_colour() -> None:
+    """WCAG 2 AA: a contrast of 4.5 at least, in both modes."""
+    css = (Path(colours.__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
+    inks = re.findall(r"--ink: (#\w{6})", css)
+    scales = (colours.LIKES_LIGHT + colours.DISLIKES_LIGHT, colours.LIKES_DARK + colours.DISLIKES_DARK)
+    for ink, scale in zip(inks, scales, strict=True):
+        for colour in scale:
+            low, high = sorted((luminance(ink), luminance(colour)))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, colour)
+
+
+def test_the_scale_is_symmetric_and_ends() -> None:
+    assert [colours.step_of(g) for g in (None, float("nan"), 0.0, 0.3, 0.5, 4.0, 99.0)] == [0, 0, 0, 0, 1, 5, 5]
+    assert all(colours.step_of(-g) == -colours.step_of(g) for g in (0.3, 0.5, 1.7, 2.9, 50.0))
+
+
+def test_white_space_and_control_characters_can_be_seen() -> None:
+    assert visible(" a\n\t\x0e\u202e") == "·a⏎⇥\\x0e\\u202e"
