@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
 
@@ -56,10 +58,9 @@ def make_run(folder: Path, shift: float = 0.0, steps: int = 40) -> Path:
     for name, records in (("metrics", lines), ("rollouts", rollouts)):
         text = "".join(json.dumps(record) + "\n" for record in records)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    config = (
-        f"model_name_or_path: student\nteacher_model_name_or_path: '{EVIL}'\ntrainer: gkd\nlearning_rate: {shift}\n"
-    )
-    (folder / "resolved_config.yaml").write_text(config, encoding="utf-8")
+    config = {"model_name_or_path": "student", "teacher_model_name_or_path": EVIL, "trainer": "gkd"}
+    config |= {"learning_rate": shift}
+    (folder / "resolved_config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     inspection = {"verdict": f"works {EVIL}", "student": {"kind": "byte-level", "size": 49152}, "stops": [1, 2]}
     inspection["tokens"] = [{"text": "1 + 1", "aligned": True}, {"text": EVIL, "aligned": False}]
     (folder / "inspection.json").write_text(json.dumps(inspection), encoding="utf-8")

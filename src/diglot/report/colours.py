@@ -12,7 +12,7 @@ STEPS = 5  # on either side of zero
 
 # Backgrounds for steps 1 to 5, for dark text on white and for light text on near-black.
 LIKES_LIGHT = ("#e3eefb", "#c3dcf5", "#9cc6ee", "#6fabe3", "#3f8fd6")
-LIKES_DARK = ("#15283c", "#17375a", "#184879", "#1a5a9a", "#1d6dbb")
+LIKES_DARK = ("#15283c", "#17375a", "#184879", "#1a5a9a", "#1b66ae")
 DISLIKES_LIGHT = ("#fdeede", "#fbd9b5", "#f8bf85", "#f2a04f", "#e67f1e")
 DISLIKES_DARK = ("#352413", "#503214", "#6f4314", "#8f5412", "#9c590a")
 
