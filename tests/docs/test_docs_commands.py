@@ -99,7 +99,11 @@ def test_every_fault_has_a_test_that_exists_or_a_reason() -> None:
 
 def test_options_named_in_the_documentation_exist() -> None:
     """Of `diglot train`, or of the scripts beside it."""
-    scripts = [p.read_text(encoding="utf-8") for folder in ("demo", "benchmarks") for p in (ROOT / folder).glob("*.py")]
+    scripts = [
+        p.read_text(encoding="utf-8")
+        for folder in ("demo", "benchmarks", "src/diglot/cli")
+        for p in (ROOT / folder).glob("*.py")
+    ]
     known = {"config", "help", "version", *load_options()}
     known |= {option for text in scripts for option in re.findall(r'add_argument\("--(\w+)"', text)}
     for page in PAGES:
