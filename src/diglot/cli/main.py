@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from diglot.errors import DiglotError
 
@@ -12,10 +13,14 @@ USAGE = """usage: diglot COMMAND ...
 On-policy distillation of language models whose tokenizers differ.
 
 commands:
-  train        distil a teacher into a student (GKD, MiniLLM)
-  objectives   which objective for what: a table
-  eval         how good is a student: numbers that do not depend on a tokenizer
-  report       what a run did, or two: one HTML file
+  train          distil a teacher into a student (GKD, MiniLLM)
+  inspect        look at a pair of models before training
+  align          both tokenisations of a text under each other
+  objectives     which objective for what: a table
+  eval           how good is a student: numbers that do not depend on a tokenizer
+  report         what a run did, or two: one HTML file
+  recipes        tested configurations: list, show, copy
+  config-schema  JSON Schema of the configuration files
 
   diglot COMMAND --help   options of a command
   diglot --version
@@ -23,7 +28,11 @@ commands:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. 0: done; 2: an input that cannot work, told in one message on standard error."""
+    """Run a command.
+
+    0: done; 1: `inspect` found a pair that cannot be trained; 2: an input that cannot work, told in one message on
+    standard error.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -40,6 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+# Command -> module and function; imported when it is asked for.
+COMMANDS = {
+    "inspect": ("diglot.cli.inspect", "inspect"),
+    "align": ("diglot.cli.align", "align"),
+    "objectives": ("diglot.cli.objectives", "show"),
+    "eval": ("diglot.cli.evaluate", "evaluate"),
+    "report": ("diglot.cli.report", "report"),
+    "recipes": ("diglot.cli.recipes", "recipes"),
+    "config-schema": ("diglot.cli.schema", "show"),
+}
+
+
 def _run(command: str, arguments: list[str]) -> int:
     if command == "train":
         from diglot.cli.parsing import parse_train
@@ -48,19 +69,11 @@ def _run(command: str, arguments: list[str]) -> int:
         from diglot.cli.train import train
 
         return train(values)
-    if command == "objectives":
-        from diglot.cli.objectives import show
-
-        return show(arguments)
-    if command == "eval":
-        from diglot.cli.evaluate import evaluate
-
-        return evaluate(arguments)
-    if command == "report":
-        from diglot.cli.report import report
-
-        return report(arguments)
-    print(f"diglot: there is no command {command!r}; commands: train, objectives, eval, report", file=sys.stderr)
+    if command in COMMANDS:
+        module, function = COMMANDS[command]
+        return int(getattr(import_module(module), function)(arguments))
+    known = ", ".join(["train", *COMMANDS])
+    print(f"diglot: there is no command {command!r}; commands: {known}", file=sys.stderr)
     return 2
 
 

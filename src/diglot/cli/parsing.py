@@ -23,8 +23,11 @@ The same keys, without dashes in front, work in a YAML file: diglot train --conf
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes become `ConfigError`, so that they are told like all others."""
+class Parser(argparse.ArgumentParser):
+    """Mistakes become `ConfigError`, so that they are told like all others. Help keeps its lines, names are whole."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **keywords})
 
     def error(self, message: str) -> Any:
         raise ConfigError(message)
@@ -32,13 +35,11 @@ class _Parser(argparse.ArgumentParser):
 
 def train_parser(options: Mapping[str, Option]) -> argparse.ArgumentParser:
     """The parser of `diglot train`, in groups."""
-    parser = _Parser(
+    parser = Parser(
         prog="diglot train",
         usage="diglot train [--config FILE] [--OPTION VALUE ...]",
         description="Distil a teacher into a student, on-policy, whatever their tokenizers.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(

@@ -1,0 +1,43 @@
+"""`diglot align STUDENT TEACHER TEXT`: both tokenisations under each other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from diglot.cli.parsing import Parser
+
+EXAMPLE = """example:
+  diglot align HuggingFaceTB/SmolLM2-135M-Instruct Qwen/Qwen2.5-1.5B-Instruct "x = 12345"
+"""
+
+
+def parser() -> Parser:
+    """The parser of the command."""
+    found = Parser(
+        prog="diglot align",
+        description="Both tokenisations of a text, cut where both have a boundary (|); boundaries of one side only "
+        "are ~, bytes that are no text on their own are hex. Plain ASCII when not on a terminal, or with NO_COLOR.",
+        epilog=EXAMPLE,
+    )
+    found.add_argument("student", metavar="STUDENT", help="a model id or folder; one with a tokenizer alone will do")
+    found.add_argument("teacher", metavar="TEACHER", help="the same")
+    found.add_argument("text", metavar="TEXT", help="the text; - reads standard input")
+    return found
+
+
+def align(arguments: Sequence[str]) -> int:
+    """Print the alignment of a text, read as the continuation of something."""
+    given = parser().parse_args(arguments)
+    from diglot.cli.pairs import load_input
+    from diglot.inspection import align_text
+    from diglot.report import print_alignment
+    from diglot.vocabulary import ByteEncoder, Vocabulary
+
+    encoders: list[ByteEncoder] = []
+    for name, role in ((given.student, "student"), (given.teacher, "teacher")):
+        one = load_input(name, role)
+        encoders.append(ByteEncoder(one.tokenizer, Vocabulary.from_tokenizer(one.tokenizer, one.num_embeddings)))
+    text = sys.stdin.read() if given.text == "-" else given.text
+    print_alignment(align_text(encoders[0], encoders[1], text))
+    return 0

@@ -1,0 +1,110 @@
+"""`diglot inspect STUDENT TEACHER`: what a pair is before money is spent on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from diglot.cli.parsing import Parser
+from diglot.errors import ConfigError
+
+EXAMPLE = """exit code: 0 the pair can be trained, 1 it cannot, 2 a wrong argument.
+
+example:
+  diglot inspect HuggingFaceTB/SmolLM2-135M-Instruct Qwen/Qwen2.5-1.5B-Instruct --data prompts.jsonl
+"""
+
+
+def parser() -> Parser:
+    """The parser of the command."""
+    found = Parser(
+        prog="diglot inspect",
+        description="Look at a student and a teacher before training: tokenizers, templates, stops, alignment, "
+        "objectives. Reads tokenizers only, unless --with-models.",
+        epilog=EXAMPLE,
+    )
+    found.add_argument("student", metavar="STUDENT", help="a model id or folder; one with a tokenizer alone will do")
+    found.add_argument("teacher", metavar="TEACHER", help="the same")
+    found.add_argument(
+        "--data", metavar="NAME", help="texts to measure on, as --dataset_name of train; else built-in ones"
+    )
+    found.add_argument("--split", default="train", help="split of --data (default: train)")
+    found.add_argument("--rows", type=int, default=256, help="rows of --data that are read (default: 256)")
+    found.add_argument("--json", action="store_true", help="everything as JSON")
+    weights = found.add_argument_group("with weights")
+    weights.add_argument("--with-models", "--with_models", action="store_true", help="load both models and run them")
+    weights.add_argument("--model_rows", type=int, default=32, help="rows that the models read (default: 32)")
+    weights.add_argument("--batch_size", type=int, default=8, help="texts of a step, for the estimates (default: 8)")
+    weights.add_argument("--max_completion_length", type=int, default=32, help="tokens of a sample (default: 32)")
+    weights.add_argument("--dtype", default="auto", help="number type of both models (default: the files' own)")
+    weights.add_argument("--device", default=None, help="where they run (default: cuda if there is one)")
+    return found
+
+
+def inspect(arguments: Sequence[str]) -> int:
+    """Inspect and print; the exit code says whether the pair can be trained."""
+    given = parser().parse_args(arguments)
+    for name in ("rows", "model_rows", "batch_size", "max_completion_length"):
+        if getattr(given, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(given, name)}, expected 1 or more.")
+    from diglot.cli.options import load_options
+    from diglot.cli.pairs import load_input
+    from diglot.inspection import inspect_pair
+
+    samples = _samples(given.data, given.split, given.rows) if given.data else None
+    student, teacher = load_input(given.student, "student"), load_input(given.teacher, "teacher")
+    floor = float(load_options()["min_coverage"].default)
+    found = inspect_pair(student, teacher, samples, data=given.data, min_coverage=floor)
+    if given.with_models and found.student is not None:
+        found = dataclasses.replace(found, models=_with_models(given, student, teacher, samples))
+    if given.json:
+        print(json.dumps(found.to_dict(), ensure_ascii=False, indent=1))
+    else:
+        from diglot.report import print_inspection
+
+        print_inspection(found)
+    return 0 if found.verdict.trainable else 1
+
+
+def _samples(name: str, split: str, rows: int) -> list[Any]:
+    from diglot.data import load_dataset, to_sample
+
+    data = load_dataset(name, split=split)
+    return [to_sample(row, f"{name} row {i}") for i, row in enumerate(itertools.islice(data, rows))]
+
+
+def _with_models(given: Any, student: Any, teacher: Any, samples: list[Any] | None) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from diglot.batches import PairReader
+    from diglot.inspection import inspect_models
+    from diglot.rendering import Renderer
+    from diglot.teachers import LocalTeacher
+
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    models: list[Any] = []
+    renderers = []
+    for one, role in ((student, "student"), (teacher, "teacher")):
+        model: Any = AutoModelForCausalLM.from_pretrained(one.name, dtype=given.dtype)
+        models.append(model.to(device))
+        renderers.append(
+            Renderer(
+                one.tokenizer,
+                num_embeddings=model.get_input_embeddings().num_embeddings,
+                generation_config=model.generation_config,
+                name=role,
+            )
+        )
+    same = renderers[0].vocabulary.same_as(renderers[1].vocabulary)
+    return inspect_models(
+        models[0],
+        LocalTeacher(models[1], renderers[1]),
+        PairReader(*renderers, same_vocabulary=same),
+        None if samples is None else samples[: given.model_rows],
+        batch_size=given.batch_size,
+        max_completion_length=given.max_completion_length,
+    )

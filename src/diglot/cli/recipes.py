@@ -1,0 +1,69 @@
+"""`diglot recipes list|show|copy`: tested YAML files for `diglot train --config`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from diglot.cli.parsing import Parser
+from diglot.errors import ConfigError
+
+EXAMPLE = """example:
+  diglot recipes copy minillm my-recipe.yaml
+  diglot train --config my-recipe.yaml --output_dir runs/first
+"""
+
+
+def parser() -> Parser:
+    """The parser of the command."""
+    found = Parser(prog="diglot recipes", description="Recipes that come with Diglot.", epilog=EXAMPLE)
+    actions = found.add_subparsers(dest="action", metavar="list|show|copy", required=True)
+    actions.add_parser("list", help="names, and what each is for")
+    show = actions.add_parser("show", help="print one")
+    copy = actions.add_parser("copy", help="write one into a file, which must not exist")
+    for action in (show, copy):
+        action.add_argument("name", metavar="NAME")
+    copy.add_argument("target", metavar="FILE", nargs="?", help="default: NAME.yaml here")
+    return found
+
+
+def recipes(arguments: Sequence[str]) -> int:
+    """List, show or copy."""
+    given = parser().parse_args(arguments)
+    if given.action == "list":
+        known = load_recipes()
+        width = max(map(len, known))
+        for name, text in known.items():
+            print(f"{name:<{width}}  {title(text)}")
+        return 0
+    text = read_recipe(given.name)
+    if given.action == "show":
+        print(text, end="")
+        return 0
+    target = Path(given.target or f"{given.name}.yaml")
+    if target.exists():
+        raise ConfigError(f"{target} exists already. Choose another name, or remove it.")
+    target.write_text(text, encoding="utf-8")
+    print(f"{target}: edit it, then diglot train --config {target}")
+    return 0
+
+
+def load_recipes() -> dict[str, str]:
+    """Name -> YAML text of every recipe, in order of name."""
+    folder = files("diglot").joinpath("recipes")
+    found = {f.name: f.read_text(encoding="utf-8") for f in folder.iterdir() if f.name.endswith(".yaml")}
+    return {name.removesuffix(".yaml"): found[name] for name in sorted(found)}
+
+
+def read_recipe(name: str) -> str:
+    """The YAML text of one recipe. Raises `ConfigError` with all names if there is none of that name."""
+    known = load_recipes()
+    if name.removesuffix(".yaml") not in known:
+        raise ConfigError(f"There is no recipe {name!r}; recipes: {', '.join(known)}.")
+    return known[name.removesuffix(".yaml")]
+
+
+def title(text: str) -> str:
+    """The first line of a recipe's header."""
+    return text.splitlines()[0].lstrip("# ").strip()

@@ -1,0 +1,202 @@
+"""From two tokenizers and texts to an `Inspection`. No weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from diglot.batches import AlignedBatch, PairReader, align_pairs
+from diglot.data import Sample
+from diglot.errors import DiglotError, RenderingError
+from diglot.inspection import measure, verdict
+from diglot.inspection.facts import Inspection, Rendering, SideFacts, Stop, Token, Verdict
+from diglot.inspection.texts import BUILT_IN, CONVERSATION, TEXTS
+from diglot.objectives import Pair, Rung
+from diglot.rendering import Conversation, Rendered, Renderer, Role
+
+_FIRST_CHARACTERS = 4000  # of each text: enough to see how it is cut, and one long row must not take minutes
+
+
+@dataclass(frozen=True)
+class Input:
+    """What is known of a model without its weights."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    num_embeddings: int | None = None
+    generation_config: GenerationConfig | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model's name and how it reads."""
+
+    name: str
+    renderer: Renderer
+
+
+def inspect_pair(
+    student: Input,
+    teacher: Input,
+    samples: Sequence[Sample] | None = None,
+    *,
+    data: str | None = None,
+    offered: Rung = Rung.HIDDEN,
+    min_coverage: float = 0.5,
+) -> Inspection:
+    """Everything that two tokenizers, their templates and some texts say about a pair.
+
+    A pair that cannot be read is no error: its `verdict` says so, and what it does not let us know is None.
+
+    Args:
+        samples: rows of the data; a few built-in texts when not given.
+        data: the name of the dataset, for the command that the verdict proposes.
+        offered: how much of its distributions the teacher will give; a local model gives hidden states.
+        min_coverage: as in the trainers' options.
+    """
+    source = BUILT_IN if samples is None else data or "given rows"
+    try:
+        sides = Side(student.name, _renderer(student, "student")), Side(teacher.name, _renderer(teacher, "teacher"))
+    except DiglotError as error:
+        return Inspection(student.name, teacher.name, source, Verdict(False, (str(error),), (), (), None, None))
+    return inspect_sides(*sides, samples, data=data, offered=offered, min_coverage=min_coverage)
+
+
+def _renderer(given: Input, role: str) -> Renderer:
+    return Renderer(
+        given.tokenizer, num_embeddings=given.num_embeddings, generation_config=given.generation_config, name=role
+    )
+
+
+def inspect_sides(
+    student: Side,
+    teacher: Side,
+    samples: Sequence[Sample] | None = None,
+    *,
+    data: str | None = None,
+    offered: Rung = Rung.HIDDEN,
+    min_coverage: float = 0.5,
+) -> Inspection:
+    """The same for sides whose renderers exist already, as in a trainer."""
+    mine, theirs = student.renderer, teacher.renderer
+    pair = Pair.of(
+        mine.vocabulary, theirs.vocabulary, mine.stop_ids, theirs.stop_ids, mine.encoder.encode, theirs.encoder.encode
+    )
+    reader = PairReader(mine, theirs, same_vocabulary=pair.same)
+    problems = [] if samples is None else _refused(reader, samples)
+    shown = next((s for s in samples or () if s.conversation.messages is not None), _built_in_conversation())
+    rendering, refused = _render(reader, shown)
+    problems += [refused] if refused and samples is not None and refused not in problems else []
+    texts = list(TEXTS) if samples is None else _texts(samples)
+    batch = _align(reader, texts)
+    side_s, side_t = _facts(student, shown.conversation), _facts(teacher, shown.conversation)
+    agreed, critical = measure.agreement(batch.written), measure.critical(batch.written)
+    objectives = verdict.judge_objectives(pair, batch, offered)
+    return Inspection(
+        student_name=student.name,
+        teacher_name=teacher.name,
+        texts=BUILT_IN if samples is None else data or "given rows",
+        verdict=verdict.verdict(side_s, side_t, pair.same, problems, agreed, critical, objectives, min_coverage, data),
+        student=side_s,
+        teacher=side_t,
+        same=pair.same,
+        difference=mine.vocabulary.explain_difference(theirs.vocabulary)
+        or mine.vocabulary.padding_note(theirs.vocabulary),
+        rendering=rendering,
+        overlap=measure.overlap(pair, batch.written),
+        agreement=agreed,
+        critical=critical,
+        reencoding=measure.reencoding(mine, theirs, texts),
+    )
+
+
+# ---- what is read --------------------------------------------------------------------------------------------------
+
+
+def _built_in_conversation() -> Sample:
+    return Sample(Conversation(CONVERSATION[:1]), CONVERSATION[1]["content"], "built-in conversation")
+
+
+def _texts(samples: Sequence[Sample]) -> list[str]:
+    """What will be scored or, where a row has a prompt only, the prompt: the nearest to it that we have."""
+    texts = []
+    for sample in samples:
+        text = sample.reply
+        if not text:
+            messages = sample.conversation.messages
+            text = sample.conversation.text if messages is None else str(messages[-1].get("content") or "")
+        texts.append(text[:_FIRST_CHARACTERS])
+    return [text for text in texts if text]
+
+
+def _align(reader: PairReader, texts: Sequence[str]) -> AlignedBatch:
+    """The texts as continuations, each with a stop."""
+    space = Conversation(None, "\n")
+    pairs = [reader.written(Sample(space, text, "text")) for text in texts]
+    return align_pairs(pairs, pad_s=reader.student.stop_id, pad_t=reader.teacher.stop_id, on_policy=False)
+
+
+def _refused(reader: PairReader, samples: Sequence[Sample]) -> list[str]:
+    """What stops training on these rows: a template that refuses one, or messages for a model without a template."""
+    talks = [s for s in samples if s.conversation.messages is not None]
+    problems = [
+        f"The {side.name} has no chat template and {len(talks)} of {len(samples)} rows are conversations: it would "
+        "read a transcript of a kind that it was not trained on, and what it says about the end of a reply means nothing. "
+        "Take an instruct model, set the tokenizer's chat_template, or give rows of plain text (`prompt`, `text`)."
+        for side in (reader.student, reader.teacher)
+        if talks and not side.has_template
+    ]
+    for sample in talks:
+        try:
+            reader.student.prompt_ids(sample.conversation)
+            reader.teacher.prompt_ids(sample.conversation)
+        except RenderingError as error:
+            return [*problems, f"{sample.where}: {error}"]
+    return problems
+
+
+def _render(reader: PairReader, sample: Sample) -> tuple[Rendering | None, str | None]:
+    """The conversation on both sides, or why it cannot be read."""
+    try:
+        pair = reader.written(Sample(sample.conversation, sample.reply or CONVERSATION[1]["content"], sample.where))
+    except DiglotError as error:
+        return None, str(error)
+    assert pair is not None  # no limit of length is set
+    return Rendering(_tokens(pair.student, reader.student), _tokens(pair.teacher, reader.teacher)), None
+
+
+def _tokens(rendered: Rendered, side: Renderer) -> tuple[Token, ...]:
+    """Tokens for people."""
+    table = side.vocabulary
+    return tuple(
+        Token(int(i), table.display(i), Role(role).name.lower(), bool(table.control[i]))
+        for i, role in zip(rendered.ids.tolist(), rendered.roles.tolist(), strict=True)
+    )
+
+
+def _facts(side: Side, conversation: Conversation) -> SideFacts:
+    reader, table = side.renderer, side.renderer.vocabulary
+    bos = reader.tokenizer.bos_token_id
+    single = {int(b) for b in table.data[table.offsets[:-1][table.lengths == 1]]}
+    try:
+        prompt, opens = reader.prompt_ids(conversation), reader.opens_thinking(conversation)
+    except RenderingError:
+        prompt, opens = np.zeros(0, np.int64), False
+    return SideFacts(
+        name=side.name,
+        kind=table.kind,
+        rows=len(table),
+        text_tokens=int((~table.control).sum()),
+        control_tokens=len(table.names),
+        padding_rows=int(table.control.sum()) - len(table.names),
+        missing_bytes=256 - len(single),
+        stops=tuple(Stop(i, table.display(i), source) for i, source in reader.stop_sources.items()),
+        bos=None if bos is None or bos >= len(table) else table.display(bos),
+        adds_bos=bos is not None and bos in reader.encoder.bos_ids,
+        template_bos=reader.has_template and bos is not None and len(prompt) > 0 and int(prompt[0]) == bos,
+        has_template=reader.has_template,
+        opens_thinking=opens,
+    )

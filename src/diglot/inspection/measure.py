@@ -1,0 +1,167 @@
+"""Numbers of a pair of tokenizers on texts: overlap, agreement, critical places, re-encoding."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diglot.batches import Written, WrittenSide
+from diglot.inspection.facts import Agreement, Critical, Overlap, Reencoding
+from diglot.objectives import Pair
+from diglot.rendering import Renderer
+
+Ints = NDArray[np.int64]
+
+CRITICAL = {
+    "digits": re.compile(r"[0-9]+"),
+    "operators": re.compile(r"[-+*/%=<>!&|^~]+"),
+    "code whitespace": re.compile(r"\n[ \t]+|\t+|  +"),
+    "CJK": re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+"),
+}
+
+_LONGEST_CUT = 400  # characters of a text in which cuts are tried
+_CUTS_PER_TEXT = 12
+_EXAMPLES = 20  # places that are looked at for a short example
+
+
+def overlap(pair: Pair, written: Written) -> Overlap:
+    """Tokens that both sides have: by number, and by how often the texts use them."""
+    tables = pair.need_tables("inspection")
+    shared_s, shared_t = pair.shared_s.numpy(), pair.shared_t.numpy()
+
+    def mass(ids: Ints, stop: NDArray[np.bool_], shared: Ints) -> float:
+        return _share(np.isin(ids[~stop], shared))
+
+    return Overlap(
+        count=len(shared_s),
+        of_student=len(shared_s) / max(int((~tables.student.control).sum()), 1),
+        of_teacher=len(shared_t) / max(int((~tables.teacher.control).sum()), 1),
+        mass_student=mass(written.student.ids, written.student.stop, shared_s),
+        mass_teacher=mass(written.teacher.ids, written.teacher.stop, shared_t),
+    )
+
+
+def agreement(written: Written) -> Agreement:
+    """How both sides cut the texts of a batch."""
+    alignment, total = written.alignment, max(len(written.student.ids), 1)
+    paired, covered = len(alignment.pair_s), int(written.usable_s.sum())
+    num_bytes = sum(map(len, written.texts))
+    tokens_s, tokens_t = (int((~side.stop).sum()) for side in (written.student, written.teacher))
+    return Agreement(
+        texts=len(written.texts),
+        num_bytes=num_bytes,
+        tokens_student=tokens_s,
+        tokens_teacher=tokens_t,
+        one_to_one=paired / total,
+        in_chunks=(covered - paired) / total,
+        unalignable=(total - covered) / total if len(written.student.ids) else 0.0,
+        tokens_per_byte_student=tokens_s / max(num_bytes, 1),
+        tokens_per_byte_teacher=tokens_t / max(num_bytes, 1),
+        inexact_texts_student=_inexact(written.student.segment, written.student.exact, len(written.texts)),
+        inexact_texts_teacher=_inexact(written.teacher.segment, written.teacher.exact, len(written.texts)),
+    )
+
+
+def _inexact(segment: Ints, exact: NDArray[np.bool_], num: int) -> float:
+    return len(np.unique(segment[~exact])) / max(num, 1)
+
+
+def critical(written: Written) -> tuple[Critical, ...]:
+    """How tokens of digits, operators, indentation and CJK text align."""
+    return tuple(_critical(name, pattern, written) for name, pattern in CRITICAL.items())
+
+
+def _critical(name: str, pattern: re.Pattern[str], written: Written) -> Critical:
+    places = [
+        (k, low, high) for k, text in enumerate(written.texts) for low, high in _byte_spans(pattern, text.decode())
+    ]
+    spans = np.array(places, dtype=np.int64).reshape(-1, 3)
+    at_s, at_t = _touching(written.student, spans), _touching(written.teacher, spans)
+    touched_s, touched_t = at_s >= 0, at_t >= 0
+    paired = np.zeros(len(at_s), dtype=np.bool_)
+    paired[written.alignment.pair_s] = True
+    return Critical(
+        name=name,
+        places=len(spans),
+        tokens_student=int(touched_s.sum()),
+        tokens_teacher=int(touched_t.sum()),
+        one_to_one=_share(paired[touched_s]),
+        aligned=_share(written.usable_s[touched_s]),
+        example=_example(written, at_s, at_t, len(spans)),
+    )
+
+
+def _byte_spans(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
+    """(first byte, last byte + 1) of each match."""
+    spans, at, seen = [], 0, 0
+    for match in pattern.finditer(text):
+        at += len(text[seen : match.start()].encode())
+        end = at + len(match.group().encode())
+        spans.append((at, end))
+        at, seen = end, match.end()
+    return spans
+
+
+def _touching(side: WrittenSide, spans: Ints) -> Ints:
+    """The span of `[P, 3]` (segment, low, high) that each token of a side shares a byte with, or -1, `[N]`."""
+    end, start, segment = side.end, side.start, side.segment
+    if not len(spans) or not len(end):
+        return np.full(len(end), -1, dtype=np.int64)
+    stride = max(int(end.max()), int(spans[:, 2].max())) + 1
+    lows, highs = spans[:, 0] * stride + spans[:, 1], spans[:, 0] * stride + spans[:, 2]
+    found = np.searchsorted(lows, segment * stride + end, side="left") - 1  # the last span that starts before the end
+    inside = (found >= 0) & (highs[np.maximum(found, 0)] > segment * stride + start) & (end > start)
+    return np.where(inside, found, -1)
+
+
+def _example(written: Written, at_s: Ints, at_t: Ints, num: int) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """Both cuts of the place with the fewest tokens among the first where they are unlike."""
+    found: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    for place in range(num):
+        mine, theirs = (
+            _cut(written, side, at == place) for side, at in ((written.student, at_s), (written.teacher, at_t))
+        )
+        if mine != theirs and mine and theirs:
+            found.append((mine, theirs))
+            if len(found) == _EXAMPLES:
+                break
+    return min(found, key=lambda cuts: len(cuts[0]) + len(cuts[1]), default=None)
+
+
+def _cut(written: Written, side: WrittenSide, inside: NDArray[np.bool_]) -> tuple[str, ...]:
+    """The text of each of these tokens; hex digits for bytes that are no text on their own."""
+    rows = zip(side.segment[inside].tolist(), side.start[inside].tolist(), side.end[inside].tolist(), strict=True)
+    return tuple(written.texts[k][low:high].decode("utf-8", "backslashreplace") for k, low, high in rows)
+
+
+def reencoding(student: Renderer, teacher: Renderer, texts: Sequence[str]) -> Reencoding:
+    """How often the beginning of a text, encoded alone, is not the beginning of its tokens."""
+    cuts_s, changed_s = _changed(student, texts)
+    cuts_t, changed_t = _changed(teacher, texts)
+    return Reencoding(cuts_s + cuts_t, changed_s / max(cuts_s, 1), changed_t / max(cuts_t, 1))
+
+
+def _changed(side: Renderer, texts: Sequence[str]) -> tuple[int, int]:
+    """Number of cuts, and of those that change ids. Cuts are where a token ends that ends a character too."""
+    starts: list[str] = []
+    before: list[list[int]] = []
+    heads = [text[:_LONGEST_CUT] for text in texts]
+    for text, encoded in zip(heads, side.encoder.encode(heads), strict=True):
+        raw = text.encode()
+        good = [i for i, end in enumerate(encoded.ends[:-1]) if encoded.exact[i] and _ends_character(raw, int(end))]
+        for i in good[:: max(1, -(-len(good) // _CUTS_PER_TEXT))]:
+            starts.append(raw[: int(encoded.ends[i])].decode())
+            before.append(encoded.ids[: i + 1].tolist())
+    again = side.encoder.encode(starts)
+    return len(starts), sum(a.ids.tolist() != b for a, b in zip(again, before, strict=True))
+
+
+def _ends_character(raw: bytes, at: int) -> bool:
+    return 0 < at < len(raw) and (raw[at] & 0xC0) != 0x80
+
+
+def _share(flags: NDArray[np.bool_]) -> float:
+    return float(flags.mean()) if len(flags) else 0.0

@@ -1,0 +1,128 @@
+"""Which objectives will work with a pair, which not and why, and the command to start with: they are asked."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from diglot.batches import AlignedBatch
+from diglot.errors import DiglotError
+from diglot.inspection.facts import Agreement, Critical, ObjectiveFacts, Outcome, SideFacts, Verdict
+from diglot.objectives import OBJECTIVES, Pair, PathObjective, Rung, SummaryObjective, guide, make_objective
+
+FEW = 0.5  # an objective that reads less than this share of the student's tokens is called weak
+
+
+def judge_objectives(pair: Pair, batch: AlignedBatch, offered: Rung) -> tuple[ObjectiveFacts, ...]:
+    """Each objective, made for the pair and shown the texts."""
+    return tuple(_judge(name, pair, batch, offered) for name in guide.GUIDE)
+
+
+def _judge(name: str, pair: Pair, batch: AlignedBatch, offered: Rung) -> ObjectiveFacts:
+    needed = OBJECTIVES[name].needs
+    needs = guide.NEEDS[needed]
+    if needed > offered:
+        return ObjectiveFacts(name, "fails", f"the teacher offers only {guide.NEEDS[offered]}", needs, None)
+    try:
+        items, share = _reads(make_objective(name, pair), batch)
+    except DiglotError as error:
+        return ObjectiveFacts(name, "fails", str(error), needs, None)
+    if not items:
+        return ObjectiveFacts(name, "fails", "it finds nothing to compare in these texts", needs, share)
+    outcome: Outcome = "weak" if share is not None and share < FEW else "works"
+    reason = f"it reads {share:.0%} of the student's tokens; " if outcome == "weak" and share is not None else ""
+    return ObjectiveFacts(name, outcome, reason + guide.GUIDE[name].use, needs, share)
+
+
+def _reads(objective: Any, batch: AlignedBatch) -> tuple[int, float | None]:
+    """Items that an objective averages over, and the share of the student's tokens that it reads, if that has one."""
+    total = max(len(batch.written.student.ids), 1)
+    if isinstance(objective, PathObjective):
+        return int(objective.mask(batch.alignment).sum()), int(batch.written.usable_s.sum()) / total
+    if isinstance(objective, SummaryObjective):
+        return int(objective.plan(batch.written).items), None
+    rows = objective.rows(batch.written)
+    return int(rows.items), len(np.unique(rows.student.numpy())) / total
+
+
+def choose(same: bool, objectives: Sequence[ObjectiveFacts]) -> str | None:
+    """The objective to start with: what the trainers take by themselves, if it works, else whole laws, else any."""
+    works = [one.name for one in objectives if one.outcome == "works"]
+    preferred = ["jsd" if same else "strict", "bpm", "shared_prefix", *works]
+    return next((name for name in preferred if name in works), None)
+
+
+def verdict(
+    student: SideFacts,
+    teacher: SideFacts,
+    same: bool,
+    problems: Sequence[str],
+    agreement: Agreement,
+    critical: Sequence[Critical],
+    objectives: tuple[ObjectiveFacts, ...],
+    min_coverage: float,
+    data: str | None,
+) -> Verdict:
+    """What follows from the facts.
+
+    Args:
+        problems: what was found to stop training while the texts were read.
+        min_coverage: share of aligned tokens below which training stops itself.
+        data: the dataset for the command.
+    """
+    stops = list(problems)
+    coverage = 1 - agreement.unalignable
+    if coverage < min_coverage:
+        stops.append(
+            f"Only {coverage:.0%} of the student's tokens can be aligned; training stops itself below "
+            f"{min_coverage:.0%} (min_coverage). Choose a teacher whose tokenizer keeps the text as it is."
+        )
+    name = choose(same, objectives)
+    if name is None:
+        stops.append("No objective finds anything to compare.")
+    return Verdict(
+        trainable=not stops,
+        problems=tuple(stops),
+        warnings=tuple(_warnings(student, teacher, agreement, critical)),
+        objectives=objectives,
+        objective=name,
+        command=None if stops or name is None else _command(student.name, teacher.name, same, name, data),
+    )
+
+
+def _warnings(student: SideFacts, teacher: SideFacts, agreement: Agreement, critical: Sequence[Critical]) -> list[str]:
+    found = []
+    if student.opens_thinking != teacher.opens_thinking:
+        opens, other = ("student", "teacher") if student.opens_thinking else ("teacher", "student")
+        found.append(
+            f"The {opens}'s template opens a think block and the {other}'s does not; the teacher is made to do as the "
+            "student does. chat_template_kwargs may switch it off (enable_thinking: false)."
+        )
+    for side, name in ((student, "student"), (teacher, "teacher")):
+        if not side.has_template:
+            found.append(f"The {name} has no chat template: give it plain text (`prompt`, `text`), not messages.")
+    for share, name in ((agreement.inexact_texts_student, "student"), (agreement.inexact_texts_teacher, "teacher")):
+        if share:
+            found.append(
+                f"The {name}'s tokenizer cannot write {share:.0%} of the texts as they are; what it changes is not "
+                "compared."
+            )
+    for one in critical:
+        if one.places and one.one_to_one < FEW:
+            found.append(
+                f"{one.name}: {one.one_to_one:.0%} of the student's tokens there are one token on both sides, "
+                f"{one.aligned:.0%} lie in chunks; objectives on one-to-one rows (strict, gold) teach little there."
+            )
+    return found
+
+
+def _command(student: str, teacher: str, same: bool, objective: str, data: str | None) -> str:
+    chosen = [] if objective == ("jsd" if same else "strict") else ["--objective", objective]
+    words = [
+        "diglot", "train", "--model_name_or_path", student, "--teacher_model_name_or_path", teacher,
+        "--dataset_name", data or "prompts.jsonl", *chosen, "--lmbda", "1.0", "--output_dir", "runs/first",
+    ]  # fmt: skip
+    return shlex.join(words)
