@@ -144,8 +144,9 @@ def _refused(reader: PairReader, samples: Sequence[Sample]) -> list[str]:
     talks = [s for s in samples if s.conversation.messages is not None]
     problems = [
         f"The {side.name} has no chat template and {len(talks)} of {len(samples)} rows are conversations: it would "
-        "read a transcript of a kind that it was not trained on, and what it says about the end of a reply means nothing. "
-        "Take an instruct model, set the tokenizer's chat_template, or give rows of plain text (`prompt`, `text`)."
+        "read a transcript of a kind that it was not trained on, and what it says about the end of a reply means "
+        "nothing. Take an instruct model, set the tokenizer's chat_template, or give rows of plain text (`prompt`, "
+        "`text`)."
         for side in (reader.student, reader.teacher)
         if talks and not side.has_template
     ]
