@@ -1,0 +1,233 @@
+"""What an inspection says of pairs of the zoo, against facts that are known of those tokenizers."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import tokenizers_zoo as zoo
+from scored import read, renderer
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from diglot.data import Sample, to_sample
+from diglot.inspection import Input, Inspection, align_text, inspect_pair
+from diglot.inspection.measure import CRITICAL, agreement, critical
+from diglot.inspection.texts import TEXTS
+from diglot.objectives import OBJECTIVES, Rung
+from diglot.trainers import DistillationConfig
+
+CHAT = {"messages": [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi there, friend!"}]}
+
+
+@lru_cache
+def inspected(student: str, teacher: str) -> Inspection:
+    """Two tokenizers of the zoo on the built-in texts."""
+    return inspect_pair(*(Input(name, _tokenizer(name)) for name in (student, teacher)))
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerFast:
+    return zoo.thinker() if name == "thinker" else zoo.ALL[name]()
+
+
+def on(rows: list[dict[str, Any]], student: str, teacher: str) -> Inspection:
+    samples = [to_sample(row, f"row {i}") for i, row in enumerate(rows)]
+    return inspect_pair(*(Input(n, _tokenizer(n)) for n in (student, teacher)), samples, data="rows.jsonl")
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("chatml", "inst"), ("inst", "turns"), ("nfc", "wordpiece")])
+def test_the_shares_are_those_of_an_alignment_counted_token_by_token(student: str, teacher: str) -> None:
+    """Recounted from the spans of `align_text`, whose stop is one more pair for each text that is written whole."""
+    found = inspected(student, teacher).agreement
+    assert found is not None and found.texts == len(TEXTS)
+    s, t = renderer(student), renderer(teacher)
+    spans = [span for text in TEXTS for span in align_text(s.encoder, t.encoder, text)]
+    tokens = sum(len(span.student) for span in spans)
+    assert found.tokens_student == tokens
+    assert found.num_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert found.tokens_per_byte_student == tokens / found.num_bytes
+    pairs = sum(span.one_to_one for span in spans)
+    whole = len(TEXTS)  # stops
+    assert pairs <= round(found.one_to_one * (tokens + whole)) <= pairs + whole
+    assert found.one_to_one + found.in_chunks + found.unalignable == pytest.approx(1.0)
+    assert found.unalignable >= sum(len(x.student) for x in spans if not x.exact) / (tokens + whole)
+
+
+def test_equal_vocabularies_are_the_same_and_all_tokens_are_shared() -> None:
+    found = inspected("chatml", "chatml")
+    assert found.same and found.difference == "" and found.overlap is not None and found.agreement is not None
+    assert found.overlap.mass_student == found.overlap.mass_teacher == 1.0
+    assert found.agreement.one_to_one == 1.0
+    assert found.verdict.objective == "jsd" and "--objective" not in str(found.verdict.command)
+
+
+def test_padding_of_an_embedding_is_named_and_makes_no_difference() -> None:
+    padded = Input("padded", zoo.chatml(), num_embeddings=512)
+    found = inspect_pair(padded, Input("plain", zoo.chatml()))
+    assert found.same and "padded" in found.difference
+    assert found.student is not None and found.student.padding_rows == 512 - len(zoo.chatml())
+
+
+def test_different_vocabularies_say_why_and_what_they_share() -> None:
+    found = inspected("chatml", "inst")
+    assert found.same is False and "ids stand for other text" in found.difference
+    mine, theirs = renderer("chatml").vocabulary, renderer("inst").vocabulary
+    ours = {t for t in mine.tokens() if t} & {t for t in theirs.tokens() if t}
+    assert found.overlap is not None and found.overlap.count == len(ours)
+    assert 0 < found.overlap.mass_student < 1
+
+
+def test_stops_say_where_each_came_from_and_bos_what_adds_it() -> None:
+    student, teacher = inspected("chatml", "turns").student, inspected("chatml", "turns").teacher
+    assert student is not None and teacher is not None
+    assert [(s.text, s.source) for s in student.stops] == [("<|im_end|>", "template + tokenizer eos")]
+    assert [(s.text, s.source) for s in teacher.stops] == [("<end_of_turn>", "template"), ("<eos>", "tokenizer eos")]
+    assert student.bos is None and not student.adds_bos
+    assert teacher.bos == "<bos>" and teacher.adds_bos and teacher.template_bos
+
+
+def test_bytes_without_a_token_are_counted() -> None:
+    """A byte-level alphabet has all 256; a Unigram without byte fallback has only those of its one-byte pieces."""
+    student, teacher = inspected("chatml", "unigram").student, inspected("chatml", "unigram").teacher
+    assert student is not None and teacher is not None
+    table = renderer("unigram").vocabulary
+    assert student.missing_bytes == 0
+    assert teacher.missing_bytes == 256 - len({t for t in table.tokens() if len(t) == 1})
+
+
+def test_both_renderings_spell_the_conversation_in_their_own_templates() -> None:
+    rendering = inspected("chatml", "turns").rendering
+    assert rendering is not None
+    assert "<|im_start|>user\n" in "".join(t.text for t in rendering.student)
+    assert "<start_of_turn>user\n" in "".join(t.text for t in rendering.teacher)
+    for side in (rendering.student, rendering.teacher):
+        assert "".join(t.text for t in side if t.role == "content") == "12 times 12 is 144."
+        assert [t.role for t in side][-1] == "stop" and side[-1].control
+
+
+def test_a_think_block_on_one_side_only_is_told() -> None:
+    found = inspected("thinker", "chatml")
+    assert found.student is not None and found.student.opens_thinking
+    assert any("think block" in warning for warning in found.verdict.warnings)
+    assert not any("think block" in warning for warning in inspected("chatml", "inst").verdict.warnings)
+
+
+@pytest.mark.parametrize("name", CRITICAL)
+def test_critical_places_are_found_and_their_tokens_counted(name: str) -> None:
+    """Recounted with a loop over tokens and bytes."""
+    texts = ["x = 12345 + 67\n    return  数学 and 99", "no such thing", "数学は 12\n\t\ty -= 1 한국"]
+    written = read("chatml", "inst", texts).written
+    found = next(c for c in critical(written) if c.name == name)
+    places = sum(len(CRITICAL[name].findall(text)) for text in texts)
+    touched = 0
+    for k, text in enumerate(texts):
+        marked = {
+            b for m in CRITICAL[name].finditer(text)
+            for b in range(len(text[: m.start()].encode()), len(text[: m.end()].encode()))
+        }  # fmt: skip
+        side = written.student
+        for start, end, segment in zip(side.start, side.end, side.segment, strict=True):
+            touched += int(segment == k and bool(marked & set(range(start, end))))
+    assert (found.places, found.tokens_student) == (places, touched) and places > 0
+    assert 0 <= found.one_to_one <= found.aligned <= 1
+    mine, theirs = found.example or (("a",), ("a",))
+    assert found.example is None or (mine != theirs and all(mine) and all(theirs))
+
+
+def test_texts_that_a_tokenizer_changes_are_counted_as_not_alignable() -> None:
+    found = inspected("chatml", "wordpiece").agreement
+    assert found is not None and found.inexact_texts_teacher > 0 and found.inexact_texts_student == 0
+    assert found.unalignable > 0
+    kept = agreement(read("chatml", "inst", ["plain words", "and more"]).written)
+    assert kept.unalignable == 0 and kept.inexact_texts_student == 0
+
+
+def test_reencoding_counts_beginnings_that_get_other_ids() -> None:
+    found = inspected("chatml", "inst").reencoding
+    assert found is not None and found.cuts > 50
+    assert 0 <= found.changed_student < 0.5 and 0 <= found.changed_teacher < 0.5
+    side, cuts, changed = renderer("chatml"), 0, 0
+    for text in TEXTS[:4]:
+        ids = side.encoder.encode([text])[0].ids.tolist()
+        for i in range(1, len(ids)):
+            head = side.vocabulary.bytes_of(ids[:i])
+            cuts += 1
+            changed += side.encoder.encode([head.decode("utf-8")])[0].ids.tolist() != ids[:i]
+    assert abs(changed / cuts - found.changed_student) < 0.15
+
+
+def test_the_verdict_on_objectives_is_their_own() -> None:
+    """Each objective is asked: on unequal vocabularies `jsd` refuses itself, in its own words; the rest find rows."""
+    rows = {one.name: one for one in inspected("chatml", "inst").verdict.objectives}
+    assert rows.keys() == OBJECTIVES.keys()
+    assert rows["jsd"].outcome == "fails" and "compares id by id" in rows["jsd"].reason
+    assert rows["strict"].outcome != "fails" and 0 < (rows["strict"].share or 0) < 1
+    assert rows["span"].share == 1.0 and rows["span"].needs == "log-probs of the text"
+
+
+def test_a_teacher_that_gives_log_probs_only_leaves_the_objectives_that_need_no_more() -> None:
+    inputs = [Input(name, zoo.ALL[name]()) for name in ("chatml", "inst")]
+    verdict = inspect_pair(*inputs, offered=Rung.TEXT_LOGPROBS).verdict
+    working = {one.name for one in verdict.objectives if one.outcome != "fails"}
+    assert working == {name for name, cls in OBJECTIVES.items() if cls.needs <= Rung.TEXT_LOGPROBS}
+    assert verdict.objective in working and f"--objective {verdict.objective}" in str(verdict.command)
+
+
+class TestAPairThatCannotBeTrained:
+    """Says so, and why, and proposes no command."""
+
+    def check(self, found: Inspection, *words: str) -> None:
+        assert not found.verdict.trainable and found.verdict.command is None
+        text = " ".join(found.verdict.problems)
+        assert all(word in text for word in words), text
+
+    def test_a_tokenizer_whose_bytes_cannot_be_read(self) -> None:
+        odd = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")), eos_token="[UNK]"
+        )
+        found = inspect_pair(Input("chatml", zoo.chatml()), Input("odd", odd))
+        self.check(found, "does not say which bytes")
+        assert found.teacher is None and json.loads(json.dumps(found.to_dict()))["agreement"] is None
+
+    def test_a_model_without_a_template_on_conversations(self) -> None:
+        self.check(on([CHAT], "chatml", "unigram"), "teacher has no chat template", "1 of 1 rows")
+        assert on([{"text": "Plain text is fine for it, of course."}], "chatml", "unigram").verdict.trainable
+
+    def test_a_template_that_refuses_a_row(self) -> None:
+        row = {"messages": [{"role": "system", "content": "Be brief."}, *CHAT["messages"]]}
+        self.check(on([CHAT, row], "chatml", "inst"), "row 1", "no system role")
+
+    def test_texts_that_hardly_align(self) -> None:
+        default = DistillationConfig.__dataclass_fields__["min_coverage"].default
+        samples = [Sample(to_sample({"text": "x"}, "r").conversation, "ÀÉÎ ÕÜ ÇÑ ÀÉÎÕÜ ÂÊ", "row 0")]
+        inputs = [Input(name, zoo.ALL[name]()) for name in ("chatml", "unigram_nfkc")]
+        self.check(inspect_pair(*inputs, samples, min_coverage=default), "can be aligned", "min_coverage")
+
+
+def test_rows_with_prompts_only_are_measured_on_their_prompts() -> None:
+    rows = [{"prompt": [{"role": "user", "content": "Say hello to the children."}]}]
+    found = on(rows, "chatml", "inst")
+    assert found.agreement is not None and found.agreement.num_bytes == len("Say hello to the children.")
+    assert "--dataset_name rows.jsonl" in str(found.verdict.command)
+
+
+def test_the_result_is_plain_json_without_nan() -> None:
+    text = json.dumps(inspected("chatml", "turns").to_dict(), allow_nan=False)
+    assert json.loads(text)["agreement"]["texts"] == len(TEXTS)
+    assert not any(isinstance(v, float) and math.isnan(v) for v in json.loads(text)["overlap"].values())
+
+
+@pytest.mark.parametrize("text", ["def f(x):\n    return 12345", "👩‍🚀 naïve 数学", " a  b ", "", "ÀÉ plain ÕÜ"])
+@pytest.mark.parametrize("teacher", ["inst", "turns", "wordpiece"])
+def test_spans_cover_the_text_in_order_and_exact_ones_spell_it(text: str, teacher: str) -> None:
+    spans = align_text(renderer("chatml").encoder, renderer(teacher).encoder, text)
+    at = 0
+    for span in spans:
+        assert span.start == at
+        at = span.end
+        if span.exact:
+            assert b"".join(span.student) == b"".join(span.teacher) == text.encode()[span.start : span.end]
+    assert at in (len(text.encode()), -1) or not spans
