@@ -76,8 +76,7 @@ def property_of(option: Option) -> dict[str, Any]:
     else:
         kinds = [one for kind in option.kinds for one in _KINDS[kind]]
         allowed = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
-    if option.default is None:
-        allowed = {"anyOf": [*allowed.get("anyOf", [allowed]), {"type": "null"}]}
+    allowed = {"anyOf": [*allowed.get("anyOf", [allowed]), {"type": "null"}]}  # as the command has it: "not given"
     about = option.help + (f" [{option.trainers[0]} only]" if len(option.trainers) == 1 else "")
     return {**allowed, "default": option.default, **({"description": about} if about else {}), "$comment": option.group}
 

@@ -1,0 +1,109 @@
+"""Recipes and the schema of the configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from diglot.cli.main import main
+from diglot.cli.options import load_options
+from diglot.cli.parsing import parse_train
+from diglot.cli.recipes import load_recipes
+from diglot.cli.schema import config_schema
+
+RECIPES = load_recipes()
+
+
+@pytest.fixture(scope="module")
+def validator() -> jsonschema.Draft202012Validator:
+    schema = config_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid_and_is_read_as_written(
+    name: str, validator: jsonschema.Draft202012Validator, tmp_path: Path
+) -> None:
+    given = yaml.safe_load(RECIPES[name])
+    assert [error.message for error in validator.iter_errors(given)] == []
+    (tmp_path / "r.yaml").write_text(RECIPES[name])
+    assert parse_train(["--config", str(tmp_path / "r.yaml")]) == given
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_says_what_it_needs_and_how_it_is_run(name: str) -> None:
+    header = [line for line in RECIPES[name].splitlines() if line.startswith("#")]
+    assert header[0].endswith(".") and any(line.startswith("# Needs: ") for line in header)
+    (run,) = (line for line in header if line.startswith("# Run: "))
+    assert f"diglot train --config {name}.yaml" in run
+    given = yaml.safe_load(RECIPES[name])
+    assert {"trainer", "model_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir"} <= given.keys()
+
+
+@pytest.mark.parametrize(("change", "where"), [
+    ({"lambda": 1}, "'lambda' was unexpected"), ({"beta": "high"}, "'high'"), ({"max_steps": 1.5}, "1.5"),
+    ({"score_turns": "some"}, "'some'"), ({"objective": "strickt"}, "'strickt'"), ({"seq_kd": "maybe"}, "'maybe'"),
+    ({"objective": [{"weight": 1.0}]}, "weight"), ({"gamma": 0.9}, "False schema"),
+    ({"trainer": "minillm", "lmbda": 1.0}, "False schema"), ({"max_length": "long"}, "'long'"),
+])  # fmt: skip
+def test_the_schema_refuses_what_the_command_refuses(
+    change: dict[str, Any], where: str, validator: jsonschema.Draft202012Validator
+) -> None:
+    errors = list(validator.iter_errors(change))
+    assert errors and where in " ".join(error.message for error in errors)
+
+
+@pytest.mark.parametrize("given", [
+    {"trainer": "minillm", "gamma": 0.9}, {"lmbda": 0.5}, {"learning_rate": "1e-5"}, {"max_length": None},
+    {"objective": [{"name": "strict", "weight": 0.5, "top_k": 4}, "alm"]}, {"report_to": ["tensorboard"]}, {},
+])  # fmt: skip
+def test_the_schema_accepts_what_the_command_accepts(
+    given: dict[str, Any], validator: jsonschema.Draft202012Validator
+) -> None:
+    assert [error.message for error in validator.iter_errors(given)] == []
+
+
+def test_the_schema_has_every_option_with_its_default_and_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config-schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["$schema"].endswith("2020-12/schema")
+    properties = schema["properties"]
+    assert properties.keys() == load_options().keys()
+    for name, option in load_options().items():
+        assert properties[name]["default"] == option.default
+        assert properties[name].get("description", "").startswith(option.help)
+
+
+def test_defaults_are_valid(validator: jsonschema.Draft202012Validator) -> None:
+    own = {n: o for n, o in load_options().items() if o.group not in ("Training", "Logging") and "gkd" in o.trainers}
+    assert [e.message for e in validator.iter_errors({n: o.default for n, o in own.items()})] == []
+
+
+def test_list_names_every_recipe_with_its_first_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(RECIPES)
+    assert len(RECIPES) >= 7 and all(line.endswith(".") for line in lines)
+
+
+def test_show_prints_a_recipe_and_copy_writes_it_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["recipes", "show", "minillm"]) == 0
+    assert capsys.readouterr().out == RECIPES["minillm"]
+    target = tmp_path / "mine.yaml"
+    assert main(["recipes", "copy", "minillm", str(target)]) == 0
+    assert target.read_text() == RECIPES["minillm"]
+    target.write_text("kept")
+    assert main(["recipes", "copy", "minillm", str(target)]) == 2
+    assert "exists already" in capsys.readouterr().err and target.read_text() == "kept"
+
+
+@pytest.mark.parametrize("given", [["show", "nothing"], ["copy", "nothing"], ["lst"], []])
+def test_a_wrong_recipe_or_action_is_exit_code_2(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", *given]) == 2
+    assert capsys.readouterr().err.startswith("diglot: ")
