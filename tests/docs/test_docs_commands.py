@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import tokenizers_zoo as zoo
 
+from diglot.cli.main import main
 from diglot.cli.options import load_options
 from diglot.cli.parsing import parse_train
 
@@ -62,6 +64,22 @@ def test_diglot_commands_in_the_documentation_train(
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        c
+        for _, text in blocks("bash")
+        for c in re.findall(r"^diglot (?:inspect|align|recipes|config-schema)\\b.*$", text, re.M)
+    ],
+)
+def test_commands_that_look_at_things_run(
+    command: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(with_stand_ins(command, models, tmp_path))
+    assert main(words[1 : words.index(">")] if ">" in words else words[1:]) == 0
+
+
 @pytest.mark.parametrize(("place", "text"), blocks("python"))
 def test_python_snippets_in_the_documentation_run(
     place: str, text: str, models: dict[str, str], tmp_path: Path
@@ -98,14 +116,11 @@ def test_every_fault_has_a_test_that_exists_or_a_reason() -> None:
 
 
 def test_options_named_in_the_documentation_exist() -> None:
-    """Of `diglot train`, or of the scripts beside it."""
-    scripts = [
-        p.read_text(encoding="utf-8")
-        for folder in ("demo", "benchmarks", "src/diglot/cli")
-        for p in (ROOT / folder).glob("*.py")
-    ]
+    """Of `diglot train`, of another command, or of the scripts beside it."""
+    folders = ("demo", "benchmarks", "src/diglot/cli")
+    scripts = [p.read_text(encoding="utf-8") for folder in folders for p in (ROOT / folder).glob("*.py")]
     known = {"config", "help", "version", *load_options()}
-    known |= {option for text in scripts for option in re.findall(r'add_argument\("--(\w+)"', text)}
+    known |= {option for text in scripts for option in re.findall(r'add_argument\(\s*"--(\w+)', text)}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--([a-z_]+)", page.read_text(encoding="utf-8")))
         assert named <= known or page.name == "CONTRIBUTING.md", (page.name, named - known)

@@ -114,7 +114,7 @@ def _warnings(student: SideFacts, teacher: SideFacts, agreement: Agreement, crit
         if one.places and one.one_to_one < FEW:
             found.append(
                 f"{one.name}: {one.one_to_one:.0%} of the student's tokens there are one token on both sides, "
-                f"{one.aligned:.0%} lie in chunks; objectives on one-to-one rows (strict, gold) teach little there."
+                f"{one.aligned:.0%} lie in chunks; strict reads one-to-one rows alone and teaches little there."
             )
     return found
 

@@ -139,7 +139,7 @@ def _numbers(found: Inspection) -> Table:
 
 
 def _critical(rows: Sequence[Critical]) -> Table:
-    table = _table("Where meaning is dense", "", "places", "one to one", "aligned", "first place cut unlike")
+    table = _table("Where meaning is dense", "", "places", "one to one", "aligned", "a place cut unlike")
     for one in rows:
         shares = (f"{one.one_to_one:.0%}", f"{one.aligned:.0%}") if one.places else ("", "")
         table.add_row(one.name, str(one.places), *shares, Text(_cuts(one)))
