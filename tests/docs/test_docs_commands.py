@@ -69,7 +69,7 @@ def test_diglot_commands_in_the_documentation_train(
     [
         c
         for _, text in blocks("bash")
-        for c in re.findall(r"^diglot (?:inspect|align|recipes|config-schema)\\b.*$", text, re.M)
+        for c in re.findall(r"^diglot (?:inspect|align|recipes|config-schema)\b.*$", text, re.M)
     ],
 )
 def test_commands_that_look_at_things_run(
