@@ -10,7 +10,8 @@ from rich.console import Console
 from scored import renderer
 
 from diglot.inspection import Input, align_text, inspect_pair
-from diglot.report import print_alignment, print_inspection
+from diglot.report.alignment import print_alignment
+from diglot.report.inspection import print_inspection
 
 TEXT = "def add(a):\n    return 数学 | a~1 👩‍🚀"
 

@@ -31,7 +31,7 @@ def align(arguments: Sequence[str]) -> int:
     given = parser().parse_args(arguments)
     from diglot.cli.pairs import load_input
     from diglot.inspection import align_text
-    from diglot.report import print_alignment
+    from diglot.report.alignment import print_alignment
     from diglot.vocabulary import ByteEncoder, Vocabulary
 
     encoders: list[ByteEncoder] = []

@@ -63,7 +63,7 @@ def inspect(arguments: Sequence[str]) -> int:
     if given.json:
         print(json.dumps(found.to_dict(), ensure_ascii=False, indent=1))
     else:
-        from diglot.report import print_inspection
+        from diglot.report.inspection import print_inspection
 
         print_inspection(found)
     return 0 if found.verdict.trainable else 1

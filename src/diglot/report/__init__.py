@@ -1,20 +1,16 @@
 """What a person looks at: tables in the terminal, records of a run, warnings, the model card, a page about a run."""
 
 from diglot.report.advice import Advice, advise, all_advice
-from diglot.report.alignment import print_alignment
 from diglot.report.card import model_card
 from diglot.report.completions import CompletionRow, print_completions
-from diglot.report.inspection import print_inspection
 from diglot.report.tables import before_after_table
 
 __all__ = [
     "Advice",
+    "CompletionRow",
     "advise",
     "all_advice",
     "before_after_table",
-    "CompletionRow",
     "model_card",
-    "print_alignment",
     "print_completions",
-    "print_inspection",
 ]
