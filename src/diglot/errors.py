@@ -25,6 +25,10 @@ class TeacherError(DiglotError, RuntimeError):
     """A teacher that cannot give what an objective needs, or whose weights and tokenizer do not belong together."""
 
 
+class TeacherUnavailable(TeacherError):
+    """A served teacher that did not answer within the budget of retries. What was trained so far is not lost."""
+
+
 class ConfigError(DiglotError, ValueError):
     """An option with a value that cannot work, or options that contradict each other."""
 

@@ -34,6 +34,7 @@ class AlignedBatch:
     on_policy: bool
     counts: Mapping[str, float] | None = None
     teacher_hidden: Tensor | None = None  # [N_t, H_t]
+    asked: Any = None  # what a served teacher was asked about the batch, `diglot.teachers.served.Pending`
     logp_old: Tensor | None = None
     logp_t: Tensor | None = None
     advantage: Tensor | None = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from diglot.heads import Head, default_chunk_rows, last_hidden
 from diglot.objectives import Pair
 from diglot.rendering import Conversation
 from diglot.rollouts import TransformersSampler
-from diglot.teachers import LocalTeacher
+from diglot.teachers import LocalTeacher, Teacher
 
 Item = TypeVar("Item")
 
@@ -35,7 +36,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, model: PreTrainedModel, reader: PairReader, teacher: LocalTeacher, pair: Pair, *, batch_size: int = 8
+        self, model: PreTrainedModel, reader: PairReader, teacher: Teacher, pair: Pair, *, batch_size: int = 8
     ) -> None:
         self.model, self.reader, self.teacher, self.batch_size = model, reader, teacher, batch_size
         self.head = Head.of(model)
@@ -97,9 +98,17 @@ class Evaluator:
 
     def _judge(self, batch: AlignedBatch) -> dict[str, np.ndarray]:
         """The columns of an `OnPolicyReport` for one batch."""
+        asked = self.teacher.ask(batch.teacher)  # if it answers by itself, then while the student reads
         student = self._facts(self._hidden(batch.student), batch.student, self.head, self.pair.stop_s)
-        hidden_t = self.teacher.hidden(batch.teacher)
-        return compare(batch, student, self._facts(hidden_t, batch.teacher, self.teacher.head, self.pair.stop_t))
+        return compare(batch, student, self._teacher_facts(batch, asked))
+
+    def _teacher_facts(self, batch: AlignedBatch, asked: Any) -> tuple[Tensor, Tensor]:
+        """As `_facts`; NaN for stop probabilities that a served teacher does not give."""
+        if isinstance(self.teacher, LocalTeacher):
+            hidden = self.teacher.hidden(batch.teacher)
+            return self._facts(hidden, batch.teacher, self.teacher.head, self.pair.stop_t)
+        logps = asked.result().text(stop_as_set=True).to(self.model.device)
+        return logps, torch.full_like(logps, math.nan)
 
     def _hidden(self, side: PackedSide) -> Tensor:
         return last_hidden(self.model, side.input_ids, side.attention_mask).flatten(0, 1)[side.rows]

@@ -152,6 +152,12 @@ class Teller(Protocol):
         `sorted_ids` is the order of the teacher's tokens by bytes (`Vocabulary.trie`).
         """
 
+    def teacher_top(self, token: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The teacher's likeliest `k` ids in the rows that predict `token` and their log-probs, `[Q, k]`, constant.
+
+        Best first; where there are fewer, ids are -1 and log-probs -inf.
+        """
+
 
 class PairObjective(ABC):
     """What objectives have in common that read distributions: the pair of vocabularies that they are made for."""

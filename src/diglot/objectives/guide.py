@@ -39,6 +39,12 @@ GUIDE: dict[str, About] = {
         "V_s + 2k",
         "any pair whose tokens mostly agree: the cheapest, and GKD's default across tokenizers",
     ),
+    "top_k": About(
+        "the teacher's k likeliest tokens and the rest, at one-to-one rows",
+        "laws equal on them and in the rest",
+        "V_s + k",
+        "a served teacher that gives top-k",
+    ),
     "bpm": About(
         "all student tokens, at every student row",
         "student = byte-prefix marginal of the teacher",

@@ -22,6 +22,7 @@ from diglot.objectives.shared_prefix import SharedPrefix
 from diglot.objectives.simct import SimCT
 from diglot.objectives.span import Span
 from diglot.objectives.strict import Strict
+from diglot.objectives.top_k import TopK
 from diglot.objectives.uld import ULD
 from diglot.objectives.xtoken import XTokenH, XTokenP
 
@@ -35,6 +36,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "shared_prefix": SharedPrefix,
     "jsd": JSD,
     "strict": Strict,
+    "top_k": TopK,
     "sequence_kl": SequenceKL,
     "span": Span,
     "alm": ALM,

@@ -4,12 +4,15 @@ from diglot.objectives.rungs import Rung
 from diglot.teachers.cache import CachedTeacher
 from diglot.teachers.inputs import TeacherInputs, build_teacher_inputs_from_texts
 from diglot.teachers.local import LocalTeacher, find_teacher_tokenizer
+from diglot.teachers.teacher import Teacher, local
 
 __all__ = [
     "CachedTeacher",
     "LocalTeacher",
     "Rung",
+    "Teacher",
     "TeacherInputs",
     "build_teacher_inputs_from_texts",
     "find_teacher_tokenizer",
+    "local",
 ]

@@ -28,9 +28,27 @@ class LocalTeacher:
         self.model = model.eval().requires_grad_(False)
         self.renderer = renderer
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = max_length or limit
+        self.max_length: int | None = max_length or limit
         self.head = Head.of(model)
         self.head.verify(model)
+
+    @property
+    def name(self) -> str:
+        """Where the weights came from."""
+        return self.model.config._name_or_path
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the weights."""
+        self.model.to(device)  # type: ignore[arg-type]
+
+    def want(self, top: int) -> None:
+        """Whole rows are at hand, so any number."""
+
+    def ask(self, side: PackedSide, stop_as_set: bool = True) -> None:
+        """Nothing goes on by itself: `hidden` is called when it is needed."""
+
+    def break_off(self) -> None:
+        """Nothing is under way."""
 
     @torch.no_grad()
     def hidden(self, side: PackedSide) -> Tensor:

@@ -26,13 +26,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from diglot.batches import AlignedBatch, PackedSide, ReadPair, align_pairs
 from diglot.data import Sample, to_sample
-from diglot.errors import AlignmentError, ConfigError
+from diglot.errors import AlignmentError, ConfigError, TeacherUnavailable
 from diglot.evaluation import Evaluator, OnPolicyReport
 from diglot.heads import Head, default_chunk_rows, hidden_at_rows, token_logps
-from diglot.objectives import PathObjective
+from diglot.objectives import PathObjective, Rung
 from diglot.rendering import Conversation, Renderer, Role
 from diglot.report import model_card
 from diglot.rollouts import TransformersSampler
+from diglot.teachers import local
 from diglot.trainers.collate import collate_samples, pad_id
 from diglot.trainers.config import DistillationConfig
 from diglot.trainers.lengths import as_read, by_length
@@ -40,6 +41,7 @@ from diglot.trainers.metrics import StepMetrics
 from diglot.trainers.observing import Observer
 from diglot.trainers.projectors import add_to_optimizer, load_projectors, make_projectors, save_projectors
 from diglot.trainers.recording import RecordCallback, with_numbers
+from diglot.trainers.served import ServedScores, prepare_served
 from diglot.trainers.sides import describe, load_references, prepare_sides
 from diglot.trainers.terms import BatchScores, Reader, Term, check_rung, terms_of
 
@@ -89,6 +91,7 @@ class DistillationTrainer(Trainer):
         self.args, self.pair = args, sides.pair.to(args.device)
         self._prepare_objectives()
         check_rung(self.terms, self.teacher.rung)
+        prepare_served(self.teacher, self.terms, args.kd_temperature, self.reads_rewards)
         self.references = load_references(sides, self.terms, args)
         student: Any = sides.student
         if peft_config is not None:
@@ -111,11 +114,11 @@ class DistillationTrainer(Trainer):
         self.student_head = Head.of(self.student)
         self.student_head.verify(self.student)
         for held in (self.teacher, *(self.references or ())):
-            held.model.to(self.args.device)  # type: ignore[arg-type]
+            held.to(self.args.device)
         for term in self.terms:
             if not isinstance(term.objective, PathObjective):
                 term.objective.to(self.args.device)
-        self.projectors = make_projectors(self.terms, self.student_head, self.teacher.head)
+        self.projectors = make_projectors(self.terms, self.student_head, getattr(self.teacher, "head", None))
         if self.projectors and self.accelerator.num_processes > 1:
             raise ConfigError(
                 f"Objective 'dskd' trains projectors, which are not averaged over processes, and there are "
@@ -133,6 +136,7 @@ class DistillationTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     terms: list[Term]
+    reads_rewards = False  # are log-probs of the text read at `kd_temperature`, whatever the terms are?
 
     @abstractmethod
     def _prepare_objectives(self) -> None:
@@ -216,7 +220,9 @@ class DistillationTrainer(Trainer):
             on_policy=on_policy,
             unscored_roles=frozenset(unscored),
         )
-        return batch.to(self.args.device)
+        batch = batch.to(self.args.device)
+        batch.asked = self.teacher.ask(batch.teacher, not self.same_vocabulary)  # answers come as the student works
+        return batch
 
     def count_over_ranks(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Sum each count over all ranks; one call per window."""
@@ -292,14 +298,20 @@ class DistillationTrainer(Trainer):
 
     def ask_teacher(self, batch: AlignedBatch) -> Tensor:
         """The teacher's hidden states, computed now."""
-        return self.teacher.hidden(batch.teacher)
+        return local(self.teacher, "This objective").hidden(batch.teacher)
+
+    def teacher_logps(self, batch: AlignedBatch, temperature: float) -> Tensor:
+        """Log-prob of each token of the teacher's reading, nats, [N_t]."""
+        if batch.asked is not None:
+            return batch.asked.result().text(not self.same_vocabulary).to(self.args.device)
+        return self.logps(self.teacher_hidden(batch), batch.teacher, "teacher", temperature)
 
     def logps(self, hidden: Tensor, side: PackedSide, whose: str, temperature: float = 1.0) -> Tensor:
         """Log-prob of each written token, nats, [N], under the head of the "student" or the "teacher"."""
-        head, stop_ids = {
-            "student": (self.student_head, self.pair.stop_s),
-            "teacher": (self.teacher.head, self.pair.stop_t),
-        }[whose]
+        if whose == "student":
+            head, stop_ids = self.student_head, self.pair.stop_s
+        else:
+            head, stop_ids = local(self.teacher, "A log-prob of hidden states").head, self.pair.stop_t
         # With equal vocabularies the textbook compares the very id that was written, not the mass of the stop set.
         stop = torch.zeros_like(side.stop) if self.same_vocabulary else side.stop
         return token_logps(
@@ -315,7 +327,7 @@ class DistillationTrainer(Trainer):
         entries = [{"name": one} if isinstance(one, str) else one for one in entries]
         named = [{**one, "name": auto} if one.get("name") == "auto" else one for one in entries]
         strict = {**defaults, "top_k": self.args.strict_top_k}
-        return terms_of(named, self.pair, {"jsd": defaults, "strict": strict})
+        return terms_of(named, self.pair, {"jsd": defaults, "strict": strict, "top_k": defaults})
 
     def term_counts(self, batches: Sequence[AlignedBatch]) -> dict[str, float]:
         """Over how many items of these batches each term is averaged."""
@@ -334,17 +346,17 @@ class DistillationTrainer(Trainer):
     def scores(self, hidden_s: Tensor, batch: AlignedBatch) -> BatchScores:
         """What both models say about a batch, for objectives to ask."""
         student, teacher = self.student_renderer.vocabulary, self.teacher.renderer.vocabulary
-        return BatchScores(
-            batch,
-            hidden_s,
-            self.teacher_hidden(batch),
-            Reader.of(self.student_head, student, self.pair.stop_s),
-            Reader.of(self.teacher.head, teacher, self.pair.stop_t),
+        keywords: dict[str, Any] = dict(
             chunk_rows=self.chunk_rows,
             temperature=self.args.kd_temperature,
             stop_as_set=not self.same_vocabulary,
             references=None if self.references is None else self._reference_logps,
         )
+        of_student = Reader.of(self.student_head, student, self.pair.stop_s)
+        if batch.asked is not None:
+            return ServedScores(batch.asked.result(), batch, hidden_s, None, of_student, None, **keywords)
+        of_teacher = Reader.of(local(self.teacher, "A head").head, teacher, self.pair.stop_t)
+        return BatchScores(batch, hidden_s, self.teacher_hidden(batch), of_student, of_teacher, **keywords)
 
     @torch.no_grad()
     def _reference_logps(self, batch: AlignedBatch) -> tuple[Tensor, Tensor]:
@@ -364,6 +376,22 @@ class DistillationTrainer(Trainer):
         return self.args.rows_per_chunk or default_chunk_rows(*sizes, self.args.device, few_columns=few_columns)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **keywords: Any) -> Any:
+        """The Trainer's own. A served teacher that is gone leaves a checkpoint of the last whole step."""
+        try:
+            return super().train(*args, **keywords)
+        except BaseException as error:
+            self.teacher.break_off()
+            if isinstance(error, TeacherUnavailable) and self.args.world_size == 1:
+                self._checkpoint_now(error)
+            raise
+
+    def _checkpoint_now(self, error: TeacherUnavailable) -> None:
+        folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
+        if not (folder / "trainer_state.json").exists():
+            self._save_checkpoint(self.model_wrapped, None)
+        raise TeacherUnavailable(f"{error} It is {folder}.") from None
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's own, and the projectors of the objectives."""
@@ -449,6 +477,8 @@ class DistillationTrainer(Trainer):
             "stop_agreement": on_policy.stop_agreement,
             "coverage": on_policy.coverage,
         }
+        if self.teacher.rung < Rung.HIDDEN:
+            del metrics["stop_agreement"]  # it takes the stop probability of every row
         if totals["reference/num_bytes"]:
             metrics["bits_per_byte"] = totals["reference/nats"] / totals["reference/num_bytes"] / math.log(2)
         return metrics
@@ -480,7 +510,7 @@ class DistillationTrainer(Trainer):
         card = model_card(
             model_name=model_name or Path(str(self.args.output_dir)).name,
             student=finetuned_from or self.student.config._name_or_path,
-            teacher=self.teacher.model.config._name_or_path,
+            teacher=self.teacher.name,
             dataset=dataset if isinstance(dataset, str) else ", ".join(dataset or []) or None,
             method=type(self).__name__.removesuffix("Trainer"),
             vocabulary_s=f"{student.kind}, {len(student)} rows",

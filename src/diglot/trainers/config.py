@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from diglot.errors import ConfigError
+from diglot.teachers.address import checked_address, is_address
 
 
 def option(default: Any, text: str, group: str, **metadata: Any) -> Any:
@@ -61,7 +62,20 @@ class DistillationConfig(TrainingArguments):
     disable_dropout: bool = option(True, "Turn the student's dropout off.", "Student")
 
     # Teacher
-    teacher_model_name_or_path: str | None = option(None, "The teacher: a model id or a folder.", "Teacher")
+    teacher_model_name_or_path: str | None = option(
+        None, "The teacher: a model id, a folder, or the address of a server (http://HOST:PORT).", "Teacher"
+    )
+    teacher_model_server_url: str | None = option(
+        None,
+        "Address of the teacher's server; `teacher_model_name_or_path` is then the model's name there. A key comes "
+        "from the environment variable DIGLOT_TEACHER_API_KEY.",
+        "Teacher",
+    )
+    teacher_server_concurrency: int = option(8, "Requests to the teacher's server at a time.", "Teacher")
+    teacher_server_timeout: float = option(120.0, "Seconds for one attempt of a request to it.", "Teacher")
+    teacher_server_retry_seconds: float = option(
+        600.0, "A request that keeps failing for so long stops the run, with a checkpoint.", "Teacher"
+    )
     teacher_model_revision: str | None = option(None, "Revision of the teacher's model and tokenizer.", "Teacher")
     teacher_model_init_kwargs: dict[str, Any] | str | None = option(
         None, "Arguments for `from_pretrained` of the teacher when it is given by name.", "Teacher"
@@ -157,6 +171,7 @@ class DistillationConfig(TrainingArguments):
         _require(self.log_rollouts >= 0, "log_rollouts", self.log_rollouts, "0 (none) or more")
         _require(self.num_generations >= 1, "num_generations", self.num_generations, "1 or more")
         _require(self.max_completion_length >= 1, "max_completion_length", self.max_completion_length, "1 or more")
+        self._check_server()
         _require(0 <= self.min_coverage <= 1, "min_coverage", self.min_coverage, "in [0, 1]")
         for one in fields(self):
             choices = one.metadata.get("choices")
@@ -167,6 +182,16 @@ class DistillationConfig(TrainingArguments):
                 f"max_completion_length={self.max_completion_length} leaves no room for a prompt in "
                 f"max_length={self.max_length}. Raise max_length or lower max_completion_length."
             )
+
+    def _check_server(self) -> None:
+        for name in ("teacher_server_timeout", "teacher_server_retry_seconds"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
+        name, at_once = "teacher_server_concurrency", self.teacher_server_concurrency
+        _require(at_once >= 1, name, at_once, "1 or more")
+        if self.teacher_model_server_url is not None:
+            checked_address(self.teacher_model_server_url, "teacher_model_server_url")
+        if is_address(self.teacher_model_name_or_path):  # from here on it is written into files: no secrets in it
+            checked_address(str(self.teacher_model_name_or_path), "teacher_model_name_or_path")
 
 
 @dataclass

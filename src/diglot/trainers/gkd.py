@@ -9,9 +9,10 @@ from torch import Tensor
 
 from diglot.batches import AlignedBatch, ReadPair
 from diglot.data import Sample
-from diglot.teachers import CachedTeacher
+from diglot.teachers import CachedTeacher, local
 from diglot.trainers.base import DistillationTrainer, Window
 from diglot.trainers.config import GKDConfig
+from diglot.trainers.served import auto_objective
 
 
 class GKDTrainer(DistillationTrainer):
@@ -28,10 +29,14 @@ class GKDTrainer(DistillationTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         folder = self.args.teacher_cache_dir
-        self.cached_teacher = None if folder is None else CachedTeacher(self.teacher, folder)
+        self.cached_teacher = (
+            None if folder is None else CachedTeacher(local(self.teacher, "teacher_cache_dir (hidden states)"), folder)
+        )
 
     def _prepare_objectives(self) -> None:
-        auto = "jsd" if self.same_vocabulary else "strict"
+        if self.args.seq_kd:
+            local(self.teacher, "seq_kd (the teacher writes)")
+        auto = auto_objective(self.teacher, self.same_vocabulary)
         self.terms = self.requested_terms(auto, beta=self.args.beta)
 
     # ---- the window --------------------------------------------------------------------------------------------
@@ -56,7 +61,7 @@ class GKDTrainer(DistillationTrainer):
         samples = [sample for batch in window for sample in batch]
         prompts = [renderer.prompt_ids(c, thinking=self.opens_thinking(c)) for c in (s.conversation for s in samples)]
         completions = self.sampler_for(renderer)(
-            self.teacher.model,
+            local(self.teacher, "seq_kd").model,
             prompts,
             max_new_tokens=self.args.max_completion_length,
             seed=self.seed_for("seq_kd", per_rank=True),

@@ -12,6 +12,7 @@ Rewards, returns and advantages are constants: no gradient flows through them.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,16 +24,21 @@ from torch.utils.data import Sampler
 
 from diglot.batches import AlignedBatch, pack
 from diglot.data import to_sample
-from diglot.objectives import RowObjective, make_objective
+from diglot.errors import ConfigError
+from diglot.objectives import RowObjective, Rung, make_objective
 from diglot.objectives.span import clipped_policy_gradient, span_advantages
 from diglot.rendering import Conversation
 from diglot.rollouts import TeacherMixture, continue_prefixes, mixture_weight, write_prefixes
+from diglot.teachers import local
 from diglot.trainers.base import DistillationTrainer, Ids, Window
 from diglot.trainers.collate import pad_id
 from diglot.trainers.config import MiniLLMConfig
 from diglot.trainers.held import HeldBatch, load_held, save_held
+from diglot.trainers.served import auto_objective
 from diglot.trainers.terms import Term
 from diglot.trainers.windows import RepeatedWindows
+
+logger = logging.getLogger(__name__)
 
 
 class MiniLLMTrainer(DistillationTrainer):
@@ -44,6 +50,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     args: MiniLLMConfig
     config_class = MiniLLMConfig
+    reads_rewards = True
 
     def __init__(self, *args: Any, lm_dataset: Any | None = None, **kwargs: Any) -> None:
         self.lm_dataset = lm_dataset
@@ -51,7 +58,9 @@ class MiniLLMTrainer(DistillationTrainer):
         super().__init__(*args, **kwargs)
 
     def _prepare_objectives(self) -> None:
-        auto = "jsd" if self.same_vocabulary else "strict"
+        if self.teacher.rung < Rung.HIDDEN:
+            self._without_hidden_states()
+        auto = auto_objective(self.teacher, self.same_vocabulary)
         if self.args.objective == "auto":
             # All shared tokens and one bin for the rest: nothing of the single step is ignored.
             exact = {} if self.same_vocabulary else {"top_k": None, "residual": True}
@@ -60,6 +69,25 @@ class MiniLLMTrainer(DistillationTrainer):
             self.terms = [single] if self.args.single_step_decomposition else []
         else:
             self.terms = self.requested_terms(auto, beta=1.0)
+
+    def _without_hidden_states(self) -> None:
+        """Switch off what a served teacher cannot give, in the options too, and say so."""
+        args, gives = self.args, f"{self.teacher.name}, which gives {self.teacher.rung.name}"
+        if args.objective == "auto" and args.single_step_decomposition:
+            if not args.rkl_advantage:
+                raise ConfigError(
+                    "rkl_advantage=False leaves MiniLLM's single-step part alone, which needs the teacher's whole "
+                    f"rows, and the teacher is {gives}. Set rkl_advantage, or name an objective."
+                )
+            args.single_step_decomposition = False
+            logger.warning(
+                "The single-step part is off: it needs the teacher's whole rows, and the teacher is %s. Its rewards "
+                "stay in the policy gradient, which has more variance; the expectation is the same.",
+                gives,
+            )
+        if args.teacher_mixed_alpha > 0:
+            args.teacher_mixed_alpha = 0.0
+            logger.warning("teacher_mixed_alpha is 0: the teacher cannot write, it is %s.", gives)
 
     def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler | None:
         """Each window of data comes `num_iterations` times in a row: an inner epoch is one optimizer step."""
@@ -89,9 +117,10 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def sample(self, conversations: Sequence[Conversation], prompts: Sequence[Ids]) -> list[Ids]:
         """Completions of the student, or of the mixture of student and teacher (`teacher_mixed_alpha`)."""
-        alpha, teacher, longest = self.args.teacher_mixed_alpha, self.teacher, self.args.max_completion_length
+        alpha, longest = self.args.teacher_mixed_alpha, self.args.max_completion_length
         if alpha == 0 or not prompts:
             return super().sample(conversations, prompts)
+        teacher = local(self.teacher, "teacher_mixed_alpha")
         student, seed = self.student, self.seed_for("rollouts", per_rank=True)
         if self.same_vocabulary:
             own = [teacher.renderer.prompt_ids(c, thinking=self.opens_thinking(c)) for c in conversations]
@@ -113,11 +142,11 @@ class MiniLLMTrainer(DistillationTrainer):
     def _score(self, batch: AlignedBatch) -> None:
         """Log-probs of the completion under both models as they are now, and the weights of teacher-mixed sampling."""
         temperature = self.args.kd_temperature
-        batch.logp_t = self.logps(self.teacher_hidden(batch), batch.teacher, "teacher", temperature)
         if batch.logp_old is None:  # given when the rollouts come from a checkpoint
             batch.logp_old = self.logps(
                 self.hidden_at_rows(self.student, batch.student), batch.student, "student", temperature
             )
+        batch.logp_t = self.teacher_logps(batch, temperature)  # the student first: a served teacher answers meanwhile
         if self.args.teacher_mixed_alpha > 0:
             batch.weight = mixture_weight(
                 batch.logp_old,

@@ -17,11 +17,12 @@ from diglot.trainers.terms import Term
 FILE = "projectors.safetensors"
 
 
-def make_projectors(terms: Sequence[Term], student: Head, teacher: Head) -> dict[str, nn.Parameter]:
+def make_projectors(terms: Sequence[Term], student: Head, teacher: Head | None) -> dict[str, nn.Parameter]:
     """Prepare the terms that have projectors; all of their parameters by name."""
     found: dict[str, nn.Parameter] = {}
     for term in terms:
         if isinstance(term.objective, ProjectedObjective):
+            assert teacher is not None  # the rung was checked
             term.objective.prepare(_weight(student), _weight(teacher))
             found |= {f"{term.name}.{name}": p for name, p in term.objective.projectors.items()}
     return found

@@ -13,8 +13,9 @@ from diglot.batches import PairReader
 from diglot.errors import ConfigError
 from diglot.objectives import Pair, PathObjective
 from diglot.rendering import Renderer
-from diglot.teachers import LocalTeacher, find_teacher_tokenizer
+from diglot.teachers import LocalTeacher, Teacher, find_teacher_tokenizer
 from diglot.trainers.config import DistillationConfig
+from diglot.trainers.connect import connect_teacher
 from diglot.trainers.terms import Term
 
 
@@ -24,7 +25,7 @@ class Sides:
 
     student: PreTrainedModel
     renderer: Renderer  # the student's
-    teacher: LocalTeacher
+    teacher: Teacher
     pair: Pair
     same_vocabulary: bool  # take the path of equal tables
     reader: PairReader
@@ -48,20 +49,10 @@ def prepare_sides(
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
     renderer = _renderer(student, tokenizer, args.chat_template_kwargs, "student")
-    name = teacher if isinstance(teacher, str) else args.teacher_model_name_or_path if teacher is None else None
-    model = _load_teacher(name, args) if isinstance(teacher, str) or teacher is None else teacher
-    if teacher_tokenizer is None:
-        teacher_tokenizer = find_teacher_tokenizer(
-            model,
-            tokenizer_name_or_path=args.teacher_tokenizer_name_or_path,
-            model_name_or_path=name,
-            student_name_or_path=student.config._name_or_path,
-            student_tokenizer=tokenizer,
-            revision=args.teacher_model_revision,
-            trust_remote_code=args.teacher_trust_remote_code,
-        )
-    renderer_t = _renderer(model, teacher_tokenizer, args.teacher_chat_template_kwargs, "teacher")
-    local = LocalTeacher(model, renderer_t, args.teacher_max_length)
+    frozen = connect_teacher(teacher, teacher_tokenizer, args)
+    if frozen is None:
+        frozen = _local_teacher(teacher, teacher_tokenizer, args, student, tokenizer)
+    renderer_t = frozen.renderer
     pair = Pair.of(
         renderer.vocabulary,
         renderer_t.vocabulary,
@@ -76,10 +67,33 @@ def prepare_sides(
         renderer_t,
         same_vocabulary=same,
         max_length=args.max_length,
-        teacher_max_length=local.max_length,
+        teacher_max_length=frozen.max_length,
         score_turns="all" if args.score_turns == "all" else "last",
     )
-    return Sides(student, renderer, local, pair, same, reader)
+    return Sides(student, renderer, frozen, pair, same, reader)
+
+
+def _local_teacher(
+    teacher: PreTrainedModel | str | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    args: DistillationConfig,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> LocalTeacher:
+    name = teacher if isinstance(teacher, str) else args.teacher_model_name_or_path if teacher is None else None
+    model = _load_teacher(name, args) if isinstance(teacher, str) or teacher is None else teacher
+    if teacher_tokenizer is None:
+        teacher_tokenizer = find_teacher_tokenizer(
+            model,
+            tokenizer_name_or_path=args.teacher_tokenizer_name_or_path,
+            model_name_or_path=name,
+            student_name_or_path=student.config._name_or_path,
+            student_tokenizer=tokenizer,
+            revision=args.teacher_model_revision,
+            trust_remote_code=args.teacher_trust_remote_code,
+        )
+    renderer = _renderer(model, teacher_tokenizer, args.teacher_chat_template_kwargs, "teacher")
+    return LocalTeacher(model, renderer, args.teacher_max_length)
 
 
 def load_references(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diglot.batches import AlignedBatch, PackedSide
 from diglot.errors import ConfigError, TeacherError
-from diglot.heads import Head, reads_few_columns, reduce_rows, summaries, token_logps
+from diglot.heads import Head, blocks, reads_few_columns, reduce_rows, summaries, token_logps
 from diglot.objectives import (
     OBJECTIVES,
     Objective,
@@ -28,6 +28,7 @@ from diglot.objectives import (
     Values,
     make_objective,
 )
+from diglot.objectives.base import at_least_float32
 from diglot.vocabulary import Vocabulary
 
 AddMean = Callable[[str, float, float], None]
@@ -129,29 +130,46 @@ class BatchScores:
         self,
         batch: AlignedBatch,
         hidden_s: Tensor,
-        hidden_t: Tensor,
+        hidden_t: Tensor | None,
         student: Reader,
-        teacher: Reader,
+        teacher: Reader | None,
         *,
         chunk_rows: Callable[[bool], int],
         temperature: float,
         stop_as_set: bool,
         references: Callable[[AlignedBatch], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        self.batch, self.hidden_s, self.hidden_t = batch, hidden_s, hidden_t
-        self.student, self.teacher = student, teacher
+        self.batch, self.hidden_s, self.student = batch, hidden_s, student
+        self._hidden_t, self._teacher = hidden_t, teacher
         self.chunk_rows, self.temperature, self.stop_as_set = chunk_rows, temperature, stop_as_set
         self.references = references
         self._logps: dict[float, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def hidden_t(self) -> Tensor:
+        """The teacher's hidden states; a `TeacherError` if it gives none, which `check_rung` finds out before."""
+        if self._hidden_t is None:
+            raise TeacherError("This teacher gives no hidden states. Choose an objective that needs less of it.")
+        return self._hidden_t
+
+    @property
+    def teacher(self) -> Reader:
+        """How they are read."""
+        if self._teacher is None:
+            raise TeacherError("This teacher gives no head. Choose an objective that needs less of it.")
+        return self._teacher
 
     def logps(self, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs of the text, `[N_s]` with gradient and `[N_t]` without."""
         if temperature not in self._logps:
             logp_s = self._logp(self.hidden_s, self.batch.student, self.student, temperature)
             with torch.no_grad():
-                logp_t = self._logp(self.hidden_t, self.batch.teacher, self.teacher, temperature)
+                logp_t = self._teacher_text(temperature)
             self._logps[temperature] = logp_s, logp_t.to(logp_s.device)
         return self._logps[temperature]
+
+    def _teacher_text(self, temperature: float) -> Tensor:
+        return self._logp(self.hidden_t, self.batch.teacher, self.teacher, temperature)
 
     def _logp(self, hidden: Tensor, side: PackedSide, reader: Reader, temperature: float) -> Tensor:
         stop = side.stop if self.stop_as_set else torch.zeros_like(side.stop)
@@ -214,6 +232,17 @@ class BatchScores:
         found = summaries(masses, self.hidden_t[rows], self.teacher.head, self.chunk_rows(False), self.temperature)
         return found[torch.argsort(by_row)].to(self.hidden_s.device)
 
+    @torch.no_grad()
+    def teacher_top(self, token: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The teacher's likeliest `k` ids in the rows that predict `token` and their log-probs, `[Q, k]`, constant."""
+        rows = self.hidden_t[token.to(self.hidden_t.device)]
+        best = []
+        for block in blocks(len(rows), self.chunk_rows(False)):
+            logits = at_least_float32(self.teacher.head(rows[block])) / self.temperature
+            best.append(logits.log_softmax(-1).topk(k, dim=-1))
+        device = self.hidden_s.device
+        return torch.cat([b.indices for b in best]).to(device), torch.cat([b.values for b in best]).to(device)
+
     def student_logps(self, token: Tensor, ids: Tensor) -> Tensor:
         """Log-probs of `ids` in the student's rows that predict `token`, `[Q]`; carries gradient."""
         return self._row_logps(self.hidden_s, token, ids, self.student)
@@ -256,13 +285,15 @@ class BatchScores:
 
     def _by_rows(self, objective: RowObjective, rows: Rows, share: float) -> tuple[Values, Tensor]:
         given = {**rows.given, **objective.extra(rows, self.batch.written, self)}
-        few = reads_few_columns(objective, self.student.head, self.teacher.head)
+        whole = objective.needs > Rung.TOP_K  # else what it reads of the teacher is among `given`
+        head_t = self.teacher.head if whole else self.student.head
+        few = reads_few_columns(objective, self.student.head, head_t)
         loss, values = reduce_rows(
             objective,
             self.hidden_s,
             self.student.head,
-            self.hidden_t,
-            self.teacher.head,
+            self.hidden_t if whole else None,
+            head_t,
             rows.student,
             rows.teacher,
             self._weights(rows.student, share),
