@@ -69,6 +69,7 @@ class Client:
             timeout=httpx.Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout)),
             headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
             trust_env=not is_loopback(url),
+            verify=url.startswith("https:"),  # making ready for TLS takes longer than many an answer
             follow_redirects=False,  # the key is for this server alone
         )
 
@@ -113,7 +114,7 @@ class Client:
             reraise=True,
         )
         try:
-            return retrying(self._once, method, path, body, limit)
+            return retrying(self._once, method, path, body, limit, stopped)
         except _Again as error:
             spent = time.monotonic() - began
             raise TeacherUnavailable(
@@ -122,7 +123,9 @@ class Client:
                 "from the last checkpoint."
             ) from None
 
-    def _once(self, method: str, path: str, body: Any, limit: int) -> Any:
+    def _once(self, method: str, path: str, body: Any, limit: int, stopped: threading.Event) -> Any:
+        if stopped.is_set():
+            raise TeacherUnavailable(f"A request to {self.url} was broken off, as the run it belonged to has ended.")
         until = time.monotonic() + self.timeout
         try:
             with self._http.stream(method, self.url + path, json=body) as response:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ class ServedTeacher:
         self.max_length = min((n for n in (max_length, window) if n is not None), default=None)
         self.top = _TOP_WITH_STOPS if len(renderer.stop_ids) > 1 else 1
         check_server(client, wire, renderer, window)
+        weakref.finalize(self, client.close)
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="diglot-teacher")
 
     @classmethod
