@@ -61,12 +61,13 @@ class MiniLLMTrainer(DistillationTrainer):
         if self.teacher.rung < Rung.HIDDEN:
             self._without_hidden_states()
         auto = auto_objective(self.teacher, self.same_vocabulary)
-        if self.args.objective == "auto":
+        if self.args.objective == "auto" and not self.args.single_step_decomposition:
+            self.terms = []
+        elif self.args.objective == "auto":
             # All shared tokens and one bin for the rest: nothing of the single step is ignored.
             exact = {} if self.same_vocabulary else {"top_k": None, "residual": True}
             options: dict[str, Any] = {"beta": 1.0, **exact}
-            single = Term("single_step", 1.0, make_objective(auto, self.pair, **options))
-            self.terms = [single] if self.args.single_step_decomposition else []
+            self.terms = [Term("single_step", 1.0, make_objective(auto, self.pair, **options))]
         else:
             self.terms = self.requested_terms(auto, beta=1.0)
 
