@@ -10,7 +10,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install test test-real nightly check lint demo bench clean
+.PHONY: help install test test-real test-server nightly check lint demo bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test        fast tests"
 	@echo "make check       ruff, mypy, the tests and the commands of the documentation"
 	@echo "make test-real   tests with the real models and tokenizers; fetches them"
+	@echo "make test-server  tests with a real vLLM server on the CPU; installs it (3.4 GB)"
 	@echo "make nightly     long fuzzing"
 	@echo "make install     only .venv"
 	@echo "make clean       remove .venv, caches and runs"
@@ -38,7 +39,12 @@ test: .venv/.installed
 test-real: .venv/.installed
 	$(BIN)/python demo/assets.py get smollm2-135m-instruct gemma-3-270m tokenizers texts
 	$(BIN)/python tests/browser.py
-	$(PYTEST) -m "real and not nightly"
+	$(PYTEST) -m "real and not nightly and not server"
+
+test-server: .venv/.installed
+	$(BIN)/python demo/assets.py get smollm2-135m-instruct
+	$(BIN)/python demo/vllm_server.py install
+	$(PYTEST) -m server
 
 nightly: .venv/.installed
 	$(PYTEST) -m nightly

@@ -14,6 +14,7 @@ from torch import Tensor
 from diglot.batches import AlignedBatch, PairReader, align_pairs
 from diglot.data import Sample
 from diglot.objectives import Pair, Path, PathObjective, RowObjective, SummaryObjective, Values, make_objective
+from diglot.objectives.base import at_least_float32
 from diglot.rendering import Conversation, Renderer
 
 TEXTS = (
@@ -94,6 +95,11 @@ class Scored:
         rows = self.logits_t.log_softmax(-1)[:, order]
         sums = [rows[j, a:b].logsumexp(-1) for j, a, b in zip(token.tolist(), low.tolist(), high.tolist(), strict=True)]
         return torch.stack(sums) if sums else self.logits_t.new_zeros(0)
+
+    def teacher_top(self, token: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """What a `Teller` is asked for."""
+        best = at_least_float32(self.logits_t)[token].log_softmax(-1).topk(k)
+        return best.indices, best.values
 
     def values(self, name: str, **options: Any) -> Values:
         """The objective's values, of those items alone that count."""

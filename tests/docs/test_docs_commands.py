@@ -7,11 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
 import tokenizers_zoo as zoo
+from teacher_server import TeacherServer
 
 from diglot.cli.main import main
 from diglot.cli.options import load_options
@@ -32,18 +34,21 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Tiny stand-ins for the hub names in the documentation."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Tiny stand-ins for the hub names in the documentation, and a server for its address."""
     root = tmp_path_factory.mktemp("hub")
     for name, tokenizer in (("student", zoo.chatml()), ("teacher", zoo.inst())):
         tiny.tiny_model(tokenizer).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.PROMPT_ROWS), encoding="utf-8")
-    return {
+    server = TeacherServer(tiny.tiny_model(zoo.inst()), zoo.inst()).start()
+    yield {
         "HuggingFaceTB/SmolLM2-135M-Instruct": str(root / "student"),
         "Qwen/Qwen2.5-1.5B-Instruct": str(root / "teacher"),
         "prompts.jsonl": str(root / "prompts.jsonl"),
+        "http://127.0.0.1:8000": server.url,
     }
+    server.stop()
 
 
 def with_stand_ins(text: str, models: dict[str, str], out: Path) -> str:
@@ -116,11 +121,12 @@ def test_every_fault_has_a_test_that_exists_or_a_reason() -> None:
 
 
 def test_options_named_in_the_documentation_exist() -> None:
-    """Of `diglot train`, of another command, or of the scripts beside it."""
+    """Of `diglot train`, of another command, or of the scripts; blocks of plain text are about other programs."""
     folders = ("demo", "benchmarks", "src/diglot/cli")
     scripts = [p.read_text(encoding="utf-8") for folder in folders for p in (ROOT / folder).glob("*.py")]
     known = {"config", "help", "version", *load_options()}
     known |= {option for text in scripts for option in re.findall(r'add_argument\(\s*"--(\w+)', text)}
     for page in PAGES:
-        named = set(re.findall(r"(?<![\w-])--([a-z_]+)", page.read_text(encoding="utf-8")))
+        ours = re.sub(r"^```text\n.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+        named = set(re.findall(r"(?<![\w-])--([a-z_]+)", ours))
         assert named <= known or page.name == "CONTRIBUTING.md", (page.name, named - known)
