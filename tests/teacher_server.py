@@ -44,6 +44,7 @@ class TeacherServer:
         self.model, self.tokenizer, self.window = model, tokenizer, window
         self.manner, self.faults, self.latency = "right", list[Any](), 0.0
         self.key: str | None = None
+        self.form = "vllm"  # or "sglang"
         self.max_logprobs, self.vocabulary = 64, model.config.vocab_size
         self.requests: list[dict[str, Any]] = []
         self.under_way = self.most_under_way = 0
@@ -85,6 +86,17 @@ class TeacherServer:
         if max(ids) >= self.vocabulary:
             return f"Token id {max(ids)} is out of vocabulary"
         return None
+
+    def sglang(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The same scores as `/generate` of SGLang gives them: rows of [log-prob, id, text]."""
+        ids, sampling = body["input_ids"], body["sampling_params"]
+        assert body["return_logprob"] and body["logprob_start_len"] == 0
+        asked = {"prompt": ids, "prompt_logprobs": body["top_logprobs_num"], **sampling}
+        entries = [{int(i): one["logprob"] for i, one in (e or {}).items()} for e in self.entries(asked)]
+        given = [[None, ids[0], None], *([e[i], i, None] for e, i in zip(entries[1:], ids[1:], strict=True))]
+        best = [sorted(e.items(), key=lambda both: -both[1])[: body["top_logprobs_num"]] for e in entries[1:]]
+        top = [None, *([[logp, i, None] for i, logp in row] for row in best)]
+        return {"text": "x", "meta_info": {"input_token_logprobs": given, "input_top_logprobs": top}}
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": 0, "text": "x", "finish_reason": "length"}
@@ -143,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.path != "/v1/models":
             return self.send({"detail": "Not Found"}, 404)
-        model = {"id": "tiny", "object": "model", "owned_by": "vllm", "max_model_len": self.owner.window}
+        model = {"id": "tiny", "object": "model", "owned_by": self.owner.form, "max_model_len": self.owner.window}
         self.send({"object": "list", "data": [model]})
 
     def do_POST(self) -> None:
@@ -153,6 +165,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/tokenize":
             ids = self.owner.tokenizer(body["prompt"], add_special_tokens=body["add_special_tokens"])["input_ids"]
             return self.send({"tokens": ids, "count": len(ids)})
+        if self.path == "/generate" and self.owner.form == "sglang":
+            self.owner.requests.append(body)
+            return self.send(self.owner.sglang(body))
         if self.path != "/v1/completions":
             return self.send({"detail": "Not Found"}, 404)
         with self.counted(body):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import runpy
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from diglot.batches import PackedSide, pack
 from diglot.errors import ConfigError, TeacherError, TeacherUnavailable
 from diglot.heads import token_logps
 from diglot.rendering import Conversation, Renderer
-from diglot.teachers import LocalTeacher, served
+from diglot.teachers import LocalTeacher, client, served
 from diglot.teachers.address import checked_address
 from diglot.teachers.client import Client
 from diglot.teachers.served import ServedTeacher
@@ -81,6 +83,36 @@ def test_likeliest_ids_are_those_of_the_models_rows(server: TeacherServer) -> No
     torch.testing.assert_close(found.top_logps, rows.values, atol=1e-5, rtol=0)
     assert (found.top_ids == rows.indices).float().mean() > 0.99  # but for ties
     teacher.close()
+
+
+def test_sglangs_form_gives_the_same(server: TeacherServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against its documented answers: its server runs on no CPU of ours."""
+    monkeypatch.setattr(served, "STOP_TOLERANCE", 0.0)
+    server.form = "sglang"
+    teacher, of = connect(server), side(*TEXTS)
+    found = teacher.scores(of)
+    assert teacher.wire.name == "SGLang" and all("input_ids" in body for body in server.requests)
+    torch.testing.assert_close(found.text(True), expected(server, of, True), atol=1e-5, rtol=0)
+    teacher.close()
+
+
+@pytest.mark.parametrize("manner", ["tempered", "wrong_length", "cut"])
+def test_sglangs_form_is_checked_as_well(server: TeacherServer, manner: str) -> None:
+    server.form, server.manner = "sglang", manner
+    with pytest.raises(TeacherError, match=REASONS[manner]):
+        connect(server)
+
+
+def test_llama_cpps_server_is_refused_by_its_name(server: TeacherServer) -> None:
+    server.form = "llamacpp"
+    with pytest.raises(TeacherError, match=r"is llama\.cpp's server, which gives log-probs of what it generates"):
+        connect(server)
+
+
+def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    with pytest.raises(ConfigError, match=r"pip install 'diglot\[server\]'"):
+        runpy.run_path(str(client.__file__))
 
 
 def test_stop_ids_are_asked_for_only_where_they_could_matter(server: TeacherServer) -> None:

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 STOP_TOLERANCE = 1e-4
 """Nats by which the log of a stop set's mass may be too small before the missing stop ids are asked for."""
 _TOP_WITH_STOPS = 8
+_START_SECONDS = 60.0  # of retries while nothing has been trained that a stop could cost
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,13 @@ class ServedTeacher:
         budget: float = 600.0,
     ) -> ServedTeacher:
         """The teacher at `url` (as `checked_address` gives it), after its start-up probe."""
-        client = Client(url, connections=concurrency, timeout=timeout, budget=budget)
+        client = Client(url, connections=concurrency, timeout=timeout, budget=min(budget, _START_SECONDS))
         try:
             teacher = cls(client, find_wire(client, model), renderer, max_length, concurrency)
         except BaseException:
             client.close()
             raise
+        client.budget = budget
         logger.info(
             "teacher: %s at %s, served by %s, window %s",
             teacher.wire.info.model,

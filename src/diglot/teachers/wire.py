@@ -149,11 +149,6 @@ def find_wire(client: Client, model: str | None) -> Wire:
     Raises:
         TeacherError: a server that gives no log-probs of a given text, or several models and no name.
     """
-    about = _maybe(client, "/get_model_info")
-    if isinstance(about, dict) and "model_path" in about:
-        server = _maybe(client, "/get_server_info")
-        window = server.get("context_length") if isinstance(server, dict) else None
-        return SGLang(ServerInfo(model or str(about["model_path"]), window if isinstance(window, int) else None))
     listed = client.get("/v1/models")
     models = [m for m in listed.get("data", []) if isinstance(m, dict)] if isinstance(listed, dict) else []
     names = [str(m.get("id")) for m in models]
@@ -173,15 +168,10 @@ def find_wire(client: Client, model: str | None) -> Wire:
             f"{client.url} does not serve {chosen!r}; it serves {', '.join(names) or 'nothing'}. Name one of these in "
             "teacher_model_name_or_path, or start the server with --served-model-name."
         )
-    window = models[names.index(chosen)].get("max_model_len")
-    return VLLM(ServerInfo(chosen, window if isinstance(window, int) else None))
-
-
-def _maybe(client: Client, path: str) -> Any:
-    try:
-        return client.get(path)
-    except Refused:
-        return None
+    about = models[names.index(chosen)]
+    window = about.get("max_model_len")
+    info = ServerInfo(chosen, window if isinstance(window, int) else None)
+    return SGLang(info) if about.get("owned_by") == "sglang" else VLLM(info)
 
 
 def _tokens(client: Client, body: dict[str, Any]) -> list[int] | None:

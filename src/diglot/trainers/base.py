@@ -8,7 +8,6 @@ are counted, over all ranks. What is left for `compute_loss` is a forward pass, 
 from __future__ import annotations
 
 import logging
-import math
 import random
 from abc import abstractmethod
 from collections import defaultdict
@@ -37,12 +36,12 @@ from diglot.teachers import local
 from diglot.trainers.collate import collate_samples, pad_id
 from diglot.trainers.config import DistillationConfig
 from diglot.trainers.lengths import as_read, by_length
-from diglot.trainers.metrics import StepMetrics
+from diglot.trainers.metrics import StepMetrics, evaluation_metrics
 from diglot.trainers.observing import Observer
 from diglot.trainers.projectors import add_to_optimizer, load_projectors, make_projectors, save_projectors
 from diglot.trainers.recording import RecordCallback, with_numbers
 from diglot.trainers.served import ServedScores, prepare_served
-from diglot.trainers.sides import describe, load_references, prepare_sides
+from diglot.trainers.sides import describe, load_references, prepare_sides, reference_logps
 from diglot.trainers.terms import BatchScores, Reader, Term, check_rung, terms_of
 
 logger = logging.getLogger(__name__)
@@ -308,15 +307,12 @@ class DistillationTrainer(Trainer):
 
     def logps(self, hidden: Tensor, side: PackedSide, whose: str, temperature: float = 1.0) -> Tensor:
         """Log-prob of each written token, nats, [N], under the head of the "student" or the "teacher"."""
-        if whose == "student":
-            head, stop_ids = self.student_head, self.pair.stop_s
-        else:
+        head, stop_ids = self.student_head, self.pair.stop_s
+        if whose == "teacher":
             head, stop_ids = local(self.teacher, "A log-prob of hidden states").head, self.pair.stop_t
         # With equal vocabularies the textbook compares the very id that was written, not the mass of the stop set.
         stop = torch.zeros_like(side.stop) if self.same_vocabulary else side.stop
-        return token_logps(
-            hidden, head, side.targets, stop, stop_ids, chunk_rows=self.chunk_rows(), temperature=temperature
-        )
+        return token_logps(hidden, head, side.targets, stop, stop_ids, self.chunk_rows(), temperature)
 
     # ---- the terms of the loss ---------------------------------------------------------------------------------
 
@@ -358,22 +354,14 @@ class DistillationTrainer(Trainer):
         of_teacher = Reader.of(local(self.teacher, "A head").head, teacher, self.pair.stop_t)
         return BatchScores(batch, hidden_s, self.teacher_hidden(batch), of_student, of_teacher, **keywords)
 
-    @torch.no_grad()
     def _reference_logps(self, batch: AlignedBatch) -> tuple[Tensor, Tensor]:
         assert self.references is not None
-        found = []
-        for model, side, stop in zip(
-            self.references, (batch.student, batch.teacher), (self.pair.stop_s, self.pair.stop_t), strict=True
-        ):
-            ends = torch.zeros_like(side.stop) if self.same_vocabulary else side.stop
-            hidden = model.hidden(side)
-            found.append(token_logps(hidden, model.head, side.targets, ends, stop, self.chunk_rows()))
-        return found[0], found[1]
+        return reference_logps(self.references, batch, self.pair, not self.same_vocabulary, self.chunk_rows())
 
     def chunk_rows(self, few_columns: bool = False) -> int:
         """Rows of logits that exist at a time."""
-        sizes = self.pair.size_s, self.pair.size_t
-        return self.args.rows_per_chunk or default_chunk_rows(*sizes, self.args.device, few_columns=few_columns)
+        both, device = (self.pair.size_s, self.pair.size_t), self.args.device
+        return self.args.rows_per_chunk or default_chunk_rows(*both, device, few_columns=few_columns)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
@@ -384,14 +372,11 @@ class DistillationTrainer(Trainer):
         except BaseException as error:
             self.teacher.break_off()
             if isinstance(error, TeacherUnavailable) and self.args.world_size == 1:
-                self._checkpoint_now(error)
+                folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
+                if not (folder / "trainer_state.json").exists():
+                    self._save_checkpoint(self.model_wrapped, None)
+                raise TeacherUnavailable(f"{error} It is {folder}.") from None
             raise
-
-    def _checkpoint_now(self, error: TeacherUnavailable) -> None:
-        folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
-        if not (folder / "trainer_state.json").exists():
-            self._save_checkpoint(self.model_wrapped, None)
-        raise TeacherUnavailable(f"{error} It is {folder}.") from None
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's own, and the projectors of the objectives."""
@@ -470,18 +455,7 @@ class DistillationTrainer(Trainer):
         columns = {f"reference/{n}": getattr(reference, n) for n in ("nats", "num_bytes")}
         columns |= {n: getattr(written, n) for n in OnPolicyReport.columns()}
         totals = self.count_over_ranks({name: float(values.sum()) for name, values in columns.items()})
-        on_policy = OnPolicyReport.of_totals(totals)
-        metrics = {
-            "loss": on_policy.reverse_kl_nats_per_byte,
-            "reverse_kl_nats_per_byte": on_policy.reverse_kl_nats_per_byte,
-            "stop_agreement": on_policy.stop_agreement,
-            "coverage": on_policy.coverage,
-        }
-        if self.teacher.rung < Rung.HIDDEN:
-            del metrics["stop_agreement"]  # it takes the stop probability of every row
-        if totals["reference/num_bytes"]:
-            metrics["bits_per_byte"] = totals["reference/nats"] / totals["reference/num_bytes"] / math.log(2)
-        return metrics
+        return evaluation_metrics(totals, whole_rows=self.teacher.rung >= Rung.HIDDEN)
 
     # ---- logging -----------------------------------------------------------------------------------------------
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+
+from diglot.evaluation import OnPolicyReport
 
 Reduce = Callable[[Mapping[str, float]], dict[str, float]]
 
@@ -64,3 +67,21 @@ class StepMetrics:
         for kept in (self._means, self._counts):
             kept.update(dict.fromkeys(kept, 0.0))
         return logs
+
+
+def evaluation_metrics(totals: Mapping[str, float], whole_rows: bool) -> dict[str, float]:
+    """What an evaluation logs, from sums over all ranks' samples.
+
+    Without `whole_rows` of the teacher the agreement about stop is left out: it takes the stop probability of each row.
+    """
+    on_policy = OnPolicyReport.of_totals(totals)
+    metrics = {
+        "loss": on_policy.reverse_kl_nats_per_byte,
+        "reverse_kl_nats_per_byte": on_policy.reverse_kl_nats_per_byte,
+        "coverage": on_policy.coverage,
+    }
+    if whole_rows:
+        metrics["stop_agreement"] = on_policy.stop_agreement
+    if totals["reference/num_bytes"]:
+        metrics["bits_per_byte"] = totals["reference/nats"] / totals["reference/num_bytes"] / math.log(2)
+    return metrics

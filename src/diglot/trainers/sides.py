@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from diglot.batches import PairReader
+from diglot.batches import AlignedBatch, PairReader
 from diglot.errors import ConfigError
+from diglot.heads import token_logps
 from diglot.objectives import Pair, PathObjective
 from diglot.rendering import Renderer
 from diglot.teachers import LocalTeacher, Teacher, find_teacher_tokenizer
@@ -127,6 +129,18 @@ def load_references(
                 f"{len(renderer.vocabulary)}: a reference must read the same tokens. Choose a model of the same family."
             )
     return LocalTeacher(models[0], renderers[0]), LocalTeacher(models[1], renderers[1], sides.teacher.max_length)
+
+
+@torch.no_grad()
+def reference_logps(
+    references: Sequence[LocalTeacher], batch: AlignedBatch, pair: Pair, stop_as_set: bool, chunk_rows: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of a batch's text, nats, [N_s] and [N_t], under what `load_references` gave."""
+    found = []
+    for model, side, stop in zip(references, (batch.student, batch.teacher), (pair.stop_s, pair.stop_t), strict=True):
+        ends = side.stop if stop_as_set else torch.zeros_like(side.stop)
+        found.append(token_logps(model.hidden(side), model.head, side.targets, ends, stop, chunk_rows))
+    return found[0], found[1]
 
 
 def describe(sides: Sides) -> str:
