@@ -93,7 +93,7 @@ class TeacherServer:
         assert body["return_logprob"] and body["logprob_start_len"] == 0
         asked = {"prompt": ids, "prompt_logprobs": body["top_logprobs_num"], **sampling}
         entries = [{int(i): one["logprob"] for i, one in (e or {}).items()} for e in self.entries(asked)]
-        given = [[None, ids[0], None], *([e[i], i, None] for e, i in zip(entries[1:], ids[1:], strict=True))]
+        given = [[None, ids[0], None], *([e[i], i, None] for e, i in zip(entries[1:], ids[1:], strict=False))]
         best = [sorted(e.items(), key=lambda both: -both[1])[: body["top_logprobs_num"]] for e in entries[1:]]
         top = [None, *([[logp, i, None] for i, logp in row] for row in best)]
         return {"text": "x", "meta_info": {"input_token_logprobs": given, "input_top_logprobs": top}}
