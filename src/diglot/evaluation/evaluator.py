@@ -102,13 +102,14 @@ class Evaluator:
         student = self._facts(self._hidden(batch.student), batch.student, self.head, self.pair.stop_s)
         return compare(batch, student, self._teacher_facts(batch, asked))
 
-    def _teacher_facts(self, batch: AlignedBatch, asked: Any) -> tuple[Tensor, Tensor]:
+    def _teacher_facts(self, batch: AlignedBatch, asked: Any) -> RowFacts:
         """As `_facts`; NaN for stop probabilities that a served teacher does not give."""
         if isinstance(self.teacher, LocalTeacher):
             hidden = self.teacher.hidden(batch.teacher)
             return self._facts(hidden, batch.teacher, self.teacher.head, self.pair.stop_t)
-        logps = asked.result().text(stop_as_set=True).to(self.model.device)
-        return logps, torch.full_like(logps, math.nan)
+        said = asked.result()
+        logps = said.text(stop_as_set=True)
+        return RowFacts(logps, torch.full_like(logps, math.nan), said.top_ids, said.top_logps.exp())
 
     def _hidden(self, side: PackedSide) -> Tensor:
         return last_hidden(self.model, side.input_ids, side.attention_mask).flatten(0, 1)[side.rows]

@@ -25,6 +25,7 @@ from diglot.objectives.rungs import Rung
 from diglot.rendering import Role
 from diglot.report.completions import CompletionRow, print_completions
 from diglot.report.records import METRICS, ROLLOUTS, append
+from diglot.teachers import local
 from diglot.trainers.lengths import in_order_of_data
 
 if TYPE_CHECKING:
@@ -148,14 +149,15 @@ class Observer:
         try:
             with trainer.accelerator.autocast():
                 hidden_s = trainer.hidden_at_rows(model, batch.student)
-                hidden_t = trainer.teacher.hidden(batch.teacher)
+                teacher = local(trainer.teacher, "A record of completions")
+                hidden_t = teacher.hidden(batch.teacher)
         finally:
             model.train(training)
         rows = trainer.chunk_rows()
         student = row_facts(hidden_s, batch.student, trainer.student_head, trainer.pair.stop_s, rows, top)
         return batch, (
             student,
-            row_facts(hidden_t, batch.teacher, trainer.teacher.head, trainer.pair.stop_t, rows, top),
+            row_facts(hidden_t, batch.teacher, teacher.head, trainer.pair.stop_t, rows, top),
         )
 
     def _rollouts(self, batch: AlignedBatch, facts: tuple[RowFacts, RowFacts]) -> list[Rollout]:
