@@ -2,7 +2,17 @@
 
 from diglot.batches.batch import AlignedBatch, align_pairs
 from diglot.batches.packed import PackedSide, pack
-from diglot.batches.reading import PairReader, ReadPair
+from diglot.batches.reading import PairReader, ReadPair, teacher_reads
 from diglot.batches.written import Written, WrittenSide
 
-__all__ = ["AlignedBatch", "PackedSide", "PairReader", "ReadPair", "Written", "WrittenSide", "align_pairs", "pack"]
+__all__ = [
+    "AlignedBatch",
+    "PackedSide",
+    "PairReader",
+    "ReadPair",
+    "Written",
+    "WrittenSide",
+    "align_pairs",
+    "pack",
+    "teacher_reads",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from diglot.alignment import check_bytes
 from diglot.data import Sample
 from diglot.errors import DataError
 from diglot.rendering import Conversation, Rendered, Renderer, Role, Score, truncate
+from diglot.rendering.template import content_text
 
 Ids = NDArray[np.int64]
 
@@ -38,6 +39,7 @@ class PairReader:
         same_vocabulary: feed the teacher the student's very ids instead of re-encoding their bytes.
         max_length, teacher_max_length: longest input of each side in its own tokens; ends are cut, fronts never.
         score_turns: "last" or "all" assistant turns.
+        teacher_system: a text that the teacher alone reads, before everything else.
     """
 
     def __init__(
@@ -49,17 +51,26 @@ class PairReader:
         max_length: int | None = None,
         teacher_max_length: int | None = None,
         score_turns: Score = "last",
+        teacher_system: str | None = None,
     ) -> None:
         self.student, self.teacher = student, teacher
         self.same_vocabulary = same_vocabulary
         self.max_length, self.teacher_max_length = max_length, teacher_max_length
-        self.score_turns = score_turns
+        self.score_turns, self.teacher_system = score_turns, teacher_system
+        self.label: str | None = None  # of this teacher, where rows say which of several reads them
         self.dropped: Counter[str] = Counter()  # reason -> samples, since the last `take_dropped`
 
     def take_dropped(self) -> Counter[str]:
         """How many samples were dropped for which reason since the last call."""
         dropped, self.dropped = self.dropped, Counter()
         return dropped
+
+    def _is_others(self, conversation: Conversation) -> bool:
+        return None not in (self.label, conversation.route) and self.label != conversation.route
+
+    def teacher_reads(self, conversation: Conversation) -> Conversation:
+        """The conversation as the teacher is given it."""
+        return teacher_reads(conversation, self.teacher_system)
 
     def prompt_ids(self, conversation: Conversation, room: int) -> Ids | None:
         """The student's prompt, or None (and counted) if it leaves less than `room` tokens of `max_length`."""
@@ -72,18 +83,21 @@ class PairReader:
     def sampled(
         self, conversation: Conversation, completion_ids: Ids, prompt_ids: Ids | None = None
     ) -> ReadPair | None:
-        """A completion that the student wrote: its ids stay as they are."""
+        """A completion that the student wrote: its ids stay as they are. None if another teacher is to read it."""
+        if self._is_others(conversation):
+            return None
         student = self.student.from_sampled(conversation, completion_ids, prompt_ids=prompt_ids)
         thinking = self.student.opens_thinking(conversation)
         if self.same_vocabulary:
             content = student.ids[(student.segment >= 0) & (student.roles != Role.STOP)]
             ending = [self.teacher.stop_id] if student.stopped[-1] else []
             own = self.teacher.from_sampled(
-                conversation, np.append(content, ending).astype(np.int64), thinking=thinking
+                self.teacher_reads(conversation), np.append(content, ending).astype(np.int64), thinking=thinking
             )
         else:
             text = student.segment_bytes[-1].decode("utf-8")
-            own = self.teacher.render(conversation, text, stopped=student.stopped[-1], thinking=thinking)
+            reads = self.teacher_reads(conversation)
+            own = self.teacher.render(reads, text, stopped=student.stopped[-1], thinking=thinking)
         return self._fit(conversation, student, own, self._noncanonical(student))
 
     def _noncanonical(self, sampled: Rendered) -> NDArray[np.bool_]:
@@ -101,15 +115,22 @@ class PairReader:
         return ~same & ~stop
 
     def written(self, sample: Sample, *, stopped: bool = True) -> ReadPair | None:
-        """A completion that somebody else wrote, as text: each side encodes it."""
+        """A completion that somebody else wrote, as text: each side encodes it. None: another teacher is to read it."""
+        if self._is_others(sample.conversation):
+            return None
         if sample.reply is None:
             raise DataError(
                 f"{sample.where} has no completion. Train on-policy (lmbda=1) or let the teacher write (seq_kd)."
             )
         conversation, thinking = sample.conversation, self.student.opens_thinking(sample.conversation)
+        if conversation.teacher_view is not None and self.score_turns == "all":
+            raise DataError(
+                f"{sample.where} has a `teacher_prompt` and score_turns is 'all': earlier turns would not be the same "
+                "on both sides. Use score_turns='last', or give the row without it."
+            )
         student, teacher = (
-            side.render(conversation, sample.reply, stopped=stopped, score=self.score_turns, thinking=thinking)
-            for side in (self.student, self.teacher)
+            side.render(reads, sample.reply, stopped=stopped, score=self.score_turns, thinking=thinking)
+            for side, reads in ((self.student, conversation), (self.teacher, self.teacher_reads(conversation)))
         )
         return self._fit(conversation, student, teacher, np.zeros(int((student.segment >= 0).sum()), np.bool_))
 
@@ -141,3 +162,16 @@ class PairReader:
             check_bytes(of_student[:shared], of_teacher[:shared], where="student and teacher")
         kept = int((cut_student.segment >= 0).sum())
         return ReadPair(conversation, cut_student, cut_teacher, noncanonical[:kept])
+
+
+def teacher_reads(conversation: Conversation, system: str | None) -> Conversation:
+    """The conversation as a teacher is given it: its own prompt if the row has one, and first its own system text."""
+    view = conversation.teacher_view or conversation
+    if not system:
+        return view
+    if view.messages is None:
+        return replace(view, text=f"{system}\n\n{view.text}")
+    first, rest, text = view.messages[0], view.messages, system
+    if first["role"] == "system":
+        text, rest = f"{text}\n\n{content_text(first, 'the system message')}", rest[1:]
+    return replace(view, messages=({"role": "system", "content": text}, *rest))

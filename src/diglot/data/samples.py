@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diglot.errors import DataError
@@ -26,9 +26,22 @@ class Sample:
 def to_sample(row: Mapping[str, Any], where: str) -> Sample:
     """A row with columns `prompt`, `prompt` + `completion`, `messages` or `text`, as strings or lists of messages.
 
+    `teacher_prompt`, a string or a list of messages, is what the teacher reads before the same reply; `teacher` names
+    the one of several teachers that reads it.
+
     Raises:
         DataError: none of these columns, or a value of the wrong kind; the message names the row.
     """
+    sample = _own_columns(row, where)
+    view, route = _teacher_view(row.get("teacher_prompt"), sample.conversation.tools, where), row.get("teacher")
+    if view is None and route is None:
+        return sample
+    conversation = replace(sample.conversation, teacher_view=view, route=None if route is None else str(route))
+    return replace(sample, conversation=conversation)
+
+
+def _own_columns(row: Mapping[str, Any], where: str) -> Sample:
+    """What the student reads."""
     tools = _tools(row.get("tools"), where)
     if row.get("messages") is not None:
         return _from_messages(_messages(row["messages"], "messages", where), tools, where)
@@ -37,6 +50,15 @@ def to_sample(row: Mapping[str, Any], where: str) -> Sample:
     if row.get("text") is not None:
         return Sample(Conversation(None), _string(row["text"], "text", where), where)
     raise DataError(f"{where} has columns {sorted(row)}, expected {COLUMNS}.")
+
+
+def _teacher_view(prompt: Any, tools: Any, where: str) -> Conversation | None:
+    """What the teacher alone reads."""
+    if prompt is None:
+        return None
+    if isinstance(prompt, str):
+        return Conversation(None, prompt)
+    return Conversation(_messages(prompt, "teacher_prompt", where), tools=tools)
 
 
 def _from_messages(messages: tuple[dict, ...], tools: Any, where: str) -> Sample:

@@ -52,10 +52,13 @@ class BytePlan:
     student: SidePlan
     teacher: SidePlan
     items: int
+    segment: Tensor  # int64 [I]
+    position: Tensor  # int64 [I] in the segment; its length for stop
 
     def to(self, device: torch.device | str) -> BytePlan:
         """The same on `device`."""
-        return BytePlan(self.student.to(device), self.teacher.to(device), self.items)
+        places = self.segment.to(device), self.position.to(device)
+        return BytePlan(self.student.to(device), self.teacher.to(device), self.items, *places)
 
 
 class ByteLaw(SummaryObjective):
@@ -101,7 +104,9 @@ class ByteLaw(SummaryObjective):
         kept[kept] &= plain_t[other[kept]] & (t.segment[other[kept]] == s.segment[token[kept]])
         token, offset, position, other = token[kept], offset[kept], position[kept], other[kept]
         student = _side_plan(s, plain_s, at_s, token, offset)
-        return BytePlan(student, _side_plan(t, plain_t, at_t, other, position - t.start[other]), len(token))
+        teacher = _side_plan(t, plain_t, at_t, other, position - t.start[other])
+        places = torch.from_numpy(s.segment[token].astype(np.int64)), torch.from_numpy(position.astype(np.int64))
+        return BytePlan(student, teacher, len(token), *places)
 
     def summary_s(self, plan: BytePlan) -> Callable[[Tensor, slice], Tensor]:
         return self.student.summary(plan.student)
@@ -110,15 +115,44 @@ class ByteLaw(SummaryObjective):
         return self.teacher.summary(plan.teacher)
 
     def __call__(self, summary_s: Tensor, summary_t: Tensor, plan: BytePlan) -> Values:
-        law_s, cut_s = byte_law(summary_s, plan.student)
         law_t, cut_t = byte_law(summary_t.detach(), plan.teacher)
+        values = self.against(summary_s, law_t, plan)
+        return Values(values.loss, {**values.metrics, "cut_t": cut_t})
+
+    def against(self, summary_s: Tensor, law_t: Tensor, plan: BytePlan) -> Values:
+        """The same, where the teacher's next-byte laws `[items, 257]` are known: kept ones, or mixed ones."""
+        law_s, cut_s = byte_law(summary_s, plan.student)
         divergence = generalized_jsd(smoothed(law_s).log(), smoothed(law_t).log(), self.beta)
         loss = divergence + self.anchor * cut_s if self.anchor else divergence
-        return Values(loss, {"divergence": divergence.detach(), "cut_s": cut_s.detach(), "cut_t": cut_t})
+        return Values(loss, {"divergence": divergence.detach(), "cut_s": cut_s.detach()})
 
     def to(self, device: torch.device | str) -> None:
         super().to(device)
         self.student, self.teacher = self.student.to(device), self.teacher.to(device)
+
+
+class OwnLaws:
+    """One model's next-byte laws at all bytes that it wrote or read in plain tokens, with nobody to compare it to.
+
+    Args:
+        vocabulary: whose length is the width of the logits.
+        stop: int64, the ids that end a turn.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, stop: Tensor) -> None:
+        self.columns = _Columns.of(vocabulary, stop)
+
+    def plan(self, side: WrittenSide) -> tuple[SidePlan, Ints, Ints]:
+        """The queries, and segment and position of each law, `[I]`."""
+        plain = side.exact & plain_tokens(side, self.columns.vocabulary)
+        token = np.repeat(np.arange(len(side.ids)), np.where(plain, side.end - side.start, 0))
+        offset = np.arange(len(token)) - np.searchsorted(token, token)
+        plan = _side_plan(side, plain, self.columns.vocabulary, token, offset)
+        return plan, side.segment[token], side.start[token] + offset
+
+    def summary(self, plan: SidePlan) -> Callable[[Tensor, slice], Tensor]:
+        """What `byte_law` makes laws of, from logits `[r, V]` of a slice of the tokens."""
+        return self.columns.summary(plan)
 
 
 def byte_law(summary: Tensor, plan: SidePlan) -> tuple[Tensor, Tensor]:

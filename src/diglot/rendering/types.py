@@ -31,6 +31,8 @@ class Conversation:
     messages: tuple[dict[str, Any], ...] | None
     text: str = ""
     tools: tuple[dict[str, Any], ...] | None = None
+    teacher_view: Conversation | None = None  # what the teacher reads in its place, if that is something else
+    route: str | None = None  # the one teacher that is to read it, where there are several
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ that a reverse KL rewards but nobody would write, and is corrected by an importa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,10 +26,18 @@ class TeacherMixture(LogitsProcessor):
         teacher: a model with the student's vocabulary.
         prompts: the teacher's own prompts, one for each row.
         alpha: share of the teacher, in (0, 1).
+        running: gives it ready to be run, where that takes more than calling it.
     """
 
-    def __init__(self, teacher: PreTrainedModel, prompts: Sequence[Ids], pad_id: int, alpha: float) -> None:
-        self._teacher = teacher
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        prompts: Sequence[Ids],
+        pad_id: int,
+        alpha: float,
+        running: Callable[[], AbstractContextManager[PreTrainedModel]] | None = None,
+    ) -> None:
+        self._running = running or (lambda: nullcontext(teacher))
         self._log_shares = math.log(alpha), math.log1p(-alpha)
         self._next_ids, self._mask = pad_left(prompts, pad_id, teacher.device)
         self._cache: object | None = None
@@ -36,17 +45,18 @@ class TeacherMixture(LogitsProcessor):
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._cache is not None:
-            self._next_ids = input_ids[:, -1:].to(self._teacher.device)
+            self._next_ids = input_ids[:, -1:].to(self._mask.device)
             self._mask = torch.cat([self._mask, torch.ones_like(self._next_ids)], dim=1)
         positions = self._mask.cumsum(1).sub(1).clamp(min=0)[:, -self._next_ids.shape[1] :]
-        out = self._teacher(
-            input_ids=self._next_ids,
-            attention_mask=self._mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with self._running() as model:
+            out = model(
+                input_ids=self._next_ids,
+                attention_mask=self._mask,
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         self._cache = out.past_key_values
         width = min(scores.shape[-1], out.logits.shape[-1])  # embedding padding may differ
         teacher = torch.full_like(scores, -torch.inf, dtype=torch.float32)

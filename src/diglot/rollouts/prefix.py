@@ -30,6 +30,7 @@ from diglot.rollouts.sampler import Ids, TransformersSampler
 
 def write_prefixes(
     conversations: Sequence[Conversation],
+    inside: Sequence[bool],
     teacher: PreTrainedModel,
     renderer_t: Renderer,
     renderer_s: Renderer,
@@ -41,6 +42,7 @@ def write_prefixes(
 ) -> list[Ids]:
     """For each conversation the beginning of its completion in student ids: empty, or what the teacher wrote.
 
+    `conversations` are as the teacher reads them; `inside` says which completions start in a think block.
     A prefix that the teacher finished ends with the student's stop id. Prefixes are cut to `max_new_tokens` student
     ids.
     """
@@ -50,8 +52,7 @@ def write_prefixes(
     prefixes: list[Ids] = [np.zeros(0, dtype=np.int64) for _ in conversations]
     if not chosen:
         return prefixes
-    thinking = [renderer_s.opens_thinking(conversations[i]) for i in chosen]
-    prompts = [renderer_t.prompt_ids(conversations[i], thinking=t) for i, t in zip(chosen, thinking, strict=True)]
+    prompts = [renderer_t.prompt_ids(conversations[i], thinking=inside[i]) for i in chosen]
     longest = max(lengths)
     for i, prompt, written in zip(
         chosen, prompts, sampler(teacher, prompts, max_new_tokens=longest, seed=seed), strict=True

@@ -23,8 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diglot.batches import PackedSide
+from diglot.errors import TeacherError
 from diglot.heads import reads_prompts_once
+from diglot.teachers.adapter import AdapterOff
 from diglot.teachers.local import LocalTeacher
+from diglot.teachers.teacher import Teacher, local
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +178,17 @@ class CachedTeacher:
         if not self._full:
             logger.warning("The teacher cache %s takes no more: %s. What it holds is used.", self.folder, why)
         self._full = True
+
+
+def cached(teacher: Teacher, folder: str | Path) -> CachedTeacher:
+    """A cache of a teacher's hidden states. `TeacherError` for one that has none, or whose weights are in training."""
+    held = local(teacher, "teacher_cache_dir (hidden states)")
+    if isinstance(held, AdapterOff):
+        raise TeacherError(
+            "teacher_cache_dir keeps answers by the teacher's weights, and this teacher shares its modules with the "
+            "student, whose weights change. Switch the cache off, or name the teacher's weights."
+        )
+    return CachedTeacher(held, folder)
 
 
 def _bytes(x: Tensor) -> memoryview:

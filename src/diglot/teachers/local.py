@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -11,6 +14,7 @@ from diglot.errors import TeacherError
 from diglot.heads import Head, hidden_at_rows
 from diglot.objectives.rungs import Rung
 from diglot.rendering import Renderer
+from diglot.teachers.loading import keeps_its_device
 
 
 class LocalTeacher:
@@ -38,8 +42,9 @@ class LocalTeacher:
         return self.model.config._name_or_path
 
     def to(self, device: torch.device | str) -> None:
-        """Move the weights."""
-        self.model.to(device)  # type: ignore[arg-type]
+        """Move the weights, unless they were put where they are on purpose."""
+        if not keeps_its_device(self.model):
+            self.model.to(device)  # type: ignore[arg-type]
 
     def want(self, top: int) -> None:
         """Whole rows are at hand, so any number."""
@@ -50,6 +55,11 @@ class LocalTeacher:
     def break_off(self) -> None:
         """Nothing is under way."""
 
+    @contextmanager
+    def running(self) -> Iterator[PreTrainedModel]:
+        """The model, ready to be asked or to write."""
+        yield self.model
+
     @torch.no_grad()
     def hidden(self, side: PackedSide) -> Tensor:
         """The hidden state that predicts each scored token, [N_t, H_t], on the teacher's device."""
@@ -58,7 +68,8 @@ class LocalTeacher:
     @torch.no_grad()
     def at_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
         """The hidden states at `rows` of the flattened `[B * T]`; inputs are padded on the right."""
-        return hidden_at_rows(self.model, *(x.to(self.model.device) for x in (input_ids, attention_mask, rows)))
+        with self.running() as model:
+            return hidden_at_rows(model, *(x.to(model.device) for x in (input_ids, attention_mask, rows)))
 
 
 def find_teacher_tokenizer(
@@ -70,10 +81,12 @@ def find_teacher_tokenizer(
     student_tokenizer: PreTrainedTokenizerBase | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    gguf_file: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The teacher's tokenizer: the one that was named, else the one that lies beside its weights.
 
-    A teacher whose weights come from the student's own place shares the student's tokenizer.
+    `gguf_file` is the file beside the weights that holds it. A teacher whose weights come from the student's own place
+    shares the student's tokenizer.
 
     Raises:
         TeacherError: it was not named, and the weights do not say where they come from or nothing lies there.
@@ -92,6 +105,7 @@ def find_teacher_tokenizer(
             f"tokenizer cannot be known, and cannot be shown to equal the student's. {advice}"
         )
     try:
-        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+        inside = {"gguf_file": gguf_file} if gguf_file and tokenizer_name_or_path is None else {}
+        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code, **inside)
     except (OSError, ValueError, KeyError) as error:
         raise TeacherError(f"No tokenizer of the teacher could be loaded from {place!r}: {error} {advice}") from error

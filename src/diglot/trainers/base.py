@@ -8,6 +8,7 @@ are counted, over all ranks. What is left for `compute_loss` is a forward pass, 
 from __future__ import annotations
 
 import logging
+import math
 import random
 from abc import abstractmethod
 from collections import defaultdict
@@ -33,15 +34,19 @@ from diglot.rendering import Conversation, Renderer, Role
 from diglot.report import model_card
 from diglot.rollouts import TransformersSampler
 from diglot.teachers import local
+from diglot.teachers.adapter import AdapterOff
+from diglot.teachers.scored import ScoredTeacher
 from diglot.trainers.collate import collate_samples, pad_id
 from diglot.trainers.config import DistillationConfig
+from diglot.trainers.lanes import HasLanes, mean_metrics, prepare_lanes, same_side, share_counts
 from diglot.trainers.lengths import as_read, by_length
 from diglot.trainers.metrics import StepMetrics, evaluation_metrics
 from diglot.trainers.observing import Observer
 from diglot.trainers.projectors import add_to_optimizer, load_projectors, make_projectors, save_projectors
 from diglot.trainers.recording import RecordCallback, with_numbers
-from diglot.trainers.served import ServedScores, prepare_served
-from diglot.trainers.sides import describe, load_references, prepare_sides, reference_logps
+from diglot.trainers.scored import ScoredBatch
+from diglot.trainers.served import prepare_served
+from diglot.trainers.sides import describe, load_references, reference_logps
 from diglot.trainers.terms import BatchScores, Reader, Term, check_rung, terms_of
 
 logger = logging.getLogger(__name__)
@@ -50,12 +55,12 @@ Window = list[list[Sample]]
 Ids = NDArray[np.int64]
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(HasLanes, Trainer):
     """Base of both trainers. Arguments and their order are TRL's; `teacher_processing_class` is the one addition.
 
     Args:
         model: the student, a model or its name.
-        teacher_model: a model or its name; by default `args.teacher_model_name_or_path`.
+        teacher_model: a model or its name, or a list of them; by default `args.teacher_model_name_or_path`.
         args: options.
         train_dataset: rows with `prompt`, `prompt` + `completion`, `messages` or `text`.
         processing_class: the student's tokenizer; by default the one beside its weights.
@@ -70,7 +75,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | str,
-        teacher_model: PreTrainedModel | str | None = None,
+        teacher_model: PreTrainedModel | str | Sequence[Any] | None = None,
         args: DistillationConfig | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -80,23 +85,28 @@ class DistillationTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: Any | None = None,
-        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None = None,
     ) -> None:
         args = args if args is not None else self.config_class(output_dir="diglot-output")
-        sides = prepare_sides(model, teacher_model, processing_class, teacher_processing_class, args)
-        self.student_renderer, self.teacher, self.reader = sides.renderer, sides.teacher, sides.reader
-        self.same_vocabulary = sides.same_vocabulary
+        self._set_lanes(prepare_lanes(model, teacher_model, processing_class, teacher_processing_class, args))
+        sides = self.lanes[0].sides
+        self.student_renderer = sides.renderer
         # Before the Trainer's own setup, which makes the output folder: what cannot work leaves nothing behind.
-        self.args, self.pair = args, sides.pair.to(args.device)
-        self._prepare_objectives()
-        check_rung(self.terms, self.teacher.rung)
-        prepare_served(self.teacher, self.terms, args.kd_temperature, self.reads_rewards)
-        self.references = load_references(sides, self.terms, args)
+        self.args = args
+        for lane in self.each_lane():
+            self.pair = self.pair.to(args.device)
+            self._prepare_objectives()
+            check_rung(self.terms, self.teacher.rung, getattr(self.teacher, "also", ()))
+            prepare_served(self.teacher, self.terms, args.kd_temperature, self.reads_rewards)
+            self.references = load_references(lane.sides, self.terms, args)
         student: Any = sides.student
         if peft_config is not None:
             from peft import get_peft_model
 
             student = get_peft_model(student, peft_config)
+        for lane in self.lanes:
+            if isinstance(lane.teacher, AdapterOff):
+                lane.teacher.follow(student)
         self._metrics = StepMetrics()
         super().__init__(
             model=student,
@@ -112,12 +122,11 @@ class DistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # every micro-batch's loss is already a share of the window's
         self.student_head = Head.of(self.student)
         self.student_head.verify(self.student)
-        for held in (self.teacher, *(self.references or ())):
-            held.to(self.args.device)
-        for term in self.terms:
-            if not isinstance(term.objective, PathObjective):
-                term.objective.to(self.args.device)
-        self.projectors = make_projectors(self.terms, self.student_head, getattr(self.teacher, "head", None))
+        self.projectors: dict[str, torch.nn.Parameter] = {}
+        for lane in self.each_lane():
+            self._to_device()
+            own = make_projectors(self.terms, self.student_head, getattr(self.teacher, "head", None))
+            self.projectors |= {n if lane is self.lanes[0] else f"{lane.label}/{n}": p for n, p in own.items()}
         if self.projectors and self.accelerator.num_processes > 1:
             raise ConfigError(
                 f"Objective 'dskd' trains projectors, which are not averaged over processes, and there are "
@@ -127,14 +136,22 @@ class DistillationTrainer(Trainer):
         self.add_callback(RecordCallback(self.observer.fixed))
         with_numbers(self)
         if self.is_world_process_zero():
-            logger.info(describe(sides))
+            for lane in self.lanes:
+                logger.info("%s: %s", lane.label, describe(lane.sides))
+
+    def _to_device(self) -> None:
+        """Bring what a lane holds to where the student is."""
+        for held in (self.teacher, *(self.references or ())):
+            held.to(self.args.device)
+        for term in self.terms:
+            if not isinstance(term.objective, PathObjective):
+                term.objective.to(self.args.device)
 
     @property
     def student(self) -> PreTrainedModel:
         """The model in training, without the wrappers of data parallelism."""
         return self.accelerator.unwrap_model(self.model)
 
-    terms: list[Term]
     reads_rewards = False  # are log-probs of the text read at `kd_temperature`, whatever the terms are?
 
     @abstractmethod
@@ -152,10 +169,25 @@ class DistillationTrainer(Trainer):
             return [], None
         for projector in self.projectors.values():
             projector.grad = None  # the Trainer clears the gradients of its model only
+        self._drawn.clear()
+        if len(self.lanes) > 1:
+            return self._lanes_of(window)
         batches = self.prepare_window(window)
         self._watch_coverage(batches)
         self.observer.window(batches)
         return [{"batch": batch} for batch in batches], int(sum(batch.stats["tokens"] for batch in batches))
+
+    def _lanes_of(self, window: Window) -> tuple[list[dict[str, Any]], int]:
+        """The same with several teachers: what each of them reads of every micro-batch."""
+        weights, routed = self.lane_weights([sample for batch in window for sample in batch])
+        found = [self.prepare_window(window) for _ in self.each_lane()]
+        if routed:
+            share_counts(found)
+        counted = [batch for batches in found for batch in batches] if routed else found[0]
+        self._watch_coverage(counted)
+        self.observer.window(found[0])
+        inputs = [{"batch": b[0], "lanes": list(b), "weights": weights} for b in zip(*found, strict=True)]
+        return inputs, int(sum(batch.stats["tokens"] for batch in counted))
 
     @abstractmethod
     def prepare_window(self, window: Window) -> list[AlignedBatch]:
@@ -169,7 +201,10 @@ class DistillationTrainer(Trainer):
         ]
         asked = [both for batch in zip(conversations, prompts, strict=True) for both in zip(*batch, strict=True)]
         kept = [(c, p) for c, p in asked if p is not None]
-        completions = iter(self.sample([c for c, _ in kept], [p for _, p in kept]))
+        drawn = b"/".join(p.tobytes() for _, p in kept)
+        if drawn not in self._drawn:
+            self._drawn[drawn] = self.sample([c for c, _ in kept], [p for _, p in kept])
+        completions = iter(self._drawn[drawn])
         return [
             [None if p is None else self.reader.sampled(c, next(completions), p) for c, p in zip(*both, strict=True)]
             for both in zip(conversations, prompts, strict=True)
@@ -198,9 +233,14 @@ class DistillationTrainer(Trainer):
         """Does the student answer inside a think block? The teacher is then put into one as well, or into none."""
         return self.student_renderer.opens_thinking(conversation)
 
+    def teacher_prompts(self, conversations: Sequence[Conversation]) -> list[Ids]:
+        """What the teacher reads before it writes, in its own ids."""
+        read = [(self.reader.teacher_reads(c), self.opens_thinking(c)) for c in conversations]
+        return [self.teacher.renderer.prompt_ids(c, thinking=inside) for c, inside in read]
+
     def align_window(self, window: Sequence[Sequence[ReadPair | None]], on_policy: bool) -> list[AlignedBatch]:
         """The micro-batches of a window, samples of similar length together where the loss does not depend on it."""
-        split_matters = any(term.objective.balanced_with_ce for term in self.terms)
+        split_matters = len(self.lanes) > 1 or any(term.objective.balanced_with_ce for term in self.terms)
         together = self.args.num_generations if on_policy else 1
         found = []
         for batch in as_read(window) if split_matters else by_length(window, together):
@@ -272,7 +312,10 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """The micro-batch's share of the window's loss, in nats per item."""
         with self.accelerator.autocast():  # around the heads as well: they run outside of the model's own forward
-            loss = self.batch_loss(model, inputs["batch"])
+            if "lanes" in inputs:
+                loss = self.lanes_loss(model, inputs["lanes"], inputs["weights"])
+            else:
+                loss = self.batch_loss(model, inputs["batch"])
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss of step {self.state.global_step} is {loss.item()}, expected a finite number; the "
@@ -287,7 +330,13 @@ class DistillationTrainer(Trainer):
 
     def hidden_at_rows(self, model: torch.nn.Module, side: PackedSide) -> Tensor:
         """The student's hidden state that predicts each scored token, [N_s, H_s], with gradient."""
-        return hidden_at_rows(model, side.input_ids, side.attention_mask, side.rows)
+        for read, hidden in self._read or ():
+            if same_side(read, side):
+                return hidden
+        hidden = hidden_at_rows(model, side.input_ids, side.attention_mask, side.rows)
+        if self._read is not None:
+            self._read.append((side, hidden))
+        return hidden
 
     def teacher_hidden(self, batch: AlignedBatch) -> Tensor:
         """The teacher's, [N_t, H_t]; computed once per batch."""
@@ -350,7 +399,7 @@ class DistillationTrainer(Trainer):
         )
         of_student = Reader.of(self.student_head, student, self.pair.stop_s)
         if batch.asked is not None:
-            return ServedScores(batch.asked.result(), batch, hidden_s, None, of_student, None, **keywords)
+            return ScoredBatch(batch.asked.result(), batch, hidden_s, None, of_student, None, **keywords)
         of_teacher = Reader.of(local(self.teacher, "A head").head, teacher, self.pair.stop_t)
         return BatchScores(batch, hidden_s, self.teacher_hidden(batch), of_student, of_teacher, **keywords)
 
@@ -370,7 +419,8 @@ class DistillationTrainer(Trainer):
         try:
             return super().train(*args, **keywords)
         except BaseException as error:
-            self.teacher.break_off()
+            for lane in self.lanes:
+                lane.teacher.break_off()
             if isinstance(error, TeacherUnavailable) and self.args.world_size == 1:
                 folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
                 if not (folder / "trainer_state.json").exists():
@@ -430,7 +480,8 @@ class DistillationTrainer(Trainer):
         rank, world = self.args.process_index, self.args.world_size
         rows: Any = data
         samples = [to_sample(rows[i], where=f"evaluation row {i}") for i in range(rank, len(rows), world)]
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._evaluate_samples(samples).items()}
+        measured = [(lane.weight, self._evaluate_samples(samples)) for lane in self.each_lane()]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in mean_metrics(measured).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -445,6 +496,8 @@ class DistillationTrainer(Trainer):
         """Metrics over all ranks' samples. Every rank samples with the same seeds at every evaluation."""
         evaluator = self.evaluator()
         reference = evaluator.on_reference([s for s in samples if s.reply is not None])
+        if isinstance(self.teacher, ScoredTeacher):  # of which nobody can ask anything about new text
+            return self._bits_per_byte(reference)
         written = evaluator.on_policy(
             [s.conversation for s in samples],
             self.sampler,
@@ -456,6 +509,12 @@ class DistillationTrainer(Trainer):
         columns |= {n: getattr(written, n) for n in OnPolicyReport.columns()}
         totals = self.count_over_ranks({name: float(values.sum()) for name, values in columns.items()})
         return evaluation_metrics(totals, whole_rows=self.teacher.rung >= Rung.HIDDEN)
+
+    def _bits_per_byte(self, reference: Any) -> dict[str, float]:
+        """Of reference text alone, over all ranks."""
+        names = ("nats", "num_bytes")
+        totals = self.count_over_ranks({n: float(getattr(reference, n).sum()) for n in names})
+        return {"bits_per_byte": totals["nats"] / max(totals["num_bytes"], 1.0) / math.log(2)}
 
     # ---- logging -----------------------------------------------------------------------------------------------
 
@@ -484,7 +543,7 @@ class DistillationTrainer(Trainer):
         card = model_card(
             model_name=model_name or Path(str(self.args.output_dir)).name,
             student=finetuned_from or self.student.config._name_or_path,
-            teacher=self.teacher.name,
+            teacher=", ".join(lane.teacher.name for lane in self.lanes),
             dataset=dataset if isinstance(dataset, str) else ", ".join(dataset or []) or None,
             method=type(self).__name__.removesuffix("Trainer"),
             vocabulary_s=f"{student.kind}, {len(student)} rows",

@@ -62,8 +62,12 @@ class DistillationConfig(TrainingArguments):
     disable_dropout: bool = option(True, "Turn the student's dropout off.", "Student")
 
     # Teacher
-    teacher_model_name_or_path: str | None = option(
-        None, "The teacher: a model id, a folder, or the address of a server (http://HOST:PORT).", "Teacher"
+    teacher_model_name_or_path: str | list[Any] | None = option(
+        None,
+        "The teacher: a model id, a folder, a .gguf file, a folder of `diglot score`, the address of a server "
+        "(http://HOST:PORT), or `self`, the student with its adapter off. Or a list of names or of {name, weight, "
+        "label, tokenizer, ...}: several teachers.",
+        "Teacher",
     )
     teacher_model_server_url: str | None = option(
         None,
@@ -86,6 +90,12 @@ class DistillationConfig(TrainingArguments):
     teacher_trust_remote_code: bool = option(False, "Run code that comes with the teacher's repository.", "Teacher")
     teacher_chat_template_kwargs: dict[str, Any] | str | None = option(
         None, "Arguments for the teacher's chat template.", "Teacher"
+    )
+    teacher_system_prompt: str | None = option(
+        None,
+        "A text that only the teacher reads, before everything else. What it is to read for a single row, in place of "
+        "the prompt, stands in the column `teacher_prompt`.",
+        "Teacher",
     )
     teacher_max_length: int | None = option(
         None,

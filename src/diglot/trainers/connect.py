@@ -53,6 +53,7 @@ def connect_teacher(
     if args.teacher_model_init_kwargs:
         raise ConfigError(f"teacher_model_init_kwargs is for a teacher that is loaded here, not at {address}. Drop it.")
     name = teacher if isinstance(teacher, str) else args.teacher_model_name_or_path
+    assert not isinstance(name, list)  # `prepare_lanes` takes lists apart
     model = None if is_address(name) else name
     tokenizer, place = teacher_tokenizer, args.teacher_tokenizer_name_or_path or model
     if tokenizer is None:

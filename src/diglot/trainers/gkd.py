@@ -9,7 +9,8 @@ from torch import Tensor
 
 from diglot.batches import AlignedBatch, ReadPair
 from diglot.data import Sample
-from diglot.teachers import CachedTeacher, local
+from diglot.teachers import local
+from diglot.teachers.cache import cached
 from diglot.trainers.base import DistillationTrainer, Window
 from diglot.trainers.config import GKDConfig
 from diglot.trainers.served import auto_objective
@@ -29,9 +30,8 @@ class GKDTrainer(DistillationTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         folder = self.args.teacher_cache_dir
-        self.cached_teacher = (
-            None if folder is None else CachedTeacher(local(self.teacher, "teacher_cache_dir (hidden states)"), folder)
-        )
+        for _ in self.each_lane():
+            self.cached_teacher = None if folder is None else cached(self.teacher, folder)
 
     def _prepare_objectives(self) -> None:
         if self.args.seq_kd:
@@ -59,19 +59,21 @@ class GKDTrainer(DistillationTrainer):
         """The teacher writes in its own ids and template; both sides then read its text."""
         renderer = self.teacher.renderer
         samples = [sample for batch in window for sample in batch]
-        prompts = [renderer.prompt_ids(c, thinking=self.opens_thinking(c)) for c in (s.conversation for s in samples)]
-        completions = self.sampler_for(renderer)(
-            local(self.teacher, "seq_kd").model,
-            prompts,
-            max_new_tokens=self.args.max_completion_length,
-            seed=self.seed_for("seq_kd", per_rank=True),
-        )
+        prompts = self.teacher_prompts([s.conversation for s in samples])
+        with local(self.teacher, "seq_kd").running() as model:
+            completions = self.sampler_for(renderer)(
+                model,
+                prompts,
+                max_new_tokens=self.args.max_completion_length,
+                seed=self.seed_for("seq_kd", per_rank=True),
+            )
         pairs = iter(map(self._teacher_wrote, samples, completions))
         return [[next(pairs) for _ in batch] for batch in window]
 
     def _teacher_wrote(self, sample: Sample, completion: Any) -> ReadPair | None:
         inside = self.opens_thinking(sample.conversation)
-        written = self.teacher.renderer.from_sampled(sample.conversation, completion, thinking=inside)
+        read = self.reader.teacher_reads(sample.conversation)
+        written = self.teacher.renderer.from_sampled(read, completion, thinking=inside)
         reply = written.segment_bytes[-1].decode("utf-8")
         return self.reader.written(Sample(sample.conversation, reply, sample.where), stopped=written.stopped[-1])
 

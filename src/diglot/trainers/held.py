@@ -31,7 +31,7 @@ class HeldBatch:
     places: list[int] | None = None  # of each completion in the window, in the order of the data
 
 
-def save_held(folder: Path, rank: int, batches: Sequence[HeldBatch]) -> None:
+def save_held(folder: Path, rank: int | str, batches: Sequence[HeldBatch]) -> None:
     """Write `rollouts-<rank>.json` and `rollouts-<rank>.safetensors` into `folder`."""
     text = [
         [
@@ -45,7 +45,7 @@ def save_held(folder: Path, rank: int, batches: Sequence[HeldBatch]) -> None:
     save_file(tensors, folder / f"rollouts-{rank}.safetensors")
 
 
-def load_held(folder: Path, rank: int) -> list[HeldBatch] | None:
+def load_held(folder: Path, rank: int | str) -> list[HeldBatch] | None:
     """What `save_held` wrote, or None if the checkpoint holds no rollouts."""
     path = folder / f"rollouts-{rank}.json"
     if not path.exists():
@@ -60,5 +60,7 @@ def load_held(folder: Path, rank: int) -> list[HeldBatch] | None:
 
 
 def _conversation(row: dict) -> Conversation:
+    if row.get("teacher_view") is not None:
+        row = {**row, "teacher_view": _conversation(row["teacher_view"])}
     lists = {k: None if row[k] is None else tuple(row[k]) for k in ("messages", "tools")}
     return Conversation(**{**row, **lists})

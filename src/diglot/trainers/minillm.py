@@ -34,6 +34,7 @@ from diglot.trainers.base import DistillationTrainer, Ids, Window
 from diglot.trainers.collate import pad_id
 from diglot.trainers.config import MiniLLMConfig
 from diglot.trainers.held import HeldBatch, load_held, save_held
+from diglot.trainers.lanes import Lane
 from diglot.trainers.served import auto_objective
 from diglot.trainers.terms import Term
 from diglot.trainers.windows import RepeatedWindows
@@ -54,10 +55,12 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def __init__(self, *args: Any, lm_dataset: Any | None = None, **kwargs: Any) -> None:
         self.lm_dataset = lm_dataset
-        self._held: list[AlignedBatch] | None = None
         super().__init__(*args, **kwargs)
 
     def _prepare_objectives(self) -> None:
+        if len(self.lanes) > 1 and self.args.teacher_mixed_alpha > 0:
+            self.args.teacher_mixed_alpha = 0.0
+            logger.warning("teacher_mixed_alpha is 0: with several teachers the student writes alone.")
         if self.teacher.rung < Rung.HIDDEN:
             self._without_hidden_states()
         auto = auto_objective(self.teacher, self.same_vocabulary)
@@ -124,19 +127,21 @@ class MiniLLMTrainer(DistillationTrainer):
         teacher = local(self.teacher, "teacher_mixed_alpha")
         student, seed = self.student, self.seed_for("rollouts", per_rank=True)
         if self.same_vocabulary:
-            own = [teacher.renderer.prompt_ids(c, thinking=self.opens_thinking(c)) for c in conversations]
-            mixture = TeacherMixture(teacher.model, own, pad_id(teacher.renderer), alpha)
+            own = self.teacher_prompts(conversations)
+            mixture = TeacherMixture(teacher.model, own, pad_id(teacher.renderer), alpha, teacher.running)
             return self.sampler(student, prompts, max_new_tokens=longest, seed=seed, processors=[mixture])
-        prefixes = write_prefixes(
-            conversations,
-            teacher.model,
-            teacher.renderer,
-            self.student_renderer,
-            self.sampler_for(teacher.renderer),
-            alpha=alpha,
-            max_new_tokens=longest,
-            seed=seed,
-        )
+        with teacher.running() as model:
+            prefixes = write_prefixes(
+                [self.reader.teacher_reads(c) for c in conversations],
+                [self.opens_thinking(c) for c in conversations],
+                model,
+                teacher.renderer,
+                self.student_renderer,
+                self.sampler_for(teacher.renderer),
+                alpha=alpha,
+                max_new_tokens=longest,
+                seed=seed,
+            )
         return continue_prefixes(self.sampler, student, prompts, prefixes, max_new_tokens=longest, seed=seed)
 
     @torch.no_grad()
@@ -171,11 +176,11 @@ class MiniLLMTrainer(DistillationTrainer):
         )
         count = max(sums["tokens"], 1.0)
         # An exact single step belongs to the same sum over tokens as the policy gradient; others have their own mean.
-        terms = {t.name: count if _is_single_step(t) else sums[t.name] for t in self.terms}
+        terms = {t.name: sums["tokens"] if _is_single_step(t) else sums[t.name] for t in self.terms}
         mean = sums["sum"] / count
         deviation = max(sums["squares"] / count - mean * mean, 0.0) ** 0.5
         for batch, values in zip(batches, found, strict=True):
-            batch.counts = {"tokens": count, **terms}
+            batch.counts = {"tokens": sums["tokens"], **terms}
             batch.advantage = (values - mean) / (deviation + 1e-8) if self.args.whiten_advantages else values
 
     def _raw_advantages(self, batch: AlignedBatch) -> Tensor:
@@ -216,7 +221,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def batch_loss(self, model: torch.nn.Module, batch: AlignedBatch) -> Tensor:
         assert batch.counts is not None
-        share = self.accelerator.num_processes / batch.counts["tokens"]
+        share = self.accelerator.num_processes / max(batch.counts["tokens"], 1.0)
         hidden = self.hidden_at_rows(model, batch.student)
         loss = hidden.sum() * 0.0
         if self.args.rkl_advantage:
@@ -266,15 +271,24 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Also the completions that the next inner epochs still need; written first, the trainer's state last."""
-        if self._held is not None and not self.args.save_only_model:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            save_held(folder, self.args.process_index, [_held_of(batch) for batch in self._held])
+        for lane in self.lanes:
+            if lane.held is not None and not self.args.save_only_model:
+                folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+                folder.mkdir(parents=True, exist_ok=True)
+                save_held(folder, self._held_name(lane), [_held_of(batch) for batch in lane.held])
         super()._save_checkpoint(model, trial)
 
     def restore(self, checkpoint: Path) -> None:
         super().restore(checkpoint)
-        held = load_held(checkpoint, self.args.process_index)
+        for lane in self.each_lane():
+            self._restore_held(load_held(checkpoint, self._held_name(lane)))
+
+    def _held_name(self, lane: Lane) -> str:
+        """What the completions of a lane are called beside a checkpoint."""
+        rank, number = self.args.process_index, self.lanes.index(lane)
+        return f"{rank}-{number}" if number else str(rank)
+
+    def _restore_held(self, held: list[HeldBatch] | None) -> None:
         if held is None or self.state.global_step % self.args.num_iterations == 0:
             return
         batches = []

@@ -16,8 +16,11 @@ from diglot.heads import token_logps
 from diglot.objectives import Pair, PathObjective
 from diglot.rendering import Renderer
 from diglot.teachers import LocalTeacher, Teacher, find_teacher_tokenizer
+from diglot.teachers.adapter import OWN_BASE, AdapterOff
+from diglot.teachers.loading import load_teacher_model, split_gguf
 from diglot.trainers.config import DistillationConfig
 from diglot.trainers.connect import connect_teacher
+from diglot.trainers.scored import kept_teacher
 from diglot.trainers.terms import Term
 
 
@@ -51,7 +54,8 @@ def prepare_sides(
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
     renderer = _renderer(student, tokenizer, args.chat_template_kwargs, "student")
-    frozen = connect_teacher(teacher, teacher_tokenizer, args)
+    frozen: Teacher | None = connect_teacher(teacher, teacher_tokenizer, args)
+    frozen = frozen or kept_teacher(teacher, teacher_tokenizer, args)
     if frozen is None:
         frozen = _local_teacher(teacher, teacher_tokenizer, args, student, tokenizer)
     renderer_t = frozen.renderer
@@ -71,6 +75,7 @@ def prepare_sides(
         max_length=args.max_length,
         teacher_max_length=frozen.max_length,
         score_turns="all" if args.score_turns == "all" else "last",
+        teacher_system=args.teacher_system_prompt,
     )
     return Sides(student, renderer, frozen, pair, same, reader)
 
@@ -83,12 +88,17 @@ def _local_teacher(
     tokenizer: PreTrainedTokenizerBase,
 ) -> LocalTeacher:
     name = teacher if isinstance(teacher, str) else args.teacher_model_name_or_path if teacher is None else None
+    assert not isinstance(name, list)  # `prepare_lanes` takes lists apart
+    if name == OWN_BASE:
+        return _own_base(student, teacher_tokenizer or tokenizer, args)
     model = _load_teacher(name, args) if isinstance(teacher, str) or teacher is None else teacher
     if teacher_tokenizer is None:
+        place, kwargs = split_gguf(name, _kwargs(args.teacher_model_init_kwargs)) if name else (None, {})
         teacher_tokenizer = find_teacher_tokenizer(
             model,
             tokenizer_name_or_path=args.teacher_tokenizer_name_or_path,
-            model_name_or_path=name,
+            model_name_or_path=place,
+            gguf_file=kwargs.get("gguf_file"),
             student_name_or_path=student.config._name_or_path,
             student_tokenizer=tokenizer,
             revision=args.teacher_model_revision,
@@ -96,6 +106,14 @@ def _local_teacher(
         )
     renderer = _renderer(model, teacher_tokenizer, args.teacher_chat_template_kwargs, "teacher")
     return LocalTeacher(model, renderer, args.teacher_max_length)
+
+
+def _own_base(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: DistillationConfig) -> AdapterOff:
+    """The student without its adapter."""
+    if args.teacher_model_init_kwargs:
+        raise ConfigError(f"teacher_model_init_kwargs loads weights, and the teacher {OWN_BASE!r} has none. Drop it.")
+    renderer = _renderer(student, tokenizer, args.teacher_chat_template_kwargs, "teacher")
+    return AdapterOff(student, renderer, args.teacher_max_length)
 
 
 def load_references(
@@ -170,8 +188,12 @@ def _load_student(student: PreTrainedModel | str, args: DistillationConfig) -> P
 def _load_teacher(name: str | None, args: DistillationConfig) -> PreTrainedModel:
     if name is None:
         raise ConfigError("There is no teacher. Pass teacher_model or set teacher_model_name_or_path.")
-    own = {"revision": args.teacher_model_revision, "trust_remote_code": args.teacher_trust_remote_code}
-    return AutoModelForCausalLM.from_pretrained(name, **{**own, **_kwargs(args.teacher_model_init_kwargs)})
+    return load_teacher_model(
+        name,
+        _kwargs(args.teacher_model_init_kwargs),
+        revision=args.teacher_model_revision,
+        trust_remote_code=args.teacher_trust_remote_code,
+    )
 
 
 def _renderer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template_kwargs: Any, name: str) -> Renderer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -79,12 +79,12 @@ def terms_of(requested: str | Sequence[Any], pair: Pair, defaults: Mapping[str, 
     return terms
 
 
-def check_rung(terms: Sequence[Term], offered: Rung) -> None:
-    """Raise `TeacherError` for a term that needs more of the teacher than it offers."""
+def check_rung(terms: Sequence[Term], offered: Rung, also: Collection[str] = ()) -> None:
+    """Raise `TeacherError` for a term that needs more of the teacher than it offers; `also` are served all the same."""
     for term in terms:
         needed = needs_of(term.objective)
-        if needed > offered:
-            fitting = [name for name, objective in OBJECTIVES.items() if objective.needs <= offered]
+        if needed > offered and term.objective.name not in also:
+            fitting = [name for name, objective in OBJECTIVES.items() if objective.needs <= offered or name in also]
             raise TeacherError(
                 f"Objective {term.name!r} needs {needed.name} of the teacher, which offers "
                 f"{offered.name}. These would work: {', '.join(fitting)}."
@@ -312,12 +312,23 @@ class BatchScores:
         return weight if self.batch.weight is None else weight * self.batch.weight[rows]
 
     def _summarised(self, objective: SummaryObjective, plan: Any) -> Values:
+        of_student = self.summarised_student(objective, plan)
+        return objective(of_student, self.summarised_teacher(objective, plan), plan)
+
+    def summarised_student(self, objective: SummaryObjective, plan: Any) -> Tensor:
+        """The summary of the student's rows, with gradient."""
         rows, warmth = self.chunk_rows(False), self.temperature
-        of_student = summaries(objective.summary_s(plan), self.hidden_s, self.student.head, rows, warmth)
-        with torch.no_grad():
-            hidden_t = self.hidden_t.to(self.hidden_s.device)
-            of_teacher = summaries(objective.summary_t(plan), hidden_t, self.teacher.head, rows, warmth)
-        return objective(of_student, of_teacher, plan)
+        return summaries(objective.summary_s(plan), self.hidden_s, self.student.head, rows, warmth)
+
+    @torch.no_grad()
+    def summarised_teacher(self, objective: SummaryObjective, plan: Any) -> Tensor:
+        """The same of the teacher's, constant. Its logits come to the student's device a block at a time."""
+        summary, device = objective.summary_t(plan), self.hidden_s.device
+
+        def here(logits: Tensor, rows: slice) -> Tensor:
+            return summary(logits.to(device), rows)
+
+        return summaries(here, self.hidden_t, self.teacher.head, self.chunk_rows(False), self.temperature)
 
     def _projected(self, objective: ProjectedObjective, rows: Rows, share: float) -> tuple[Values, Tensor]:
         metrics: dict[str, Tensor] = {}

@@ -1,0 +1,136 @@
+"""`diglot score`: a teacher's scores of fixed texts, once, for any student."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diglot.cli.parsing import Parser
+from diglot.errors import ConfigError
+
+EXAMPLE = """example:
+  diglot score --teacher Qwen/Qwen2.5-1.5B-Instruct --data replies.jsonl --out runs/scores --rung bytes
+  diglot train --teacher_model_name_or_path runs/scores --lmbda 0 --objective byte ...
+
+Options that `diglot train` has as well mean the same there. Interrupted, the same command goes on where it was.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `diglot score`."""
+    made = Parser(
+        prog="diglot score",
+        description="Let a teacher score the replies of a dataset once, and keep what it said.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add("--teacher", required=True, help="A model id, a folder, or a .gguf file.")
+    add("--data", required=True, help="A hub id, a JSONL, Parquet or CSV file, or a folder; rows with replies.")
+    add("--out", required=True, help="The folder of the scores.")
+    add(
+        "--rung",
+        default="logprobs",
+        choices=["logprobs", "top_k", "bytes"],
+        help="What is kept of each token: its log-prob; also the k likeliest ids; or the next-byte laws (default: "
+        "logprobs).",
+    )
+    add("--k", type=int, default=16, help="How many likeliest ids top_k keeps (default: 16).")
+    add("--dataset_config", help="Configuration of a hub dataset.")
+    add("--dataset_train_split", default="train", help="Which split is scored (default: train).")
+    add("--teacher_tokenizer_name_or_path", help="The teacher's tokenizer, when it is not beside its weights.")
+    add("--teacher_model_revision", help="Revision of the teacher's model and tokenizer.")
+    add("--teacher_trust_remote_code", action="store_true", help="Run code of the teacher's repository.")
+    add("--teacher_model_init_kwargs", type=_mapping, default={}, help="JSON: arguments for `from_pretrained`.")
+    add("--teacher_chat_template_kwargs", type=_mapping, default={}, help="JSON: arguments for the chat template.")
+    add("--teacher_system_prompt", help="A text that the teacher reads before everything else.")
+    add("--teacher_max_length", type=int, help="Longest text in teacher tokens.")
+    add("--score_turns", default="last", choices=["last", "all"], help="Which assistant turns are scored.")
+    add("--thinking", action="store_true", help="Replies start inside a think block, as the student's prompts do.")
+    add("--batch_size", type=int, default=8, help="Texts that are read at a time (default: 8).")
+    add("--shard_texts", type=int, default=512, help="Texts in a file (default: 512).")
+    return made
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no mapping")
+    return found
+
+
+def score(arguments: Sequence[str]) -> int:
+    """Score the texts; returns the exit code."""
+    options = parser().parse_args(list(arguments))
+    for name in ("k", "batch_size", "shard_texts"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name}={getattr(options, name)} cannot work: it must be 1 or more.")
+    from rich.console import Console
+
+    from diglot.data import load_dataset, to_sample
+    from diglot.teachers.scoring import Manner, Reading, score_texts
+
+    rows: Any = load_dataset(options.data, config=options.dataset_config, split=options.dataset_train_split)
+    samples = [to_sample(row, f"{options.data} row {i}") for i, row in enumerate(rows)]
+    teacher, eos = _teacher(options)
+    console = Console(stderr=True)
+    folder = score_texts(
+        teacher,
+        samples,
+        Path(options.out).expanduser(),
+        data=options.data,
+        reading=Reading(
+            options.score_turns,
+            options.teacher_system_prompt,
+            options.thinking,
+            options.teacher_chat_template_kwargs,
+            options.teacher_max_length,
+        ),
+        manner=Manner(options.rung, options.k, options.batch_size, options.shard_texts),
+        generation_eos=eos,
+        progress=lambda done, of: console.print(f"{done} of {of} shards"),
+    )
+    index = folder.index
+    print(
+        f"{index['texts']} texts, {index['tokens']} tokens, {index['bytes']} bytes: {index['bytes_per_token']} bytes "
+        f"per token ({options.rung}); {index['skipped']} texts left out, whose prompt fills the limit. {options.out}"
+    )
+    return 0
+
+
+def _teacher(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The teacher, and the end-of-text ids of its generation config."""
+    import torch
+
+    from diglot.rendering import Renderer
+    from diglot.teachers import LocalTeacher, find_teacher_tokenizer
+    from diglot.teachers.loading import load_teacher_model, split_gguf
+
+    own = {"revision": options.teacher_model_revision, "trust_remote_code": options.teacher_trust_remote_code}
+    model = load_teacher_model(options.teacher, options.teacher_model_init_kwargs, **own)
+    place, kwargs = split_gguf(options.teacher, options.teacher_model_init_kwargs)
+    tokenizer = find_teacher_tokenizer(
+        model,
+        tokenizer_name_or_path=options.teacher_tokenizer_name_or_path,
+        model_name_or_path=place,
+        gguf_file=kwargs.get("gguf_file"),
+        **own,
+    )
+    embeddings: Any = model.get_input_embeddings()
+    renderer = Renderer(
+        tokenizer,
+        num_embeddings=embeddings.num_embeddings,
+        generation_config=model.generation_config,
+        chat_template_kwargs=options.teacher_chat_template_kwargs,
+        name="teacher",
+    )
+    teacher = LocalTeacher(model, renderer, options.teacher_max_length)
+    teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    return teacher, getattr(model.generation_config, "eos_token_id", None)

@@ -1,0 +1,47 @@
+"""A teacher's weights by name: a model id, a folder, or a GGUF file in one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from diglot.errors import TeacherError
+
+
+def split_gguf(name: str, init_kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Folder and arguments for `from_pretrained`, where `name` may be the path of a .gguf file."""
+    if name.endswith(".gguf"):
+        path = Path(name).expanduser()
+        return str(path.parent), {"gguf_file": path.name, **init_kwargs}
+    return name, dict(init_kwargs)
+
+
+def load_teacher_model(
+    name: str, init_kwargs: Mapping[str, Any], *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model that `name` and the arguments for `from_pretrained` say.
+
+    `device_map`, `dtype`, `gguf_file` and `quantization_config` (a mapping with `quant_method`) are among the arguments
+    and are those of `transformers`.
+
+    Raises:
+        TeacherError: a package that the file or its quantisation needs is not installed, or the method is unknown.
+    """
+    place, kwargs = split_gguf(name, init_kwargs)
+    own = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        return AutoModelForCausalLM.from_pretrained(place, **{**own, **kwargs})
+    except ImportError as error:
+        raise TeacherError(
+            f"The teacher {name!r} cannot be loaded with {sorted(kwargs)}: {str(error).strip()} Install it, or leave "
+            "these arguments out of teacher_model_init_kwargs."
+        ) from error
+
+
+def keeps_its_device(model: PreTrainedModel) -> bool:
+    """Was the model put somewhere on purpose: by a device map, by quantisation, or on another device than the CPU?"""
+    placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
+    return bool(placed) or model.device.type != "cpu"

@@ -1,0 +1,283 @@
+"""Score fixed texts once and keep what the teacher said, so that any student can be trained from it later.
+
+Interrupted at any moment, it goes on at the first shard that is not there, and the folder is in the end the same to the
+byte: a shard holds a fixed range of texts, in fixed batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from diglot.batches import PackedSide, WrittenSide, pack, teacher_reads
+from diglot.data import Sample
+from diglot.errors import DataError, TeacherError
+from diglot.heads import blocks, default_chunk_rows, summaries, token_logps
+from diglot.objectives.byte import OwnLaws, byte_law
+from diglot.rendering import Rendered, truncate
+from diglot.teachers.fingerprint import weights_digest
+from diglot.teachers.kept import (
+    FORMAT,
+    INDEX,
+    REQUEST,
+    RUNGS,
+    Answer,
+    Folder,
+    Shard,
+    differences,
+    text_keys,
+    write_json,
+    write_shard,
+)
+from diglot.teachers.local import LocalTeacher
+from diglot.teachers.scored import tokenizer_of
+from diglot.teachers.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the texts are read. Training from the scores reads them the same way."""
+
+    score_turns: str = "last"
+    system_prompt: str | None = None
+    thinking: bool = False
+    template_kwargs: Mapping[str, Any] | None = None
+    max_length: int | None = None
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How scoring is done: `shard_texts` samples in a file, `batch_size` of them read at a time, `k` likeliest ids."""
+
+    rung: str = "logprobs"
+    k: int = 16
+    batch_size: int = 8
+    shard_texts: int = 512
+
+
+def score_texts(
+    teacher: Teacher,
+    samples: Sequence[Sample],
+    out: Path,
+    *,
+    data: str,
+    reading: Reading,
+    manner: Manner,
+    generation_eos: Any = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Folder:
+    """Write the teacher's scores of the samples' replies into `out`; what is there of the same request is kept.
+
+    Args:
+        data: the name of the texts, for messages.
+        generation_eos: the end-of-text ids of the model's generation config.
+        progress: told how many shards are done, of how many.
+
+    Raises:
+        TeacherError: `out` holds scores of another request (the message says what differs), or the rung takes a teacher
+            in this process.
+        DataError: a sample without a reply.
+    """
+    request = _request(teacher, samples, data, reading, manner, generation_eos)
+    if (out / REQUEST).exists():
+        old = json.loads((out / REQUEST).read_text(encoding="utf-8"))
+        if found := differences(_deciding(old), _deciding(json.loads(json.dumps(request)))):
+            raise TeacherError(
+                f"{out} holds scores of something else: {'; '.join(found)}. Choose another folder, or remove it."
+            )
+        if (out / INDEX).exists():
+            return Folder.open(out)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise TeacherError(f"{out} is not empty and holds no scores. Choose another folder.")
+        teacher.renderer.tokenizer.save_pretrained(out / "tokenizer")
+        write_json(out / REQUEST, request)
+    for unfinished in out.glob("*.tmp"):
+        unfinished.unlink()
+    starts = range(0, len(samples), manner.shard_texts)
+    skipped, scorer = 0, _Scorer(teacher, manner)
+    for number, start in enumerate(starts):
+        path = out / f"shard-{number:05d}.safetensors"
+        read = [_read(teacher, sample, reading) for sample in samples[start : start + manner.shard_texts]]
+        kept = [r for r in read if r is not None]
+        skipped += len(read) - len(kept)
+        if not path.exists():
+            _write(path, scorer, kept, manner.batch_size)
+        progress(number + 1, len(starts))
+    return _finish(out, len(starts), skipped)
+
+
+def _request(
+    teacher: Teacher, samples: Sequence[Sample], data: str, reading: Reading, manner: Manner, generation_eos: Any
+) -> dict[str, Any]:
+    """All that decides the files, as plain values."""
+    if manner.rung not in RUNGS:
+        raise TeacherError(f"rung={manner.rung!r} is unknown: choose one of {', '.join(RUNGS)}.")
+    if manner.rung == "bytes" and not isinstance(teacher, LocalTeacher):
+        raise TeacherError(
+            f"Next-byte laws take whole rows, and the teacher is {teacher.name}, which gives {teacher.rung.name}. "
+            "Choose the rung logprobs or top_k."
+        )
+    texts = hashlib.sha256()
+    for sample in samples:
+        conversation = json.dumps(asdict(sample.conversation), sort_keys=True, ensure_ascii=False)
+        texts.update(json.dumps([conversation, sample.reply]).encode())
+    model = teacher.model if isinstance(teacher, LocalTeacher) else None
+    return {
+        "format": FORMAT,
+        "rung": manner.rung,
+        "k": manner.k if manner.rung == "top_k" else 0,
+        "teacher": {
+            "name": teacher.name,
+            "weights": None if model is None else weights_digest(model),
+            "dtype": None if model is None else str(model.dtype),
+        },
+        "tokenizer": tokenizer_of(teacher.renderer, reading.template_kwargs),
+        "data": data,
+        "texts": {"number": len(samples), "sha256": texts.hexdigest()},
+        "reading": {
+            **asdict(reading),
+            "template_kwargs": dict(reading.template_kwargs or {}),
+            "max_length": _limit(teacher, reading),
+            "num_embeddings": len(teacher.renderer.vocabulary),
+            "eos_token_id": generation_eos,
+        },
+        "manner": {"batch_size": manner.batch_size, "shard_texts": manner.shard_texts},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _deciding(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A request without names, which may be spelt otherwise: weights and texts are in it by their digests."""
+    teacher = {k: v for k, v in request["teacher"].items() if k != "name" or request["teacher"]["weights"] is None}
+    return {**{k: v for k, v in request.items() if k != "data"}, "teacher": teacher}
+
+
+def _limit(teacher: Teacher, reading: Reading) -> int | None:
+    return min((n for n in (reading.max_length, teacher.max_length) if n is not None), default=None)
+
+
+def _read(teacher: Teacher, sample: Sample, reading: Reading) -> Rendered | None:
+    """A text as the teacher reads it; None if its prompt alone fills the limit."""
+    if sample.reply is None:
+        raise DataError(f"{sample.where} has no reply, so there is no text to score. Give rows with a completion.")
+    rendered = teacher.renderer.render(
+        teacher_reads(sample.conversation, reading.system_prompt),
+        sample.reply,
+        score="all" if reading.score_turns == "all" else "last",
+        thinking=reading.thinking,
+    )
+    limit = _limit(teacher, reading)
+    try:
+        return truncate(rendered, limit) if limit else rendered
+    except DataError:
+        return None
+
+
+def _write(path: Path, scorer: _Scorer, texts: Sequence[Rendered], batch_size: int) -> None:
+    keys: list[bytes] = []
+    answers: list[Answer] = []
+    for start in range(0, len(texts), batch_size):
+        some = texts[start : start + batch_size]
+        side = pack(some, [max(len(r.segment_bytes), 1) for r in some], scorer.pad_id)
+        keys += text_keys(side)
+        answers += scorer.answers(side)
+    write_shard(path, keys, answers)
+
+
+def _finish(out: Path, count: int, skipped: int) -> Folder:
+    """Write the index: sizes and counts of the shards."""
+    shards: list[dict[str, Any]] = []
+    totals = {"texts": 0, "tokens": 0, "text_bytes": 0}
+    for number in range(count):
+        shard = Shard(out / f"shard-{number:05d}.safetensors")
+        size = shard.path.stat().st_size
+        shards.append({"file": shard.path.name, "bytes": size, "texts": len(shard.keys), "tokens": shard.tokens})
+        totals["texts"] += len(shard.keys)
+        totals["tokens"] += shard.tokens
+        totals["text_bytes"] += shard.text_bytes
+    total = sum(int(one["bytes"]) for one in shards)
+    per_token = round(total / max(totals["tokens"], 1), 1)
+    about = {"format": FORMAT, **totals, "skipped": skipped, "bytes": total, "bytes_per_token": per_token}
+    write_json(out / INDEX, {**about, "shards": shards})
+    return Folder.open(out)
+
+
+class _Scorer:
+    """Asks the teacher about a batch, and splits what it says into answers about single texts."""
+
+    def __init__(self, teacher: Teacher, manner: Manner) -> None:
+        self.teacher, self.manner = teacher, manner
+        self.pad_id = teacher.renderer.stop_id
+        self.k = manner.k if manner.rung == "top_k" else 0
+        teacher.want(self.k)
+        stop = torch.tensor(list(teacher.renderer.stop_ids), dtype=torch.int64)
+        self.laws = OwnLaws(teacher.renderer.vocabulary, stop) if manner.rung == "bytes" else None
+        self.stop = stop
+
+    @torch.no_grad()
+    def answers(self, side: PackedSide) -> list[Answer]:
+        """One for each row of the batch."""
+        ends = np.unique(side.segment, return_index=True)[1]
+        if isinstance(self.teacher, LocalTeacher):
+            hidden = self.teacher.hidden(side)
+            columns, laws = self._columns(hidden, side), self._laws(hidden, side)
+        else:
+            asked = self.teacher.ask(side)
+            assert asked is not None
+            said = asked.result()
+            columns = [said.logps, said.written, said.top_ids[:, : self.k], said.top_logps[:, : self.k]]
+            laws = [np.zeros((0, 257), np.float16)] * len(ends)
+        row = (side.rows // side.input_ids.shape[1]).cpu().numpy()
+        segment_row = row[ends]
+        kinds: list[Any] = [np.float32, np.float32, np.int32, np.float32]
+        arrays = [x.cpu().numpy().astype(kind) for x, kind in zip(columns, kinds, strict=True)]
+        found = []
+        for b in range(len(side.input_ids)):
+            own = [laws[g] for g in np.flatnonzero(segment_row == b)] if self.laws is not None else []
+            counts = np.array([len(x) for x in own], dtype=np.int64)
+            joined = np.concatenate([np.zeros((0, 257), np.float16), *own])
+            logps, written, top_ids, top_logps = (x[row == b] for x in arrays)
+            found.append(Answer(logps, written, top_ids, top_logps, joined, counts))
+        return found
+
+    def _columns(self, hidden: Tensor, side: PackedSide) -> list[Tensor]:
+        assert isinstance(self.teacher, LocalTeacher)
+        head, size = self.teacher.head, len(self.teacher.renderer.vocabulary)
+        rows = default_chunk_rows(size, size, hidden.device)
+        logps = token_logps(hidden, head, side.targets, side.stop, self.stop, rows)
+        written = token_logps(hidden, head, side.targets, torch.zeros_like(side.stop), self.stop, rows)
+        best = [head(hidden[block]).log_softmax(-1).topk(self.k, dim=-1) for block in blocks(len(hidden), rows)]
+        empty = logps.new_zeros(0, self.k)
+        ids = torch.cat([empty.long(), *(b.indices for b in best)])
+        return [logps, written, ids, torch.cat([empty, *(b.values for b in best)])]
+
+    def _laws(self, hidden: Tensor, side: PackedSide) -> list[np.ndarray]:
+        """For each segment its laws, `[l, 257]` float16; NaN at bytes that no plain token holds."""
+        segments = np.unique(side.segment)
+        if self.laws is None:
+            return [np.zeros((0, 257), np.float16)] * len(segments)
+        assert isinstance(self.teacher, LocalTeacher)
+        written = WrittenSide(side.targets.cpu().numpy(), side.end, side.segment, side.exact, side.stop.cpu().numpy())
+        plan, segment, position = self.laws.plan(written)
+        size = len(self.teacher.renderer.vocabulary)
+        rows = default_chunk_rows(size, size, hidden.device)
+        plan = plan.to(hidden.device)
+        found = summaries(self.laws.summary(plan), hidden, self.teacher.head, rows)
+        laws = byte_law(found, plan)[0].float().cpu().numpy().astype(np.float16)
+        dense = []
+        for g in segments:
+            of_segment = np.full((int(side.end[side.segment == g].max()), 257), np.nan, dtype=np.float16)
+            of_segment[position[segment == g]] = laws[segment == g]
+            dense.append(of_segment)
+        return dense

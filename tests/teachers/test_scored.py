@@ -1,0 +1,183 @@
+"""`diglot score`: what is kept is what the teacher says; a kill costs one shard; nothing stale or foreign is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import tokenizers_zoo as zoo
+import torch
+
+from diglot.batches import PackedSide, pack
+from diglot.cli.main import main
+from diglot.data import to_sample
+from diglot.errors import DataError, TeacherError
+from diglot.rendering import Renderer
+from diglot.teachers import LocalTeacher
+from diglot.teachers.kept import INDEX, REQUEST, is_scores
+from diglot.teachers.scored import ScoredTeacher
+from diglot.teachers.scoring import Manner, Reading, score_texts
+
+ROWS = tiny.CHAT_ROWS
+SAMPLES = [to_sample(row, f"row {i}") for i, row in enumerate(ROWS)]
+
+
+def teacher(seed: int = 1) -> LocalTeacher:
+    model = tiny.tiny_model(zoo.inst(), seed)
+    size = model.get_input_embeddings().num_embeddings
+    return LocalTeacher(model, Renderer(zoo.inst(), num_embeddings=size, name="teacher"))
+
+
+def scored(of: LocalTeacher, out: Path, rung: str = "logprobs", samples: Any = SAMPLES, **manner: Any) -> ScoredTeacher:
+    score_texts(
+        of,
+        samples,
+        out,
+        data="rows",
+        reading=Reading(),
+        manner=Manner(rung, **{"batch_size": 2, "shard_texts": 3, "k": 5, **manner}),
+        generation_eos=of.model.generation_config.eos_token_id,
+    )
+    return ScoredTeacher(out)
+
+
+def side(of: Any, *rows: int) -> PackedSide:
+    read = [of.renderer.render(SAMPLES[i].conversation, SAMPLES[i].reply, thinking=False) for i in rows]
+    return pack(read, [1] * len(read), of.renderer.stop_id)
+
+
+def test_log_probs_and_likeliest_ids_are_the_teachers_own(tmp_path: Path) -> None:
+    """In another order and other batches than they were scored in."""
+    local = teacher()
+    kept = scored(local, tmp_path / "s", "top_k")
+    batch = side(local, 6, 0, 3)
+    said, rows = kept.ask(batch), local.head(local.hidden(batch)).log_softmax(-1)
+    written = rows.gather(-1, batch.targets[:, None])[:, 0]
+    stop = rows[:, list(local.renderer.stop_ids)].logsumexp(-1)
+    assert torch.allclose(said.text(False), written, atol=1e-5)
+    assert torch.allclose(said.text(True), torch.where(batch.stop, stop, written), atol=1e-5)
+    best = rows.topk(5, -1)
+    assert torch.equal(said.top_ids, best.indices) and torch.allclose(said.top_logps, best.values, atol=1e-5)
+
+
+def test_a_killed_run_goes_on_and_leaves_the_same_bytes(tmp_path: Path) -> None:
+    """SIGKILL in the middle; the second run makes only the missing shards."""
+    local = teacher()
+    local.model.save_pretrained(tmp_path / "teacher")
+    zoo.inst().save_pretrained(tmp_path / "teacher")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS * 12), encoding="utf-8")
+    common = ["--teacher", str(tmp_path / "teacher"), "--data", str(data), "--rung", "bytes", "--shard_texts", "2"]
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "diglot", "score", *common, "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while len(list(out.glob("shard-*"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+    made = {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*.safetensors")}
+    assert process.returncode == -signal.SIGKILL and 3 <= len(made) < 48 and not (out / INDEX).exists()
+    with pytest.raises(TeacherError, match="not finished"):
+        ScoredTeacher(out)
+    assert main(["score", *common, "--out", str(out)]) == 0
+    assert main(["score", *common, "--out", str(tmp_path / "whole")]) == 0
+    assert all((out / name).stat().st_mtime_ns == then for name, then in made.items())
+    files = {p.relative_to(out) for p in out.rglob("*") if p.is_file()}
+    assert files == {p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file()}
+    assert all((out / f).read_bytes() == (tmp_path / "whole" / f).read_bytes() for f in files) and len(files) >= 50
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(seed=2), "weights"),
+        (dict(samples=SAMPLES[:5]), "texts number: 8 there, 5 here"),
+        (dict(rung="bytes"), "rung: 'logprobs' there, 'bytes' here"),
+        (dict(shard_texts=4), "shard_texts"),
+    ],
+)
+def test_a_folder_of_another_request_is_not_gone_on_with(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    scored(teacher(), tmp_path / "s")
+    with pytest.raises(TeacherError, match=said):
+        scored(teacher(change.pop("seed", 1)), tmp_path / "s", **change)
+
+
+def test_what_differs_from_the_scores_is_said(tmp_path: Path) -> None:
+    scored(teacher(), tmp_path / "s")
+    folder = tmp_path / "s"
+    with pytest.raises(TeacherError, match="another tokenizer"):
+        ScoredTeacher(folder, zoo.turns())
+    with pytest.raises(TeacherError, match="score_turns: 'last' there, 'all' here"):
+        ScoredTeacher(folder, options={"score_turns": "all"})
+    changed = zoo.inst()
+    changed.chat_template = changed.chat_template + " "
+    with pytest.raises(TeacherError, match="template"):
+        ScoredTeacher(folder, changed)
+
+
+def test_a_text_that_was_not_scored_is_an_error_that_shows_it(tmp_path: Path) -> None:
+    kept = scored(teacher(), tmp_path / "s", samples=SAMPLES[:5])
+    with pytest.raises(TeacherError, match=r"1 of 2 texts .* naïve|1 of 2 texts"):
+        kept.ask(side(kept, 0, 6))
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+def test_damage_is_found(tmp_path: Path, how: str) -> None:
+    scored(teacher(), tmp_path / "s", "bytes")
+    path = tmp_path / "s" / "shard-00000.safetensors"
+    raw = bytearray(path.read_bytes())
+    start = (
+        8
+        + int.from_bytes(raw[:8], "little")
+        + json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["logps"]["data_offsets"][0]
+    )
+    raw[start] ^= 1
+    path.unlink()
+    if how != "gone":
+        path.write_bytes(raw[:-7] if how == "cut" else raw)
+    with pytest.raises(TeacherError, match=r"damaged|has .* bytes"):
+        kept = ScoredTeacher(tmp_path / "s")
+        kept.ask(side(kept, 0))
+
+
+def test_rows_without_replies_and_folders_of_something_else_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no reply"):
+        scored(teacher(), tmp_path / "a", samples=[to_sample(tiny.PROMPT_ROWS[0], "row 0")])
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").write_text("x")
+    with pytest.raises(TeacherError, match="not empty"):
+        scored(teacher(), tmp_path / "b")
+
+
+def test_the_index_says_what_a_token_costs(tmp_path: Path) -> None:
+    costs = {}
+    for rung in ("logprobs", "top_k", "bytes"):
+        folder = scored(teacher(), tmp_path / rung, rung).folder
+        costs[rung] = folder.index["bytes_per_token"]
+        sizes = sum(p.stat().st_size for p in (tmp_path / rung).glob("shard-*"))
+        assert folder.index["bytes"] == sizes and costs[rung] == pytest.approx(sizes / folder.index["tokens"], abs=0.1)
+        assert json.loads((tmp_path / rung / REQUEST).read_text())["rung"] == rung and is_scores(tmp_path / rung)
+    assert costs["logprobs"] < costs["top_k"] < costs["bytes"]
+
+
+def test_kept_laws_are_laws(tmp_path: Path) -> None:
+    """One for each byte and the stop of a text that the teacher's tokens spell out."""
+    local = teacher()
+    kept = scored(local, tmp_path / "s", "bytes")
+    batch = side(local, 1, 4)
+    said = kept.ask(batch)
+    for segment, row in ((0, 1), (1, 4)):
+        length = len(str(SAMPLES[row].reply).encode()) + 1
+        places = torch.arange(length)
+        laws = said.laws(torch.full((length,), segment), places)
+        assert laws.shape == (length, 257) and torch.allclose(laws.sum(-1), torch.ones(length), atol=1e-5)
+        assert laws[-1, 256] > 0 and np.isfinite(laws.numpy()).all()

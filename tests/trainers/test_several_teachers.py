@@ -1,0 +1,175 @@
+"""Several teachers: weights, routes, tokenizers of their own, in both trainers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import tokenizers_zoo as zoo
+import torch
+from torch import Tensor
+
+from diglot.errors import ConfigError, DataError
+from diglot.objectives import OBJECTIVES
+from diglot.objectives.byte import byte_law
+
+ROWS = tiny.CHAT_ROWS[:4]
+BALANCED = {"xtoken_p", "xtoken_h"}
+ANY = sorted(set(OBJECTIVES) - {"jsd", "dskd"} - BALANCED)
+
+
+def made(make: Any, out: Path, teachers: list[Any], tokenizers: list[Any], rows: Any = ROWS, **options: Any) -> Any:
+    """A trainer with these teachers; `teachers` are seeds with their weight, or models."""
+    student = zoo.chatml()
+    entries = [
+        {"name": tiny.tiny_model(tokenizer, seed), "weight": weight, "label": label}
+        for (label, seed, weight), tokenizer in zip(teachers, tokenizers, strict=True)
+    ]
+    extra = {"lmbda": 1.0} if make is tiny.gkd else {"num_iterations": 2, "teacher_mixed_alpha": 0.0}
+    models = (tiny.tiny_model(student, 0), entries)
+    return make(out, student, tokenizers, rows, models=models, **{**extra, **options})
+
+
+def loss_and_gradient(trainer: Any, rows: Any = ROWS, size: int = 2) -> tuple[float, Tensor]:
+    batches = [trainer.data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
+    trainer.model.zero_grad()
+    total = 0.0
+    for inputs in trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)[0]:
+        loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        total += loss.item()
+    return total, torch.cat([p.grad.ravel() for p in trainer.model.parameters()])
+
+
+def agree(a: tuple[float, Tensor], b: tuple[float, Tensor]) -> None:
+    assert a[0] == pytest.approx(b[0], rel=1e-4, abs=1e-6)
+    assert (a[1] - b[1]).norm() <= 1e-4 * b[1].norm() + 1e-8
+
+
+@pytest.mark.parametrize("objective", ANY)
+def test_two_equal_teachers_are_one_and_a_weight_of_nought_is_none(tmp_path: Path, objective: str) -> None:
+    own = zoo.turns()
+    one = loss_and_gradient(made(tiny.gkd, tmp_path, [("a", 1, 1.0)], [own], objective=objective))
+    twice = made(tiny.gkd, tmp_path, [("a", 1, 0.5), ("b", 1, 1.5)], [own, own], objective=objective)
+    agree(loss_and_gradient(twice), one)
+    first = made(tiny.gkd, tmp_path, [("a", 1, 1.0), ("b", 2, 0.0)], [own, zoo.inst()], objective=objective)
+    agree(loss_and_gradient(first), one)
+
+
+def test_minillm_weighs_its_teachers(tmp_path: Path) -> None:
+    one = loss_and_gradient(made(tiny.minillm, tmp_path, [("a", 1, 1.0)], [zoo.turns()]))
+    for second, weight in ((1, 1.0), (2, 0.0)):
+        pair = made(tiny.minillm, tmp_path, [("a", 1, 1.0), ("b", second, weight)], [zoo.turns(), zoo.turns()])
+        agree(loss_and_gradient(pair), one)
+
+
+@pytest.mark.parametrize("make", [tiny.gkd, tiny.minillm])
+def test_the_loss_is_the_weighted_mean_of_the_losses_of_each(tmp_path: Path, make: Any) -> None:
+    """Teachers with different tokenizers read the same text, which the student has written once."""
+    names = [zoo.turns(), zoo.unigram()]
+    a = loss_and_gradient(made(make, tmp_path, [("a", 1, 1.0)], names[:1]))
+    b = loss_and_gradient(made(make, tmp_path, [("b", 2, 1.0)], names[1:]))
+    both = made(make, tmp_path, [("a", 1, 1.0), ("b", 2, 3.0)], names)
+    runs: list[int] = []
+    both.model.model.register_forward_pre_hook(lambda module, *_: runs.append(1) if module.training else None)
+    both.model.train()
+    found = loss_and_gradient(both)
+    agree(found, (0.25 * a[0] + 0.75 * b[0], 0.25 * a[1] + 0.75 * b[1]))
+    if make is tiny.gkd:
+        assert len(runs) == 2  # one pass for each micro-batch, not for each teacher
+
+
+def test_the_forward_kl_of_next_byte_laws_is_that_of_their_mixture(tmp_path: Path) -> None:
+    """In the gradient: the estimator in byte space, of teachers with different tokenizers."""
+    objective = [{"name": "byte", "beta": 0.0, "anchor": 0.0}]
+    trainer = made(
+        tiny.gkd, tmp_path, [("a", 1, 1.0), ("b", 2, 3.0)], [zoo.turns(), zoo.inst()], lmbda=0.0, objective=objective
+    )
+    _, gradient = loss_and_gradient(trainer, ROWS, 4)
+    inputs = trainer.get_batch_samples(iter([trainer.data_collator(ROWS)]), 1, trainer.args.device)[0][0]
+    laws: list[Tensor] = []
+    for lane, batch in zip(trainer.each_lane(), inputs["lanes"], strict=True):
+        hidden = trainer.hidden_at_rows(trainer.model, batch.student)
+        scores, term = trainer.scores(hidden, batch), lane.terms[0]
+        plan = term.plan(batch)
+        laws.append(lane.weight * byte_law(scores.summarised_teacher(term.objective, plan), plan.teacher)[0])
+    values = term.objective.against(scores.summarised_student(term.objective, plan), laws[0] + laws[1], plan)
+    trainer.model.zero_grad()
+    values.loss.mean().backward()
+    mixed = torch.cat([p.grad.ravel() for p in trainer.model.parameters()])
+    assert (gradient - mixed).norm() <= 1e-4 * mixed.norm()
+
+
+ROUTED = [{**row, "teacher": "ab"[i % 2]} for i, row in enumerate(ROWS)]
+
+
+@pytest.mark.parametrize("make", [tiny.gkd, tiny.minillm])
+def test_routed_rows_use_their_own_teacher_alone(tmp_path: Path, make: Any) -> None:
+    """Different tokenizers in one batch; the other teacher's weights may be anything."""
+    names = [zoo.turns(), zoo.inst()]
+    trainer = made(make, tmp_path, [("a", 1, 1.0), ("b", 2, 1.0)], names, ROUTED)
+    inputs = trainer.get_batch_samples(iter([trainer.data_collator(ROUTED)]), 1, trainer.args.device)[0][0]
+    for k, batch in enumerate(inputs["lanes"]):
+        own = [p.conversation.messages[-1]["content"] for p in batch.pairs]
+        assert own == [row["messages"][0]["content"] for row in ROUTED[k::2]]
+    found = loss_and_gradient(trainer, ROUTED, 4)
+    nan = made(make, tmp_path, [("a", 1, 1.0), ("b", 2, 1.0)], names, ROUTED)
+    only_a = [row for row in ROUTED if row["teacher"] == "a"]
+    with torch.no_grad():
+        for p in nan.lanes[1].teacher.model.parameters():
+            p.fill_(float("nan"))
+    assert np.isfinite(loss_and_gradient(nan, only_a, 2)[0]) and np.isfinite(found[0])
+
+
+def test_routed_items_count_alike(tmp_path: Path) -> None:
+    """Both routes to one and the same teacher: as if there were no routes. Both steps of the same rollouts, too."""
+    for make in (tiny.gkd, tiny.minillm):
+        names = [zoo.turns(), zoo.turns()]
+        options: dict[str, Any] = {} if make is tiny.gkd else {"whiten_advantages": False}
+        routed = made(make, tmp_path, [("a", 1, 1.0), ("b", 1, 1.0)], names, ROUTED, **options)
+        plain = made(make, tmp_path, [("a", 1, 1.0)], names[:1], **options)
+        agree(loss_and_gradient(routed, ROUTED, 4), loss_and_gradient(plain, ROWS, 4))
+        if make is tiny.minillm:
+            for trainer in (routed, plain):
+                trainer.state.global_step = 1
+            agree(loss_and_gradient(routed, ROUTED, 4), loss_and_gradient(plain, ROWS, 4))
+
+
+@pytest.mark.parametrize("make", [tiny.gkd, tiny.minillm])
+def test_trains_evaluates_and_resumes_with_several(tmp_path: Path, make: Any) -> None:
+    names = [zoo.turns(), zoo.unigram()]
+
+    def run(out: str, **options: Any) -> Any:
+        return made(
+            make, tmp_path / out, [("a", 1, 1.0), ("b", 2, 3.0)], names, ROUTED, max_steps=4, save_strategy="steps",
+            save_steps=3, min_coverage=0.0, max_completion_length=24, **options,
+        )  # fmt: skip
+
+    whole = run("whole")
+    whole.train()
+    metrics = whole.evaluate(whole.train_dataset)
+    assert np.isfinite(metrics["eval_reverse_kl_nats_per_byte"]) and np.isfinite(metrics["eval_bits_per_byte"])
+    again = run("again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
+    def refuse(teachers: Any, match: str) -> None:
+        with pytest.raises(ConfigError, match=match):
+            made(tiny.gkd, tmp_path, teachers, [zoo.turns()] * len(teachers))
+
+    refuse([("a", 1, 1.0), ("a", 2, 1.0)], "label")
+    refuse([("a", 1, 0.0), ("b", 2, 0.0)], "greater than 0")
+    refuse([("a", 1, -1.0), ("b", 2, 1.0)], "0 or more")
+    refuse([], "0 teachers")
+    with pytest.raises(ConfigError, match="wait"):
+        tiny.gkd(tmp_path, zoo.chatml(), None, models=(tiny.tiny_model(zoo.chatml()), [{"name": "x", "wait": 1}]))
+    trainer = made(tiny.gkd, tmp_path, [("a", 1, 1.0), ("b", 2, 1.0)], [zoo.turns()] * 2)
+    for rows, said in (([{**ROWS[0], "teacher": "c"}], "'c'; there are a, b"), ([ROUTED[0], ROWS[1]], "no `teacher`")):
+        with pytest.raises(DataError, match=said):
+            loss_and_gradient(trainer, rows)
