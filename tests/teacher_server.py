@@ -48,6 +48,8 @@ class TeacherServer:
         self.max_logprobs, self.vocabulary = 64, model.config.vocab_size
         self.requests: list[dict[str, Any]] = []
         self.under_way = self.most_under_way = 0
+        self.held: threading.Event | None = None  # no answer before it is set
+        self.gave_up_waiting = 0
         self.lock = threading.Lock()
         self.http: ThreadingHTTPServer | None = None
         self.port = 0
@@ -189,6 +191,8 @@ class _Handler(BaseHTTPRequestHandler):
     def complete(self, body: dict[str, Any]) -> None:
         owner = self.owner
         time.sleep(owner.latency)
+        if owner.held is not None and not owner.held.wait(10):
+            owner.gave_up_waiting += 1
         with owner.lock:
             fault = owner.faults.pop(0) if owner.faults else None
         if fault is not None:

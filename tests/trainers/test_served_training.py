@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -230,30 +230,16 @@ def test_the_key_is_in_no_file_and_no_line_that_a_run_leaves(
 # ---- overlap ---------------------------------------------------------------------------------------------------------
 
 
-def seconds(trainer: Any, server: TeacherServer, at_once: bool) -> float:
-    """One window of 4 micro-batches; `at_once`: each waits for its own answers before the next is asked."""
-    if at_once:
-        ask = trainer.teacher.ask
-
-        def ask_and_wait(*args: Any) -> Any:
-            pending = ask(*args)
-            pending.result()
-            return pending
-
-        trainer.teacher.ask = ask_and_wait
-    rows = [trainer.data_collator(tiny.CHAT_ROWS[i : i + 2]) for i in range(0, 8, 2)]
-    began = time.perf_counter()
-    batches = trainer.get_batch_samples(iter(rows), 4, trainer.args.device)[0]
-    for batch in batches:
-        time.sleep(server.latency / 4)  # the student's work
-        trainer.compute_loss(trainer.model, batch).backward()
-    return time.perf_counter() - began
-
-
 def test_the_student_works_while_the_teacher_answers(server: TeacherServer, tmp_path: Path) -> None:
-    """A teacher of known latency L, a student that works L/4 on each of 4 micro-batches: L at best, 5 L one by one."""
-    options: dict[str, Any] = dict(objective="alm", lmbda=0.0)
-    trainers = [made(tiny.gkd, tmp_path, server, "served", student="turns", **options) for _ in range(2)]
-    server.latency = 0.2
-    together, one_by_one = seconds(trainers[0], server, False), seconds(trainers[1], server, True)
-    assert together < 0.2 + 0.2 + 0.25 and one_by_one > 5 * 0.2
+    """The server answers nothing until the student has read its first micro-batch, and has all requests by then."""
+    trainer = made(tiny.gkd, tmp_path, server, "served", student="turns", objective="alm", lmbda=0.0)
+    rows = [trainer.data_collator(tiny.CHAT_ROWS[i : i + 2]) for i in range(0, 8, 2)]
+    server.held, server.most_under_way = threading.Event(), 0
+    batches = trainer.get_batch_samples(iter(rows), 4, trainer.args.device)[0]
+    hook = trainer.student.register_forward_hook(lambda *_: server.held.set())
+    decoder = trainer.student.get_decoder().register_forward_hook(lambda *_: server.held.set())
+    for batch in batches:
+        trainer.compute_loss(trainer.model, batch).backward()
+    hook.remove(), decoder.remove()
+    assert server.held.is_set() and server.gave_up_waiting == 0
+    assert server.most_under_way > 1
