@@ -22,7 +22,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from diglot.batches import AlignedBatch, PackedSide, ReadPair, align_pairs
 from diglot.data import Sample, to_sample
@@ -35,7 +35,9 @@ from diglot.report import model_card
 from diglot.rollouts import TransformersSampler
 from diglot.trainers.collate import collate_samples, pad_id
 from diglot.trainers.config import DistillationConfig
+from diglot.trainers.finite import FiniteSteps
 from diglot.trainers.lengths import as_read, by_length
+from diglot.trainers.manifest import describe_model, describe_objective
 from diglot.trainers.metrics import StepMetrics
 from diglot.trainers.observing import Observer
 from diglot.trainers.projectors import add_to_optimizer, load_projectors, make_projectors, save_projectors
@@ -49,7 +51,7 @@ Window = list[list[Sample]]
 Ids = NDArray[np.int64]
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(FiniteSteps):
     """Base of both trainers. Arguments and their order are TRL's; `teacher_processing_class` is the one addition.
 
     Args:
@@ -147,6 +149,7 @@ class DistillationTrainer(Trainer):
         window = [batch["samples"] for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not window:
             return [], None
+        self.rows_of_window = [sample.where for batch in window for sample in batch]
         for projector in self.projectors.values():
             projector.grad = None  # the Trainer clears the gradients of its model only
         batches = self.prepare_window(window)
@@ -268,12 +271,6 @@ class DistillationTrainer(Trainer):
         """The micro-batch's share of the window's loss, in nats per item."""
         with self.accelerator.autocast():  # around the heads as well: they run outside of the model's own forward
             loss = self.batch_loss(model, inputs["batch"])
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss of step {self.state.global_step} is {loss.item()}, expected a finite number; the "
-                f"optimizer was "
-                "not run. Lower the learning rate, or look at this step's completions (log_completions)."
-            )
         return (loss, {}) if return_outputs else loss
 
     @abstractmethod
@@ -371,13 +368,18 @@ class DistillationTrainer(Trainer):
         add_to_optimizer(optimizer, self.projectors)
         return optimizer
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Also the projectors; written first, the trainer's state last."""
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be resumed."""
+        return {
+            "student": describe_model(self.student, self.student_renderer, weights=False),
+            "teacher": describe_model(self.teacher.model, self.teacher.renderer, weights=True),
+            "objective": describe_objective(type(self).__name__, self.terms, self.args),
+        }
+
+    def save_extras(self, folder: Path) -> None:
+        """The projectors."""
         if self.projectors and self.is_world_process_zero():
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
             save_projectors(folder, self.projectors)
-        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

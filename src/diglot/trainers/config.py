@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from diglot.errors import ConfigError
+from diglot.trainers.secrets import is_secret, without_secrets
 
 
 def option(default: Any, text: str, group: str, **metadata: Any) -> Any:
@@ -134,6 +135,14 @@ class DistillationConfig(TrainingArguments):
         "Objective",
     )
 
+    # Training
+    on_nonfinite: str = option(
+        "stop",
+        "When a loss or gradient is no finite number: `stop`, or `skip` the step and count it. The batch is kept.",
+        "Training",
+        choices=["stop", "skip"],
+    )
+
     # Logging
     log_completions: bool = option(False, "Print sampled completions as a table.", "Logging")
     log_completions_steps: int = option(100, "Print completions every so many steps.", "Logging")
@@ -144,6 +153,10 @@ class DistillationConfig(TrainingArguments):
         "Sampled completions that each logged step writes to rollouts.jsonl, scored by both models; 0: none.",
         "Logging",
     )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled holds no keys."""
+        return {k: None if is_secret(k) else without_secrets(v) for k, v in vars(self).items()}
 
     def __post_init__(self) -> None:
         super().__post_init__()
