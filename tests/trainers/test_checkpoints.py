@@ -259,6 +259,18 @@ def test_a_signal_ends_the_run_with_a_message_that_says_how_to_go_on(tmp_path: P
     assert saving.last_whole(tmp_path).name == "checkpoint-2"
 
 
+def counted(real: Callable[..., Any], nth: int, calls: list[str]) -> Callable[..., Any]:
+    """`real`, whose `nth` call of all that are counted fails."""
+
+    def call(*given: Any, **named: Any) -> Any:
+        calls.append(real.__name__)
+        if len(calls) == nth:
+            raise OSError("the disk is full")
+        return real(*given, **named)
+
+    return call
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_an_error_in_any_call_of_a_save_leaves_the_old_folder_or_the_new(
     there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -273,18 +285,10 @@ def test_an_error_in_any_call_of_a_save_leaves_the_old_folder_or_the_new(
             (folder / "a").write_text(text)
         if there:
             durable.seal(target, {})
-        calls = 0
+        calls: list[str] = []
         with monkeypatch.context() as patch:
             for name in ("rename", "fsync", "open"):
-
-                def failing(*given: Any, _real: Any = getattr(os, name), **named: Any) -> Any:
-                    nonlocal calls
-                    calls += 1
-                    if calls == nth:
-                        raise OSError("the disk is full")
-                    return _real(*given, **named)
-
-                patch.setattr(durable.os, name, failing)
+                patch.setattr(durable.os, name, counted(getattr(os, name), nth, calls))
             try:
                 durable.seal(made, {})
                 durable.place(made, target)
