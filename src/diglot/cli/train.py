@@ -13,10 +13,11 @@ from rich.console import Console
 from diglot.cli.options import load_options
 from diglot.cli.script import TrainArguments
 from diglot.data import load_dataset
-from diglot.errors import ConfigError
+from diglot.errors import ConfigError, DiglotError
 from diglot.trainers import DistillationConfig, GKDConfig, GKDTrainer, MiniLLMConfig, MiniLLMTrainer
 from diglot.trainers.base import DistillationTrainer
 from diglot.trainers.secrets import without_secrets
+from diglot.trainers.sides import INERT
 
 TRAINERS: dict[str, tuple[type[DistillationTrainer], type[DistillationConfig]]] = {
     "gkd": (GKDTrainer, GKDConfig),
@@ -45,7 +46,12 @@ def train(values: dict[str, Any]) -> int:
         raise ConfigError(
             f"{out} holds a run already. Choose another output_dir, or go on with --resume_from_checkpoint."
         )
-    trainer = build(script, config)
+    try:
+        trainer = build(script, config)
+    except DiglotError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # of the libraries: a model, an adapter, a tracker
+        raise ConfigError(f"Models, data and options do not go together: {error}") from error
     trainer.find_checkpoint(resume)  # before anything of the run that is there is overwritten
     if trainer.is_world_process_zero():
         out.mkdir(parents=True, exist_ok=True)
@@ -105,7 +111,9 @@ def build(script: TrainArguments, config: DistillationConfig) -> DistillationTra
     extra = {k: v for k, v in extra.items() if v is not None}
     own, config.model_init_kwargs = config.model_init_kwargs, None
     init = own if isinstance(own, dict) else {}
-    model = AutoModelForCausalLM.from_pretrained(str(script.model_name_or_path), **{**options, **extra, **init})
+    model = AutoModelForCausalLM.from_pretrained(
+        str(script.model_name_or_path), **{**INERT, **options, **extra, **init}
+    )
     tokenizer = AutoTokenizer.from_pretrained(script.tokenizer_name_or_path or script.model_name_or_path, **options)
     trainer_class, _ = TRAINERS[script.trainer]
     trainer = trainer_class(model, None, config, processing_class=tokenizer, peft_config=_peft(script), **keywords)

@@ -13,6 +13,8 @@ from diglot.rendering.template import content_text
 
 COLUMNS = "`prompt`, `prompt` and `completion`, `messages`, or `text`"
 
+LONGEST = 1 << 24  # characters of a row
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -29,6 +31,7 @@ def to_sample(row: Mapping[str, Any], where: str) -> Sample:
     Raises:
         DataError: none of these columns, or a value of the wrong kind; the message names the row.
     """
+    _check_size(row, where)
     tools = _tools(row.get("tools"), where)
     if row.get("messages") is not None:
         return _from_messages(_messages(row["messages"], "messages", where), tools, where)
@@ -37,6 +40,21 @@ def to_sample(row: Mapping[str, Any], where: str) -> Sample:
     if row.get("text") is not None:
         return Sample(Conversation(None), _string(row["text"], "text", where), where)
     raise DataError(f"{where} has columns {sorted(row)}, expected {COLUMNS}.")
+
+
+def _check_size(row: Mapping[str, Any], where: str) -> None:
+    """A row must not fill the memory: templates and tokenizers take many times its length."""
+    size = sum(_letters(row.get(name)) for name in ("prompt", "completion", "messages", "text", "tools"))
+    if size > LONGEST:
+        raise DataError(f"{where} holds {size} characters, expected at most {LONGEST}. Cut it, or leave it out.")
+
+
+def _letters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(_letters(one) for one in value.values())
+    return sum(_letters(one) for one in value) if isinstance(value, (list, tuple)) else 0
 
 
 def _from_messages(messages: tuple[dict, ...], tools: Any, where: str) -> Sample:

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from diglot.errors import ConfigError
+from diglot.trainers.ranges import check_ranges, check_texts
 from diglot.trainers.secrets import is_secret, without_secrets
 
 
@@ -26,7 +27,10 @@ def _require(ok: bool, name: str, value: object, rule: str) -> None:
         raise ConfigError(f"{name}={value!r} cannot work: it must be {rule}.")
 
 
-_MAPPINGS = ("model_init_kwargs", "chat_template_kwargs", "teacher_model_init_kwargs", "teacher_chat_template_kwargs")
+_MAPPINGS = (
+    "model_init_kwargs", "chat_template_kwargs", "teacher_model_init_kwargs", "teacher_chat_template_kwargs",
+    "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs",
+)  # fmt: skip
 
 
 def _mapping(name: str, value: object) -> dict[str, Any] | None:
@@ -159,6 +163,8 @@ class DistillationConfig(TrainingArguments):
         return {k: None if is_secret(k) else without_secrets(v) for k, v in vars(self).items()}
 
     def __post_init__(self) -> None:
+        check_ranges(vars(self))
+        check_texts(vars(self))
         super().__post_init__()
         for name in _MAPPINGS:
             setattr(self, name, _mapping(name, getattr(self, name)))

@@ -17,6 +17,10 @@ from diglot.teachers import LocalTeacher, find_teacher_tokenizer
 from diglot.trainers.config import DistillationConfig
 from diglot.trainers.terms import Term
 
+# Weights come from safetensors, unless the arguments of a model say `use_safetensors: false`: a pickle is then read
+# without running what is in it.
+INERT: dict[str, Any] = {"use_safetensors": True}
+
 
 @dataclass(frozen=True)
 class Sides:
@@ -102,7 +106,7 @@ def load_references(
         )
     own = _load_teacher(name, args)
     renderers = sides.renderer, sides.teacher.renderer
-    models = AutoModelForCausalLM.from_pretrained(start, **_kwargs(args.model_init_kwargs)), own
+    models = AutoModelForCausalLM.from_pretrained(start, **{**INERT, **_kwargs(args.model_init_kwargs)}), own
     for model, renderer, option in zip(
         models, renderers, ("reference_model_name_or_path", "reference_teacher_model_name_or_path"), strict=True
     ):
@@ -129,7 +133,7 @@ def describe(sides: Sides) -> str:
 
 def _load_student(student: PreTrainedModel | str, args: DistillationConfig) -> PreTrainedModel:
     if isinstance(student, str):
-        student = AutoModelForCausalLM.from_pretrained(student, **_kwargs(args.model_init_kwargs))
+        student = AutoModelForCausalLM.from_pretrained(student, **{**INERT, **_kwargs(args.model_init_kwargs)})
     elif args.model_init_kwargs:
         raise ConfigError("model_init_kwargs is for a student given by name; this one is already a model. Drop it.")
     if args.disable_dropout:
@@ -143,7 +147,7 @@ def _load_teacher(name: str | None, args: DistillationConfig) -> PreTrainedModel
     if name is None:
         raise ConfigError("There is no teacher. Pass teacher_model or set teacher_model_name_or_path.")
     own = {"revision": args.teacher_model_revision, "trust_remote_code": args.teacher_trust_remote_code}
-    return AutoModelForCausalLM.from_pretrained(name, **{**own, **_kwargs(args.teacher_model_init_kwargs)})
+    return AutoModelForCausalLM.from_pretrained(name, **{**INERT, **own, **_kwargs(args.teacher_model_init_kwargs)})
 
 
 def _renderer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template_kwargs: Any, name: str) -> Renderer:
