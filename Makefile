@@ -10,7 +10,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install test test-real nightly check lint demo bench clean
+.PHONY: help install test test-real nightly audit check lint demo bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,7 +19,8 @@ help:
 	@echo "make test        fast tests"
 	@echo "make check       ruff, mypy, the tests and the commands of the documentation"
 	@echo "make test-real   tests with the real models and tokenizers; fetches them"
-	@echo "make nightly     long fuzzing"
+	@echo "make nightly     long fuzzing, many kills"
+	@echo "make audit       known faults of the installed packages; needs the network"
 	@echo "make install     only .venv"
 	@echo "make clean       remove .venv, caches and runs"
 
@@ -41,7 +42,13 @@ test-real: .venv/.installed
 	$(PYTEST) -m "real and not nightly"
 
 nightly: .venv/.installed
+	$(BIN)/python demo/assets.py get smollm2-135m-instruct tokenizers
 	$(PYTEST) -m nightly
+
+# Known faults of what is installed; asks PyPI's database.
+audit: .venv/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip-audit
+	$(BIN)/python -m pip_audit --skip-editable
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
