@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,20 @@ class FiniteSteps(WholeCheckpoints):
     projectors: dict[str, torch.nn.Parameter]
     rows_of_window: list[str]  # names of the rows behind the window, for messages
     skipped_steps = 0
+    _seen: Sequence[tuple[AlignedBatch, float]] = ()  # micro-batches of the window and their losses
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """As `Trainer.training_step`; keeps what `_get_grad_norm` will look at."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        seen = self.__dict__.setdefault("_seen", [])
-        seen.append((inputs["batch"], float(loss)))
-        return loss if math.isfinite(seen[-1][1]) else torch.zeros_like(loss)
+        self._seen = [*self._seen, (inputs["batch"], float(loss))]
+        return loss if math.isfinite(float(loss)) else torch.zeros_like(loss)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """The norm before the optimizer's step: the place to refuse it."""
         norm = super()._get_grad_norm(model, grad_norm)
-        seen, self._seen = self.__dict__.get("_seen", []), []
+        seen, self._seen = list(self._seen), ()
         bad = [(batch, loss) for batch, loss in seen if not math.isfinite(loss)]
         wrong = bool(bad) or not self._gradients_are_finite(norm)
         if not any_rank(self, wrong):

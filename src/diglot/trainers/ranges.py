@@ -26,8 +26,8 @@ RANGES: Mapping[str, Range] = {
     ),
     **dict.fromkeys(
         (
-            "num_completions_to_print", "data_seed", "dataloader_num_workers", "eval_delay", "learning_rate",
-            "max_grad_norm", "neftune_noise_alpha", "warmup_steps", "weight_decay",
+            "num_completions_to_print", "log_rollouts", "data_seed", "dataloader_num_workers", "eval_delay",
+            "learning_rate", "max_grad_norm", "neftune_noise_alpha", "warmup_steps", "weight_decay",
         ),
         _NATURAL,
     ),

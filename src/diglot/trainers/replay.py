@@ -47,16 +47,17 @@ def replay(trainer: DistillationTrainer, folder: str | Path) -> list[dict[str, A
         no finite number.
     """
     found = []
+    model: Any = trainer.model
     for batch in load_batches(folder, trainer):
-        trainer.model.zero_grad()
+        model.zero_grad()
         with trainer.accelerator.autocast():
-            loss = trainer.batch_loss(trainer.model, batch)
+            loss = trainer.batch_loss(model, batch)
         loss.backward()
-        grads = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         norm = torch.stack([g.double().norm() for g in grads.values()]).norm() if grads else torch.zeros(())
         bad = [n for n, g in grads.items() if not torch.isfinite(g).all()]
         found.append({"loss": float(loss.detach()), "grad_norm": float(norm), "nonfinite": bad})
-        trainer.model.zero_grad()
+        model.zero_grad()
     return found
 
 
@@ -109,7 +110,9 @@ def _batch(
             setattr(batch, name, tensors[prefix + name].to(trainer.args.device))
     if told["reference"]:
         arrays = {n: tensors[f"{prefix}reference.{n}"] for n in told["reference"]}
-        plain = {n: t.numpy() if n in ("end", "segment", "exact", "role") else t for n, t in arrays.items()}
+        plain: dict[str, Any] = {
+            n: t.numpy() if n in ("end", "segment", "exact", "role") else t for n, t in arrays.items()
+        }
         batch.reference = PackedSide(**plain).to(trainer.args.device)
     return batch
 
