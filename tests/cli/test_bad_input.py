@@ -167,7 +167,8 @@ def test_the_table_of_broken_rows_has_every_column() -> None:
 
 @pytest.mark.parametrize("given", [
     ["trane"], ["train", "stray"], ["train", "--max_stepz", "3"], ["train", "--config", "/nowhere"],
-    ["objectives", "--colour"], ["objectives", "stray"], ["eval"], ["eval", "--colour"], ["report"], ["report", "/nowhere"],
+    ["objectives", "--colour"], ["objectives", "stray"], ["eval"],
+    ["eval", "--colour"], ["report"], ["report", "/nowhere"],
 ])  # fmt: skip
 def test_a_wrong_command_is_refused_in_one_message(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:

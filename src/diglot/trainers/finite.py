@@ -48,20 +48,21 @@ class FiniteSteps(WholeCheckpoints):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """The norm before the optimizer's step: the place to refuse it."""
         norm = super()._get_grad_norm(model, grad_norm)
+        value = math.nan if norm is None else float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         seen, self._seen = list(self._seen), ()
         bad = [(batch, loss) for batch, loss in seen if not math.isfinite(loss)]
-        wrong = bool(bad) or not self._gradients_are_finite(norm)
+        wrong = bool(bad) or not (norm is None or self._gradients_are_finite(value))
         if not any_rank(self, wrong):
             return norm
-        self._refuse(model, bad or seen, bad[0][1] if bad else None, float(norm))
+        self._refuse(model, bad or seen, bad[0][1] if bad else None, value)
         return torch.zeros(()) if isinstance(norm, Tensor) else 0.0
 
-    def _gradients_are_finite(self, norm: Any) -> bool:
+    def _gradients_are_finite(self, norm: float) -> bool:
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None and scaler.is_enabled():
             return True  # float16: the scaler looks for overflow itself, skips the step and lowers its scale
         own = [p.grad for p in self.projectors.values() if p.grad is not None]
-        return math.isfinite(float(norm)) and all(bool(torch.isfinite(g).all()) for g in own)
+        return math.isfinite(norm) and all(bool(torch.isfinite(g).all()) for g in own)
 
     def _refuse(
         self, model: torch.nn.Module, batches: list[tuple[AlignedBatch, float]], loss: float | None, norm: float
