@@ -24,7 +24,7 @@ def test_the_trajectory_of_the_demo_pair_is_the_recorded_one(kind: str, tmp_path
     found = record.trajectory(kind, tmp_path)
     assert len(kept) == len(found) == 5
     for step, (old, new) in enumerate(zip(kept, found, strict=True)):
-        assert old.keys() == new.keys()
+        assert old.keys() <= new.keys()  # what is logged may grow
         for name in old:
             assert new[name] == pytest.approx(old[name], rel=1e-3, abs=1e-6), (step, name)
 
