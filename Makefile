@@ -10,7 +10,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install test test-real test-server nightly check lint demo bench clean
+.PHONY: help install test test-real test-server nightly audit check lint demo bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,7 +20,8 @@ help:
 	@echo "make check       ruff, mypy, the tests and the commands of the documentation"
 	@echo "make test-real   tests with the real models and tokenizers; fetches them"
 	@echo "make test-server  tests with a real vLLM server on the CPU; installs it (3.4 GB)"
-	@echo "make nightly     long fuzzing"
+	@echo "make nightly     long fuzzing, many kills"
+	@echo "make audit       known faults of the installed packages; needs the network"
 	@echo "make install     only .venv"
 	@echo "make clean       remove .venv, caches and runs"
 
@@ -47,7 +48,14 @@ test-server: .venv/.installed
 	$(PYTEST) -m server
 
 nightly: .venv/.installed
+	$(BIN)/python demo/assets.py get smollm2-135m-instruct tokenizers
 	$(PYTEST) -m nightly
+
+# Known faults of the pinned packages; asks PyPI's database, and fails where it cannot be asked about one of them.
+audit: .venv/.installed
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

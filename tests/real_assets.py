@@ -9,7 +9,9 @@ import pytest
 from assets import cache
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-TOKENIZERS = ("smollm2", "gemma3", "qwen3", "llama3", "deepseek_v3")
+TOKENIZERS = (
+    "smollm2", "gemma3", "qwen3", "llama3", "deepseek_v3", "llama2", "claude", "gpt35turbo", "gpt4o", "gptoss",
+)  # fmt: skip
 
 
 def _folder(kind: str, name: str) -> Path:

@@ -1,6 +1,5 @@
 """Texts that break alignments: hand-picked, and random ones from a seed."""
 
-# ruff: noqa: E501
 from __future__ import annotations
 
 import random

@@ -35,3 +35,19 @@ class ConfigError(DiglotError, ValueError):
 
 class DataError(DiglotError, ValueError):
     """A dataset, or a row of one, that cannot be used."""
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that is not whole, or that belongs to another run than the one that would go on from it."""
+
+
+class StoppedError(DiglotError, RuntimeError):
+    """A run that was asked to stop by a signal, and did so behind a whole checkpoint. `code` is for the process."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class NonFiniteError(DiglotError, FloatingPointError):
+    """A loss or a gradient that is no finite number. The optimizer was not run."""

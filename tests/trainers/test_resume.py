@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import tokenizers_zoo as zoo
 import torch
+from datasets import Dataset
 
 
 def run(make: Any, out: Path, teacher: str, resume: Any = None, **options: Any) -> Any:
@@ -26,29 +29,66 @@ def run(make: Any, out: Path, teacher: str, resume: Any = None, **options: Any) 
     return trainer
 
 
-@pytest.mark.parametrize("make", [tiny.gkd, tiny.minillm], ids=["gkd", "minillm"])
-@pytest.mark.parametrize("teacher", ["chatml", "inst"])
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_resume_is_exact(tmp_path: Path, make: Any, teacher: str, stop: int) -> None:
-    """Parameters, optimizer, every logged number after the checkpoint; for MiniLLM in the middle of inner epochs
-    too."""
-    options: dict[str, Any] = dict(max_steps=5, save_steps=stop)
-    options |= {"lmbda": 0.5} if make is tiny.gkd else {"num_iterations": 2, "teacher_mixed_alpha": 0.3}
-    through = run(make, tmp_path / "a", teacher, **options)
-    resumed = run(make, tmp_path / "b", teacher, resume=str(tmp_path / "a" / f"checkpoint-{stop}"), **options)
-    for (name, p), q in zip(through.model.named_parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(p, q), name
-    states = [t.optimizer.state_dict()["state"] for t in (through, resumed)]
-    assert all(torch.equal(states[0][i]["exp_avg_sq"], states[1][i]["exp_avg_sq"]) for i in states[0])
+def everything(trainer: Any) -> dict[str, torch.Tensor]:
+    """Parameters, projectors, the optimizer's state, and the random numbers that come next."""
+    found = {f"model.{n}": p.detach() for n, p in trainer.model.named_parameters()}
+    found |= {f"projector.{n}": p.detach() for n, p in trainer.projectors.items()}
+    for i, kept in trainer.optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{i}.{n}": torch.as_tensor(value) for n, value in kept.items()}
+    found["python"] = torch.tensor(random.getstate()[1])
+    found["numpy"] = torch.from_numpy(np.asarray(np.random.get_state()[1]).astype(np.int64))
+    return {**found, "torch": torch.get_rng_state()}
+
+
+def same_run(make: Any, out: Path, teacher: str, stop: int, **options: Any) -> tuple[Any, Any]:
+    """Running through, and from a checkpoint, are equal in all that goes on and in all that was logged."""
+    through = run(make, out / "a", teacher, **options)
+    kept = {n: x.clone() for n, x in everything(through).items()}
+    resumed = run(make, out / "b", teacher, resume=str(out / "a" / f"checkpoint-{stop}"), **options)
+    found = everything(resumed)
+    assert kept.keys() == found.keys()
+    for name, value in kept.items():
+        assert torch.equal(value, found[name]), name
     timeless = [
         [
-            {k: v for k, v in entry.items() if not k.startswith("train_")}
+            {k: v for k, v in entry.items() if not k.startswith(("train_", "teacher/cache_"))}
             for entry in t.state.log_history
             if "loss" in entry
         ]
         for t in (through, resumed)
     ]
     assert timeless[0] == timeless[1]
+    return through, resumed
+
+
+@pytest.mark.parametrize("make", [tiny.gkd, tiny.minillm], ids=["gkd", "minillm"])
+@pytest.mark.parametrize("teacher", ["chatml", "inst"])
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_resume_is_exact(tmp_path: Path, make: Any, teacher: str, stop: int) -> None:
+    """Parameters, optimizer, random numbers, every logged number after the checkpoint; for MiniLLM in the middle of
+    inner epochs too."""
+    options: dict[str, Any] = dict(max_steps=5, save_steps=stop)
+    options |= {"lmbda": 0.5} if make is tiny.gkd else {"num_iterations": 2, "teacher_mixed_alpha": 0.3}
+    same_run(make, tmp_path, teacher, stop, **options)
+
+
+@pytest.mark.parametrize("cache", ["kept", "new"])
+def test_resume_is_exact_with_projectors_and_the_teachers_cache(tmp_path: Path, cache: str) -> None:
+    """Whether the cache is still there or not: what it holds is what the teacher says."""
+    objective = ["strict", {"name": "dskd", "weight": 0.1}]
+    options = dict(max_steps=5, save_steps=2, lmbda=0.5, objective=objective)
+    first = run(tiny.gkd, tmp_path / "c", "inst", teacher_cache_dir=str(tmp_path / "cache"), **options)
+    where = tmp_path / ("cache" if cache == "kept" else "another")
+    through, resumed = same_run(tiny.gkd, tmp_path, "inst", 2, teacher_cache_dir=str(where), **options)
+    assert through.projectors and resumed.cached_teacher is not None
+    for p, q in zip(first.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_resume_is_exact_with_texts_for_language_modelling_and_several_completions(tmp_path: Path) -> None:
+    texts = {"lm_dataset": Dataset.from_list(tiny.CHAT_ROWS)}
+    options = dict(max_steps=5, save_steps=3, num_iterations=2, num_generations=2, teacher_mixed_alpha=0.0)
+    same_run(tiny.minillm, tmp_path, "inst", 3, keywords=texts, **options)
 
 
 def test_the_check_can_fail(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from diglot.errors import DiglotError
+from diglot.errors import DiglotError, StoppedError
 
 USAGE = """usage: diglot COMMAND ...
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     0: done; 1: `inspect` found a pair that cannot be trained; 2: an input that cannot work, told in one message on
-    standard error.
+    standard error; 143: SIGTERM, and a checkpoint was saved.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _run(given[0], given[1:])
+    except StoppedError as stopped:
+        print(f"diglot: {stopped}", file=sys.stderr)
+        return stopped.code
     except (DiglotError, OSError) as error:
         print(f"diglot: {error}", file=sys.stderr)
         return 2

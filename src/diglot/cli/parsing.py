@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,9 @@ def _as(kind: str, value: Any) -> tuple[bool, Any]:
         return False, None
     try:
         number = int(value) if kind == "int" else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
+        return False, None
+    if not math.isfinite(number):
         return False, None
     return (False, None) if kind == "int" and isinstance(value, float) and value != number else (True, number)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diglot.trainers.config import option
+from diglot.trainers.ranges import check_ranges
 
 
 @dataclass
@@ -38,3 +39,6 @@ class TrainArguments:
     lm_dataset_name: str | None = option(None, "MiniLLM: texts for the language-modelling loss.", "Data")
 
     dry_run: bool = option(False, "Print the resolved options and stop.", "Training")
+
+    def __post_init__(self) -> None:
+        check_ranges(vars(self))

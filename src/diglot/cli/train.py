@@ -13,9 +13,11 @@ from rich.console import Console
 from diglot.cli.options import load_options
 from diglot.cli.script import TrainArguments
 from diglot.data import load_dataset
-from diglot.errors import ConfigError
+from diglot.errors import ConfigError, DiglotError
+from diglot.teachers.loading import INERT
 from diglot.trainers import DistillationConfig, GKDConfig, GKDTrainer, MiniLLMConfig, MiniLLMTrainer
 from diglot.trainers.base import DistillationTrainer
+from diglot.trainers.secrets import without_secrets
 
 TRAINERS: dict[str, tuple[type[DistillationTrainer], type[DistillationConfig]]] = {
     "gkd": (GKDTrainer, GKDConfig),
@@ -37,17 +39,25 @@ def train(values: dict[str, Any]) -> int:
         if getattr(script, name) is None:
             raise ConfigError(f"{name} is not given. Say --{name} or put it into the recipe.")
     out = Path(str(config.output_dir))
-    if (out / RESOLVED).exists() and not config.resume_from_checkpoint:
+    resume: Any = {"true": True, "false": None}.get(
+        str(config.resume_from_checkpoint).lower(), config.resume_from_checkpoint
+    )
+    if (out / RESOLVED).exists() and not resume:
         raise ConfigError(
             f"{out} holds a run already. Choose another output_dir, or go on with --resume_from_checkpoint."
         )
-    trainer = build(script, config)
+    try:
+        trainer = build(script, config)
+    except DiglotError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # of the libraries: a model, an adapter, a tracker
+        raise ConfigError(f"Models, data and options do not go together: {error}") from error
+    trainer.find_checkpoint(resume)  # before anything of the run that is there is overwritten
     if trainer.is_world_process_zero():
         out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(resolved(script, config), sort_keys=False, allow_unicode=True)
         (out / RESOLVED).write_text(text, encoding="utf-8")
-    resume = config.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint={"true": True, "True": True}.get(str(resume), resume))
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.create_model_card(dataset=script.dataset_name)
     if trainer.is_world_process_zero():
@@ -79,15 +89,7 @@ def split(values: dict[str, Any]) -> tuple[TrainArguments, DistillationConfig]:
 
 def resolved(script: TrainArguments, config: DistillationConfig) -> dict[str, Any]:
     """Every option with the value in force, as plain values; secrets left out."""
-    return _without_secrets({**vars(script), **config.to_dict()})
-
-
-def _without_secrets(value: Any) -> Any:
-    """Without tokens, at every depth: `hub_token`, or a `token` among the arguments for `from_pretrained`."""
-    if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if k != "token" and not str(k).endswith("_token")}
-        return {k: _without_secrets(v) for k, v in kept.items()}
-    return [_without_secrets(v) for v in value] if isinstance(value, list) else value
+    return without_secrets({**vars(script), **config.to_dict()})
 
 
 def build(script: TrainArguments, config: DistillationConfig) -> DistillationTrainer:
@@ -109,7 +111,9 @@ def build(script: TrainArguments, config: DistillationConfig) -> DistillationTra
     extra = {k: v for k, v in extra.items() if v is not None}
     own, config.model_init_kwargs = config.model_init_kwargs, None
     init = own if isinstance(own, dict) else {}
-    model = AutoModelForCausalLM.from_pretrained(str(script.model_name_or_path), **{**options, **extra, **init})
+    model = AutoModelForCausalLM.from_pretrained(
+        str(script.model_name_or_path), **{**INERT, **options, **extra, **init}
+    )
     tokenizer = AutoTokenizer.from_pretrained(script.tokenizer_name_or_path or script.model_name_or_path, **options)
     trainer_class, _ = TRAINERS[script.trainer]
     trainer = trainer_class(model, None, config, processing_class=tokenizer, peft_config=_peft(script), **keywords)

@@ -16,6 +16,8 @@ from datasets import Dataset, IterableDataset
 from diglot.data.samples import COLUMNS, to_sample
 from diglot.errors import DataError, RenderingError
 
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else reading a local file asks a server to count it
+
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 CHECKED_ROWS = 10_000  # rows read at once to find mistakes early; later ones are checked when their turn comes
 REPLY_ROWS = 100  # rows that speak for all when asked whether there are replies

@@ -13,6 +13,8 @@ from diglot.rendering.template import content_text
 
 COLUMNS = "`prompt`, `prompt` and `completion`, `messages`, or `text`"
 
+LONGEST = 1 << 24  # characters of a row
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -42,6 +44,7 @@ def to_sample(row: Mapping[str, Any], where: str) -> Sample:
 
 def _own_columns(row: Mapping[str, Any], where: str) -> Sample:
     """What the student reads."""
+    _check_size(row, where)
     tools = _tools(row.get("tools"), where)
     if row.get("messages") is not None:
         return _from_messages(_messages(row["messages"], "messages", where), tools, where)
@@ -59,6 +62,23 @@ def _teacher_view(prompt: Any, tools: Any, where: str) -> Conversation | None:
     if isinstance(prompt, str):
         return Conversation(None, prompt)
     return Conversation(_messages(prompt, "teacher_prompt", where), tools=tools)
+
+
+def _check_size(row: Mapping[str, Any], where: str) -> None:
+    """A row must not fill the memory: templates and tokenizers take many times its length."""
+    size = sum(
+        _letters(row.get(name)) for name in ("prompt", "completion", "messages", "text", "tools", "teacher_prompt")
+    )
+    if size > LONGEST:
+        raise DataError(f"{where} holds {size} characters, expected at most {LONGEST}. Cut it, or leave it out.")
+
+
+def _letters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(_letters(one) for one in value.values())
+    return sum(_letters(one) for one in value) if isinstance(value, (list, tuple)) else 0
 
 
 def _from_messages(messages: tuple[dict, ...], tools: Any, where: str) -> Sample:

@@ -10,6 +10,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from diglot.errors import TeacherError
 
+# Weights come from safetensors, unless the arguments of a model say `use_safetensors: false`: a pickle is then read
+# without running what is in it.
+INERT: dict[str, Any] = {"use_safetensors": True}
+
 
 def split_gguf(name: str, init_kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Folder and arguments for `from_pretrained`, where `name` may be the path of a .gguf file."""
@@ -32,6 +36,8 @@ def load_teacher_model(
     """
     place, kwargs = split_gguf(name, init_kwargs)
     own = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if "gguf_file" not in kwargs:
+        own |= INERT
     try:
         return AutoModelForCausalLM.from_pretrained(place, **{**own, **kwargs})
     except ImportError as error:

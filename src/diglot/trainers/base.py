@@ -22,7 +22,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from diglot.batches import AlignedBatch, PackedSide, ReadPair, align_pairs
 from diglot.data import Sample, to_sample
@@ -38,8 +38,10 @@ from diglot.teachers.adapter import AdapterOff
 from diglot.teachers.scored import ScoredTeacher
 from diglot.trainers.collate import collate_samples, pad_id
 from diglot.trainers.config import DistillationConfig
+from diglot.trainers.finite import FiniteSteps
 from diglot.trainers.lanes import HasLanes, mean_metrics, prepare_lanes, same_side, share_counts
 from diglot.trainers.lengths import as_read, by_length
+from diglot.trainers.manifest import describe_model, describe_objective, describe_teacher
 from diglot.trainers.metrics import StepMetrics, evaluation_metrics
 from diglot.trainers.observing import Observer
 from diglot.trainers.projectors import add_to_optimizer, load_projectors, make_projectors, save_projectors
@@ -55,7 +57,7 @@ Window = list[list[Sample]]
 Ids = NDArray[np.int64]
 
 
-class DistillationTrainer(HasLanes, Trainer):
+class DistillationTrainer(HasLanes, FiniteSteps):
     """Base of both trainers. Arguments and their order are TRL's; `teacher_processing_class` is the one addition.
 
     Args:
@@ -167,6 +169,7 @@ class DistillationTrainer(HasLanes, Trainer):
         window = [batch["samples"] for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not window:
             return [], None
+        self.rows_of_window = [sample.where for batch in window for sample in batch]
         for projector in self.projectors.values():
             projector.grad = None  # the Trainer clears the gradients of its model only
         self._drawn.clear()
@@ -316,12 +319,6 @@ class DistillationTrainer(HasLanes, Trainer):
                 loss = self.lanes_loss(model, inputs["lanes"], inputs["weights"])
             else:
                 loss = self.batch_loss(model, inputs["batch"])
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss of step {self.state.global_step} is {loss.item()}, expected a finite number; the "
-                f"optimizer was "
-                "not run. Lower the learning rate, or look at this step's completions (log_completions)."
-            )
         return (loss, {}) if return_outputs else loss
 
     @abstractmethod
@@ -434,13 +431,19 @@ class DistillationTrainer(HasLanes, Trainer):
         add_to_optimizer(optimizer, self.projectors)
         return optimizer
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Also the projectors; written first, the trainer's state last."""
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be resumed."""
+        teachers = {lane.label: {**describe_teacher(lane.teacher), "weight": lane.weight} for lane in self.lanes}
+        return {
+            "student": describe_model(self.student, self.student_renderer, weights=False),
+            "teacher": teachers if len(teachers) > 1 else describe_teacher(self.lanes[0].teacher),
+            "objective": describe_objective(type(self).__name__, self.terms, self.args),
+        }
+
+    def save_extras(self, folder: Path) -> None:
+        """The projectors."""
         if self.projectors and self.is_world_process_zero():
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
             save_projectors(folder, self.projectors)
-        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

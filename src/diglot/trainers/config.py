@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 
 from diglot.errors import ConfigError
 from diglot.teachers.address import checked_address, is_address
+from diglot.trainers.ranges import check_ranges, check_texts
+from diglot.trainers.secrets import is_secret, without_secrets
 
 
 def option(default: Any, text: str, group: str, **metadata: Any) -> Any:
@@ -26,7 +28,10 @@ def _require(ok: bool, name: str, value: object, rule: str) -> None:
         raise ConfigError(f"{name}={value!r} cannot work: it must be {rule}.")
 
 
-_MAPPINGS = ("model_init_kwargs", "chat_template_kwargs", "teacher_model_init_kwargs", "teacher_chat_template_kwargs")
+_MAPPINGS = (
+    "model_init_kwargs", "chat_template_kwargs", "teacher_model_init_kwargs", "teacher_chat_template_kwargs",
+    "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs",
+)  # fmt: skip
 
 
 def _mapping(name: str, value: object) -> dict[str, Any] | None:
@@ -158,6 +163,14 @@ class DistillationConfig(TrainingArguments):
         "Objective",
     )
 
+    # Training
+    on_nonfinite: str = option(
+        "stop",
+        "When a loss or gradient is no finite number: `stop`, or `skip` the step and count it. The batch is kept.",
+        "Training",
+        choices=["stop", "skip"],
+    )
+
     # Logging
     log_completions: bool = option(False, "Print sampled completions as a table.", "Logging")
     log_completions_steps: int = option(100, "Print completions every so many steps.", "Logging")
@@ -169,7 +182,13 @@ class DistillationConfig(TrainingArguments):
         "Logging",
     )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled holds no keys."""
+        return {k: None if is_secret(k) else without_secrets(v) for k, v in vars(self).items()}
+
     def __post_init__(self) -> None:
+        check_ranges(vars(self))
+        check_texts(vars(self))
         super().__post_init__()
         for name in _MAPPINGS:
             setattr(self, name, _mapping(name, getattr(self, name)))

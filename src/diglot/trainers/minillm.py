@@ -269,14 +269,12 @@ class MiniLLMTrainer(DistillationTrainer):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Also the completions that the next inner epochs still need; written first, the trainer's state last."""
+    def save_extras(self, folder: Path) -> None:
+        """Also the completions that the next inner epochs still need."""
+        super().save_extras(folder)
         for lane in self.lanes:
             if lane.held is not None and not self.args.save_only_model:
-                folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-                folder.mkdir(parents=True, exist_ok=True)
                 save_held(folder, self._held_name(lane), [_held_of(batch) for batch in lane.held])
-        super()._save_checkpoint(model, trial)
 
     def restore(self, checkpoint: Path) -> None:
         super().restore(checkpoint)

@@ -34,6 +34,7 @@ Record = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 LEAST = 1 << 18  # bytes of the largest table; below that, building takes a few hundredths of a second
+LARGEST = 1 << 30  # bytes of an entry; those of 262,144 pieces take a hundredth of it
 _INT32 = np.iinfo(np.int32)
 
 
@@ -72,6 +73,8 @@ def folder() -> Path | None:
 def _read(path: Path, about: Record) -> dict[str, Ints] | None:
     """The arrays of an entry, or None if there is none, or if it is not whole and about just this."""
     try:
+        if path.stat().st_size > LARGEST:
+            return None
         raw = path.read_bytes()
     except OSError:
         return None

@@ -1,0 +1,77 @@
+"""Between which numbers an option lies: those of the Trainer's own options too, which it takes as they come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from diglot.errors import ConfigError
+
+Range = tuple[float | None, float | None, str]
+
+_COUNT: Range = (1, None, "1 or more")
+_NATURAL: Range = (0, None, "0 or more")
+_POSITIVE: Range = (math.ulp(0.0), None, "greater than 0")
+_BELOW_ONE: Range = (0, math.nextafter(1.0, 0.0), "in [0, 1)")
+
+RANGES: Mapping[str, Range] = {
+    **dict.fromkeys(
+        (
+            "max_length", "teacher_max_length", "rows_per_chunk", "log_completions_steps", "max_new_tokens", "lora_r",
+            "lora_alpha", "dataloader_prefetch_factor", "ddp_bucket_cap_mb", "ddp_timeout", "eval_accumulation_steps",
+            "gradient_accumulation_steps", "per_device_eval_batch_size", "per_device_train_batch_size",
+            "save_total_limit", "torch_empty_cache_steps",
+        ),
+        _COUNT,
+    ),
+    **dict.fromkeys(
+        (
+            "num_completions_to_print", "log_rollouts", "data_seed", "dataloader_num_workers", "eval_delay",
+            "learning_rate", "max_grad_norm", "neftune_noise_alpha", "warmup_steps", "weight_decay",
+        ),
+        _NATURAL,
+    ),
+    **dict.fromkeys(("adam_epsilon", "eval_steps", "num_train_epochs", "save_steps", "logging_steps"), _POSITIVE),
+    **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor"), _BELOW_ONE),
+    "max_steps": (-1, None, "-1 (as many as num_train_epochs says) or more"),
+    "seed": (0, 2**32 - 1, "in [0, 2^32)"),
+}  # fmt: skip
+
+
+def check_ranges(values: Mapping[str, object]) -> None:
+    """Raise `ConfigError` for the first number that is not finite or not in its range; None is what an option has when
+    it is off."""
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name}={value!r} cannot work: it must be a finite number.")
+        low, high, rule = RANGES.get(name, (None, None, ""))
+        if value is None or not rule:
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or (low is not None and value < low) or (high is not None and value > high):  # type: ignore[operator]
+            raise ConfigError(f"{name}={value!r} cannot work: it must be {rule}.")
+
+
+def check_texts(values: Mapping[str, object]) -> None:
+    """Raise `ConfigError` for texts that the Trainer would stumble over only when it uses them."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    reports = values.get("report_to") or []
+    known = {"all", "none", *INTEGRATION_TO_CALLBACK}
+    for one in [reports] if isinstance(reports, str) else reports:  # type: ignore[attr-defined]
+        _one_of("report_to", one, known)
+    seen = values.get("include_num_input_tokens_seen")
+    _one_of("include_num_input_tokens_seen", str(seen).lower(), {"all", "non_padding", "no", "true", "false"})
+    optim_args = values.get("optim_args")
+    if optim_args and not all("=" in part for part in str(optim_args).split(",")):
+        raise ConfigError(f"optim_args={optim_args!r} cannot work: it must be name=value, with commas between.")
+    if isinstance(values.get("parallelism_config"), str):
+        raise ConfigError(
+            f"parallelism_config={values['parallelism_config']!r} cannot work: it must be an object of Accelerate's, "
+            "which only a Python script can give."
+        )
+
+
+def _one_of(name: str, value: object, known: set[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} cannot work: it must be one of {', '.join(sorted(known))}.")
