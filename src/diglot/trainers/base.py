@@ -28,7 +28,7 @@ from diglot.batches import AlignedBatch, PackedSide, ReadPair, align_pairs
 from diglot.data import Sample, to_sample
 from diglot.errors import AlignmentError, ConfigError
 from diglot.evaluation import Evaluator, OnPolicyReport
-from diglot.heads import Head, default_chunk_rows, hidden_at_rows, token_logps
+from diglot.heads import Head, default_chunk_rows, gathered, hidden_at_rows, keep_after_forward, token_logps
 from diglot.objectives import PathObjective
 from diglot.rendering import Conversation, Renderer, Role
 from diglot.report import model_card
@@ -39,6 +39,7 @@ from diglot.trainers.lengths import as_read, by_length
 from diglot.trainers.metrics import StepMetrics
 from diglot.trainers.observing import Observer
 from diglot.trainers.projectors import add_to_optimizer, load_projectors, make_projectors, save_projectors
+from diglot.trainers.ranks import check_wrapping, place_frozen, row_places, row_seed, with_all_names
 from diglot.trainers.recording import RecordCallback, with_numbers
 from diglot.trainers.sides import describe, load_references, prepare_sides
 from diglot.trainers.terms import BatchScores, Reader, Term, check_rung, terms_of
@@ -108,19 +109,15 @@ class DistillationTrainer(Trainer):
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = True  # every micro-batch's loss is already a share of the window's
+        check_wrapping(self.accelerator)
         self.student_head = Head.of(self.student)
         self.student_head.verify(self.student)
         for held in (self.teacher, *(self.references or ())):
-            held.model.to(self.args.device)  # type: ignore[arg-type]
+            place_frozen(held.model, self.accelerator)
         for term in self.terms:
             if not isinstance(term.objective, PathObjective):
                 term.objective.to(self.args.device)
         self.projectors = make_projectors(self.terms, self.student_head, self.teacher.head)
-        if self.projectors and self.accelerator.num_processes > 1:
-            raise ConfigError(
-                f"Objective 'dskd' trains projectors, which are not averaged over processes, and there are "
-                f"{self.accelerator.num_processes}. Run it on one process, or choose an objective without projectors."
-            )
         self.observer = Observer(self)
         self.add_callback(RecordCallback(self.observer.fixed))
         with_numbers(self)
@@ -144,6 +141,7 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, AlignedBatch]], int | None]:
         """All micro-batches of one optimizer step, ready for `compute_loss`."""
+        keep_after_forward(self.model, self.student_head.module)
         window = [batch["samples"] for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not window:
             return [], None
@@ -164,22 +162,19 @@ class DistillationTrainer(Trainer):
         prompts = [
             [self.reader.prompt_ids(c, self.args.max_completion_length) for c in batch] for batch in conversations
         ]
-        asked = [both for batch in zip(conversations, prompts, strict=True) for both in zip(*batch, strict=True)]
-        kept = [(c, p) for c, p in asked if p is not None]
-        completions = iter(self.sample([c for c, _ in kept], [p for _, p in kept]))
+        seeds = self.row_seeds("rollouts", window, self.args.num_generations)
+        asked = [row for batch in zip(conversations, prompts, seeds, strict=True) for row in zip(*batch, strict=True)]
+        kept = [(c, p, seed) for c, p, seed in asked if p is not None]
+        with gathered(self.student):
+            completions = iter(self.sample(*map(list, zip(*kept, strict=True))) if kept else ())
         return [
             [None if p is None else self.reader.sampled(c, next(completions), p) for c, p in zip(*both, strict=True)]
             for both in zip(conversations, prompts, strict=True)
         ]
 
-    def sample(self, conversations: Sequence[Conversation], prompts: Sequence[Ids]) -> list[Ids]:
+    def sample(self, conversations: Sequence[Conversation], prompts: Sequence[Ids], seeds: Sequence[int]) -> list[Ids]:
         """One completion for each of the student's prompts, by the student as it is now."""
-        return self.sampler(
-            self.student,
-            prompts,
-            max_new_tokens=self.args.max_completion_length,
-            seed=self.seed_for("rollouts", per_rank=True),
-        )
+        return self.sampler(self.student, prompts, max_new_tokens=self.args.max_completion_length, seed=seeds)
 
     def sampler_for(self, renderer: Renderer) -> TransformersSampler:
         """A sampler for one of the two models, at the temperature of `args`."""
@@ -232,10 +227,19 @@ class DistillationTrainer(Trainer):
         """A uniform number in [0, 1) that depends on seed and step only: equal on all ranks and after a resume."""
         return random.Random(self.seed_for(what)).random()
 
-    def seed_for(self, what: str, per_rank: bool = False) -> int:
-        """A seed that depends on the run's seed, the step and `what` (and the rank): the same after a resume."""
-        rank = self.args.process_index if per_rank else 0
-        return random.Random(f"{what}/{self.args.seed}/{self.state.global_step}/{rank}").getrandbits(31)
+    def seed_for(self, what: str) -> int:
+        """A seed that depends on the run's seed, the step and `what`: equal on all ranks and after a resume."""
+        return random.Random(f"{what}/{self.args.seed}/{self.state.global_step}").getrandbits(63)
+
+    def row_seeds(self, what: str, window: Sequence[Sequence[Any]], per_row: int = 1) -> list[list[int]]:
+        """For each micro-batch `per_row` seeds of each of its rows.
+
+        They depend on the row's place in the window of all ranks, so not on how many ranks there are.
+        """
+        args = self.args
+        places = row_places([len(b) for b in window], args.train_batch_size, args.process_index, args.world_size)
+        base = self.seed_for(what)
+        return [[row_seed(base, place, i) for place in batch for i in range(per_row)] for batch in places]
 
     def _watch_coverage(self, batches: Sequence[AlignedBatch]) -> None:
         """Log the alignment of a window, and stop if too little of it could be aligned."""
@@ -417,7 +421,8 @@ class DistillationTrainer(Trainer):
         rank, world = self.args.process_index, self.args.world_size
         rows: Any = data
         samples = [to_sample(rows[i], where=f"evaluation row {i}") for i in range(rank, len(rows), world)]
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._evaluate_samples(samples).items()}
+        with gathered(self.student, self.teacher.model):
+            metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._evaluate_samples(samples).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -458,7 +463,7 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's log, with this log interval's own metrics of all ranks."""
         if "loss" in logs:
-            logs = {**logs, **self._metrics.take(self.count_over_ranks)}
+            logs = {**logs, **self._metrics.take(lambda sums: self.count_over_ranks(with_all_names(sums)))}
         super().log(logs, start_time)
 
     def create_model_card(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diglot.batches import AlignedBatch, ReadPair
 from diglot.data import Sample
+from diglot.heads import gathered
 from diglot.teachers import CachedTeacher
 from diglot.trainers.base import DistillationTrainer, Window
 from diglot.trainers.config import GKDConfig
@@ -55,12 +56,13 @@ class GKDTrainer(DistillationTrainer):
         renderer = self.teacher.renderer
         samples = [sample for batch in window for sample in batch]
         prompts = [renderer.prompt_ids(c, thinking=self.opens_thinking(c)) for c in (s.conversation for s in samples)]
-        completions = self.sampler_for(renderer)(
-            self.teacher.model,
-            prompts,
-            max_new_tokens=self.args.max_completion_length,
-            seed=self.seed_for("seq_kd", per_rank=True),
-        )
+        with gathered(self.teacher.model):
+            completions = self.sampler_for(renderer)(
+                self.teacher.model,
+                prompts,
+                max_new_tokens=self.args.max_completion_length,
+                seed=[seed for batch in self.row_seeds("seq_kd", window) for seed in batch],
+            )
         pairs = iter(map(self._teacher_wrote, samples, completions))
         return [[next(pairs) for _ in batch] for batch in window]
 

@@ -23,6 +23,7 @@ from torch.utils.data import Sampler
 
 from diglot.batches import AlignedBatch, pack
 from diglot.data import to_sample
+from diglot.heads import gathered
 from diglot.objectives import RowObjective, make_objective
 from diglot.objectives.span import clipped_policy_gradient, span_advantages
 from diglot.rendering import Conversation
@@ -87,16 +88,23 @@ class MiniLLMTrainer(DistillationTrainer):
         self._set_advantages(batches)
         return batches
 
-    def sample(self, conversations: Sequence[Conversation], prompts: Sequence[Ids]) -> list[Ids]:
+    def sample(self, conversations: Sequence[Conversation], prompts: Sequence[Ids], seeds: Sequence[int]) -> list[Ids]:
         """Completions of the student, or of the mixture of student and teacher (`teacher_mixed_alpha`)."""
+        if self.args.teacher_mixed_alpha == 0:
+            return super().sample(conversations, prompts, seeds)
+        with gathered(self.teacher.model):
+            return self._sample_mixed(conversations, prompts, seeds)
+
+    def _sample_mixed(
+        self, conversations: Sequence[Conversation], prompts: Sequence[Ids], seeds: Sequence[int]
+    ) -> list[Ids]:
+        """Completions of the mixture."""
         alpha, teacher, longest = self.args.teacher_mixed_alpha, self.teacher, self.args.max_completion_length
-        if alpha == 0 or not prompts:
-            return super().sample(conversations, prompts)
-        student, seed = self.student, self.seed_for("rollouts", per_rank=True)
+        student = self.student
         if self.same_vocabulary:
             own = [teacher.renderer.prompt_ids(c, thinking=self.opens_thinking(c)) for c in conversations]
             mixture = TeacherMixture(teacher.model, own, pad_id(teacher.renderer), alpha)
-            return self.sampler(student, prompts, max_new_tokens=longest, seed=seed, processors=[mixture])
+            return self.sampler(student, prompts, max_new_tokens=longest, seed=seeds, processors=[mixture])
         prefixes = write_prefixes(
             conversations,
             teacher.model,
@@ -105,9 +113,9 @@ class MiniLLMTrainer(DistillationTrainer):
             self.sampler_for(teacher.renderer),
             alpha=alpha,
             max_new_tokens=longest,
-            seed=seed,
+            seed=seeds,
         )
-        return continue_prefixes(self.sampler, student, prompts, prefixes, max_new_tokens=longest, seed=seed)
+        return continue_prefixes(self.sampler, student, prompts, prefixes, max_new_tokens=longest, seed=seeds)
 
     @torch.no_grad()
     def _score(self, batch: AlignedBatch) -> None:
@@ -211,11 +219,11 @@ class MiniLLMTrainer(DistillationTrainer):
     # ---- the language-modelling loss ---------------------------------------------------------------------------
 
     def _attach_references(self, batches: Sequence[AlignedBatch]) -> None:
-        """Give each micro-batch rows of `lm_dataset`, chosen by seed, step and rank: the same after a resume."""
+        """Give each micro-batch rows of `lm_dataset`, chosen by seed, step and place: the same after a resume."""
         assert self.lm_dataset is not None
-        draw = random.Random(self.seed_for("lm", per_rank=True))
-        for batch in batches:
-            rows = [draw.randrange(len(self.lm_dataset)) for _ in range(self.args.train_batch_size)]
+        seeds = self.row_seeds("lm", [range(self.args.train_batch_size)] * len(batches))
+        for batch, of_batch in zip(batches, seeds, strict=True):
+            rows = [random.Random(seed).randrange(len(self.lm_dataset)) for seed in of_batch]
             samples = [to_sample(self.lm_dataset[i], where=f"lm_dataset row {i}") for i in rows]
             rendered = [r for sample in samples if (r := self.reader.reference(sample)) is not None]
             segments = [len(r.segment_bytes) for r in rendered]

@@ -1,0 +1,30 @@
+"""`diglot` as its own command starts it, on CPU processes that may use FSDP as GPU processes do.
+
+accelerate turns FSDP on for processes with an accelerator only. Nothing of FSDP2 itself asks for one: told that these
+processes may, accelerate wraps, swaps, clips, saves and loads as it does elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+from diglot.cli.main import main
+
+torch.set_num_threads(1)
+_init = AcceleratorState.__init__
+
+
+def _with_fsdp(self: AcceleratorState, *args: object, fsdp_plugin: object = None, **keywords: object) -> None:
+    _init(self, *args, fsdp_plugin=fsdp_plugin, **keywords)
+    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+
+AcceleratorState.__init__ = _with_fsdp  # type: ignore[method-assign]
+
+if __name__ == "__main__":
+    sys.exit(main())
