@@ -20,8 +20,9 @@ _init = AcceleratorState.__init__
 
 def _with_fsdp(self: AcceleratorState, *args: object, fsdp_plugin: object = None, **keywords: object) -> None:
     _init(self, *args, fsdp_plugin=fsdp_plugin, **keywords)
-    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+    plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")  # every later call finds the one of the first
+    if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
 
 
 AcceleratorState.__init__ = _with_fsdp  # type: ignore[method-assign]

@@ -38,7 +38,13 @@ from diglot.trainers.config import DistillationConfig
 from diglot.trainers.lengths import as_read, by_length
 from diglot.trainers.metrics import StepMetrics
 from diglot.trainers.observing import Observer
-from diglot.trainers.projectors import add_to_optimizer, load_projectors, make_projectors, save_projectors
+from diglot.trainers.projectors import (
+    add_to_optimizer,
+    load_projectors,
+    make_projectors,
+    same_everywhere,
+    save_projectors,
+)
 from diglot.trainers.ranks import check_wrapping, place_frozen, row_places, row_seed, with_all_names
 from diglot.trainers.recording import RecordCallback, with_numbers
 from diglot.trainers.sides import describe, load_references, prepare_sides
@@ -118,6 +124,7 @@ class DistillationTrainer(Trainer):
             if not isinstance(term.objective, PathObjective):
                 term.objective.to(self.args.device)
         self.projectors = make_projectors(self.terms, self.student_head, self.teacher.head)
+        same_everywhere(self.projectors, sharded=self.is_fsdp_enabled)
         self.observer = Observer(self)
         self.add_callback(RecordCallback(self.observer.fixed))
         with_numbers(self)
