@@ -6,7 +6,9 @@ processes may, accelerate wraps, swaps, clips, saves and loads as it does elsewh
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
@@ -27,5 +29,14 @@ def _with_fsdp(self: AcceleratorState, *args: object, fsdp_plugin: object = None
 
 AcceleratorState.__init__ = _with_fsdp  # type: ignore[method-assign]
 
+def run_all(plan: Path) -> int:
+    """The command lines of a JSON file one after the other in the same processes, up to the first that fails."""
+    for arguments in json.loads(plan.read_text(encoding="utf-8")):
+        print("==", *arguments, flush=True)
+        if code := main(arguments):
+            return code
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_all(Path(sys.argv[2])) if sys.argv[1] == "--plan" else main())

@@ -45,14 +45,19 @@ def uneven_rows() -> list[dict[str, Any]]:
 
 @dataclass
 class Run:
-    """What a run left: the student's parameters, its log, and its folder."""
+    """What a run left: the student's parameters, and the folder with everything else."""
 
     out: Path
     parameters: dict[str, torch.Tensor]
-    log: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, out: Path) -> Run:
+        """Read the folder of a finished run."""
+        names = ("model.safetensors", "adapter_model.safetensors")
+        return cls(out, load_file(next(out / name for name in names if (out / name).exists())))
 
 
-def command(root: Path, out: Path, processes: int, how: str, **options: Any) -> list[str]:
+def arguments(root: Path, out: Path, processes: int, how: str = "ddp", **options: Any) -> list[str]:
     """The command line of a run whose window is four rows, however many processes share it."""
     given: dict[str, Any] = dict(
         model_name_or_path=root / "student",
@@ -72,25 +77,25 @@ def command(root: Path, out: Path, processes: int, how: str, **options: Any) -> 
     )
     given.update(options)
     if how == "fsdp":
-        given.update(fsdp="full_shard auto_wrap", fsdp_config=json.dumps({"version": 2}))
-    flags = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    launcher: list[str] = [sys.executable, str(MAIN)]
-    if processes > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(MAIN)]
-    return [*launcher, "train", *flags, "--use_cpu"]
+        given.update(fsdp="full_shard auto_wrap", fsdp_config='{"version": 2}')
+    values = ((name, json.dumps(v) if isinstance(v, (dict, list)) else str(v)) for name, v in given.items())
+    return ["train", *(part for name, value in values for part in (f"--{name}", value)), "--use_cpu"]
 
 
-def run(
-    root: Path, name: str, processes: int, how: str = "ddp", environment: dict[str, str] | None = None, **options: Any
-) -> Run:
-    """Run `diglot train` and read what it left; fails with the whole output, also when it hangs."""
-    out = root / name
-    done = start(command(root, out, processes, how, **options), environment)
-    assert done.returncode == 0, done.stdout[-6000:]
-    state = json.loads((out / "state.json").read_text(encoding="utf-8"))
-    file = next(out / f for f in ("model.safetensors", "adapter_model.safetensors") if (out / f).exists())
-    return Run(out, load_file(file), state)
+def launcher(processes: int) -> list[str]:
+    """Plain `python` for one process, `torchrun` for more."""
+    if processes == 1:
+        return [sys.executable]
+    found = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return [*found, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+
+
+def run_all(plan: Path, processes: int, commands: list[list[str]]) -> str:
+    """Run command lines one after the other in the same processes; fails with the whole output, also on a hang."""
+    plan.write_text(json.dumps(commands), encoding="utf-8")
+    done = start([*launcher(processes), str(MAIN), "--plan", str(plan)])
+    assert done.returncode == 0, done.stdout[-8000:]
+    return done.stdout
 
 
 def start(arguments: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
