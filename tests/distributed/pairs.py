@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import tiny
 import tokenizers_zoo as zoo
 import torch
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = Path(__file__).parent / "main.py"
-TIMEOUT = 180
+TIMEOUT = int(os.environ.get('DIGLOT_TEST_TIMEOUT', '240'))
 
 
 def make_pair(root: Path, teacher: str = "inst", rows: list[dict[str, Any]] | None = None, **config: Any) -> None:
@@ -94,7 +96,7 @@ def run_all(plan: Path, processes: int, commands: list[list[str]]) -> str:
     """Run command lines one after the other in the same processes; fails with the whole output, also on a hang."""
     plan.write_text(json.dumps(commands), encoding="utf-8")
     done = start([*launcher(processes), str(MAIN), "--plan", str(plan)])
-    assert done.returncode == 0, done.stdout[-8000:]
+    assert done.returncode == 0, done.stdout[-20000:]
     return done.stdout
 
 
@@ -108,12 +110,17 @@ def start(arguments: list[str], environment: dict[str, str] | None = None) -> su
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, **own, **(environment or {})},
-        start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its own session: the launcher and every rank
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        for rank in ranks:
+            rank.send_signal(signal.SIGABRT)  # each says where it stands
+        psutil.wait_procs(ranks, timeout=10)
+        for one in (*ranks, psutil.Process(process.pid)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
         output, _ = process.communicate()
         output += f"\nstill running after {TIMEOUT} s: {' '.join(arguments)}"
         return subprocess.CompletedProcess(arguments, -9, output)

@@ -22,7 +22,11 @@ def gathered(*models: nn.Module) -> Iterator[None]:
     For passes whose number differs from process to process: sampling, evaluation. Every process must enter and leave.
     Does nothing for a model that is not sharded.
     """
-    parts = [part for model in models for part in sharded_parts(model)]
+    of_models = [sharded_parts(model) for model in models]
+    parts = [part for found in of_models for part in found]
+    for found in of_models:
+        if found:  # as a first pass would: a process that writes nothing has none
+            found[0]._get_fsdp_state()._lazy_init()
     groups = [group for part in parts for group in _groups(part)]
     before = [group.post_forward_mesh_info for group in groups]
     for part in parts:
@@ -33,6 +37,9 @@ def gathered(*models: nn.Module) -> Iterator[None]:
     finally:
         for group, found in zip(groups, before, strict=True):
             group.post_forward_mesh_info = found
+            # The order of passes decides what the next backward pass fetches ahead: it must be that of all processes.
+            group._post_forward_indices.clear()
+            group.comm_ctx.post_forward_order.clear()
         for part in parts:
             part.reshard()
 

@@ -99,6 +99,7 @@ class TransformersSampler:
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
+                synced_gpus=False,  # a sharded model is `gathered` here, and ranks write texts of different number
                 logits_processor=LogitsProcessorList([*processors, *self._warpers(), draws]),
             )
         return [self._until_stop(row) for row in out[:, ids.shape[1] :].cpu().numpy()]

@@ -172,8 +172,8 @@ class DistillationTrainer(Trainer):
         seeds = self.row_seeds("rollouts", window, self.args.num_generations)
         asked = [row for batch in zip(conversations, prompts, seeds, strict=True) for row in zip(*batch, strict=True)]
         kept = [(c, p, seed) for c, p, seed in asked if p is not None]
-        with gathered(self.student):
-            completions = iter(self.sample(*map(list, zip(*kept, strict=True))) if kept else ())
+        with gathered(self.student):  # also where there is nothing to write: other ranks gather too
+            completions = iter(self.sample([c for c, _, _ in kept], [p for _, p, _ in kept], [s for _, _, s in kept]))
         return [
             [None if p is None else self.reader.sampled(c, next(completions), p) for c, p in zip(*both, strict=True)]
             for both in zip(conversations, prompts, strict=True)

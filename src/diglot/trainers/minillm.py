@@ -99,6 +99,8 @@ class MiniLLMTrainer(DistillationTrainer):
         self, conversations: Sequence[Conversation], prompts: Sequence[Ids], seeds: Sequence[int]
     ) -> list[Ids]:
         """Completions of the mixture."""
+        if not prompts:
+            return []
         alpha, teacher, longest = self.args.teacher_mixed_alpha, self.teacher, self.args.max_completion_length
         student = self.student
         if self.same_vocabulary:
