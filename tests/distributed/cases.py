@@ -36,6 +36,7 @@ DDP_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
     "dskd": ("cross", {**GKD, "objective": "dskd", "lmbda": 0.0}),
     "minillm_lm": ("cross", {**MINILLM, "num_iterations": 2, "lm_dataset_name": "rows.jsonl"}),
 }
+ALL = {**CASES, **DDP_ONLY}
 
 
 def make_pairs(root: Path) -> None:

@@ -23,6 +23,7 @@ from torch.utils.data import Sampler
 
 from diglot.batches import AlignedBatch, pack
 from diglot.data import to_sample
+from diglot.errors import ConfigError
 from diglot.heads import gathered
 from diglot.objectives import RowObjective, make_objective
 from diglot.objectives.span import clipped_policy_gradient, span_advantages
@@ -50,6 +51,11 @@ class MiniLLMTrainer(DistillationTrainer):
         self.lm_dataset = lm_dataset
         self._held: list[AlignedBatch] | None = None
         super().__init__(*args, **kwargs)
+        if lm_dataset is not None and self.args.lm_coef > 0 and self.is_fsdp_enabled:
+            raise ConfigError(
+                "lm_dataset needs a second forward pass before the backward pass, behind which FSDP frees the head that "
+                "the first one still needs. Drop lm_dataset, set lm_coef to 0, or run without FSDP."
+            )
 
     def _prepare_objectives(self) -> None:
         auto = "jsd" if self.same_vocabulary else "strict"
