@@ -1,6 +1,6 @@
 """The sizing tables of docs/distributed.md, worked out on paper: formulas here, no measurement.
 
-    python benchmarks/sizing.py
+python benchmarks/sizing.py
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 GIB, GBIT = 2**30, 1e9 / 8
 PEAK = 990e12  # dense bf16 FLOP/s of one H100
 SHARE = 0.4  # of it that a prefill or a training step reaches
+BANDWIDTH = 3.35e12  # bytes/s of its memory
+BATCH = 256  # completions that a server writes at a time
 LINK = 100 * GBIT  # bytes/s between a teacher's server and the training nodes
 TOP_K = 64
 
@@ -92,9 +94,16 @@ def student_rate(plan: Plan) -> float:
     return SHARE * PEAK * plan.student_gpus / (8 * plan.student.active)
 
 
+def rollout_rate(plan: Plan) -> float:
+    """Tokens per second that one GPU writes: each step reads the student's bfloat16 weights once, keys aside."""
+    return BATCH * SHARE * BANDWIDTH / (2 * plan.student.active)
+
+
 def memory_table() -> str:
     """Memory per GPU, in GiB."""
-    rows = ["| pair | GPUs of the student | student, GiB per GPU | teacher sharded beside it | GPUs of a server | server |"]
+    rows = [
+        "| pair | GPUs of the student | student, GiB per GPU | teacher sharded beside it | GPUs of a server | server |"
+    ]
     rows.append("| --- | ---: | ---: | ---: | ---: | ---: |")
     for plan in PLANS:
         cells = [f"{plan.student.name} ← {plan.teacher.name}", str(plan.student_gpus), _gib(student_bytes(plan))]
@@ -105,14 +114,17 @@ def memory_table() -> str:
 
 def wire_table() -> str:
     """Bytes per token by rung, the wire at full speed in Gbit/s, and what saturates first."""
-    rows = ["| pair | teacher reads, tokens/s | student trains, tokens/s | rung | bytes/token | Gbit/s | first limit |"]
-    rows.append("| --- | ---: | ---: | --- | ---: | ---: | --- |")
+    rows = [
+        "| pair | teacher reads, tokens/s | student trains, tokens/s | one GPU writes, tokens/s | rung | bytes/token | Gbit/s | first limit |"
+    ]
+    rows.append("| --- | ---: | ---: | ---: | --- | ---: | ---: | --- |")
     for plan in PLANS:
         reads, trains = teacher_rate(plan), student_rate(plan)
         for rung, size in wire_bytes(plan.teacher).items():
             limits = {"teacher": reads, "student": trains, "wire": LINK / size}
             first = min(limits, key=lambda name: limits[name])
-            cells = [f"{plan.student.name} ← {plan.teacher.name}", f"{reads:,.0f}", f"{trains:,.0f}", rung]
+            cells = [f"{plan.student.name} ← {plan.teacher.name}", f"{reads:,.0f}", f"{trains:,.0f}"]
+            cells += [f"{rollout_rate(plan):,.0f}", rung]
             cells += [f"{size:,}", f"{min(reads, trains) * size / GBIT:,.2f}", first]
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

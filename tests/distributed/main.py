@@ -29,6 +29,7 @@ def _with_fsdp(self: AcceleratorState, *args: object, fsdp_plugin: object = None
 
 AcceleratorState.__init__ = _with_fsdp  # type: ignore[method-assign]
 
+
 def run_all(plan: Path) -> int:
     """The command lines of a JSON file one after the other in the same processes, up to the first that fails."""
     for arguments in json.loads(plan.read_text(encoding="utf-8")):

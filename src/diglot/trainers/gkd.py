@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diglot.batches import AlignedBatch, ReadPair
 from diglot.data import Sample
+from diglot.errors import ConfigError
 from diglot.heads import gathered
 from diglot.teachers import CachedTeacher
 from diglot.trainers.base import DistillationTrainer, Window
@@ -29,6 +30,11 @@ class GKDTrainer(DistillationTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         folder = self.args.teacher_cache_dir
+        if folder is not None and self.is_fsdp_enabled:
+            raise ConfigError(
+                f"teacher_cache_dir={folder!r} lets each process ask the teacher about other texts, and FSDP spreads the "
+                "teacher over all of them. Drop it, or run without FSDP."
+            )
         self.cached_teacher = None if folder is None else CachedTeacher(self.teacher, folder)
 
     def _prepare_objectives(self) -> None:
