@@ -148,7 +148,7 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, AlignedBatch]], int | None]:
         """All micro-batches of one optimizer step, ready for `compute_loss`."""
-        keep_after_forward(self.model, self.student_head.module)
+        keep_after_forward(self.student, self.student_head.module)
         window = [batch["samples"] for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not window:
             return [], None

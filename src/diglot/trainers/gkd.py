@@ -32,8 +32,8 @@ class GKDTrainer(DistillationTrainer):
         folder = self.args.teacher_cache_dir
         if folder is not None and self.is_fsdp_enabled:
             raise ConfigError(
-                f"teacher_cache_dir={folder!r} lets each process ask the teacher about other texts, and FSDP spreads the "
-                "teacher over all of them. Drop it, or run without FSDP."
+                f"teacher_cache_dir={folder!r} lets each process ask the teacher about other texts, and FSDP spreads "
+                "the teacher over all of them. Drop it, or run without FSDP."
             )
         self.cached_teacher = None if folder is None else CachedTeacher(self.teacher, folder)
 

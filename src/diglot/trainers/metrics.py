@@ -59,8 +59,8 @@ class StepMetrics:
             for key in sums
             if key.endswith("|total") and (count := sums[f"{(name := key[:-6])}|count"])
         }
-        known = {*known, "dropped_samples"}
-        logs |= {name: value for name, value in sums.items() if name not in known and "|" not in name}
+        ours = {*known, "dropped_samples"}
+        logs |= {name: value for name, value in sums.items() if name not in ours and "|" not in name}
         logs["completions/clipped_ratio"] = 1 - logs.pop("completions/stopped_ratio", 1.0)
         logs["align/dropped_samples"] = sums["dropped_samples"]
         logs["num_tokens"] = self.num_tokens

@@ -53,8 +53,8 @@ class MiniLLMTrainer(DistillationTrainer):
         super().__init__(*args, **kwargs)
         if lm_dataset is not None and self.args.lm_coef > 0 and self.is_fsdp_enabled:
             raise ConfigError(
-                "lm_dataset needs a second forward pass before the backward pass, behind which FSDP frees the head that "
-                "the first one still needs. Drop lm_dataset, set lm_coef to 0, or run without FSDP."
+                "lm_dataset needs a second forward pass before the backward pass, behind which FSDP frees the head "
+                "that the first one still needs. Drop lm_dataset, set lm_coef to 0, or run without FSDP."
             )
 
     def _prepare_objectives(self) -> None:
