@@ -114,9 +114,8 @@ def memory_table() -> str:
 
 def wire_table() -> str:
     """Bytes per token by rung, the wire at full speed in Gbit/s, and what saturates first."""
-    rows = [
-        "| pair | teacher reads, tokens/s | student trains, tokens/s | one GPU writes, tokens/s | rung | bytes/token | Gbit/s | first limit |"
-    ]
+    heads = ["pair", "teacher reads, tokens/s", "student trains, tokens/s", "one GPU writes, tokens/s", "rung"]
+    rows = [f"| {' | '.join([*heads, 'bytes/token', 'Gbit/s', 'first limit'])} |"]
     rows.append("| --- | ---: | ---: | ---: | --- | ---: | ---: | --- |")
     for plan in PLANS:
         reads, trains = teacher_rate(plan), student_rate(plan)
