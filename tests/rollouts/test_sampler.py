@@ -27,7 +27,7 @@ def test_padding_of_shorter_prompts_changes_nothing() -> None:
     model = tiny.tiny_model(zoo.chatml())
     sampler = TransformersSampler((2,), 2)
     short, long = np.array([5, 6]), np.arange(10, 40)
-    number = 1500
+    number = 3000
     beside = sampler(model, [long, *[short] * number], max_new_tokens=1, seed=1)[1:]
     with torch.no_grad():
         law = model(input_ids=torch.tensor([[5, 6]])).logits[0, -1].softmax(-1)

@@ -168,7 +168,7 @@ def test_the_general_path_equals_the_same_vocabulary_path(tmp_path: Path, lmbda:
             objective="jsd",
         )
         canonical = trainer.student_renderer.encoder.encode(["hello there, one two"])[0].ids
-        trainer.sample = lambda conversations, prompts, ids=canonical: [ids for _ in prompts]  # type: ignore[method-assign]
+        trainer.sample = lambda conversations, prompts, seeds, ids=canonical: [ids for _ in prompts]  # type: ignore[method-assign]
         results.append(gradients(trainer, window(trainer, CHAT)))
         assert trainer.same_vocabulary == (path == "auto")
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
@@ -275,7 +275,7 @@ def test_w44_both_temperatures_act_where_they_belong(tmp_path: Path) -> None:
 
 
 def _with_completions(trainer: GKDTrainer, completions: list[list[int]]) -> None:
-    trainer.sample = lambda conversations, prompts: [np.array(c, dtype=np.int64) for c in completions]  # type: ignore
+    trainer.sample = lambda conversations, prompts, seeds: [np.array(c, dtype=np.int64) for c in completions]  # type: ignore
 
 
 def test_w24_a_window_of_empty_completions_is_a_zero_step(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def write(trainer: MiniLLMTrainer, *texts: str, stopped: bool = True) -> None:
     """Let the student write these texts, one for each prompt."""
     ending = [trainer.student_renderer.stop_id] if stopped else []
     ids = [np.append(e.ids, ending).astype(np.int64) for e in trainer.student_renderer.encoder.encode(texts)]
-    trainer.sample = lambda conversations, prompts: ids  # type: ignore[method-assign]
+    trainer.sample = lambda conversations, prompts, seeds: ids  # type: ignore[method-assign]
 
 
 def gradient(trainer: MiniLLMTrainer, batches: list[AlignedBatch]) -> dict[str, torch.Tensor]:

@@ -133,7 +133,7 @@ def test_the_table_of_completions_keeps_the_order_of_the_data(tmp_path: Path) ->
     trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.turns(), num_iterations=2, teacher_mixed_alpha=0.0)
     lines = [" word" * 9, " a", " word" * 5, " b c"]
     ids = [e.ids for e in trainer.student_renderer.encoder.encode(lines)]
-    trainer.sample = lambda conversations, prompts: ids  # type: ignore[method-assign]
+    trainer.sample = lambda conversations, prompts, seeds: ids  # type: ignore[method-assign]
     batches = window(trainer, tiny.PROMPT_ROWS[:4])
     spelt = [p.student.segment_bytes[-1].decode() for p in lengths.in_order_of_data(batches)]
     assert spelt == lines

@@ -150,9 +150,9 @@ class Head:
         return hidden.to(first.dtype)
 
     def _all(self, hidden: Tensor, parameters: Sequence[Tensor] | None) -> Tensor:
-        if parameters is None:
-            return self.module(hidden)
-        return functional_call(self.module, dict(zip(self._trainable, parameters, strict=True)), (hidden,))
+        given = dict(zip(self._trainable, parameters or (), strict=parameters is not None))
+        own = {f"module.{name}": p for name, p in given.items()}
+        return functional_call(_Unhooked(self.module), own, (hidden,))
 
     def _own(self, parameters: Sequence[Tensor] | None) -> dict[str, Tensor]:
         own: dict[str, Tensor] = dict(self.module.named_parameters())
@@ -177,6 +177,17 @@ def _add_rows(total: Tensor, values: Tensor, ids: Tensor | None) -> None:
         total.add_(values)
     else:
         total.index_add_(0, ids.flatten(), values.to(total.dtype))
+
+
+class _Unhooked(nn.Module):
+    """The module without its hooks: FSDP2's would take this for its own pass and free the parameters behind it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.module.forward(hidden)
 
 
 def _scale(config: Any) -> float:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from diglot.alignment import Alignment
 from diglot.objectives.span import chunk_sums
 from diglot.rendering import Conversation, Renderer
+from diglot.rollouts.draws import seeds_of_rows
 from diglot.rollouts.sampler import Ids, TransformersSampler
 
 
@@ -38,7 +39,7 @@ def write_prefixes(
     *,
     alpha: float,
     max_new_tokens: int,
-    seed: int,
+    seed: int | Sequence[int],
 ) -> list[Ids]:
     """For each conversation the beginning of its completion in student ids: empty, or what the teacher wrote.
 
@@ -46,17 +47,16 @@ def write_prefixes(
     A prefix that the teacher finished ends with the student's stop id. Prefixes are cut to `max_new_tokens` student
     ids.
     """
-    draw = random.Random(seed)
-    lengths = [draw.randint(1, max_new_tokens) if draw.random() < alpha else 0 for _ in conversations]
+    seeds = seeds_of_rows(seed, len(conversations))
+    draws = [random.Random(one) for one in seeds]
+    lengths = [draw.randint(1, max_new_tokens) if draw.random() < alpha else 0 for draw in draws]
     chosen = [i for i, length in enumerate(lengths) if length]
     prefixes: list[Ids] = [np.zeros(0, dtype=np.int64) for _ in conversations]
     if not chosen:
         return prefixes
     prompts = [renderer_t.prompt_ids(conversations[i], thinking=inside[i]) for i in chosen]
-    longest = max(lengths)
-    for i, prompt, written in zip(
-        chosen, prompts, sampler(teacher, prompts, max_new_tokens=longest, seed=seed), strict=True
-    ):
+    found = sampler(teacher, prompts, max_new_tokens=max(lengths), seed=[seeds[i] for i in chosen])
+    for i, prompt, written in zip(chosen, prompts, found, strict=True):
         read = renderer_t.from_sampled(conversations[i], written[: lengths[i]], prompt_ids=prompt)
         text = read.segment_bytes[-1].decode("utf-8")
         ids = renderer_s.encoder.encode([text])[0].ids if text else np.zeros(0, dtype=np.int64)
@@ -72,12 +72,13 @@ def continue_prefixes(
     prefixes: Sequence[Ids],
     *,
     max_new_tokens: int,
-    seed: int,
+    seed: int | Sequence[int],
 ) -> list[Ids]:
     """The student's completions, `prefixes` included, of at most `max_new_tokens` ids."""
     finished = [len(p) >= max_new_tokens or (len(p) > 0 and p[-1] in sampler.stop_ids) for p in prefixes]
     open_ones = [np.concatenate([a, b]) for a, b, end in zip(prompts, prefixes, finished, strict=True) if not end]
-    written = iter(sampler(student, open_ones, max_new_tokens=max_new_tokens, seed=seed))
+    seeds = [s for s, end in zip(seeds_of_rows(seed, len(prompts)), finished, strict=True) if not end]
+    written = iter(sampler(student, open_ones, max_new_tokens=max_new_tokens, seed=seeds))
     completions = []
     for prefix, end in zip(prefixes, finished, strict=True):
         completions.append(prefix if end else np.concatenate([prefix, next(written)])[:max_new_tokens])

@@ -10,7 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from diglot.rollouts.draws import RowDraws, seeds_of_rows
 
 Ids = NDArray[np.int64]
 
@@ -27,19 +37,17 @@ def pad_left(prompts: Sequence[Ids], pad_id: int, device: torch.device) -> tuple
 
 
 @contextmanager
-def sampling_mode(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Evaluation mode, a seeded generator and a neutral generation config; all three are put back afterwards.
+def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, no gradient and a neutral generation config; all are put back afterwards.
 
     A model's own generation config may hold a repetition penalty or a nucleus: samples would not follow the model's
     law, and `generate` would fill them in wherever the caller left a default.
     """
-    training, own_config, device = model.training, model.generation_config, model.device
+    training, own_config = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()
-    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            torch.manual_seed(seed)
+        with torch.no_grad():
             yield
     finally:
         model.generation_config = own_config
@@ -68,30 +76,44 @@ class TransformersSampler:
         prompts: Sequence[Ids],
         *,
         max_new_tokens: int,
-        seed: int,
+        seed: int | Sequence[int],
         processors: Sequence[LogitsProcessor] = (),
     ) -> list[Ids]:
-        """One completion for each prompt, in order. A completion without a stop id at its end was cut."""
+        """One completion for each prompt, in order. A completion without a stop id at its end was cut.
+
+        `seed`: one for each prompt, or one from which they follow. What is drawn for a prompt depends on its own seed
+        and scores, whatever else is in the batch. `processors` bend the scores before temperature and nucleus.
+        """
         if not prompts:
             return []
         config = GenerationConfig(
-            do_sample=True,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
+            do_sample=False,  # `RowDraws` draws
             max_new_tokens=max_new_tokens,
             eos_token_id=list(self.stop_ids),
             pad_token_id=self.pad_id,
         )
         ids, mask = pad_left(prompts, self.pad_id, model.device)
-        with sampling_mode(model, seed):
+        draws = RowDraws(seeds_of_rows(seed, len(prompts)), ids.shape[1], max_new_tokens)
+        with sampling_mode(model):
             out = model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
-                logits_processor=LogitsProcessorList(processors),
+                synced_gpus=False,  # a sharded model is `gathered` here, and ranks write texts of different number
+                logits_processor=LogitsProcessorList([*processors, *self._warpers(), draws]),
             )
         return [self._until_stop(row) for row in out[:, ids.shape[1] :].cpu().numpy()]
+
+    def _warpers(self) -> list[LogitsProcessor]:
+        """Temperature, top-k and nucleus, in this order, where they are on."""
+        found: list[LogitsProcessor] = []
+        if self.temperature != 1.0:
+            found.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k:
+            found.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            found.append(TopPLogitsWarper(self.top_p))
+        return found
 
     def _until_stop(self, completion: Ids) -> Ids:
         """`generate` fills finished rows with padding, which may itself be a stop id: cut after the first stop."""

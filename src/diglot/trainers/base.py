@@ -28,12 +28,12 @@ from diglot.batches import AlignedBatch, PackedSide, ReadPair, align_pairs
 from diglot.data import Sample, to_sample
 from diglot.errors import AlignmentError, ConfigError, TeacherUnavailable
 from diglot.evaluation import Evaluator, OnPolicyReport
-from diglot.heads import Head, default_chunk_rows, hidden_at_rows, token_logps
+from diglot.heads import Head, default_chunk_rows, gathered, hidden_at_rows, keep_after_forward, token_logps
 from diglot.objectives import PathObjective, Rung
 from diglot.rendering import Conversation, Renderer, Role
 from diglot.report import model_card
 from diglot.rollouts import TransformersSampler
-from diglot.teachers import local
+from diglot.teachers import LocalTeacher, local
 from diglot.teachers.adapter import AdapterOff
 from diglot.teachers.scored import ScoredTeacher
 from diglot.trainers.collate import collate_samples, pad_id
@@ -44,7 +44,14 @@ from diglot.trainers.lengths import as_read, by_length
 from diglot.trainers.manifest import describe_model, describe_objective, describe_teacher
 from diglot.trainers.metrics import StepMetrics, evaluation_metrics
 from diglot.trainers.observing import Observer
-from diglot.trainers.projectors import add_to_optimizer, load_projectors, make_projectors, save_projectors
+from diglot.trainers.projectors import (
+    add_to_optimizer,
+    load_projectors,
+    make_projectors,
+    same_everywhere,
+    save_projectors,
+)
+from diglot.trainers.ranks import check_wrapping, place_frozen, row_places, row_seed, with_all_names
 from diglot.trainers.recording import RecordCallback, with_numbers
 from diglot.trainers.scored import ScoredBatch
 from diglot.trainers.served import prepare_served
@@ -122,6 +129,7 @@ class DistillationTrainer(HasLanes, FiniteSteps):
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = True  # every micro-batch's loss is already a share of the window's
+        check_wrapping(self.accelerator, len(self.lanes))
         self.student_head = Head.of(self.student)
         self.student_head.verify(self.student)
         self.projectors: dict[str, torch.nn.Parameter] = {}
@@ -129,11 +137,7 @@ class DistillationTrainer(HasLanes, FiniteSteps):
             self._to_device()
             own = make_projectors(self.terms, self.student_head, getattr(self.teacher, "head", None))
             self.projectors |= {n if lane is self.lanes[0] else f"{lane.label}/{n}": p for n, p in own.items()}
-        if self.projectors and self.accelerator.num_processes > 1:
-            raise ConfigError(
-                f"Objective 'dskd' trains projectors, which are not averaged over processes, and there are "
-                f"{self.accelerator.num_processes}. Run it on one process, or choose an objective without projectors."
-            )
+        same_everywhere(self.projectors, sharded=self.is_fsdp_enabled)
         self.observer = Observer(self)
         self.add_callback(RecordCallback(self.observer.fixed))
         with_numbers(self)
@@ -144,10 +148,15 @@ class DistillationTrainer(HasLanes, FiniteSteps):
     def _to_device(self) -> None:
         """Bring what a lane holds to where the student is."""
         for held in (self.teacher, *(self.references or ())):
-            held.to(self.args.device)
+            place_frozen(held, self.accelerator)
         for term in self.terms:
             if not isinstance(term.objective, PathObjective):
                 term.objective.to(self.args.device)
+
+    def teacher_models(self) -> list[PreTrainedModel]:
+        """The teachers' models that are in this process beside the student's."""
+        held = [lane.teacher for lane in self.lanes]
+        return [one.model for one in held if isinstance(one, LocalTeacher) and not isinstance(one, AdapterOff)]
 
     @property
     def student(self) -> PreTrainedModel:
@@ -166,6 +175,7 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, AlignedBatch]], int | None]:
         """All micro-batches of one optimizer step, ready for `compute_loss`."""
+        keep_after_forward(self.student, self.student_head.module)
         window = [batch["samples"] for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not window:
             return [], None
@@ -202,25 +212,23 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         prompts = [
             [self.reader.prompt_ids(c, self.args.max_completion_length) for c in batch] for batch in conversations
         ]
-        asked = [both for batch in zip(conversations, prompts, strict=True) for both in zip(*batch, strict=True)]
-        kept = [(c, p) for c, p in asked if p is not None]
-        drawn = b"/".join(p.tobytes() for _, p in kept)
+        seeds = self.row_seeds("rollouts", window, self.args.num_generations)
+        asked = [row for batch in zip(conversations, prompts, seeds, strict=True) for row in zip(*batch, strict=True)]
+        kept = [(c, p, seed) for c, p, seed in asked if p is not None]
+        drawn = b"/".join(p.tobytes() for _, p, _ in kept)
         if drawn not in self._drawn:
-            self._drawn[drawn] = self.sample([c for c, _ in kept], [p for _, p in kept])
+            with gathered(self.student):  # also where there is nothing to write: other ranks gather too
+                own = [c for c, _, _ in kept], [p for _, p, _ in kept], [seed for _, _, seed in kept]
+                self._drawn[drawn] = self.sample(*own)
         completions = iter(self._drawn[drawn])
         return [
             [None if p is None else self.reader.sampled(c, next(completions), p) for c, p in zip(*both, strict=True)]
             for both in zip(conversations, prompts, strict=True)
         ]
 
-    def sample(self, conversations: Sequence[Conversation], prompts: Sequence[Ids]) -> list[Ids]:
+    def sample(self, conversations: Sequence[Conversation], prompts: Sequence[Ids], seeds: Sequence[int]) -> list[Ids]:
         """One completion for each of the student's prompts, by the student as it is now."""
-        return self.sampler(
-            self.student,
-            prompts,
-            max_new_tokens=self.args.max_completion_length,
-            seed=self.seed_for("rollouts", per_rank=True),
-        )
+        return self.sampler(self.student, prompts, max_new_tokens=self.args.max_completion_length, seed=seeds)
 
     def sampler_for(self, renderer: Renderer) -> TransformersSampler:
         """A sampler for one of the two models, at the temperature of `args`."""
@@ -280,10 +288,19 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         """A uniform number in [0, 1) that depends on seed and step only: equal on all ranks and after a resume."""
         return random.Random(self.seed_for(what)).random()
 
-    def seed_for(self, what: str, per_rank: bool = False) -> int:
-        """A seed that depends on the run's seed, the step and `what` (and the rank): the same after a resume."""
-        rank = self.args.process_index if per_rank else 0
-        return random.Random(f"{what}/{self.args.seed}/{self.state.global_step}/{rank}").getrandbits(31)
+    def seed_for(self, what: str) -> int:
+        """A seed that depends on the run's seed, the step and `what`: equal on all ranks and after a resume."""
+        return random.Random(f"{what}/{self.args.seed}/{self.state.global_step}").getrandbits(63)
+
+    def row_seeds(self, what: str, window: Sequence[Sequence[Any]], per_row: int = 1) -> list[list[int]]:
+        """For each micro-batch `per_row` seeds of each of its rows.
+
+        They depend on the row's place in the window of all ranks, so not on how many ranks there are.
+        """
+        args = self.args
+        places = row_places([len(b) for b in window], args.train_batch_size, args.process_index, args.world_size)
+        base = self.seed_for(what)
+        return [[row_seed(base, place, i) for place in batch for i in range(per_row)] for batch in places]
 
     def _watch_coverage(self, batches: Sequence[AlignedBatch]) -> None:
         """Log the alignment of a window, and stop if too little of it could be aligned."""
@@ -483,7 +500,8 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         rank, world = self.args.process_index, self.args.world_size
         rows: Any = data
         samples = [to_sample(rows[i], where=f"evaluation row {i}") for i in range(rank, len(rows), world)]
-        measured = [(lane.weight, self._evaluate_samples(samples)) for lane in self.each_lane()]
+        with gathered(self.student, *self.teacher_models()):
+            measured = [(lane.weight, self._evaluate_samples(samples)) for lane in self.each_lane()]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in mean_metrics(measured).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -524,7 +542,7 @@ class DistillationTrainer(HasLanes, FiniteSteps):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's log, with this log interval's own metrics of all ranks."""
         if "loss" in logs:
-            logs = {**logs, **self._metrics.take(self.count_over_ranks)}
+            logs = {**logs, **self._metrics.take(lambda sums: self.count_over_ranks(with_all_names(sums)))}
         super().log(logs, start_time)
 
     def create_model_card(

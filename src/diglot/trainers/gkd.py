@@ -9,6 +9,8 @@ from torch import Tensor
 
 from diglot.batches import AlignedBatch, ReadPair
 from diglot.data import Sample
+from diglot.errors import ConfigError
+from diglot.heads import gathered
 from diglot.teachers import local
 from diglot.teachers.cache import cached
 from diglot.trainers.base import DistillationTrainer, Window
@@ -30,6 +32,11 @@ class GKDTrainer(DistillationTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         folder = self.args.teacher_cache_dir
+        if folder is not None and self.is_fsdp_enabled:
+            raise ConfigError(
+                f"teacher_cache_dir={folder!r} lets each process ask the teacher about other texts, and FSDP spreads "
+                "the teacher over all of them. Drop it, or run without FSDP."
+            )
         for _ in self.each_lane():
             self.cached_teacher = None if folder is None else cached(self.teacher, folder)
 
@@ -60,12 +67,12 @@ class GKDTrainer(DistillationTrainer):
         renderer = self.teacher.renderer
         samples = [sample for batch in window for sample in batch]
         prompts = self.teacher_prompts([s.conversation for s in samples])
-        with local(self.teacher, "seq_kd").running() as model:
+        with local(self.teacher, "seq_kd").running() as model, gathered(*self.teacher_models()):
             completions = self.sampler_for(renderer)(
                 model,
                 prompts,
                 max_new_tokens=self.args.max_completion_length,
-                seed=self.seed_for("seq_kd", per_rank=True),
+                seed=[seed for batch in self.row_seeds("seq_kd", window) for seed in batch],
             )
         pairs = iter(map(self._teacher_wrote, samples, completions))
         return [[next(pairs) for _ in batch] for batch in window]

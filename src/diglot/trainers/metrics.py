@@ -49,17 +49,21 @@ class StepMetrics:
         self._counts[name] += count
 
     def take(self, reduce: Reduce) -> dict[str, float]:
-        """Metrics of all ranks since the last call. Every rank must call it at the same step."""
+        """Metrics of all ranks since the last call. Every rank must call it at the same step.
+
+        `reduce` sums over ranks, and may add names that only other ranks have.
+        """
         known = {name: self._sums[name] for pair in RATIOS.values() for name in pair}
         sums = reduce({**known, "dropped_samples": self._sums["dropped_samples"], **self._means, **self._counts})
         self.num_tokens += sums["tokens"]
         logs = {name: sums[top] / sums[bottom] for name, (top, bottom) in RATIOS.items() if sums[bottom]}
         logs |= {
             name: sums[f"{name}|total"] / count
-            for key in self._means
+            for key in sums
             if key.endswith("|total") and (count := sums[f"{(name := key[:-6])}|count"])
         }
-        logs |= {name: sums[name] for name in self._counts}
+        ours = {*known, "dropped_samples"}
+        logs |= {name: value for name, value in sums.items() if name not in ours and "|" not in name}
         logs["completions/clipped_ratio"] = 1 - logs.pop("completions/stopped_ratio", 1.0)
         logs["align/dropped_samples"] = sums["dropped_samples"]
         logs["num_tokens"] = self.num_tokens

@@ -25,6 +25,7 @@ from torch.utils.data import Sampler
 from diglot.batches import AlignedBatch, pack
 from diglot.data import to_sample
 from diglot.errors import ConfigError
+from diglot.heads import gathered
 from diglot.objectives import RowObjective, Rung, make_objective
 from diglot.objectives.span import clipped_policy_gradient, span_advantages
 from diglot.rendering import Conversation
@@ -56,6 +57,11 @@ class MiniLLMTrainer(DistillationTrainer):
     def __init__(self, *args: Any, lm_dataset: Any | None = None, **kwargs: Any) -> None:
         self.lm_dataset = lm_dataset
         super().__init__(*args, **kwargs)
+        if lm_dataset is not None and self.args.lm_coef > 0 and self.is_fsdp_enabled:
+            raise ConfigError(
+                "lm_dataset needs a second forward pass before the backward pass, behind which FSDP frees the head "
+                "that the first one still needs. Drop lm_dataset, set lm_coef to 0, or run without FSDP."
+            )
 
     def _prepare_objectives(self) -> None:
         if len(self.lanes) > 1 and self.args.teacher_mixed_alpha > 0:
@@ -119,17 +125,23 @@ class MiniLLMTrainer(DistillationTrainer):
         self._set_advantages(batches)
         return batches
 
-    def sample(self, conversations: Sequence[Conversation], prompts: Sequence[Ids]) -> list[Ids]:
+    def sample(self, conversations: Sequence[Conversation], prompts: Sequence[Ids], seeds: Sequence[int]) -> list[Ids]:
         """Completions of the student, or of the mixture of student and teacher (`teacher_mixed_alpha`)."""
+        if self.args.teacher_mixed_alpha == 0:
+            return super().sample(conversations, prompts, seeds)
+        with gathered(*self.teacher_models()):
+            return self._sample_mixed(conversations, prompts, seeds) if prompts else []
+
+    def _sample_mixed(
+        self, conversations: Sequence[Conversation], prompts: Sequence[Ids], seeds: Sequence[int]
+    ) -> list[Ids]:
+        """Completions of the mixture."""
         alpha, longest = self.args.teacher_mixed_alpha, self.args.max_completion_length
-        if alpha == 0 or not prompts:
-            return super().sample(conversations, prompts)
-        teacher = local(self.teacher, "teacher_mixed_alpha")
-        student, seed = self.student, self.seed_for("rollouts", per_rank=True)
+        teacher, student = local(self.teacher, "teacher_mixed_alpha"), self.student
         if self.same_vocabulary:
             own = self.teacher_prompts(conversations)
             mixture = TeacherMixture(teacher.model, own, pad_id(teacher.renderer), alpha, teacher.running)
-            return self.sampler(student, prompts, max_new_tokens=longest, seed=seed, processors=[mixture])
+            return self.sampler(student, prompts, max_new_tokens=longest, seed=seeds, processors=[mixture])
         with teacher.running() as model:
             prefixes = write_prefixes(
                 [self.reader.teacher_reads(c) for c in conversations],
@@ -140,9 +152,9 @@ class MiniLLMTrainer(DistillationTrainer):
                 self.sampler_for(teacher.renderer),
                 alpha=alpha,
                 max_new_tokens=longest,
-                seed=seed,
+                seed=seeds,
             )
-        return continue_prefixes(self.sampler, student, prompts, prefixes, max_new_tokens=longest, seed=seed)
+        return continue_prefixes(self.sampler, student, prompts, prefixes, max_new_tokens=longest, seed=seeds)
 
     @torch.no_grad()
     def _score(self, batch: AlignedBatch) -> None:
@@ -246,11 +258,11 @@ class MiniLLMTrainer(DistillationTrainer):
     # ---- the language-modelling loss ---------------------------------------------------------------------------
 
     def _attach_references(self, batches: Sequence[AlignedBatch]) -> None:
-        """Give each micro-batch rows of `lm_dataset`, chosen by seed, step and rank: the same after a resume."""
+        """Give each micro-batch rows of `lm_dataset`, chosen by seed, step and place: the same after a resume."""
         assert self.lm_dataset is not None
-        draw = random.Random(self.seed_for("lm", per_rank=True))
-        for batch in batches:
-            rows = [draw.randrange(len(self.lm_dataset)) for _ in range(self.args.train_batch_size)]
+        seeds = self.row_seeds("lm", [range(self.args.train_batch_size)] * len(batches))
+        for batch, of_batch in zip(batches, seeds, strict=True):
+            rows = [random.Random(seed).randrange(len(self.lm_dataset)) for seed in of_batch]
             samples = [to_sample(self.lm_dataset[i], where=f"lm_dataset row {i}") for i in rows]
             rendered = [r for sample in samples if (r := self.reader.reference(sample)) is not None]
             segments = [len(r.segment_bytes) for r in rendered]

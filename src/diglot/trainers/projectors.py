@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -34,6 +35,35 @@ def add_to_optimizer(optimizer: torch.optim.Optimizer, projectors: dict[str, nn.
     new = [p for p in projectors.values() if id(p) not in held]
     if new:
         optimizer.add_param_group({"params": new, "weight_decay": 0.0, "lr": optimizer.param_groups[0]["lr"]})
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            optimizer.register_step_pre_hook(lambda *_: average_gradients(new))
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Mean of each gradient over all processes, in one exchange of one size, whoever has which gradients.
+
+    A parameter keeps no gradient where no process has one, so that the optimizer leaves it alone as on one process.
+    """
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    there = torch.tensor([float(p.grad is not None) for p in parameters], device=grads[0].device)
+    whole = torch.cat([there, *(g.float().flatten() for g in grads)])
+    dist.all_reduce(whole)
+    found = (whole[len(there) :] / dist.get_world_size()).split([g.numel() for g in grads])
+    for parameter, grad, count in zip(parameters, found, whole[: len(there)].tolist(), strict=True):
+        parameter.grad = grad.view_as(parameter).to(parameter.dtype) if count else None
+
+
+def same_everywhere(projectors: dict[str, nn.Parameter], sharded: bool) -> None:
+    """Give every process the projectors of the first. `ConfigError` where the optimizer could not hold them."""
+    if projectors and sharded:
+        raise ConfigError(
+            "Objective 'dskd' trains projectors, and the optimizer of a sharded student holds parameters of the "
+            "student alone. Run it without FSDP (plain data parallelism), or choose an objective without projectors."
+        )
+    if dist.is_available() and dist.is_initialized():
+        for projector in projectors.values():
+            dist.broadcast(projector.data, src=0)
 
 
 def save_projectors(folder: Path, projectors: dict[str, nn.Parameter]) -> None:

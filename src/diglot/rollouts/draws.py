@@ -1,0 +1,43 @@
+"""Random draws of a row that depend on its own seed only: not on the batch, the device or the number of processes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+_BELOW_ONE = 1 - 2.0**-48  # a draw times a total then stays below the total
+
+
+class RowDraws(LogitsProcessor):
+    """Leaves each row one token, drawn from its scores by inverting their distribution function in float64.
+
+    One uniform number per row and token, made on the host. Good for one call of `generate`.
+
+    Args:
+        seeds: one for each row.
+        prompt_width: length of the padded prompts.
+        max_new_tokens: how many tokens are drawn at most.
+    """
+
+    def __init__(self, seeds: Sequence[int], prompt_width: int, max_new_tokens: int) -> None:
+        draws = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
+        self._draws, self._start = torch.from_numpy(draws * _BELOW_ONE), prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        draw = self._draws[:, input_ids.shape[1] - self._start, None].to(scores.device)
+        below = scores.float().softmax(-1).double().cumsum_(-1)
+        # Strictly above: a token without probability leaves the sum where it was and is never found.
+        token = torch.searchsorted(below, draw * below[:, -1:], right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+def seeds_of_rows(seed: int | Sequence[int], rows: int) -> list[int]:
+    """`seed` itself if it is one for each row, else one for each row that follows from it and the row's place."""
+    if not isinstance(seed, int):
+        return list(seed)
+    return [random.Random(f"{seed}/{row}").getrandbits(63) for row in range(rows)]

@@ -1,0 +1,62 @@
+"""What the processes of one run must agree on: places and seeds of rows, names of metrics, gradients of projectors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+
+from diglot.errors import ConfigError
+from diglot.heads import shard_frozen
+from diglot.teachers import LocalTeacher, Teacher
+from diglot.teachers.adapter import AdapterOff
+
+
+def row_places(sizes: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """The place of each row of this rank's micro-batches in the window of all ranks.
+
+    Micro-batch `i` of `rank` is number `i * world_size + rank` of the data, as accelerate deals them out; so one
+    process with the same rows in a window gives them the same places.
+    """
+    return [[(i * world_size + rank) * batch_size + row for row in range(size)] for i, size in enumerate(sizes)]
+
+
+def row_seed(base: int, place: int, generation: int = 0) -> int:
+    """The seed of one completion of one row."""
+    return random.Random(f"{base}/{place}/{generation}").getrandbits(63)
+
+
+def with_all_names(sums: Mapping[str, float]) -> dict[str, float]:
+    """`sums` and, as zero, every name that another rank has: a reduction needs the same names everywhere."""
+    return {**dict.fromkeys(sorted(set(gather_object(list(sums)))), 0.0), **sums}
+
+
+def check_wrapping(accelerator: Accelerator, teachers: int) -> None:
+    """Raise `ConfigError` for ways of sharding a student whose head could not be read outside of its forward pass."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP and teachers > 1:
+        raise ConfigError(
+            f"There are {teachers} teachers, and under FSDP every process must run each of them equally often, which "
+            "rows that are routed or too long for one of them do not do. Use one teacher, or run without FSDP."
+        )
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ConfigError(
+            "FSDP version 1 flattens the parameters, and the student's head cannot be read outside of its forward "
+            "pass. Set fsdp_version: 2."
+        )
+    if kind == DistributedType.DEEPSPEED and (stage := int(accelerator.deepspeed_plugin.zero_stage)) == 3:
+        raise ConfigError(
+            f"DeepSpeed ZeRO stage {stage} leaves the student's head empty outside of its forward pass. Use FSDP "
+            "(fsdp_version: 2), which shards as much, or ZeRO stage 2."
+        )
+
+
+def place_frozen(held: Teacher, accelerator: Accelerator) -> None:
+    """A teacher on its device; spread over the processes where the student is."""
+    sharded = accelerator.distributed_type == DistributedType.FSDP and accelerator.num_processes > 1
+    if sharded and isinstance(held, LocalTeacher) and not isinstance(held, AdapterOff):
+        shard_frozen(held.model)
+    else:
+        held.to(accelerator.device)

@@ -1,0 +1,133 @@
+"""Tiny students, teachers and data in folders, and runs of the real command line on one or two processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import tiny
+import tokenizers_zoo as zoo
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+MAIN = Path(__file__).parent / "main.py"
+TIMEOUT = int(os.environ.get("DIGLOT_TEST_TIMEOUT", "240"))
+
+
+def make_pair(root: Path, teacher: str = "inst", rows: list[dict[str, Any]] | None = None, **config: Any) -> None:
+    """Write `student`, `teacher` and `rows.jsonl` into `root`."""
+    for name, tokenizer, seed in (("student", zoo.chatml(), 0), ("teacher", zoo.ALL[teacher](), 1)):
+        tiny.tiny_model(tokenizer, seed, **config).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in (rows or uneven_rows())]
+    (root / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def uneven_rows() -> list[dict[str, Any]]:
+    """Twelve rows whose completions have between two and sixty words."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"Say number {i}."},
+                {"role": "assistant", "content": " ".join(f"word{i} naïve 数学" for _ in range(1 + i * i % 20))},
+            ]
+        }
+        for i in range(12)
+    ]
+
+
+@dataclass
+class Run:
+    """What a run left: the student's parameters, and the folder with everything else."""
+
+    out: Path
+    parameters: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, out: Path) -> Run:
+        """Read the folder of a finished run."""
+        names = ("model.safetensors", "adapter_model.safetensors")
+        return cls(out, load_file(next(out / name for name in names if (out / name).exists())))
+
+
+def arguments(root: Path, out: Path, processes: int, how: str = "ddp", **options: Any) -> list[str]:
+    """The command line of a run whose window is four rows, however many processes share it."""
+    given: dict[str, Any] = dict(
+        model_name_or_path=root / "student",
+        teacher_model_name_or_path=root / "teacher",
+        dataset_name=root / "rows.jsonl",
+        output_dir=out,
+        per_device_train_batch_size=4 // processes,
+        max_steps=3,
+        logging_steps=1,
+        save_strategy="no",
+        max_completion_length=8,
+        max_length=256,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        min_coverage=0.0,
+        disable_tqdm="true",
+    )
+    given.update(options)
+    if how == "fsdp":
+        given.update(fsdp="full_shard auto_wrap", fsdp_config='{"version": 2}')
+    values = ((name, json.dumps(v) if isinstance(v, (dict, list)) else str(v)) for name, v in given.items())
+    return ["train", *(part for name, value in values for part in (f"--{name}", value)), "--use_cpu"]
+
+
+def launcher(processes: int) -> list[str]:
+    """Plain `python` for one process, `torchrun` for more."""
+    if processes == 1:
+        return [sys.executable]
+    found = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return [*found, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+
+
+def run_all(plan: Path, processes: int, commands: list[list[str]]) -> str:
+    """Run command lines one after the other in the same processes; fails with the whole output, also on a hang."""
+    plan.write_text(json.dumps(commands), encoding="utf-8")
+    done = start([*launcher(processes), str(MAIN), "--plan", str(plan)])
+    assert done.returncode == 0, done.stdout[-20000:]
+    return done.stdout
+
+
+def start(arguments: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run to the end or to the time limit; standard error goes with standard output."""
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("src", "tests"))
+    own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **own, **(environment or {})},
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        for rank in ranks:
+            rank.send_signal(signal.SIGABRT)  # each says where it stands
+        psutil.wait_procs(ranks, timeout=10)
+        for one in (*ranks, psutil.Process(process.pid)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        output, _ = process.communicate()
+        output += f"\nstill running after {TIMEOUT} s: {' '.join(arguments)}"
+        return subprocess.CompletedProcess(arguments, -9, output)
+    return subprocess.CompletedProcess(arguments, process.returncode, output)
+
+
+def largest_difference(one: Run, other: Run) -> float:
+    """Of any parameter."""
+    assert one.parameters.keys() == other.parameters.keys()
+    return max(float((one.parameters[n].float() - p.float()).abs().max()) for n, p in other.parameters.items())

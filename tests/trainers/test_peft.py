@@ -1,0 +1,92 @@
+"""LoRA students: trained, saved, loaded, merged and resumed; an adapter on the head; gradient checkpointing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tokenizers_zoo as zoo
+import torch
+from peft import LoraConfig, PeftModel
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
+MAKERS = pytest.mark.parametrize("make", [tiny.gkd, tiny.minillm], ids=["gkd", "minillm"])
+
+
+def lora(**options: Any) -> dict[str, Any]:
+    """Keywords of a trainer; every matrix gets an adapter unless `target_modules` says which."""
+    options = {"target_modules": "all-linear", **options}
+    return {"peft_config": LoraConfig(r=4, lora_alpha=32, task_type="CAUSAL_LM", **options)}
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # the head is saved as a whole too
+@MAKERS
+@pytest.mark.parametrize("target", ["all-linear", ["q_proj", "lm_head"]], ids=["layers", "head"])
+def test_an_adapter_is_saved_loaded_and_merged(tmp_path: Path, make: Any, target: Any) -> None:
+    """The saved adapter on a fresh base gives the trained logits to the bit; merged weights give them to rounding."""
+    trainer = make(
+        tmp_path, zoo.chatml(), zoo.inst(), learning_rate=1e-2, keywords=lora(target_modules=target), max_steps=2
+    )
+    trainer.train()
+    trained = logits(trainer.model)
+    trainer.save_model(str(tmp_path / "adapter"))
+    base = tiny.tiny_model(zoo.chatml(), 0)
+    assert (logits(base) - trained).abs().max() > 1e-3  # the adapter does something
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert torch.equal(logits(loaded), trained)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), trained, rtol=1e-5, atol=1e-5)
+
+
+@MAKERS
+def test_a_lora_run_is_resumed_exactly(tmp_path: Path, make: Any) -> None:
+    options: dict[str, Any] = dict(max_steps=3, save_strategy="steps", save_steps=1, keywords=lora())
+    through = make(tmp_path / "a", zoo.chatml(), zoo.inst(), **options)
+    through.train()
+    options["keywords"] = lora()
+    resumed = make(tmp_path / "b", zoo.chatml(), zoo.inst(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    for (name, p), q in zip(through.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_an_adapter_on_the_head_is_part_of_the_loss(tmp_path: Path) -> None:
+    """The head that the loss reads is the adapted one, before and after its adapter has moved."""
+    trainer = tiny.gkd(
+        tmp_path, zoo.chatml(), zoo.inst(), learning_rate=1e-2, lmbda=0.0, keywords=lora(target_modules=["lm_head"])
+    )
+    start = tiny.parameters(trainer.model)
+    trainer.train()
+    moved = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, start[n])]
+    assert moved and all("lm_head.lora_" in name for name in moved)
+    trainer.student_head.verify(trainer.student)
+
+
+@pytest.mark.parametrize("keywords", [{}, "lora"], ids=["full", "lora"])
+def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tmp_path: Path, keywords: Any) -> None:
+    found = []
+    for on in (False, True):
+        trainer = tiny.gkd(
+            tmp_path,
+            zoo.chatml(),
+            zoo.inst(),
+            lmbda=0.0,
+            gradient_checkpointing=on,
+            max_steps=1,
+            keywords=lora() if keywords else {},
+        )
+        torch.manual_seed(0)
+        trainer.train()
+        # AdamW's first moment after one step is a tenth of the clipped gradient.
+        state = trainer.optimizer.state_dict()["state"]
+        found.append((trainer.state.log_history[0]["loss"], [s["exp_avg"] for s in state.values()]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+    assert any(moment.abs().max() > 0 for moment in found[0][1])
