@@ -21,7 +21,8 @@ TEXT = "any text is right"
 FREE = {
     "model_revision": HUB, "teacher_model_revision": HUB, "hub_model_id": HUB, "hub_revision": HUB, "hub_token": HUB,
     "dataset_config": HUB, "trackio_bucket_id": HUB, "trackio_space_id": HUB, "trackio_static_space_id": HUB,
-    "project": TEXT, "run_name": TEXT, "length_column_name": "a column of the Trainer's own sampler, which is not used",
+    "project": TEXT, "run_name": TEXT, "teacher_system_prompt": TEXT,
+    "length_column_name": "a column of the Trainer's own sampler, which is not used",
     "metric_for_best_model": "which metrics there are is known after the first evaluation",
     "reference_model_name_or_path": "read only if an objective asks for it; tests/objectives has those that do",
     "reference_teacher_model_name_or_path": "read only if an objective asks for it",
@@ -35,7 +36,8 @@ FREE = {
 WRONG: dict[str, list[str]] = {
     "attn_implementation": ["nonsense"], "model_name_or_path": ["/nowhere"], "tokenizer_name_or_path": ["/nowhere"],
     "teacher_model_name_or_path": ["/nowhere"], "teacher_tokenizer_name_or_path": ["/nowhere"],
-    "teacher_cache_dir": ["FILE"], "dataset_name": ["/nowhere.jsonl"], "dataset_train_split": ["nonsense"],
+    "teacher_model_server_url": ["http://user:secret@host"], "teacher_server_concurrency": ["0"],
+    "teacher_server_timeout": ["0"], "teacher_server_retry_seconds": ["-1"], "teacher_cache_dir": ["FILE"], "dataset_name": ["/nowhere.jsonl"], "dataset_train_split": ["nonsense"],
     "dataset_test_split": ["nonsense", "--eval_strategy", "steps"],
     "lm_dataset_name": ["/nowhere.jsonl", "--trainer", "minillm"], "output_dir": ["FILE"],
     "resume_from_checkpoint": ["/nowhere"], "optim_args": ["nonsense"], "fsdp": ["nonsense"],

@@ -79,7 +79,7 @@ def test_lowers_the_reverse_kl(tmp_path: Path, teacher: str) -> None:
         learning_rate=1e-2,
         max_completion_length=12,
     )
-    trainer.eval_dataset = Dataset.from_list(ROWS)
+    trainer.eval_dataset = Dataset.from_list(ROWS * 16)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < 0.7 * before

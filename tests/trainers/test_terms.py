@@ -191,7 +191,7 @@ def test_the_share_of_noncanonical_tokens_is_logged(tmp_path: Path, monkeypatch:
         vocabulary = trainer.student_renderer.vocabulary
         letter = {vocabulary.token(i): i for i in range(len(vocabulary))}
         spelt = np.array([*(letter[text[k : k + 1]] for k in range(len(text))), trainer.student_renderer.stop_id])
-        monkeypatch.setattr(trainer, "sample", lambda conversations, prompts, ids=spelt: [ids for _ in prompts])
+        monkeypatch.setattr(trainer, "sample", lambda conversations, prompts, seeds, ids=spelt: [ids for _ in prompts])
         trainer.train()
         shares[lmbda] = next(e for e in trainer.state.log_history if "loss" in e)["align/noncanonical"]
     own = trainer.student_renderer.encoder.encode([text.decode()])[0]
