@@ -14,7 +14,8 @@ from torch import Tensor
 
 from diglot.errors import ConfigError, DataError
 from diglot.objectives import OBJECTIVES
-from diglot.objectives.byte import byte_law
+from diglot.objectives.byte import byte_law, smoothed
+from diglot.objectives.divergences import generalized_jsd
 
 ROWS = tiny.CHAT_ROWS[:4]
 BALANCED = {"xtoken_p", "xtoken_h"}
@@ -82,9 +83,11 @@ def test_the_loss_is_the_weighted_mean_of_the_losses_of_each(tmp_path: Path, mak
         assert len(runs) == 2  # one pass for each micro-batch, not for each teacher
 
 
-def test_the_forward_kl_of_next_byte_laws_is_that_of_their_mixture(tmp_path: Path) -> None:
-    """In the gradient: the estimator in byte space, of teachers with different tokenizers."""
-    objective = [{"name": "byte", "beta": 0.0, "anchor": 0.0}]
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_the_kl_of_next_byte_laws_is_that_of_their_mixture(tmp_path: Path, beta: float) -> None:
+    """In the gradient, for teachers with different tokenizers: the forward KL that of the arithmetic mixture, the
+    reverse KL that of the normalised geometric one."""
+    objective = [{"name": "byte", "beta": beta, "anchor": 0.0}]
     trainer = made(
         tiny.gkd, tmp_path, [("a", 1, 1.0), ("b", 2, 3.0)], [zoo.turns(), zoo.inst()], lmbda=0.0, objective=objective
     )
@@ -95,10 +98,12 @@ def test_the_forward_kl_of_next_byte_laws_is_that_of_their_mixture(tmp_path: Pat
         hidden = trainer.hidden_at_rows(trainer.model, batch.student)
         scores, term = trainer.scores(hidden, batch), lane.terms[0]
         plan = term.plan(batch)
-        laws.append(lane.weight * byte_law(scores.summarised_teacher(term.objective, plan), plan.teacher)[0])
-    values = term.objective.against(scores.summarised_student(term.objective, plan), laws[0] + laws[1], plan)
+        law = byte_law(scores.summarised_teacher(term.objective, plan), plan.teacher)[0]
+        laws.append(lane.weight * (smoothed(law) if beta == 0 else smoothed(law).log()))
+    mixture = (laws[0] + laws[1]).log() if beta == 0 else (laws[0] + laws[1]).log_softmax(-1)
+    law_s = byte_law(scores.summarised_student(term.objective, plan), plan.student)[0]
     trainer.model.zero_grad()
-    values.loss.mean().backward()
+    generalized_jsd(smoothed(law_s).log(), mixture, beta).mean().backward()
     mixed = torch.cat([p.grad.ravel() for p in trainer.model.parameters()])
     assert (gradient - mixed).norm() <= 1e-4 * mixed.norm()
 
