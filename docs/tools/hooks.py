@@ -67,3 +67,8 @@ def _row(option: dict[str, Any]) -> str:
     text = (option["help"] + choices).replace("|", "\\|").replace("%%", "%")
     default = "" if option["default"] is None else f"`{json.dumps(option['default'])}`"
     return f"| `{option['name']}` | {default} | {', '.join(option['trainers'])} | {text} |\n"
+
+
+def on_page_markdown(markdown: str, **given: Any) -> str:
+    """Pages link to the README as it lies in the repository; in the site it is the first page."""
+    return markdown.replace("](../README.md", "](index.md").replace("](../CHANGELOG.md", "](changelog.md")

@@ -25,9 +25,11 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.S | re.M)
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
+    """Place and text of each block, but for the tutorial's, which build on one another (test_tutorial.py)."""
     return [
         (f"{page.name}:{i}", text)
         for page in PAGES
+        if page.name != "tutorial.md"
         for i, (found, text) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
         if found == language
     ]
