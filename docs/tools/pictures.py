@@ -38,7 +38,14 @@ DRAWN = (
 )
 
 GREEN, AMBER, RED = ("#d3efd9", "#1b7f3b"), ("#fdeec4", "#97650a"), ("#fbd7d3", "#b3261e")
-CELL, PAD, LEFT, HIGH, GAP, TOP = 9, 7, 72, 30, 34, 12  # pixels: a character, air in a box, labels, boxes, between, above
+CELL, PAD, LEFT, HIGH, GAP, TOP = (
+    9,
+    7,
+    72,
+    30,
+    34,
+    12,
+)  # pixels: a character, air in a box, labels, boxes, between, above
 
 
 def draw(spans: Sequence[Span]) -> str:

@@ -23,7 +23,7 @@ trl = pytest.importorskip("trl", reason="TRL 1.16.0 needs Python 3.11 or newer")
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "from-trl.md").read_text(encoding="utf-8")
 STATUS = ("same", "renamed", "not needed", "not supported")
 
-# Of huggingface/trl, trl/experimental/minillm/minillm_config.py, before the trainer was removed; defaults as written there.
+# Of huggingface/trl, trl/experimental/minillm/minillm_config.py, as it was before the trainer was removed.
 MINILLM = {
     "teacher_model_init_kwargs": None,
     "disable_dropout": True,

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from string import Template
 
 import assets
 import pytest
@@ -44,7 +45,7 @@ def test_every_step_of_the_tutorial_works(
             continue
         names |= dict(re.findall(r"^([A-Z]+)=(\S+)$", text, re.M))
         for line in re.findall(r"^diglot .*$", text.replace("\\\n", " "), re.M):
-            words = shlex.split(re.sub(r"\$([A-Z]+)", lambda name: names[name[1]], line))
+            words = shlex.split(Template(line).substitute(names))
             assert main(words[1:]) == 0, (line, capsys.readouterr().err)
             said[words[1]] = capsys.readouterr().out
     assert said.keys() == {"align", "inspect", "train", "report", "eval"}
