@@ -51,7 +51,7 @@ CELL, PAD, LEFT, HIGH, GAP, TOP = (
 def draw(spans: Sequence[Span]) -> str:
     """The alignment as SVG: the student's tokens above, the teacher's below, chunks side by side."""
     widths = [max(_width(side) for side in (span.student, span.teacher)) for span in spans]
-    width = LEFT + sum(widths) + 2 * PAD
+    width = LEFT + max(sum(widths), len(summary(spans)) * CELL) + 2 * PAD
     low = TOP + HIGH + GAP
     parts = [_text(4, TOP + 20, "student", "#333"), _text(4, low + 20, "teacher", "#333")]
     x = LEFT
