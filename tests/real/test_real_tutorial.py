@@ -33,7 +33,8 @@ def test_the_tutorial_on_the_real_pair(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "this pair can be trained; start with objective strict" in " ".join(done.stdout.split())
-    metrics = [json.loads(line) for line in (tmp_path / "runs/tutorial/metrics.jsonl").open(encoding="utf-8")]
+    lines = (tmp_path / "runs/tutorial/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = [json.loads(line) for line in lines]
     coverage = [record["align/coverage"] for record in metrics if "align/coverage" in record]
     assert len(coverage) == 2 and min(coverage) > 0.95
-    assert "The river" in done.stdout.splitlines()[-1] or "The river" in done.stdout[-400:]
+    assert "The river" in done.stdout[-400:]
