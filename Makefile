@@ -10,7 +10,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install test test-real test-server nightly audit check lint demo bench clean
+.PHONY: help install test test-real test-server nightly audit check lint docs demo bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make test-server  tests with a real vLLM server on the CPU; installs it (3.4 GB)"
 	@echo "make nightly     long fuzzing, many kills"
 	@echo "make audit       known faults of the installed packages; needs the network"
+	@echo "make docs        the documentation as a site in build/docs, warnings as errors"
 	@echo "make install     only .venv"
 	@echo "make clean       remove .venv, caches and runs"
 
@@ -62,6 +63,10 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 check: lint test
+
+# The variable silences an advertisement of the theme.
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: .venv/.installed
 	THP_MEM_ALLOC_ENABLE=1 HF_HUB_OFFLINE=1 $(BIN)/python demo/run.py --pair $(PAIR) --trainer $(TRAINER) --out $(OUT)

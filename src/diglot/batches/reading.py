@@ -37,7 +37,8 @@ class PairReader:
 
     Args:
         same_vocabulary: feed the teacher the student's very ids instead of re-encoding their bytes.
-        max_length, teacher_max_length: longest input of each side in its own tokens; ends are cut, fronts never.
+        max_length: longest input of the student in its own tokens; ends are cut, fronts never.
+        teacher_max_length: the same of the teacher.
         score_turns: "last" or "all" assistant turns.
         teacher_system: a text that the teacher alone reads, before everything else.
     """

@@ -53,7 +53,8 @@ def model_card(
 
     Args:
         method: "GKD" or "MiniLLM".
-        vocabulary_s, vocabulary_t: one line on each side's tokenizer.
+        vocabulary_s: one line on the student's tokenizer.
+        vocabulary_t: one on the teacher's.
         relation: whether the vocabularies are the same, and what was done if not.
     """
     title, arxiv = _PAPERS[method]

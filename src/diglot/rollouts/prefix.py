@@ -91,7 +91,8 @@ def mixture_weight(
     """Importance weight of each student token, [N_s], in (0, 1 / (1 - alpha)]; all tokens of a chunk share it.
 
     Args:
-        logp_s, logp_t: log-probs of the written tokens, nats, [N_s] and [N_t].
+        logp_s: the student's log-probs of the written tokens, nats, [N_s].
+        logp_t: the teacher's, [N_t].
         max_new_tokens: longest teacher prefix; None where every token was drawn from the mixture (`a_k = alpha`).
     """
     chunks, chunk_s, chunk_t = alignment.num_chunks, alignment.chunk_s, alignment.chunk_t

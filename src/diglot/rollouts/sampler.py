@@ -61,7 +61,9 @@ class TransformersSampler:
     Args:
         stop_ids: ids that end a completion; the one that was sampled is kept as its last id.
         pad_id: fills shorter prompts, never read by the model.
-        temperature, top_p, top_k: 1, 1 and 0 sample from the model's own law.
+        temperature: 1 is the model's own law, as are 1 and 0 of the next two.
+        top_p: nucleus sampling.
+        top_k: 0 is off.
     """
 
     stop_ids: tuple[int, ...]

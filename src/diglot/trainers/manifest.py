@@ -101,7 +101,8 @@ def fingerprint(model: torch.nn.Module) -> str | None:
         if type(p.data) is not torch.Tensor or p.device.type == "meta" or not p.numel():
             return None
         flat = p.reshape(-1)
-        at = torch.linspace(0, flat.numel() - 1, min(_SAMPLE, flat.numel())).long().to(p.device)
+        last, number = flat.numel() - 1, min(_SAMPLE, flat.numel())
+        at = torch.linspace(0, last, number, dtype=torch.float64).long().to(p.device)  # float32 rounds up past the end
         found.update(f"{name}/{tuple(p.shape)}/{flat[at].double().cpu().tolist()}".encode())
     return found.hexdigest()
 
