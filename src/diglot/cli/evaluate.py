@@ -16,12 +16,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from diglot.cli.loading import check_counts, check_place, load_model
+from diglot.cli.parsing import Parser
 from diglot.errors import ConfigError
 
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Measure every model on the same rows with the same seed, and print a table or JSON."""
-    given = _parser().parse_args(arguments)
+    given = parser().parse_args(arguments)
+    check_counts(given, "rows", "max_completion_length", "batch_size")
+    check_place(given.device, given.dtype)
     if given.lm_eval_tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             f"--lm_eval_tasks {given.lm_eval_tasks} needs lm-eval, which is not installed. "
@@ -38,26 +42,27 @@ def evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The parser of the command."""
+    found = Parser(
         prog="diglot eval",
         description="Numbers that do not depend on a tokenizer, with 95%% bootstrap intervals over the rows.",
         epilog="example: diglot eval runs/first --teacher Qwen/Qwen2.5-1.5B-Instruct --data heldout.jsonl",
     )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="a model id or a folder; several are compared")
-    parser.add_argument("--teacher", help="what to compare each of them with: divergences, agreement, stops")
-    parser.add_argument("--data", required=True, help="a hub id, a JSONL, Parquet or CSV file, or a folder")
-    parser.add_argument("--split", default="train", help="split of the data (default: train, as a single file has)")
-    parser.add_argument("--rows", type=int, default=64, help="how many rows are read (default: 64)")
-    parser.add_argument("--max_completion_length", type=int, default=128, help="tokens of a sample (default: 128)")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows at a time (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of samples, places and intervals (default: 0)")
-    parser.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
-    parser.add_argument("--dtype", default="auto", help="number type of the weights (default: the file's own)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the models")
-    parser.add_argument("--lm_eval_tasks", metavar="A,B", help="also run these tasks of lm-eval, if it is installed")
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    return parser
+    found.add_argument("models", nargs="+", metavar="MODEL", help="a model id or a folder; several are compared")
+    found.add_argument("--teacher", help="what to compare each of them with: divergences, agreement, stops")
+    found.add_argument("--data", required=True, help="a hub id, a JSONL, Parquet or CSV file, or a folder")
+    found.add_argument("--split", default="train", help="split of the data (default: train, as a single file has)")
+    found.add_argument("--rows", type=int, default=64, help="how many rows are read (default: 64)")
+    found.add_argument("--max_completion_length", type=int, default=128, help="tokens of a sample (default: 128)")
+    found.add_argument("--batch_size", type=int, default=8, help="rows at a time (default: 8)")
+    found.add_argument("--seed", type=int, default=0, help="of samples, places and intervals (default: 0)")
+    found.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
+    found.add_argument("--dtype", default="auto", help="number type of the weights (default: the file's own)")
+    found.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the models")
+    found.add_argument("--lm_eval_tasks", metavar="A,B", help="also run these tasks of lm-eval, if it is installed")
+    found.add_argument("--json", action="store_true", help="JSON instead of a table")
+    return found
 
 
 def _measure(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -78,16 +83,13 @@ def _measure(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def _load(name: str, given: argparse.Namespace) -> Any:
     """A model in evaluation mode on the device, with its own tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from diglot.evaluation.battery import Side
     from diglot.rendering import Renderer
 
-    options = {"trust_remote_code": given.trust_remote_code}
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=given.dtype, **options)
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    model = model.to(given.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    model = load_model(name, given.device, given.dtype, given.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=given.trust_remote_code)
     rows = model.get_input_embeddings().num_embeddings
     return Side(
         name,

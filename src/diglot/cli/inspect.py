@@ -8,8 +8,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from diglot.cli.loading import check_counts, check_place, load_model
 from diglot.cli.parsing import Parser
-from diglot.errors import ConfigError
 
 EXAMPLE = """exit code: 0 the pair can be trained, 1 it cannot, 2 a wrong argument.
 
@@ -47,9 +47,9 @@ def parser() -> Parser:
 def inspect(arguments: Sequence[str]) -> int:
     """Inspect and print; the exit code says whether the pair can be trained."""
     given = parser().parse_args(arguments)
-    for name in ("rows", "model_rows", "batch_size", "max_completion_length"):
-        if getattr(given, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(given, name)}, expected 1 or more.")
+    check_counts(given, "rows", "model_rows", "batch_size", "max_completion_length")
+    if given.with_models:
+        check_place(given.device, given.dtype)
     from diglot.cli.options import load_options
     from diglot.cli.pairs import load_input
     from diglot.inspection import inspect_pair
@@ -77,20 +77,16 @@ def _samples(name: str, split: str, rows: int) -> list[Any]:
 
 
 def _with_models(given: Any, student: Any, teacher: Any, samples: list[Any] | None) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from diglot.batches import PairReader
     from diglot.inspection import inspect_models
     from diglot.rendering import Renderer
     from diglot.teachers import LocalTeacher
 
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     models: list[Any] = []
     renderers = []
     for one, role in ((student, "student"), (teacher, "teacher")):
-        model: Any = AutoModelForCausalLM.from_pretrained(one.name, dtype=given.dtype)
-        models.append(model.to(device))
+        model = load_model(one.name, given.device, given.dtype)
+        models.append(model)
         renderers.append(
             Renderer(
                 one.tokenizer,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from diglot.cli.parsing import Parser
 from diglot.objectives import guide
 
 
 def show(arguments: Sequence[str]) -> int:
     """Print the table for the terminal, or as markdown."""
-    parser = argparse.ArgumentParser(prog="diglot objectives", description="Which objective for what.")
+    parser = Parser(prog="diglot objectives", description="Which objective for what.")
     parser.add_argument("--markdown", action="store_true", help="the table as docs/objectives.md has it")
     if parser.parse_args(arguments).markdown:
         print(guide.markdown(), end="")

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
+from diglot.cli.parsing import Parser
 from diglot.report.page import page
 from diglot.report.runs import load_run
 
 
-def report(arguments: Sequence[str]) -> int:
-    """Write the page and say where it is."""
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """The parser of the command."""
+    found = Parser(
         prog="diglot report",
         description="Show what a run did, or what two did: one HTML file that opens offline.",
         epilog="example: diglot report runs/first --open",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run")
-    parser.add_argument("other", type=Path, nargs="?", metavar="RUN_B", help="another one to compare it with")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write (default: RUN/report.html)")
-    parser.add_argument("--open", action="store_true", help="open it in the browser")
-    given = parser.parse_args(arguments)
+    found.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run")
+    found.add_argument("other", type=Path, nargs="?", metavar="RUN_B", help="another one to compare it with")
+    found.add_argument("--out", type=Path, metavar="FILE", help="where to write (default: RUN/report.html)")
+    found.add_argument("--open", action="store_true", help="open it in the browser")
+    return found
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Write the page and say where it is."""
+    given = parser().parse_args(arguments)
     runs = [load_run(folder) for folder in (given.run, given.other) if folder is not None]
     out = given.out or given.run / ("report.html" if given.other is None else f"report-{runs[1].name}.html")
     text = page(runs)

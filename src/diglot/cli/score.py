@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diglot.cli.loading import check_counts
 from diglot.cli.parsing import Parser
-from diglot.errors import ConfigError
 
 EXAMPLE = """example:
   diglot score --teacher Qwen/Qwen2.5-1.5B-Instruct --data replies.jsonl --out runs/scores --rung bytes
@@ -19,7 +19,7 @@ Options that `diglot train` has as well mean the same there. Interrupted, the sa
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The parser of `diglot score`."""
     made = Parser(
         prog="diglot score",
@@ -69,9 +69,9 @@ def _mapping(text: str) -> dict[str, Any]:
 def score(arguments: Sequence[str]) -> int:
     """Score the texts; returns the exit code."""
     options = parser().parse_args(list(arguments))
-    for name in ("k", "batch_size", "shard_texts"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"{name}={getattr(options, name)} cannot work: it must be 1 or more.")
+    check_counts(options, "k", "batch_size", "shard_texts")
+    if options.teacher_max_length is not None:
+        check_counts(options, "teacher_max_length")
     from rich.console import Console
 
     from diglot.data import load_dataset, to_sample

@@ -1,0 +1,41 @@
+"""Models for the commands that read them, and checks of the arguments that say how."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from diglot.errors import ConfigError
+
+
+def check_counts(given: argparse.Namespace, *names: str) -> None:
+    """`ConfigError` unless each of these arguments is 1 or more."""
+    for name in names:
+        if getattr(given, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(given, name)}, expected 1 or more.")
+
+
+def check_place(device: str | None, dtype: str) -> None:
+    """`ConfigError` for a device that is not there, or a number type that is none."""
+    import torch
+
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigError(f"--dtype is {dtype!r}, expected auto, float32, bfloat16 or float16.")
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device is {device!r}, and nothing can be put there ({reason}). Leave it out.") from error
+
+
+def load_model(name: str, device: str | None, dtype: str, trust_remote_code: bool = False) -> Any:
+    """A causal language model in evaluation mode; by default on the GPU if there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from diglot.teachers.loading import INERT
+
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **INERT)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
