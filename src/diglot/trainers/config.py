@@ -7,6 +7,7 @@ documentation show; `metadata["group"]` says under which heading.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -262,6 +263,10 @@ class DistillationConfig(TrainingArguments):
             _require(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
         share = self.vllm_gpu_memory_utilization
         _require(0 < share <= 1, "vllm_gpu_memory_utilization", share, "in (0, 1]")
+        host = self.vllm_server_host
+        _require(
+            re.fullmatch(r"[\w.-]+", host) is not None, "vllm_server_host", host, "a host's name or address alone"
+        )
         if self.vllm_server_base_url is not None:
             checked_address(self.vllm_server_base_url, "vllm_server_base_url", "DIGLOT_VLLM_API_KEY")
 
