@@ -13,6 +13,7 @@ import torch
 from rollout_server import RolloutServer
 
 from diglot.errors import ConfigError, RolloutError, RolloutsUnavailable
+from diglot.trainers.replay import replay, save_batches
 
 
 @pytest.fixture
@@ -170,6 +171,25 @@ def test_inner_epochs_resume_with_the_weights_of_their_completions(server: Rollo
     assert server.loaded == 1
     for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=0, msg=name)
+
+
+def test_a_saved_batch_is_replayed_with_its_weights(server: RolloutServer, tmp_path: Path) -> None:
+    server.shift = -0.5
+    trainer = made(tiny.gkd, tmp_path, server, **GKD)
+    (found,), _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+    loss = float(trainer.batch_loss(trainer.model, found["batch"]).detach())
+    save_batches(tmp_path / "kept", [found["batch"]], {})
+    (again,) = replay(trainer, tmp_path / "kept")
+    assert again["loss"] == pytest.approx(loss, rel=1e-5) and abs(loss) > 0.1
+
+
+def test_a_student_that_is_no_number_is_dealt_with_as_ever(server: RolloutServer, tmp_path: Path) -> None:
+    """The gap to it is no number either, and says nothing about the engine."""
+    trainer = made(tiny.gkd, tmp_path, server, **GKD)
+    (found,), _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(float("nan"))
+    assert not torch.isfinite(trainer.batch_loss(trainer.model, found["batch"]))
 
 
 def test_minillm_says_that_the_teacher_does_not_write_with_vllm(

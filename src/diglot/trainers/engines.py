@@ -121,6 +121,8 @@ class Rollouts:
         )
         difference = own.float() - said.to(own.device)
         gap, cap = difference.abs(), trainer.args.vllm_importance_sampling_clip_max
+        if not torch.isfinite(gap).all():
+            return  # of the student's own; the loss is no number then, and that is dealt with there
         self._refuse(float(gap.mean()))
         self._largest = max(self._largest, float(gap.max()))
         add = trainer._metrics.add_mean
