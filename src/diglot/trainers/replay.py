@@ -18,7 +18,8 @@ from diglot.rendering import Conversation, Rendered
 if TYPE_CHECKING:
     from diglot.trainers.base import DistillationTrainer
 
-_KEPT = ("logp_old", "logp_t", "advantage", "weight", "sampler_weight")  # tensors of a batch that are not computed again
+# Tensors of a batch that are not computed again.
+_KEPT = ("logp_old", "logp_t", "advantage", "weight", "sampler_weight")
 _SIDES = ("student", "teacher")
 
 
