@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from diglot.trainers.base import DistillationTrainer
 
 FAR = 1.0
-"""Nats, mean over a micro-batch: no precision that is in use comes near, other weights or another tokenizer do."""
+"""Nats, mean over a micro-batch: far beyond what rounding makes; other weights or another tokenizer do."""
 
 
 def make_engine(args: DistillationConfig, renderer: Renderer, sampler: TransformersSampler) -> RolloutEngine:
