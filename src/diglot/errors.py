@@ -29,6 +29,14 @@ class TeacherUnavailable(TeacherError):
     """A served teacher that did not answer within the budget of retries. What was trained so far is not lost."""
 
 
+class RolloutError(DiglotError, RuntimeError):
+    """An engine that does not write what it was asked for, or writes it with other weights than the student's."""
+
+
+class RolloutsUnavailable(RolloutError):
+    """An engine that did not answer within the budget of retries. What was trained so far is not lost."""
+
+
 class ConfigError(DiglotError, ValueError):
     """An option with a value that cannot work, or options that contradict each other."""
 

@@ -55,7 +55,9 @@ WRONG: dict[str, list[str]] = {
     "beta": ["1.5"], "epsilon": ["0"], "gamma": ["-0.1"], "kd_temperature": ["0"], "lm_coef": ["-1"], "lmbda": ["1.1"],
     "min_coverage": ["2"], "num_iterations": ["0"], "reward_clip": ["0"], "strict_top_k": ["-1"], "temperature": ["0"],
     "max_completion_length": ["0"], "num_generations": ["0"], "teacher_mixed_alpha": ["1"], "top_k": ["-1"],
-    "top_p": ["0"],
+    "top_p": ["0"], "vllm_server_base_url": ["http://user:secret@host"], "vllm_server_host": ["http://host"],
+    "vllm_server_timeout": ["0"], "vllm_importance_sampling_clip_max": ["0"], "vllm_gpu_memory_utilization": ["1.5"],
+    "vllm_weights_dir": ["FILE", "--use_vllm", "true"],
 }  # fmt: skip
 
 

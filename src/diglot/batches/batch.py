@@ -39,6 +39,8 @@ class AlignedBatch:
     logp_t: Tensor | None = None
     advantage: Tensor | None = None
     weight: Tensor | None = None
+    logp_sampler: Tensor | None = None  # [N_s] nats, what the engine that sampled the text said about it
+    sampler_weight: Tensor | None = None  # [N_s] the student's probability over the engine's, cut; constants
     reference: PackedSide | None = None  # text for a language-modelling loss, student side only
     noncanonical: Tensor | None = None  # bool [N] student tokens that its own tokenizer would have cut otherwise
     places: list[int] | None = None  # of each pair in its window, in the order of the data
@@ -52,6 +54,7 @@ class AlignedBatch:
             teacher=self.teacher.to(device),
             alignment=self.alignment.to(device),
             noncanonical=None if self.noncanonical is None else self.noncanonical.to(device),
+            logp_sampler=None if self.logp_sampler is None else self.logp_sampler.to(device),
         )
 
 
@@ -106,7 +109,15 @@ def align_pairs(
         stats,
         on_policy,
         noncanonical=torch.from_numpy(noncanonical),
+        logp_sampler=_sampler_logps(kept),
     )
+
+
+def _sampler_logps(pairs: Sequence[ReadPair]) -> Tensor | None:
+    found = [p.sampler_logps for p in pairs if p.sampler_logps is not None]
+    if not found or len(found) < len(pairs):
+        return None
+    return torch.from_numpy(np.concatenate(found)).float()
 
 
 def _common_texts(pairs: Sequence[ReadPair], segments: Sequence[int]) -> list[bytes]:

@@ -25,6 +25,11 @@ class ReadPair:
     student: Rendered
     teacher: Rendered
     noncanonical: NDArray[np.bool_]  # of each scored student token: would its tokenizer have cut the text otherwise?
+    sampler_logps: NDArray[np.float64] | None = None  # of the same, nats: what the engine that sampled them said
+
+    def with_logps(self, logps: NDArray[np.float64]) -> ReadPair:
+        """The same with what the engine said about the ids of the completion, of which the first are scored."""
+        return replace(self, sampler_logps=logps[: int((self.student.segment >= 0).sum())])
 
     @property
     def prompt_length(self) -> int:

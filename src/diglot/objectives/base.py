@@ -101,6 +101,7 @@ class Path:
     logp_t: Tensor  # [N_t]
     logp_old: Tensor | None = None  # [N_s] the student's when it wrote the text
     weight: Tensor | None = None  # [N_s] importance weights, constants
+    sampler_weight: Tensor | None = None  # [N_s] the student's probability over that of the engine that sampled, cut
     noncanonical: Tensor | None = None  # bool [N_s] would the student's tokenizer cut the text otherwise here?
     boundary_s: Tensor | None = None  # [N_s] log mass, in the row of each token, of "a new word, or the end"
     boundary_t: Tensor | None = None  # [N_t]

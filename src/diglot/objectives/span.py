@@ -128,6 +128,8 @@ class Span(PathObjective):
             usable=usable_chunks(path, alignment, self.noncanonical, self.name),
         )
         loss, _ = clipped_policy_gradient(path.logp_s, old, advantage, self.epsilon, path.weight)
+        if path.sampler_weight is not None:
+            loss = loss * path.sampler_weight
         return Values(loss, {"advantage": advantage}), self.mask(alignment)
 
     def _compared(self, old: Tensor, path: Path) -> tuple[Tensor, Tensor]:

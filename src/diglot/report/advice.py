@@ -104,12 +104,28 @@ def markup_surprise(history: History) -> Advice | None:
     )
 
 
+def sampler_gap(history: History) -> Advice | None:
+    """The engine's log-probs of its samples are a tenth of a nat from the student's: more than rounding."""
+    values = _values(history, "sampling/logp_gap_mean")
+    if not values or values[-1] < 0.1:
+        return None
+    return _say(
+        history,
+        "sampler_gap",
+        f"vLLM's log-probs of its own samples are {values[-1]:.2f} nats a token away from the student's, more "
+        "than rounding should make. Look in its log for weights that were not loaded, start it with the trainer's "
+        "dtype and without quantization or --logprobs-mode, and let no other run use it. Policy gradients are weighted "
+        "for the gap up to vllm_importance_sampling_clip_max, divergences are not.",
+    )
+
+
 RULES: tuple[Callable[[History], Advice | None], ...] = (
     coverage_falling,
     repetition,
     length_collapse,
     stop_disagreement,
     markup_surprise,
+    sampler_gap,
 )
 
 

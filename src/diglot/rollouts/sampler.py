@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from diglot.rollouts.draws import RowDraws, seeds_of_rows
+from diglot.rollouts.engine import Completion
 
 Ids = NDArray[np.int64]
 
@@ -116,6 +118,20 @@ class TransformersSampler:
         if self.top_p < 1.0:
             found.append(TopPLogitsWarper(self.top_p))
         return found
+
+    own_weights: ClassVar[bool] = False
+
+    def sync(self, model: PreTrainedModel) -> None:
+        """Nothing to do: it runs the model itself."""
+
+    def write(
+        self, model: PreTrainedModel, prompts: Sequence[Ids], *, max_new_tokens: int, seed: int | Sequence[int]
+    ) -> list[Completion]:
+        """As `RolloutEngine.write`."""
+        return [Completion(ids) for ids in self(model, prompts, max_new_tokens=max_new_tokens, seed=seed)]
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
     def _until_stop(self, completion: Ids) -> Ids:
         """`generate` fills finished rows with padding, which may itself be a stop id: cut after the first stop."""

@@ -16,7 +16,7 @@ def is_address(name: object) -> bool:
     return isinstance(name, str) and name.lower().startswith(("http://", "https://"))
 
 
-def checked_address(url: str, option: str) -> str:
+def checked_address(url: str, option: str, key_variable: str = KEY_VARIABLE) -> str:
     """The base address without a closing slash and without `/v1`, as it may stand in files and messages.
 
     Raises:
@@ -34,12 +34,12 @@ def checked_address(url: str, option: str) -> str:
     if "@" in parts.netloc:
         raise ConfigError(
             f"{option} holds a user name or password for {shown}. They would end up in configurations and logs: take "
-            f"them out, and give the server's key in the environment variable {KEY_VARIABLE}."
+            f"them out, and give the server's key in the environment variable {key_variable}."
         )
     if parts.query or parts.fragment:
         raise ConfigError(
             f"{option} has something behind '?' or '#' for {shown}, where keys are often written. Give the address "
-            f"alone, and a key in the environment variable {KEY_VARIABLE}."
+            f"alone, and a key in the environment variable {key_variable}."
         )
     return shown + parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
 
@@ -53,14 +53,14 @@ def is_loopback(url: str) -> bool:
         return host == "localhost"
 
 
-def key_from_environment() -> str | None:
+def key_from_environment(variable: str = KEY_VARIABLE) -> str | None:
     """The server's key. `ConfigError`, which does not repeat it, if it cannot stand in an HTTP header."""
-    key = os.environ.get(KEY_VARIABLE, "").strip()
+    key = os.environ.get(variable, "").strip()
     if not key:
         return None
     if not key.isascii() or not key.isprintable():
         raise ConfigError(
-            f"{KEY_VARIABLE} holds characters that no HTTP header takes (line breaks, or others than ASCII). Set it to "
+            f"{variable} holds characters that no HTTP header takes (line breaks, or others than ASCII). Set it to "
             "the key alone."
         )
     return key

@@ -11,18 +11,19 @@ import logging
 import math
 import threading
 import time
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from diglot.errors import ConfigError, TeacherError, TeacherUnavailable
-from diglot.teachers.address import is_loopback, key_from_environment
+from diglot.errors import ConfigError, DiglotError, TeacherError, TeacherUnavailable
+from diglot.teachers.address import KEY_VARIABLE, is_loopback, key_from_environment
 
 try:
     import httpx
     import tenacity
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise ConfigError(
-        "A served teacher needs the packages httpx and tenacity, and one of them is not installed: "
+        "A served model needs the packages httpx and tenacity, and one of them is not installed: "
         "pip install 'diglot[server]'."
     ) from error
 
@@ -49,6 +50,16 @@ class _Again(Exception):
         self.pause = pause
 
 
+@dataclass(frozen=True)
+class Purpose:
+    """What a server is for: words of messages, where its key is, and what is raised when it is gone."""
+
+    whose: str = "The teacher's server"
+    option: str = "teacher_server_retry_seconds"
+    key_variable: str = KEY_VARIABLE
+    gone: type[DiglotError] = TeacherUnavailable
+
+
 class Client:
     """One server.
 
@@ -59,9 +70,18 @@ class Client:
         budget: seconds after which a request that keeps failing is given up with `TeacherUnavailable`.
     """
 
-    def __init__(self, url: str, *, connections: int = 8, timeout: float = 120.0, budget: float = 600.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        connections: int = 8,
+        timeout: float = 120.0,
+        budget: float = 600.0,
+        purpose: Purpose | None = None,
+    ) -> None:
         self.url, self.timeout, self.budget = url, timeout, budget
-        self._key = key_from_environment()
+        self.purpose = purpose or Purpose()
+        self._key = key_from_environment(self.purpose.key_variable)
         self._stopped = threading.Event()
         self._http = httpx.Client(
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
@@ -87,22 +107,24 @@ class Client:
         """The JSON at a path."""
         return self._with_retries("GET", path, None, limit)
 
-    def post(self, path: str, body: Any, *, limit: int = 2**22) -> Any:
-        """The JSON answer to `body`, of at most `limit` bytes.
+    def post(self, path: str, body: Any, *, limit: int = 2**22, once: bool = False) -> Any:
+        """The JSON answer to `body`, of at most `limit` bytes. `once`: a request that fails is not sent again.
 
         Raises:
             Refused: a status that says the request itself is wrong.
-            TeacherUnavailable: no whole answer within the budget.
+            TeacherUnavailable: no whole answer within the budget (or what `purpose` says).
             TeacherError: an answer that is too long.
         """
-        return self._with_retries("POST", path, body, limit)
+        return self._with_retries("POST", path, body, limit, once)
 
-    def _with_retries(self, method: str, path: str, body: Any, limit: int) -> Any:
+    def _with_retries(self, method: str, path: str, body: Any, limit: int, once: bool = False) -> Any:
         began, stopped = time.monotonic(), self._stopped
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Again),
             wait=_pause,
-            stop=lambda state: time.monotonic() - began + (state.upcoming_sleep or 0) > self.budget or stopped.is_set(),
+            stop=lambda state: (
+                once or time.monotonic() - began + (state.upcoming_sleep or 0) > self.budget or stopped.is_set()
+            ),
             sleep=tenacity.sleep_using_event(stopped),
             before_sleep=lambda state: logger.warning(
                 "%s: %s Attempt %d; again in %.1f s.",
@@ -117,15 +139,15 @@ class Client:
             return retrying(self._once, method, path, body, limit, stopped)
         except _Again as error:
             spent = time.monotonic() - began
-            raise TeacherUnavailable(
-                f"The teacher's server {self.url} gave no answer for {spent:.0f} s of the {self.budget:.0f} s that are "
-                f"allowed (teacher_server_retry_seconds). The last attempt: {error} Start the server again, then go on "
+            raise self.purpose.gone(
+                f"{self.purpose.whose} {self.url} gave no answer for {spent:.0f} s of the {self.budget:.0f} s that are "
+                f"allowed ({self.purpose.option}). The last attempt: {error} Start the server again, then go on "
                 "from the last checkpoint."
             ) from None
 
     def _once(self, method: str, path: str, body: Any, limit: int, stopped: threading.Event) -> Any:
         if stopped.is_set():
-            raise TeacherUnavailable(f"A request to {self.url} was broken off, as the run it belonged to has ended.")
+            raise self.purpose.gone(f"A request to {self.url} was broken off, as the run it belonged to has ended.")
         until = time.monotonic() + self.timeout
         try:
             with self._http.stream(method, self.url + path, json=body) as response:
@@ -139,7 +161,7 @@ class Client:
             raise _Again(f"{path} was answered {status}: {self._quoted(text)}.", _retry_after(headers))
         if status != 200:
             raise Refused(
-                f"{self.url}{path} was answered {status}, expected 200: {self._quoted(text)}. {_advice(status)}",
+                f"{self.url}{path} was answered {status}, expected 200: {self._quoted(text)}. {self._advice(status)}",
                 status,
                 self._safe(_message(text)),
             )
@@ -161,6 +183,13 @@ class Client:
                 raise httpx.ReadTimeout("the whole answer took too long")
             parts.append(part)
         return b"".join(parts)
+
+    def _advice(self, status: int) -> str:
+        if status in (401, 403):
+            return f"Set the server's key in the environment variable {self.purpose.key_variable}."
+        if status == 404:
+            return "Look at the address and at the model's name."
+        return "The request would be refused again, so it was not repeated."
 
     def _quoted(self, text: bytes) -> str:
         return repr(self._safe(_message(text))[:_SHOWN])
@@ -202,11 +231,3 @@ def _message(text: bytes) -> str:
     except ValueError:
         return text.decode("utf-8", "replace").strip()
     return found if isinstance(found, str) else json.dumps(found)
-
-
-def _advice(status: int) -> str:
-    if status in (401, 403):
-        return "Set the server's key in the environment variable DIGLOT_TEACHER_API_KEY."
-    if status == 404:
-        return "Look at the address and at the model's name."
-    return "The request would be refused again, so it was not repeated."

@@ -26,18 +26,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from diglot.batches import AlignedBatch, PackedSide, ReadPair, align_pairs
 from diglot.data import Sample, to_sample
-from diglot.errors import AlignmentError, ConfigError, TeacherUnavailable
+from diglot.errors import AlignmentError, ConfigError, RolloutsUnavailable, TeacherUnavailable
 from diglot.evaluation import Evaluator, OnPolicyReport
 from diglot.heads import Head, default_chunk_rows, gathered, hidden_at_rows, keep_after_forward, token_logps
 from diglot.objectives import PathObjective, Rung
 from diglot.rendering import Conversation, Renderer, Role
 from diglot.report import model_card
-from diglot.rollouts import TransformersSampler
+from diglot.rollouts import Completion, TransformersSampler
 from diglot.teachers import LocalTeacher, local
 from diglot.teachers.adapter import AdapterOff
 from diglot.teachers.scored import ScoredTeacher
 from diglot.trainers.collate import collate_samples, pad_id
 from diglot.trainers.config import DistillationConfig
+from diglot.trainers.engines import Rollouts
 from diglot.trainers.finite import FiniteSteps
 from diglot.trainers.lanes import HasLanes, mean_metrics, prepare_lanes, same_side, share_counts
 from diglot.trainers.lengths import as_read, by_length
@@ -102,6 +103,7 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         self.student_renderer = sides.renderer
         # Before the Trainer's own setup, which makes the output folder: what cannot work leaves nothing behind.
         self.args = args
+        self.rollouts = Rollouts(self)
         for lane in self.each_lane():
             self.pair = self.pair.to(args.device)
             self._prepare_objectives()
@@ -219,16 +221,28 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         if drawn not in self._drawn:
             with gathered(self.student):  # also where there is nothing to write: other ranks gather too
                 own = [c for c, _, _ in kept], [p for _, p, _ in kept], [seed for _, _, seed in kept]
-                self._drawn[drawn] = self.sample(*own)
+                self._drawn[drawn] = self.complete(*own)
         completions = iter(self._drawn[drawn])
         return [
-            [None if p is None else self.reader.sampled(c, next(completions), p) for c, p in zip(*both, strict=True)]
+            [None if p is None else self._read_sample(c, next(completions), p) for c, p in zip(*both, strict=True)]
             for both in zip(conversations, prompts, strict=True)
         ]
 
+    def _read_sample(self, conversation: Conversation, completion: Completion, prompt: Ids) -> ReadPair | None:
+        pair = self.reader.sampled(conversation, completion.ids, prompt)
+        return pair if pair is None or completion.logps is None else pair.with_logps(completion.logps)
+
+    def complete(
+        self, conversations: Sequence[Conversation], prompts: Sequence[Ids], seeds: Sequence[int]
+    ) -> list[Completion]:
+        """One completion for each of the student's prompts, by the student as it is now or an engine's copy of it."""
+        if self.rollouts.engine.own_weights:
+            return self.rollouts.write(prompts, seeds)
+        return [Completion(ids) for ids in self.sample(conversations, prompts, seeds)]
+
     def sample(self, conversations: Sequence[Conversation], prompts: Sequence[Ids], seeds: Sequence[int]) -> list[Ids]:
-        """One completion for each of the student's prompts, by the student as it is now."""
-        return self.sampler(self.student, prompts, max_new_tokens=self.args.max_completion_length, seed=seeds)
+        """The same by the student itself."""
+        return [one.ids for one in self.rollouts.write(prompts, seeds)]
 
     def sampler_for(self, renderer: Renderer) -> TransformersSampler:
         """A sampler for one of the two models, at the temperature of `args`."""
@@ -429,17 +443,17 @@ class DistillationTrainer(HasLanes, FiniteSteps):
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **keywords: Any) -> Any:
-        """The Trainer's own. A served teacher that is gone leaves a checkpoint of the last whole step."""
+        """The Trainer's own. A served teacher or engine that is gone leaves a checkpoint of the last whole step."""
         try:
             return super().train(*args, **keywords)
         except BaseException as error:
             for lane in self.lanes:
                 lane.teacher.break_off()
-            if isinstance(error, TeacherUnavailable) and self.args.world_size == 1:
+            if isinstance(error, (TeacherUnavailable, RolloutsUnavailable)) and self.args.world_size == 1:
                 folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
                 if not (folder / "trainer_state.json").exists():
                     self._save_checkpoint(self.model_wrapped, None)
-                raise TeacherUnavailable(f"{error} It is {folder}.") from None
+                raise type(error)(f"{error} It is {folder}.") from None
             raise
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -543,6 +557,7 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         """The Trainer's log, with this log interval's own metrics of all ranks."""
         if "loss" in logs:
             logs = {**logs, **self._metrics.take(lambda sums: self.count_over_ranks(with_all_names(sums)))}
+            logs |= self.rollouts.take_metrics()
         super().log(logs, start_time)
 
     def create_model_card(

@@ -7,6 +7,7 @@ documentation show; `metadata["group"]` says under which heading.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -137,6 +138,40 @@ class DistillationConfig(TrainingArguments):
     top_k: int = option(0, "Top-k sampling, 0: off.", "Generation")
     num_generations: int = option(1, "Completions per prompt.", "Generation")
 
+    # vLLM (names as TRL's)
+    use_vllm: bool = option(False, "The student's completions are written by vLLM.", "Generation")
+    vllm_mode: str = option(
+        "server",
+        "`server`: a running `vllm serve STUDENT`; `colocate`: vLLM in this process.",
+        "Generation",
+        choices=["server", "colocate"],
+    )
+    vllm_server_base_url: str | None = option(
+        None, "Address of vLLM's server, instead of host and port. A key comes from DIGLOT_VLLM_API_KEY.", "Generation"
+    )
+    vllm_server_host: str = option("127.0.0.1", "Its host.", "Generation")
+    vllm_server_port: int = option(8000, "Its port.", "Generation")
+    vllm_server_timeout: float = option(
+        240.0,
+        "Seconds for one request to it, and after which a request that keeps failing stops the run.",
+        "Generation",
+    )
+    vllm_gpu_memory_utilization: float = option(
+        0.3, "`colocate`: the share of the GPU's memory that vLLM takes.", "Generation"
+    )
+    vllm_weights_dir: str | None = option(
+        None,
+        "Folder through which vLLM is given the student's weights, seen by both under this name; by default "
+        "`vllm-weights` in output_dir. In memory (/dev/shm) it is fastest.",
+        "Generation",
+    )
+    vllm_importance_sampling_correction: bool = option(
+        True,
+        "Weight policy gradients by the student's probability of a token over vLLM's, which sampled it.",
+        "Generation",
+    )
+    vllm_importance_sampling_clip_max: float = option(3.0, "The largest such weight.", "Generation")
+
     # Objective
     objective: str | list[Any] = option(
         "auto",
@@ -201,6 +236,7 @@ class DistillationConfig(TrainingArguments):
         _require(self.num_generations >= 1, "num_generations", self.num_generations, "1 or more")
         _require(self.max_completion_length >= 1, "max_completion_length", self.max_completion_length, "1 or more")
         self._check_server()
+        self._check_vllm()
         _require(0 <= self.min_coverage <= 1, "min_coverage", self.min_coverage, "in [0, 1]")
         for one in fields(self):
             choices = one.metadata.get("choices")
@@ -221,6 +257,18 @@ class DistillationConfig(TrainingArguments):
             checked_address(self.teacher_model_server_url, "teacher_model_server_url")
         if is_address(self.teacher_model_name_or_path):  # from here on it is written into files: no secrets in it
             checked_address(str(self.teacher_model_name_or_path), "teacher_model_name_or_path")
+
+    def _check_vllm(self) -> None:
+        for name in ("vllm_server_timeout", "vllm_importance_sampling_clip_max"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
+        share = self.vllm_gpu_memory_utilization
+        _require(0 < share <= 1, "vllm_gpu_memory_utilization", share, "in (0, 1]")
+        host = self.vllm_server_host
+        _require(
+            re.fullmatch(r"[\w.-]+", host) is not None, "vllm_server_host", host, "a host's name or address alone"
+        )
+        if self.vllm_server_base_url is not None:
+            checked_address(self.vllm_server_base_url, "vllm_server_base_url", "DIGLOT_VLLM_API_KEY")
 
 
 @dataclass

@@ -97,4 +97,5 @@ class GKDTrainer(DistillationTrainer):
 
     def batch_loss(self, model: torch.nn.Module, batch: AlignedBatch) -> Tensor:
         hidden = self.hidden_at_rows(model, batch.student)
+        self.rollouts.measure(batch, hidden)  # before the first step on what was written
         return hidden.sum() * 0.0 + self.terms_loss(self.terms, hidden, batch)

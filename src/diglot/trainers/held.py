@@ -29,6 +29,7 @@ class HeldBatch:
     completions: list[Ids]
     logp_old: Tensor  # float32 [N_s]
     places: list[int] | None = None  # of each completion in the window, in the order of the data
+    sampler_weight: Tensor | None = None  # float32 [N_s], of an engine with weights of its own
 
 
 def save_held(folder: Path, rank: int | str, batches: Sequence[HeldBatch]) -> None:
@@ -42,6 +43,9 @@ def save_held(folder: Path, rank: int | str, batches: Sequence[HeldBatch]) -> No
     ]
     (folder / f"rollouts-{rank}.json").write_text(json.dumps(text, ensure_ascii=False), encoding="utf-8")
     tensors = {str(i): b.logp_old.detach().cpu().contiguous() for i, b in enumerate(batches)}
+    for i, b in enumerate(batches):
+        if b.sampler_weight is not None:
+            tensors[f"{i}.sampler_weight"] = b.sampler_weight.cpu().contiguous()
     save_file(tensors, folder / f"rollouts-{rank}.safetensors")
 
 
@@ -55,7 +59,8 @@ def load_held(folder: Path, rank: int | str) -> list[HeldBatch] | None:
     for i, rows in enumerate(json.loads(path.read_text(encoding="utf-8"))):
         completions = [np.array(row.pop("completion"), dtype=np.int64) for row in rows]
         places = [row.pop("place") for row in rows] if all("place" in row for row in rows) else None
-        batches.append(HeldBatch([_conversation(row) for row in rows], completions, logp_old[str(i)], places))
+        weight = logp_old.get(f"{i}.sampler_weight")
+        batches.append(HeldBatch([_conversation(row) for row in rows], completions, logp_old[str(i)], places, weight))
     return batches
 
 

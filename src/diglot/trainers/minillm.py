@@ -69,6 +69,9 @@ class MiniLLMTrainer(DistillationTrainer):
             logger.warning("teacher_mixed_alpha is 0: with several teachers the student writes alone.")
         if self.teacher.rung < Rung.HIDDEN:
             self._without_hidden_states()
+        if self.args.use_vllm and self.args.teacher_mixed_alpha > 0:
+            self.args.teacher_mixed_alpha = 0.0
+            logger.warning("teacher_mixed_alpha is 0: vLLM samples from the student alone (use_vllm).")
         auto = auto_objective(self.teacher, self.same_vocabulary)
         if self.args.objective == "auto" and not self.args.single_step_decomposition:
             self.terms = []
@@ -161,9 +164,9 @@ class MiniLLMTrainer(DistillationTrainer):
         """Log-probs of the completion under both models as they are now, and the weights of teacher-mixed sampling."""
         temperature = self.args.kd_temperature
         if batch.logp_old is None:  # given when the rollouts come from a checkpoint
-            batch.logp_old = self.logps(
-                self.hidden_at_rows(self.student, batch.student), batch.student, "student", temperature
-            )
+            hidden = self.hidden_at_rows(self.student, batch.student)
+            batch.logp_old = self.logps(hidden, batch.student, "student", temperature)
+            self.rollouts.measure(batch, hidden)
         batch.logp_t = self.teacher_logps(batch, temperature)  # the student first: a served teacher answers meanwhile
         if self.args.teacher_mixed_alpha > 0:
             batch.weight = mixture_weight(
@@ -251,6 +254,8 @@ class MiniLLMTrainer(DistillationTrainer):
         surrogate, clipped = clipped_policy_gradient(
             logp, batch.logp_old, batch.advantage, self.args.epsilon, batch.weight
         )
+        if batch.sampler_weight is not None:
+            surrogate = surrogate * batch.sampler_weight
         scored = self._scored(batch)
         self._metrics.add_mean("minillm/clip_ratio", float((clipped & scored).sum()), float(scored.sum()))
         return surrogate[scored].sum()
@@ -306,6 +311,8 @@ class MiniLLMTrainer(DistillationTrainer):
             pairs = [self.reader.sampled(c, ids) for c, ids in zip(one.conversations, one.completions, strict=True)]
             batches.append(self.align(pairs, on_policy=True))
             batches[-1].logp_old, batches[-1].places = one.logp_old.to(self.args.device), one.places
+            if one.sampler_weight is not None:
+                batches[-1].sampler_weight = one.sampler_weight.to(self.args.device)
         self._held = self._prepare_rollouts(batches)
 
 
@@ -316,4 +323,5 @@ def _is_single_step(term: Term) -> bool:
 def _held_of(batch: AlignedBatch) -> HeldBatch:
     assert batch.logp_old is not None
     completions = [pair.student.ids[pair.prompt_length :] for pair in batch.pairs]
-    return HeldBatch([pair.conversation for pair in batch.pairs], completions, batch.logp_old, batch.places)
+    conversations = [pair.conversation for pair in batch.pairs]
+    return HeldBatch(conversations, completions, batch.logp_old, batch.places, batch.sampler_weight)

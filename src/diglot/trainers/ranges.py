@@ -34,6 +34,7 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("adam_epsilon", "eval_steps", "num_train_epochs", "save_steps", "logging_steps"), _POSITIVE),
     **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor"), _BELOW_ONE),
     "max_steps": (-1, None, "-1 (as many as num_train_epochs says) or more"),
+    "vllm_server_port": (1, 65535, "a port, 1 to 65535"),
     "seed": (0, 2**32 - 1, "in [0, 2^32)"),
 }  # fmt: skip
 

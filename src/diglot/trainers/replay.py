@@ -18,7 +18,8 @@ from diglot.rendering import Conversation, Rendered
 if TYPE_CHECKING:
     from diglot.trainers.base import DistillationTrainer
 
-_KEPT = ("logp_old", "logp_t", "advantage", "weight")  # tensors of a batch that are not computed again
+# Tensors of a batch that are not computed again.
+_KEPT = ("logp_old", "logp_t", "advantage", "weight", "sampler_weight")
 _SIDES = ("student", "teacher")
 
 
@@ -102,7 +103,7 @@ def _batch(
         lists = {k: None if one["conversation"][k] is None else tuple(one["conversation"][k]) for k in _LISTS}
         conversation = Conversation(**{**one["conversation"], **lists})
         noncanonical = tensors[f"{prefix}{i}.noncanonical"].numpy()
-        pairs.append(ReadPair(conversation, noncanonical=noncanonical, **sides))
+        pairs.append(ReadPair(conversation, sides["student"], sides["teacher"], noncanonical))
     batch = trainer.align(pairs, on_policy=bool(told["on_policy"]))
     batch.counts, batch.places = told["counts"], told["places"]
     for name in _KEPT:

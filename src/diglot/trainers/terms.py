@@ -184,7 +184,9 @@ class BatchScores:
 
     def path_for(self, objective: PathObjective) -> Path:
         """The log-probs of the models themselves, and what else the objective reads."""
-        path = Path(*self.logps(1.0), weight=self.batch.weight, noncanonical=self.batch.noncanonical)
+        batch = self.batch
+        path = Path(*self.logps(1.0), weight=batch.weight, noncanonical=batch.noncanonical)
+        path = replace(path, sampler_weight=batch.sampler_weight)
         if objective.reads_boundaries:
             boundary_s, boundary_t = self.boundaries
             path = replace(path, boundary_s=boundary_s, boundary_t=boundary_t)
