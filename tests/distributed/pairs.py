@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = Path(__file__).parent / "main.py"
-TIMEOUT = int(os.environ.get("DIGLOT_TEST_TIMEOUT", "240"))
+TIMEOUT = int(os.environ.get("DIGLOT_TEST_TIMEOUT", "540"))
 
 
 def make_pair(root: Path, teacher: str = "inst", rows: list[dict[str, Any]] | None = None, **config: Any) -> None:

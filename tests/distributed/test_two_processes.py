@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import cases
+import distributed_cases as cases
 import pairs
 import pytest
 import tiny

@@ -264,9 +264,7 @@ class DistillationConfig(TrainingArguments):
         share = self.vllm_gpu_memory_utilization
         _require(0 < share <= 1, "vllm_gpu_memory_utilization", share, "in (0, 1]")
         host = self.vllm_server_host
-        _require(
-            re.fullmatch(r"[\w.-]+", host) is not None, "vllm_server_host", host, "a host's name or address alone"
-        )
+        _require(re.fullmatch(r"[\w.-]+", host) is not None, "vllm_server_host", host, "a host's name or address alone")
         if self.vllm_server_base_url is not None:
             checked_address(self.vllm_server_base_url, "vllm_server_base_url", "DIGLOT_VLLM_API_KEY")
 

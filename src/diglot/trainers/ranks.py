@@ -33,7 +33,7 @@ def with_all_names(sums: Mapping[str, float]) -> dict[str, float]:
     return {**dict.fromkeys(sorted(set(gather_object(list(sums)))), 0.0), **sums}
 
 
-def check_wrapping(accelerator: Accelerator, teachers: int) -> None:
+def check_wrapping(accelerator: Accelerator, teachers: int = 1) -> None:
     """Raise `ConfigError` for ways of sharding a student whose head could not be read outside of its forward pass."""
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP and teachers > 1:
