@@ -9,7 +9,10 @@ import pytest
 import tiny
 import tokenizers_zoo as zoo
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from diglot.trainers.sides import _keep_trainable
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 MAKERS = pytest.mark.parametrize("make", [tiny.gkd, tiny.minillm], ids=["gkd", "minillm"])
@@ -54,6 +57,44 @@ def test_a_lora_run_is_resumed_exactly(tmp_path: Path, make: Any) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
     for (name, p), q in zip(through.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+@pytest.fixture
+def four_bits(tmp_path: Path) -> Any:
+    """The student's weights, loaded in four bits: the same every time."""
+    tiny.tiny_model(zoo.chatml(), 0, hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    return lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization)
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit:UserWarning")
+@MAKERS
+def test_a_student_in_four_bits_is_trained_saved_loaded_merged_and_resumed(
+    tmp_path: Path, make: Any, four_bits: Any
+) -> None:
+    """QLoRA: the adapter goes through everything that one on whole weights does."""
+    teacher = tiny.tiny_model(zoo.inst(), 1)
+    options: dict[str, Any] = dict(max_steps=2, save_strategy="steps", save_steps=1, learning_rate=1e-2)
+
+    def made(out: str) -> Any:
+        model = prepare_model_for_kbit_training(four_bits(), use_gradient_checkpointing=False)
+        keywords = lora(target_modules=["q_proj", "v_proj", "down_proj"])
+        return make(tmp_path / out, zoo.chatml(), zoo.inst(), models=(model, teacher), keywords=keywords, **options)
+
+    through, resumed = made("a"), made("b")
+    through.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    for (name, p), q in zip(through.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    trained = logits(through.model)
+    through.save_model(str(tmp_path / "adapter"))
+    _keep_trainable(base := four_bits())  # the same kernels
+    before = logits(base)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert torch.equal(logits(loaded), trained)
+    assert (before - trained).abs().max() > 1e-3
+    merged = logits(loaded.merge_and_unload())  # back into four bits, which rounds
+    assert (merged - trained).abs().max() < (before - trained).abs().max()
 
 
 def test_an_adapter_on_the_head_is_part_of_the_loss(tmp_path: Path) -> None:

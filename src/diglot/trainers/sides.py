@@ -51,6 +51,7 @@ def prepare_sides(
         VocabularyError: a tokenizer that does not belong to its model, or whose bytes cannot be known.
     """
     student = _load_student(student, args)
+    _keep_trainable(student)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
     renderer = _renderer(student, tokenizer, args.chat_template_kwargs, "student")
@@ -183,6 +184,17 @@ def _load_student(student: PreTrainedModel | str, args: DistillationConfig) -> P
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
     return student
+
+
+def _keep_trainable(student: PreTrainedModel) -> None:
+    """Weights in 4 bits stay in the form that gradients pass through.
+
+    On CPUs with AVX512-BF16 bitsandbytes packs them anew at the first pass in evaluation mode, and what is packed so
+    passes no gradient on: a sample, and the adapters below would stop learning, with a warning of torch's at most.
+    """
+    for module in student.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _load_teacher(name: str | None, args: DistillationConfig) -> PreTrainedModel:
