@@ -17,6 +17,7 @@ import tiny
 import yaml
 from assets import cache, fetch_texts
 from real_assets import model_folder, tokenizer
+from rollout_server import RolloutServer
 from teacher_server import TeacherServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -56,12 +57,12 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def serve() -> Iterator[Any]:
-    """Folder of a model -> address of a server on loopback that scores with it."""
-    servers: list[TeacherServer] = []
+    """Folder of a model -> address of a server on loopback that scores with it, or writes."""
+    servers: list[TeacherServer | RolloutServer] = []
 
-    def start(folder: str) -> str:
+    def start(folder: str, kind: type[TeacherServer | RolloutServer] = TeacherServer) -> str:
         model = AutoModelForCausalLM.from_pretrained(folder)
-        servers.append(TeacherServer(model, AutoTokenizer.from_pretrained(folder)).start())
+        servers.append(kind(model, AutoTokenizer.from_pretrained(folder), 4096).start())
         return servers[-1].url
 
     yield start
@@ -105,6 +106,9 @@ def test_every_recipe_trains_two_steps_with_stand_ins_for_its_models(
         "dataset_name": str(data["plain" if "plain text" in text else "talk"]),
         "output_dir": str(tmp_path / "run"),
     }
+    if given.get("use_vllm"):
+        paths["vllm_server_base_url"] = serve(paths["model_name_or_path"], RolloutServer)
+        paths["vllm_weights_dir"] = str(tmp_path / "weights")
     small = ["--max_steps", "2", "--use_cpu", "--max_completion_length", "6", "--disable_tqdm", "--logging_steps", "1"]
     done = subprocess.run(
         [sys.executable, *command, *(word for key, path in paths.items() for word in (f"--{key}", path)), *small],
