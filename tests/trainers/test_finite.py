@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 
 from diglot.errors import NonFiniteError
-from diglot.trainers.replay import load_batches, replay
+from diglot.trainers.replay import load_batches, replay, save_batches
 
 MAKE = {"gkd": tiny.gkd, "minillm": tiny.minillm}
 OPTIONS: dict[str, dict[str, Any]] = {"gkd": {"lmbda": 1.0}, "minillm": {"num_iterations": 1}}
@@ -128,3 +128,14 @@ def test_batches_of_skipped_steps_are_bounded_on_disk(tmp_path: Path, monkeypatc
     trainer.train()
     assert trainer.skipped_steps == 4 and len(list((tmp_path / "nonfinite").iterdir())) == 2
     assert all(torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
+
+
+def test_a_saved_batch_keeps_what_the_teacher_alone_read(tmp_path: Path) -> None:
+    """`teacher_prompt` comes back as a conversation, from a batch that is replayed as from a checkpoint's."""
+    rows = [{**row, "teacher_prompt": [{"role": "user", "content": "More is known here."}]} for row in tiny.CHAT_ROWS]
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), rows, lmbda=0.0)
+    (inputs,), _ = trainer.get_batch_samples(iter([trainer.data_collator(rows[:2])]), 1, trainer.args.device)
+    save_batches(tmp_path / "kept", [inputs["batch"]], {})
+    (again,) = load_batches(tmp_path / "kept", trainer)
+    views = [pair.conversation.teacher_view for pair in again.pairs]
+    assert all(views) and views == [pair.conversation.teacher_view for pair in inputs["batch"].pairs]

@@ -60,12 +60,13 @@ def load_held(folder: Path, rank: int | str) -> list[HeldBatch] | None:
         completions = [np.array(row.pop("completion"), dtype=np.int64) for row in rows]
         places = [row.pop("place") for row in rows] if all("place" in row for row in rows) else None
         weight = logp_old.get(f"{i}.sampler_weight")
-        batches.append(HeldBatch([_conversation(row) for row in rows], completions, logp_old[str(i)], places, weight))
+        batches.append(HeldBatch([conversation_of(row) for row in rows], completions, logp_old[str(i)], places, weight))
     return batches
 
 
-def _conversation(row: dict) -> Conversation:
+def conversation_of(row: dict) -> Conversation:
+    """What `dataclasses.asdict` and JSON made of a conversation, as one again."""
     if row.get("teacher_view") is not None:
-        row = {**row, "teacher_view": _conversation(row["teacher_view"])}
+        row = {**row, "teacher_view": conversation_of(row["teacher_view"])}
     lists = {k: None if row[k] is None else tuple(row[k]) for k in ("messages", "tools")}
     return Conversation(**{**row, **lists})

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diglot.batches import AlignedBatch, PackedSide, ReadPair
-from diglot.rendering import Conversation, Rendered
+from diglot.rendering import Rendered
+from diglot.trainers.held import conversation_of
 
 if TYPE_CHECKING:
     from diglot.trainers.base import DistillationTrainer
@@ -100,10 +101,8 @@ def _batch(
     pairs = []
     for i, one in enumerate(told["pairs"]):
         sides = {side: _rendered(one[side], f"{prefix}{i}.{side}.", tensors) for side in _SIDES}
-        lists = {k: None if one["conversation"][k] is None else tuple(one["conversation"][k]) for k in _LISTS}
-        conversation = Conversation(**{**one["conversation"], **lists})
         noncanonical = tensors[f"{prefix}{i}.noncanonical"].numpy()
-        pairs.append(ReadPair(conversation, sides["student"], sides["teacher"], noncanonical))
+        pairs.append(ReadPair(conversation_of(one["conversation"]), sides["student"], sides["teacher"], noncanonical))
     batch = trainer.align(pairs, on_policy=bool(told["on_policy"]))
     batch.counts, batch.places = told["counts"], told["places"]
     for name in _KEPT:
@@ -116,9 +115,6 @@ def _batch(
         }
         batch.reference = PackedSide(**plain).to(trainer.args.device)
     return batch
-
-
-_LISTS = ("messages", "tools")
 
 
 def _rendered(told: Mapping[str, Any], prefix: str, tensors: Mapping[str, torch.Tensor]) -> Rendered:
