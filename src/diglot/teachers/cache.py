@@ -7,7 +7,6 @@ run. All of this is in the key, so nothing has to be declared stale: what change
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -26,6 +24,8 @@ from diglot.batches import PackedSide
 from diglot.errors import TeacherError
 from diglot.heads import reads_prompts_once
 from diglot.teachers.adapter import AdapterOff
+from diglot.teachers.fingerprint import tensor_bytes, weights_digest
+from diglot.teachers.kept import text_keys
 from diglot.teachers.local import LocalTeacher
 from diglot.teachers.teacher import Teacher, local
 
@@ -74,7 +74,8 @@ class CachedTeacher:
         self.hits += sum(answer is not None for answer in found)
         self.misses += len(asked)
         if asked:
-            if self._depends_on_batch(side):
+            part, at, _ = _part(side, asked, batch_of_row)
+            if self._depends_on_batch(side) or self._shares_prompts(side.input_ids[part], at):
                 asked = [b for b, n in enumerate(counts) if n]
             for b, answer in zip(asked, self._ask(side, asked, batch_of_row), strict=True):
                 self._write(paths[b], answer)
@@ -84,27 +85,15 @@ class CachedTeacher:
 
     def _ask(self, side: PackedSide, rows: list[int], batch_of_row: Tensor) -> tuple[Tensor, ...]:
         """The teacher's answers about some rows of the batch, at the batch's own width."""
-        width, chosen = side.input_ids.shape[1], torch.tensor(rows)
-        place = torch.full((len(side.input_ids),), -1).index_put((chosen,), torch.arange(len(rows)))[batch_of_row]
-        wanted = place >= 0
-        at = place[wanted] * width + (side.rows.cpu() % width)[wanted]
-        chosen = chosen.to(side.input_ids.device)
-        hidden = self.teacher.at_rows(side.input_ids[chosen], side.attention_mask[chosen], at)
-        return hidden.split(torch.bincount(place[wanted], minlength=len(rows)).tolist())
+        part, at, counts = _part(side, rows, batch_of_row)
+        return self.teacher.at_rows(side.input_ids[part], side.attention_mask[part], at).split(counts)
 
     # ---- keys --------------------------------------------------------------------------------------------------
 
     def _keys(self, side: PackedSide) -> list[str]:
         """What decides the answer about each row of the batch, as a digest."""
-        ids, mask = side.input_ids.cpu().numpy(), side.attention_mask.cpu().numpy()
-        at, width = side.rows.cpu().numpy(), side.input_ids.shape[1]
-        common = self.identity() + self._manner(side)
-        found = []
-        for b in range(len(ids)):
-            read, scored = ids[b][mask[b] > 0], at[at // width == b] % width
-            text = f"{common}/{len(read)}/".encode() + read.tobytes() + scored.astype(np.int64).tobytes()
-            found.append(hashlib.sha256(text).hexdigest())
-        return found
+        common = (self.identity() + self._manner(side)).encode()
+        return [hashlib.sha256(common + key).hexdigest() for key in text_keys(side)]
 
     def _manner(self, side: PackedSide) -> str:
         """How the teacher is run, as far as the answer's last bit depends on it."""
@@ -119,24 +108,22 @@ class CachedTeacher:
         return f"{manner}/{side.input_ids.shape[1]}"
 
     def _depends_on_batch(self, side: PackedSide) -> bool:
-        """Do rows of the batch share prompts that are read once? Their sums then have another order."""
+        """Does the answer about a row depend on the batch's other rows?"""
+        return self._shares_prompts(side.input_ids, side.rows)
+
+    def _shares_prompts(self, input_ids: Tensor, rows: Tensor) -> bool:
+        """Are prompts that rows have in common read once? Sums then have another order than without those rows."""
         model = self.teacher.model
-        return model.device.type == "cpu" and reads_prompts_once(model, side.input_ids, side.rows)
+        return model.device.type == "cpu" and reads_prompts_once(model, input_ids, rows)
 
     def identity(self) -> str:
-        """A digest of weights, configuration, vocabulary and libraries; made anew when a weight was written to."""
+        """Digests of weights and vocabulary, and versions of libraries; made anew when a weight was written to."""
         model = self.teacher.model
         tensors = [*model.named_parameters(), *model.named_buffers()]
         versions = [(name, x.data_ptr(), x._version) for name, x in tensors]
         if self._identity is None or self._identity[0] != versions:
-            digest = hashlib.sha256(self.teacher.renderer.vocabulary.content_hash.encode())
-            config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path",)}
-            digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-            digest.update(f"{type(model).__name__}/{torch.__version__}/{transformers.__version__}".encode())
-            for name, x in tensors:
-                digest.update(f"{name}/{x.dtype}/{tuple(x.shape)}/".encode())
-                digest.update(_bytes(x))
-            self._identity = versions, digest.hexdigest()
+            own = self.teacher.renderer.vocabulary.content_hash, weights_digest(model)
+            self._identity = versions, "/".join([*own, torch.__version__, transformers.__version__])
         return self._identity[1]
 
     # ---- files -------------------------------------------------------------------------------------------------
@@ -154,7 +141,7 @@ class CachedTeacher:
         except _UNREADABLE as error:
             logger.warning("%s cannot be read (%s): the teacher is asked again.", path, error)
             return None
-        if checksum != hashlib.sha256(_bytes(answer)).hexdigest() or answer.shape[0] != rows:
+        if checksum != hashlib.sha256(tensor_bytes(answer)).hexdigest() or answer.shape[0] != rows:
             logger.warning("%s is damaged: the teacher is asked again.", path)
             return None
         return answer
@@ -168,7 +155,9 @@ class CachedTeacher:
         unfinished = path.with_name(f"{uuid4().hex}.tmp")
         try:
             path.parent.mkdir(exist_ok=True)
-            save_file({"hidden": answer}, unfinished, metadata={"sha256": hashlib.sha256(_bytes(answer)).hexdigest()})
+            save_file(
+                {"hidden": answer}, unfinished, metadata={"sha256": hashlib.sha256(tensor_bytes(answer)).hexdigest()}
+            )
             os.replace(unfinished, path)
         except (OSError, SafetensorError) as error:
             unfinished.unlink(missing_ok=True)
@@ -180,6 +169,16 @@ class CachedTeacher:
         self._full = True
 
 
+def _part(side: PackedSide, rows: list[int], batch_of_row: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Some rows of a batch, the places of what is scored in a batch of them alone, and how many each row has."""
+    width, chosen = side.input_ids.shape[1], torch.tensor(rows)
+    place = torch.full((len(side.input_ids),), -1).index_put((chosen,), torch.arange(len(rows)))[batch_of_row]
+    wanted = place >= 0
+    at = place[wanted] * width + (side.rows.cpu() % width)[wanted]
+    counts = torch.bincount(place[wanted], minlength=len(rows)).tolist()
+    return chosen.to(side.input_ids.device), at, counts
+
+
 def cached(teacher: Teacher, folder: str | Path) -> CachedTeacher:
     """A cache of a teacher's hidden states. `TeacherError` for one that has none, or whose weights are in training."""
     held = local(teacher, "teacher_cache_dir (hidden states)")
@@ -189,8 +188,3 @@ def cached(teacher: Teacher, folder: str | Path) -> CachedTeacher:
             "student, whose weights change. Switch the cache off, or name the teacher's weights."
         )
     return CachedTeacher(held, folder)
-
-
-def _bytes(x: Tensor) -> memoryview:
-    """The raw bytes of a tensor of any type."""
-    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
