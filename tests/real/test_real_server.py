@@ -5,12 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -42,39 +36,8 @@ def started(log: Path, *more: str) -> Iterator[str]:
     """A server that answers; its address."""
     if not (vllm_server.environment() / "complete").exists():
         pytest.fail("vLLM is not installed. Run `make test-server`, which installs it.")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            vllm_server.command(model_folder(MODEL), port, *more),
-            env=vllm_server.surroundings(),
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-        try:
-            _wait(process, f"http://127.0.0.1:{port}/health", log)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float = 300.0) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=2) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:
-            time.sleep(1)
-    pytest.fail(f"vLLM did not start in {seconds:.0f} s:\n{log.read_text(errors='replace')[-3000:]}")
+    with vllm_server.running(model_folder(MODEL), log, *more) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -82,15 +82,16 @@ class Evaluator:
         texts: list[str] = []
         with _eval_mode(self.model):
             for i, batch in enumerate(_batches(conversations, self.batch_size)):
-                pairs = self._write(batch, sampler, max_new_tokens, seed + i)
+                pairs = self.write(batch, sampler, max_new_tokens, seed + i)
                 texts += [p.student.segment_bytes[-1].decode("utf-8") for p in pairs]
                 found.append(self._judge(self._aligned(pairs, on_policy=True)))
         columns = {name: np.concatenate([f[name] for f in found] or [np.zeros(0)]) for name in OnPolicyReport.columns()}
         return OnPolicyReport(**columns, completions=texts)
 
-    def _write(
+    def write(
         self, conversations: Sequence[Conversation], sampler: TransformersSampler, max_new_tokens: int, seed: int
     ) -> list[ReadPair]:
+        """The model's completions of those conversations that fit, as both sides read them."""
         prompts = [(c, p) for c in conversations if (p := self.reader.prompt_ids(c, max_new_tokens)) is not None]
         written = sampler(self.model, [p for _, p in prompts], max_new_tokens=max_new_tokens, seed=seed)
         read = [self.reader.sampled(c, ids, p) for (c, p), ids in zip(prompts, written, strict=True)]

@@ -8,7 +8,6 @@ are counted, over all ranks. What is left for `compute_loss` is a forward pass, 
 from __future__ import annotations
 
 import logging
-import math
 import random
 from abc import abstractmethod
 from collections import defaultdict
@@ -43,7 +42,7 @@ from diglot.trainers.finite import FiniteSteps
 from diglot.trainers.lanes import HasLanes, mean_metrics, prepare_lanes, same_side, share_counts
 from diglot.trainers.lengths import as_read, by_length
 from diglot.trainers.manifest import describe_model, describe_objective, describe_teacher
-from diglot.trainers.metrics import StepMetrics, evaluation_metrics
+from diglot.trainers.metrics import StepMetrics, evaluation_metrics, reference_metrics
 from diglot.trainers.observing import Observer
 from diglot.trainers.projectors import (
     add_to_optimizer,
@@ -331,8 +330,8 @@ class DistillationTrainer(HasLanes, FiniteSteps):
             raise AlignmentError(
                 f"Only {coverage:.1%} of the student's scored tokens could be aligned with the teacher's in step "
                 f"{self.state.global_step}; min_coverage is {self.args.min_coverage:.0%}. Look at the pair's "
-                f"tokenizers: a "
-                "lossy normaliser on one side, or text that the teacher's context cannot hold, are the usual reasons."
+                "tokenizers: a lossy normaliser on one side, or text that the teacher's context cannot hold, are the "
+                "usual reasons."
             )
 
     # ---- one micro-batch ---------------------------------------------------------------------------------------
@@ -464,10 +463,11 @@ class DistillationTrainer(HasLanes, FiniteSteps):
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be resumed."""
-        teachers = {lane.label: {**describe_teacher(lane.teacher), "weight": lane.weight} for lane in self.lanes}
+        described = [describe_teacher(lane.teacher) for lane in self.lanes]
+        several = {lane.label: {**one, "weight": lane.weight} for lane, one in zip(self.lanes, described, strict=True)}
         return {
             "student": describe_model(self.student, self.student_renderer, weights=False),
-            "teacher": teachers if len(teachers) > 1 else describe_teacher(self.lanes[0].teacher),
+            "teacher": several if len(several) > 1 else described[0],
             "objective": describe_objective(type(self).__name__, self.terms, self.args),
         }
 
@@ -531,8 +531,9 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         """Metrics over all ranks' samples. Every rank samples with the same seeds at every evaluation."""
         evaluator = self.evaluator()
         reference = evaluator.on_reference([s for s in samples if s.reply is not None])
+        columns = {f"reference/{n}": getattr(reference, n) for n in ("nats", "num_bytes")}
         if isinstance(self.teacher, ScoredTeacher):  # of which nobody can ask anything about new text
-            return self._bits_per_byte(reference)
+            return reference_metrics(self._totals(columns))
         written = evaluator.on_policy(
             [s.conversation for s in samples],
             self.sampler,
@@ -540,16 +541,11 @@ class DistillationTrainer(HasLanes, FiniteSteps):
             seed=self.args.seed,
         )
         self.reader.take_dropped()
-        columns = {f"reference/{n}": getattr(reference, n) for n in ("nats", "num_bytes")}
         columns |= {n: getattr(written, n) for n in OnPolicyReport.columns()}
-        totals = self.count_over_ranks({name: float(values.sum()) for name, values in columns.items()})
-        return evaluation_metrics(totals, whole_rows=self.teacher.rung >= Rung.HIDDEN)
+        return evaluation_metrics(self._totals(columns), whole_rows=self.teacher.rung >= Rung.HIDDEN)
 
-    def _bits_per_byte(self, reference: Any) -> dict[str, float]:
-        """Of reference text alone, over all ranks."""
-        names = ("nats", "num_bytes")
-        totals = self.count_over_ranks({n: float(getattr(reference, n).sum()) for n in names})
-        return {"bits_per_byte": totals["nats"] / max(totals["num_bytes"], 1.0) / math.log(2)}
+    def _totals(self, columns: Mapping[str, Any]) -> dict[str, float]:
+        return self.count_over_ranks({name: float(values.sum()) for name, values in columns.items()})
 
     # ---- logging -----------------------------------------------------------------------------------------------
 

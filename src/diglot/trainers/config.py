@@ -217,6 +217,10 @@ class DistillationConfig(TrainingArguments):
         "Logging",
     )
 
+    def name_of(self, teacher: Any) -> Any:
+        """Model id, folder or address of the teacher that a trainer was given; None for a model that is loaded."""
+        return teacher if isinstance(teacher, str) else self.teacher_model_name_or_path if teacher is None else None
+
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled holds no keys."""
         return {k: None if is_secret(k) else without_secrets(v) for k, v in vars(self).items()}

@@ -19,7 +19,7 @@ def address_of(teacher: Any, args: DistillationConfig) -> str | None:
     Raises:
         ConfigError: two addresses, an address beside a model, or one that cannot be used.
     """
-    name = teacher if isinstance(teacher, str) else args.teacher_model_name_or_path if teacher is None else None
+    name = args.name_of(teacher)
     named = checked_address(str(name), "teacher_model_name_or_path") if is_address(name) else None
     url = args.teacher_model_server_url
     if url is None:
@@ -52,7 +52,7 @@ def connect_teacher(
         return None
     if args.teacher_model_init_kwargs:
         raise ConfigError(f"teacher_model_init_kwargs is for a teacher that is loaded here, not at {address}. Drop it.")
-    name = teacher if isinstance(teacher, str) else args.teacher_model_name_or_path
+    name = args.name_of(teacher)
     assert not isinstance(name, list)  # `prepare_lanes` takes lists apart
     model = None if is_address(name) else name
     tokenizer, place = teacher_tokenizer, args.teacher_tokenizer_name_or_path or model

@@ -46,10 +46,8 @@ def make_engine(args: DistillationConfig, renderer: Renderer, sampler: Transform
     place = args.vllm_weights_dir or str(Path(str(args.output_dir)) / "vllm-weights")
     if Path(place).exists() and not Path(place).is_dir():
         raise ConfigError(f"vllm_weights_dir={place!r} cannot work: it must be a folder, and it is a file.")
-    sampling, weights = (
-        Sampling(renderer.stop_ids, args.temperature, args.top_p, args.top_k),
-        WeightsFolder(Path(place)),
-    )
+    sampling = Sampling(renderer.stop_ids, args.temperature, args.top_p, args.top_k)
+    weights = WeightsFolder(Path(place))
     if args.vllm_mode == "colocate":
         return _colocated(args, sampling, weights)
     from diglot.rollouts.vllm_server import KEY_VARIABLE, VLLMServer

@@ -42,8 +42,9 @@ class FiniteSteps(WholeCheckpoints):
     ) -> Tensor:
         """As `Trainer.training_step`; keeps what `_get_grad_norm` will look at."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._seen = [*self._seen, (inputs["batch"], float(loss))]
-        return loss if math.isfinite(float(loss)) else torch.zeros_like(loss)
+        value = float(loss)
+        self._seen = [*self._seen, (inputs["batch"], value)]
+        return loss if math.isfinite(value) else torch.zeros_like(loss)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """The norm before the optimizer's step: the place to refuse it."""

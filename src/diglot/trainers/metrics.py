@@ -86,6 +86,11 @@ def evaluation_metrics(totals: Mapping[str, float], whole_rows: bool) -> dict[st
     }
     if whole_rows:
         metrics["stop_agreement"] = on_policy.stop_agreement
-    if totals["reference/num_bytes"]:
-        metrics["bits_per_byte"] = totals["reference/nats"] / totals["reference/num_bytes"] / math.log(2)
-    return metrics
+    return metrics | reference_metrics(totals)
+
+
+def reference_metrics(totals: Mapping[str, float]) -> dict[str, float]:
+    """The part of it that reads the data's own texts, and no teacher; nothing where the data hold none."""
+    if not totals["reference/num_bytes"]:
+        return {}
+    return {"bits_per_byte": totals["reference/nats"] / totals["reference/num_bytes"] / math.log(2)}

@@ -92,11 +92,12 @@ class Observer:
         samples = self._fixed_samples() if trainer.args.log_rollouts and self._can_score() else []
         if not samples:
             return
-        pairs = self._answers(samples)
+        evaluator, longest = trainer.evaluator(), trainer.args.max_completion_length
+        pairs = evaluator.write([s.conversation for s in samples], trainer.sampler, longest, trainer.args.seed)
         batch, facts = self._score(pairs, on_policy=True, top=ALTERNATIVES)
         written = OnPolicyReport(**compare(batch, *facts))  # type: ignore[arg-type]
         replies = [sample for sample in samples if sample.reply is not None]
-        reference = trainer.evaluator().on_reference(replies) if replies else None
+        reference = evaluator.on_reference(replies) if replies else None
         trainer.reader.take_dropped()
         if not trainer.is_world_process_zero():
             return
@@ -121,18 +122,6 @@ class Observer:
             return []
         rows: Iterable[Any] = itertools.islice(data, FIXED_PROMPTS)
         return [to_sample(row, where=f"row {i}") for i, row in enumerate(rows)]
-
-    def _answers(self, samples: Sequence[Sample]) -> list[ReadPair]:
-        trainer, longest = self.trainer, self.trainer.args.max_completion_length
-        asked = [
-            (sample.conversation, prompt)
-            for sample in samples
-            if (prompt := trainer.reader.prompt_ids(sample.conversation, longest)) is not None
-        ]
-        prompts = [prompt for _, prompt in asked]
-        written = trainer.sampler(trainer.student, prompts, max_new_tokens=longest, seed=trainer.args.seed)
-        read = [trainer.reader.sampled(c, ids, p) for (c, p), ids in zip(asked, written, strict=True)]
-        return [pair for pair in read if pair is not None]
 
     # ---- what both share ---------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ def kept_teacher(teacher: Any, tokenizer: Any, args: DistillationConfig) -> Scor
         ConfigError: the run would write texts of its own, which nobody has scored.
         TeacherError: the scores are unfinished, or were made otherwise than they are to be read.
     """
-    name = teacher if isinstance(teacher, str) else args.teacher_model_name_or_path if teacher is None else None
+    name = args.name_of(teacher)
     if not is_scores(name):
         return None
     if getattr(args, "lmbda", 1.0) > 0 or getattr(args, "seq_kd", False):
@@ -36,7 +36,11 @@ def kept_teacher(teacher: Any, tokenizer: Any, args: DistillationConfig) -> Scor
     if tokenizer is None and args.teacher_tokenizer_name_or_path:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(args.teacher_tokenizer_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.teacher_tokenizer_name_or_path,
+            revision=args.teacher_model_revision,
+            trust_remote_code=args.teacher_trust_remote_code,
+        )
     reading = {
         "score_turns": args.score_turns,
         "system_prompt": args.teacher_system_prompt,

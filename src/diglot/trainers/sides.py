@@ -88,7 +88,7 @@ def _local_teacher(
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> LocalTeacher:
-    name = teacher if isinstance(teacher, str) else args.teacher_model_name_or_path if teacher is None else None
+    name = args.name_of(teacher)
     assert not isinstance(name, list)  # `prepare_lanes` takes lists apart
     if name == OWN_BASE:
         return _own_base(student, teacher_tokenizer or tokenizer, args)

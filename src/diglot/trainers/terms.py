@@ -28,7 +28,6 @@ from diglot.objectives import (
     Values,
     make_objective,
 )
-from diglot.objectives.base import at_least_float32
 from diglot.vocabulary import Vocabulary
 
 AddMean = Callable[[str, float, float], None]
@@ -240,7 +239,7 @@ class BatchScores:
         rows = self.hidden_t[token.to(self.hidden_t.device)]
         best = []
         for block in blocks(len(rows), self.chunk_rows(False)):
-            logits = at_least_float32(self.teacher.head(rows[block])) / self.temperature
+            logits = self.teacher.head(rows[block]) / self.temperature
             best.append(logits.log_softmax(-1).topk(k, dim=-1))
         device = self.hidden_s.device
         return torch.cat([b.indices for b in best]).to(device), torch.cat([b.values for b in best]).to(device)
