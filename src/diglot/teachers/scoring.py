@@ -21,7 +21,7 @@ from torch import Tensor
 from diglot.batches import PackedSide, WrittenSide, pack, teacher_reads
 from diglot.data import Sample
 from diglot.errors import DataError, TeacherError
-from diglot.heads import blocks, default_chunk_rows, summaries, token_logps
+from diglot.heads import blocks, default_chunk_rows, summaries
 from diglot.objectives.byte import OwnLaws, byte_law
 from diglot.rendering import Rendered, truncate
 from diglot.teachers.fingerprint import weights_digest
@@ -252,15 +252,17 @@ class _Scorer:
         return found
 
     def _columns(self, hidden: Tensor, side: PackedSide) -> list[Tensor]:
+        """Log-probs of the text and of the written ids, the likeliest ids and theirs: one pass over the head."""
         assert isinstance(self.teacher, LocalTeacher)
-        head, size = self.teacher.head, len(self.teacher.renderer.vocabulary)
-        rows = default_chunk_rows(size, size, hidden.device)
-        logps = token_logps(hidden, head, side.targets, side.stop, self.stop, rows)
-        written = token_logps(hidden, head, side.targets, torch.zeros_like(side.stop), self.stop, rows)
-        best = [head(hidden[block]).log_softmax(-1).topk(self.k, dim=-1) for block in blocks(len(hidden), rows)]
-        empty = logps.new_zeros(0, self.k)
-        ids = torch.cat([empty.long(), *(b.indices for b in best)])
-        return [logps, written, ids, torch.cat([empty, *(b.values for b in best)])]
+        size, stop_ids = len(self.teacher.renderer.vocabulary), self.stop.to(hidden.device)
+        found = []
+        for block in blocks(len(hidden), default_chunk_rows(size, size, hidden.device)):
+            logps = self.teacher.head(hidden[block]).log_softmax(-1)
+            written = logps.gather(-1, side.targets[block, None])[:, 0]
+            text = torch.where(side.stop[block], logps[:, stop_ids].logsumexp(-1), written)
+            best = logps.topk(self.k, dim=-1)
+            found.append((text, written, best.indices, best.values))
+        return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
     def _laws(self, hidden: Tensor, side: PackedSide) -> list[np.ndarray]:
         """For each segment its laws, `[l, 257]` float16; NaN at bytes that no plain token holds."""
