@@ -72,7 +72,7 @@ def out_of_range(name: str) -> list[str]:
     low, high, _ = RANGES.get(name, (None, None, ""))
     whole = OPTIONS[name].kinds[0] == "int"
     below = [] if low is None else [str(int(low) - 1) if low == int(low) else "0"]
-    return below + ([] if high is None else [str(int(high) + 1) if whole else "1"])
+    return below + ([] if high is None else [str(int(high) + 1) if whole else "1" if high < 1 else str(high + 0.1)])
 
 
 def rows() -> Iterator[tuple[str, list[str]]]:

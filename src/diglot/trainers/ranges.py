@@ -1,4 +1,4 @@
-"""Between which numbers an option lies: those of the Trainer's own options too, which it takes as they come."""
+"""Between which numbers an option lies; those of the Trainer too, which takes them as they come."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ Range = tuple[float | None, float | None, str]
 _COUNT: Range = (1, None, "1 or more")
 _NATURAL: Range = (0, None, "0 or more")
 _POSITIVE: Range = (math.ulp(0.0), None, "greater than 0")
+_SHARE: Range = (0, 1, "in [0, 1]")
+_POSITIVE_SHARE: Range = (math.ulp(0.0), 1, "in (0, 1]")
 _BELOW_ONE: Range = (0, math.nextafter(1.0, 0.0), "in [0, 1)")
 
 RANGES: Mapping[str, Range] = {
@@ -20,19 +22,34 @@ RANGES: Mapping[str, Range] = {
             "max_length", "teacher_max_length", "rows_per_chunk", "log_completions_steps", "max_new_tokens", "lora_r",
             "lora_alpha", "dataloader_prefetch_factor", "ddp_bucket_cap_mb", "ddp_timeout", "eval_accumulation_steps",
             "gradient_accumulation_steps", "per_device_eval_batch_size", "per_device_train_batch_size",
-            "save_total_limit", "torch_empty_cache_steps",
+            "save_total_limit", "torch_empty_cache_steps", "max_completion_length", "num_generations", "num_iterations",
+            "teacher_server_concurrency",
         ),
         _COUNT,
     ),
     **dict.fromkeys(
         (
-            "num_completions_to_print", "log_rollouts", "data_seed", "dataloader_num_workers", "eval_delay",
-            "learning_rate", "max_grad_norm", "neftune_noise_alpha", "warmup_steps", "weight_decay",
+            "num_completions_to_print", "data_seed", "dataloader_num_workers", "eval_delay",
+            "learning_rate", "lm_coef", "max_grad_norm", "neftune_noise_alpha", "warmup_steps", "weight_decay",
         ),
         _NATURAL,
     ),
-    **dict.fromkeys(("adam_epsilon", "eval_steps", "num_train_epochs", "save_steps", "logging_steps"), _POSITIVE),
-    **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor"), _BELOW_ONE),
+    **dict.fromkeys(
+        (
+            "adam_epsilon", "epsilon", "eval_steps", "kd_temperature", "logging_steps", "num_train_epochs",
+            "reward_clip", "save_steps", "teacher_server_retry_seconds", "teacher_server_timeout", "temperature",
+            "vllm_importance_sampling_clip_max", "vllm_server_timeout",
+        ),
+        _POSITIVE,
+    ),
+    **dict.fromkeys(("beta", "gamma", "lmbda", "min_coverage"), _SHARE),
+    **dict.fromkeys(("top_p", "vllm_gpu_memory_utilization"), _POSITIVE_SHARE),
+    **dict.fromkeys(
+        ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor", "teacher_mixed_alpha"), _BELOW_ONE
+    ),
+    "log_rollouts": (0, None, "0 (none) or more"),
+    "strict_top_k": (0, None, "0 (all shared tokens) or more"),
+    "top_k": (0, None, "0 (off) or more"),
     "max_steps": (-1, None, "-1 (as many as num_train_epochs says) or more"),
     "vllm_server_port": (1, 65535, "a port, 1 to 65535"),
     "seed": (0, 2**32 - 1, "in [0, 2^32)"),
