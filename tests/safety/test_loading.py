@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny
 import tokenizers_zoo as zoo
@@ -23,6 +24,7 @@ from diglot.data import to_sample
 from diglot.data.samples import LONGEST
 from diglot.errors import DataError, RenderingError
 from diglot.rendering import Conversation, Renderer
+from diglot.rendering.template_process import TemplateProcess
 from diglot.teachers import CachedTeacher
 from diglot.vocabulary import cache as tables
 
@@ -119,6 +121,62 @@ def test_a_chat_template_cannot_leave_its_sandbox(template: str, tmp_path: Path)
     with pytest.raises(RenderingError):
         Renderer(tokenizer, name="teacher").prompt_ids(Conversation(({"role": "user", "content": "hello"},)))
     assert not mark.exists()
+
+
+BOMBS = [
+    "{{ 'x' * 10 ** 10 }}",
+    "{{ '%10000000000d' % 1 }}",
+    "{{ 'x'.center(10 ** 10) }}",
+    "{% set ns = namespace(s='xx') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "{% set ns = namespace(s=[0]) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("template", BOMBS)
+def test_a_chat_template_cannot_fill_the_memory(template: str) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=zoo.inst().backend_tokenizer, eos_token="</s>")
+    tokenizer.chat_template, before = template, memory()
+    with pytest.raises(RenderingError, match=r"The teacher's chat template .* more than the 1024 MiB"):
+        Renderer(tokenizer, name="teacher").prompt_ids(Conversation(({"role": "user", "content": "hello"},)))
+    assert memory() - before < 64 * 2**20
+    assert Renderer(zoo.chatml(), name="student").has_template  # what comes after it is rendered
+
+
+def endless(seconds: float) -> tuple[TemplateProcess, dict[str, Any]]:
+    """A process, and what makes it work for hours."""
+    line = [{"role": "user", "content": "x"}]
+    long = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    return TemplateProcess(seconds=seconds), {"conversation": line, "tokenize": False, "chat_template": long}
+
+
+def test_a_chat_template_cannot_go_on_for_ever() -> None:
+    process, asked = endless(1.0)
+    with pytest.raises(RenderingError, match="more than the 1 s that a template may have"):
+        process.render(asked)
+    assert process.render({**asked, "chat_template": "{{ 6 * 7 }}"}) == "42"
+    process.close()
+
+
+def test_a_template_sees_no_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    process, asked = endless(30.0)
+    process.render({**asked, "chat_template": "{{ 6 * 7 }}"})
+    (child,) = psutil.Process().children()[-1:]
+    assert "hf_secret" not in str(child.environ()) and "PATH" in child.environ()
+    process.close()
+
+
+def test_a_fork_renders_with_a_process_of_its_own() -> None:
+    """As the data workers of a loader are."""
+    process, asked = endless(30.0)
+    asked["chat_template"] = "{{ messages[0].content }}"
+    assert process.render(asked) == "x"
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if process.render({**asked, "conversation": [{"content": "y"}]}) == "y" else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert process.render(asked) == "x"
+    process.close()
 
 
 def test_what_a_row_says_is_text_and_no_template() -> None:

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import get_json_schema
 
 from diglot.errors import RenderingError
+from diglot.rendering.template_process import templates
 
 _THINK_OPENED = re.compile(r"<think>\s*\Z")
 _WORD = re.compile(r"\w+")
@@ -59,21 +61,22 @@ class Template:
         if not self.exists:
             return _transcript(plain, tools, generation_prompt)
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    plain,
-                    tools=list(tools) if tools else None,
-                    tokenize=False,
-                    add_generation_prompt=generation_prompt,
-                    **self.kwargs,
-                )
-            )
+            return self._rendered(plain, list(tools) if tools else None, generation_prompt)
         except Exception as error:  # jinja's errors, and whatever a template raises
             roles = [m.get("role") for m in messages]
             raise RenderingError(
                 f"The {self.name}'s chat template cannot render a conversation with roles {roles}: {error} "
                 "Change the data, or give the model another template."
             ) from error
+
+    def _rendered(self, messages: list[dict[str, Any]], tools: list[Any] | None, generation_prompt: bool) -> str:
+        asked: dict[str, Any] = {"tools": tools, "tokenize": False, "add_generation_prompt": generation_prompt}
+        if type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+            return str(self.tokenizer.apply_chat_template(messages, **asked, **self.kwargs))  # no template, but code
+        asked["tools"] = tools and [get_json_schema(tool) if callable(tool) else tool for tool in tools]
+        asked["chat_template"] = self.tokenizer.get_chat_template(tools=tools)
+        names = {**self.tokenizer.special_tokens_map, **self.kwargs}
+        return templates.render({"conversation": messages, **asked, **names})
 
     def _joined(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The message with text parts as one string: many templates would print a list as Python spells it."""
