@@ -277,7 +277,7 @@ def test_values_that_are_views_of_a_block_do_not_keep_the_block() -> None:
         return Values(logits_s.logsumexp(-1), {"last": law[:, -1]})
 
     _, values = problem.reduced(2, objective)
-    assert alive == [0] * 5
+    assert alive == [0] * len(ROWS_S)  # blocks of two rows are compared row by row
     torch.testing.assert_close(values.metrics["last"], problem.plain(objective)[1].metrics["last"])
 
 
@@ -303,7 +303,8 @@ def test_nothing_as_large_as_all_logits_is_kept_for_the_backward_pass() -> None:
     saved.clear()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         reduce_rows(*arguments, rows)
-    assert max(saved) >= rows * vocabulary  # the hook would have seen them
+    part = rows // 8  # of a block, for which the objective is evaluated at once
+    assert part * (vocabulary - 1) <= max(saved) <= part * vocabulary  # the hook would have seen whole blocks
 
 
 def test_bfloat16_is_no_worse_than_autograd_on_whole_bfloat16_logits() -> None:
@@ -354,8 +355,8 @@ def test_arguments_that_do_not_fit_are_named() -> None:
 
 
 def test_default_block_sizes_fit_the_budget() -> None:
-    assert default_chunk_rows(32000, 32000, "cpu") == 160
+    assert default_chunk_rows(32000, 32000, "cpu") == 1152
     assert default_chunk_rows(10**7, 10**7, "cpu") == 32
     small = default_chunk_rows(100, 100, "cpu")
     assert small % 32 == 0
-    assert 4 * 100 * small < 256 * 2**20
+    assert 4 * 100 * small < 512 * 2**20

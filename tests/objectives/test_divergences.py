@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diglot.errors import ConfigError
 from diglot.objectives import Pair, Path, generalized_jsd, make_objective
-from diglot.objectives.divergences import kl
+from diglot.objectives.divergences import forward_kl, kl
 from diglot.objectives.jsd import full_jsd
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
@@ -102,6 +102,24 @@ def test_mass_where_the_other_side_has_none_is_infinite_in_kl_and_finite_in_the_
     assert loss.item() == pytest.approx(plain_jsd([1.0, 0.0], [0.5, 0.5], 0.5))
     assert one_sided.grad is not None
     assert one_sided.grad.isfinite().all()
+
+
+def test_forward_kl_of_masses_is_kl_of_logs_and_so_is_its_gradient() -> None:
+    p, logits = random_logps(5, 9, 12).exp(), random_logps(5, 9, 13)
+    p[0, 3:] = p[1, 0] = 0.0
+    logits[0, 5:] = -math.inf  # where p has no mass, q may have none
+    weight = torch.arange(1.0, 6.0, dtype=torch.float64)
+    found, gradients = [], []
+    for divergence in (forward_kl, lambda p, logq: kl(p.log(), logq)):
+        leaf = logits.clone().requires_grad_()
+        value = divergence(p, leaf.log_softmax(-1))
+        (gradient,) = torch.autograd.grad((weight * value).sum(), leaf)
+        found.append(value.detach())
+        gradients.append(gradient)
+    torch.testing.assert_close(*found, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-13)
+    logits[0, 2] = -math.inf
+    assert forward_kl(p, logits.log_softmax(-1))[0] == math.inf  # where p has mass, it may not
 
 
 @pytest.mark.parametrize("beta", BETAS)

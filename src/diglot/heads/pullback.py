@@ -25,20 +25,21 @@ class HeadGradient:
         self.leaves = [p.detach().requires_grad_() for p in self.parameters]
 
     def raw(self, hidden: Tensor, ids: Tensor | None = None) -> tuple[Tensor, WayBack]:
-        """Raw logits of `hidden [R, H]` as a leaf, and what to do with their gradient.
+        """Raw logits of `hidden [R, H]`, without gradient, and what to do with theirs.
 
-        The way back adds to the sums and returns the gradient of `hidden`. For a linear head it is written out, so that
-        no gradient of the size of the weight is made per block; through adapters and autocast it is autograd's.
+        The logits may be overwritten: with their gradient, for one. The way back adds to the sums and returns the
+        gradient of `hidden`. For a linear head it is written out, so that no gradient of the size of the weight is made
+        per block; through adapters and autocast it is autograd's.
         """
         head = self.head
         if head.is_linear and not torch.is_autocast_enabled(hidden.device.type):
             with torch.no_grad():
                 raw = head.raw(hidden, ids=ids)
-            return raw.requires_grad_(), lambda of_raw: head.pull_back(of_raw, hidden, self.sums, ids).to(hidden.dtype)
+            return raw, lambda of_raw: head.pull_back(of_raw, hidden, self.sums, ids).to(hidden.dtype)
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
             raw = head.raw(leaf, self.leaves, ids)
-        return raw.detach().requires_grad_(), lambda of_raw: self._by_autograd(raw, of_raw, leaf)
+        return raw.detach(), lambda of_raw: self._by_autograd(raw, of_raw, leaf)
 
     def _by_autograd(self, raw: Tensor, of_raw: Tensor, leaf: Tensor) -> Tensor | None:
         of_hidden, *found = torch.autograd.grad(raw, [leaf, *self.leaves], of_raw, allow_unused=True)

@@ -16,13 +16,15 @@ from diglot.objectives.base import ColumnObjective, Values
 
 RowFunction = Callable[..., Values]
 Given = Mapping[str, Tensor]
-BlockFunction = Callable[[Tensor, Given], Values]  # of the student's raw logits
+PartFunction = Callable[[Tensor, Given, slice], Values]  # of the student's raw logits of some rows of a block: which
 
-_CPU_BUDGET = 256 * 2**20
+_CPU_BUDGET = 512 * 2**20
 _MASS_ROWS = 16  # rows of a block on which the teacher's mass of chosen columns is measured
 _CUDA_SHARE = 8  # one part in so many of the free memory
+_PARTS = 8  # of a block
 _COPIES_FEW = 4  # the student's logits, a copy of the shared columns, and what finds the largest
-_COPIES_S, _COPIES_T = 8, 5  # float32 rows of each side that live at the peak of a full-vocabulary JSD and its gradient
+_BLOCK_S, _BLOCK_T = 1, 1  # float32 rows of each side that a block holds: logits, replaced by their gradient
+_PART_S, _PART_T = 8, 5  # the same of a part, at the peak of a full-vocabulary JSD and its gradient
 
 
 def default_chunk_rows(
@@ -30,9 +32,10 @@ def default_chunk_rows(
 ) -> int:
     """How many rows of logits to form at a time: a multiple of 32 that fits a budget of memory, at least 32.
 
-    The budget is 256 MiB on the CPU, an eighth of the free memory on a CUDA device. Wider blocks are faster: the
-    gradient of the head's weight is read and written once per block. With `few_columns`, whole rows are formed of the
-    student only, and without gradient.
+    The budget is 512 MiB on the CPU, an eighth of the free memory on a CUDA device. Wider blocks are faster: the
+    gradient of the head's weight is read and written once per block. What is computed from the logits is computed for
+    an eighth of a block at a time, so the block can be that much wider. With `few_columns`, whole rows are formed of
+    the student only, and without gradient.
     """
     device = torch.device(device)
     budget = _CPU_BUDGET
@@ -40,9 +43,11 @@ def default_chunk_rows(
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         budget = (free + cached) // _CUDA_SHARE
-    copies_s, copies_t = (_COPIES_FEW, 0) if few_columns else (_COPIES_S, _COPIES_T)
+    copies_s, copies_t = _BLOCK_S + _PART_S / _PARTS, _BLOCK_T + _PART_T / _PARTS
+    if few_columns:
+        copies_s, copies_t = _COPIES_FEW, 0
     per_row = 4 * (copies_s * vocab_size_s + copies_t * vocab_size_t)
-    return max(budget // per_row // 32, 1) * 32
+    return max(int(budget / per_row) // 32, 1) * 32
 
 
 def reduce_rows(
@@ -85,22 +90,22 @@ def reduce_rows(
     given = given or {}
     inputs = (hidden_s, *parameters, *given.values()) if torch.is_grad_enabled() else ()
     gradients = _Gradients(hidden_s, head_s, given) if any(x.requires_grad for x in inputs) else None
-    evaluate: Callable[..., tuple[BlockFunction, Tensor | None]] = _by_whole_rows
-    if reads_few_columns(objective, head_s, head_t):
-        evaluate = _by_columns
-    parts = []
+    form: Callable[..., tuple[PartFunction, Tensor | None]] = _whole_rows
+    if few := reads_few_columns(objective, head_s, head_t):
+        form = _columns
+    found: list[Values] = []
     for block in blocks(len(rows_s), chunk_rows):
         rows, of_teacher = rows_s[block], None if hidden_t is None else hidden_t[rows_t[block].to(hidden_t.device)]
-        of_block, ids = evaluate(objective, hidden_s.detach()[rows], head_s, of_teacher, head_t, temperature)
+        of_part, ids = form(objective, hidden_s.detach()[rows], head_s, of_teacher, head_t, temperature)
         known = {name: value.detach()[block] for name, value in given.items()}
+        cuts = [slice(0, len(rows))] if few else list(parts(len(rows), chunk_rows))
         if gradients:
-            values = gradients.add(of_block, ids, rows, block, weight[block], known)
+            found += gradients.add(of_part, ids, rows, block, cuts, weight[block], known)
         else:
-            values = of_block(head_s.raw(hidden_s[rows], ids=ids), known)
-        # Copies: a metric may be a column of the block's whole law, which it would keep alive.
-        parts.append(Values(values.loss.detach().clone(), {k: v.detach().clone() for k, v in values.metrics.items()}))
-        del of_block, values
-    values = _joined(parts)
+            raw = head_s.raw(hidden_s[rows], ids=ids)
+            found += [_copied(of_part(raw[part], _of_rows(known, part), part)) for part in cuts]
+        del of_part
+    values = _joined(found)
     # Summed here, not block by block: the rounding of the value then is the same for every block size.
     total = _weighted(values.loss, weight).sum()
     return (total if gradients is None else gradients.attached_to(total)), values
@@ -113,18 +118,24 @@ def reads_few_columns(objective: RowFunction, head_s: Head, head_t: Head) -> boo
 
 
 @torch.no_grad()
-def _by_whole_rows(
+def _whole_rows(
     objective: RowFunction, hidden_s: Tensor, head_s: Head, hidden_t: Tensor | None, head_t: Head, temperature: float
-) -> tuple[BlockFunction, None]:
+) -> tuple[PartFunction, None]:
     """The values of a block as a function of the student's raw logits, in whole rows."""
-    logits_t = None if hidden_t is None else _warmed(head_t(hidden_t), temperature).to(hidden_s.device)
-    return lambda raw, given: objective(_warmed(head_s.finished(raw), temperature), logits_t, **given), None
+    raw_t = None if hidden_t is None else head_t.raw(hidden_t).to(hidden_s.device)
+
+    def of_part(raw_s: Tensor, given: Given, part: slice) -> Values:
+        with torch.no_grad():
+            logits_t = None if raw_t is None else _warmed(head_t.finished(raw_t[part]), temperature)
+        return objective(_warmed(head_s.finished(raw_s), temperature), logits_t, **given)
+
+    return of_part, None
 
 
 @torch.no_grad()
-def _by_columns(
+def _columns(
     objective: ColumnObjective, hidden_s: Tensor, head_s: Head, hidden_t: Tensor, head_t: Head, temperature: float
-) -> tuple[BlockFunction, Tensor]:
+) -> tuple[PartFunction, Tensor]:
     """The same of the columns that the objective chooses, and which columns of the student those are."""
     logits_s = _warmed(head_s(hidden_s), temperature)
     columns_s, columns_t = objective.choose(logits_s)
@@ -139,11 +150,12 @@ def _by_columns(
     del whole_t
     chosen_t = chosen_t.to(hidden_s.device)
 
-    def of_block(raw: Tensor, given: Given) -> Values:
+    def of_part(raw: Tensor, given: Given, part: slice) -> Values:
         chosen_s = _warmed(head_s.finished(raw), temperature)
-        return Values(objective.compare(chosen_s, chosen_t), {"mass_s": mass_s, "mass_t": mass_t})
+        masses = {"mass_s": mass_s[part], "mass_t": mass_t[part]}
+        return Values(objective.compare(chosen_s, chosen_t[part]), masses)
 
-    return of_block, columns_s
+    return of_part, columns_s
 
 
 def _warmed(logits: Tensor, temperature: float) -> Tensor:
@@ -153,6 +165,20 @@ def _warmed(logits: Tensor, temperature: float) -> Tensor:
 def blocks(rows: int, chunk_rows: int) -> Iterator[slice]:
     """Slices that cover `range(rows)`; a single empty one if there are no rows."""
     return (slice(at, min(at + chunk_rows, rows)) for at in range(0, max(rows, 1), chunk_rows))
+
+
+def parts(rows: int, chunk_rows: int) -> Iterator[slice]:
+    """Slices of the rows of one block, for what takes several times the memory of its logits."""
+    return blocks(rows, max(chunk_rows // _PARTS, 1))
+
+
+def put(gradient: Tensor | None, logits: Tensor) -> bool:
+    """Write the gradient in the place of the logits, which were read for the last time; returns if there is one."""
+    if gradient is None:
+        logits.zero_()
+        return False
+    logits.copy_(gradient)
+    return True
 
 
 class _Gradients:
@@ -165,24 +191,27 @@ class _Gradients:
         self.of_given = {name: torch.zeros_like(value, requires_grad=False) for name, value in self.given.items()}
 
     def add(
-        self, of_block: BlockFunction, ids: Tensor | None, rows: Tensor, block: slice, weight: Tensor, given: Given
-    ) -> Values:
-        """Add the gradient of one block; returns its values."""
+        self,
+        of_part: PartFunction,
+        ids: Tensor | None,
+        rows: Tensor,
+        block: slice,
+        cuts: Sequence[slice],
+        weight: Tensor,
+        given: Given,
+    ) -> list[Values]:
+        """Add the gradient of one block; returns the values of its parts."""
         raw, way_back = self.head.raw(self.hidden.detach()[rows], ids)
-        with torch.enable_grad():
-            known = {name: value.requires_grad_(name in self.given) for name, value in given.items()}
-            values = of_block(raw, known)
-            total = _weighted(values.loss, weight).sum()
-        if total.requires_grad:
-            wanted = [raw, *(known[name] for name in self.given)]
-            of_raw, *found = torch.autograd.grad(total, wanted, allow_unused=True)
-            for so_far, gradient in zip(self.of_given.values(), found, strict=True):
-                if gradient is not None:
-                    so_far[block].add_(gradient)
-            of_hidden = None if of_raw is None else way_back(of_raw)
-            if self.hidden_sum is not None and of_hidden is not None:
-                self.hidden_sum.index_add_(0, rows, of_hidden)
-        return values
+        of_given = {name: so_far[block] for name, so_far in self.of_given.items()}
+        found, any_gradient = [], False
+        for part in cuts:
+            values, there = _replace_by_gradient(raw, of_part, part, weight, given, of_given)
+            found.append(values)
+            any_gradient |= there
+        of_hidden = way_back(raw) if any_gradient else None
+        if self.hidden_sum is not None and of_hidden is not None:
+            self.hidden_sum.index_add_(0, rows, of_hidden)
+        return found
 
     def attached_to(self, total: Tensor) -> Tensor:
         """`total` as a node of the graph with these gradients."""
@@ -210,14 +239,45 @@ class _Attach(torch.autograd.Function):
         return None, None, *(None if g is None else g.mul_(grad_output.to(g.dtype)) for g in found)
 
 
+def _replace_by_gradient(
+    raw: Tensor, of_part: PartFunction, part: slice, weight: Tensor, given: Given, of_given: Mapping[str, Tensor]
+) -> tuple[Values, bool]:
+    """Put the gradient of a part of a block in the place of its logits, and add those of `given` to `of_given`.
+
+    Returns its values, and if the logits have a gradient. A function, so that nothing of a part outlives it.
+    """
+    leaf = raw[part].requires_grad_()
+    known = {name: value.requires_grad_(name in of_given) for name, value in _of_rows(given, part).items()}
+    with torch.enable_grad():
+        values = of_part(leaf, known, part)
+        total = _weighted(values.loss, weight[part]).sum()
+    of_leaf: Tensor | None = None
+    if total.requires_grad:
+        wanted = [leaf, *(known[name] for name in of_given)]
+        of_leaf, *of_known = torch.autograd.grad(total, wanted, allow_unused=True)
+        for so_far, gradient in zip(of_given.values(), of_known, strict=True):
+            if gradient is not None:
+                so_far[part].add_(gradient)
+    return _copied(values), put(of_leaf, raw[part])
+
+
 def _weighted(loss: Tensor, weight: Tensor) -> Tensor:
     """`weight * loss`, zero where the weight is, even if the loss is infinite."""
     return (loss * weight.to(loss.dtype)).masked_fill(weight == 0, 0.0)
 
 
-def _joined(parts: Sequence[Values]) -> Values:
-    metrics = {name: torch.cat([part.metrics[name] for part in parts]) for name in parts[0].metrics}
-    return Values(torch.cat([part.loss for part in parts]), metrics)
+def _of_rows(given: Given, part: slice) -> dict[str, Tensor]:
+    return {name: value.detach()[part] for name, value in given.items()}
+
+
+def _copied(values: Values) -> Values:
+    """Without gradient. Copies: a metric may be a column of the block's whole law, which it would keep alive."""
+    return Values(values.loss.detach().clone(), {k: v.detach().clone() for k, v in values.metrics.items()})
+
+
+def _joined(found: Sequence[Values]) -> Values:
+    metrics = {name: torch.cat([values.metrics[name] for values in found]) for name in found[0].metrics}
+    return Values(torch.cat([values.loss for values in found]), metrics)
 
 
 def _check(rows_s: Tensor, rows_t: Tensor, weight: Tensor, chunk_rows: int) -> None:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from diglot.heads.head import Head
 from diglot.heads.pullback import HeadGradient
-from diglot.heads.rows import blocks
+from diglot.heads.rows import blocks, parts, put
 
 Summary = Callable[[Tensor, slice], Tensor]
 
@@ -40,7 +40,10 @@ class _Summaries(torch.autograd.Function):
         ctx.save_for_backward(hidden)
         device = hidden.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        found = [of_raw(head.raw(hidden[block]), block) for block in blocks(len(hidden), chunk_rows)]
+        found = []
+        for block in blocks(len(hidden), chunk_rows):
+            raw = head.raw(hidden[block])
+            found += [of_raw(raw[part], _within(block, part)) for part in parts(len(raw), chunk_rows)]
         ctx.lengths = [len(part) for part in found]
         return torch.cat(found)
 
@@ -49,19 +52,27 @@ class _Summaries(torch.autograd.Function):
     def backward(ctx: Any, of_found: Tensor) -> tuple[Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
         gradient, of_hidden = HeadGradient(ctx.head), torch.zeros_like(hidden)
-        parts = of_found.split(ctx.lengths)
-        for block, of_part in zip(blocks(len(hidden), ctx.chunk_rows), parts, strict=True):
+        of_parts = iter(of_found.split(ctx.lengths))
+        for block in blocks(len(hidden), ctx.chunk_rows):
             with torch.autocast(*ctx.autocast):  # as in the forward pass
                 raw, way_back = gradient.raw(hidden[block].detach())
-                with torch.enable_grad():
-                    part = ctx.of_raw(raw, block)
-            if not part.requires_grad:
-                continue
-            (of_raw,) = torch.autograd.grad(part, raw, of_part, allow_unused=True)
-            of_rows = None if of_raw is None else way_back(of_raw)
+                any_gradient = False
+                for part in parts(len(raw), ctx.chunk_rows):
+                    leaf, of_part = raw[part].requires_grad_(), next(of_parts)
+                    with torch.enable_grad():
+                        found = ctx.of_raw(leaf, _within(block, part))
+                    of_leaf: Tensor | None = None
+                    if found.requires_grad:
+                        (of_leaf,) = torch.autograd.grad(found, leaf, of_part, allow_unused=True)
+                    any_gradient |= put(of_leaf, raw[part])
+            of_rows = way_back(raw) if any_gradient else None
             if of_rows is not None:
                 of_hidden[block] = of_rows
         return None, None, None, of_hidden, *gradient.found()
+
+
+def _within(block: slice, part: slice) -> slice:
+    return slice(block.start + part.start, block.start + part.stop)
 
 
 def token_logps(

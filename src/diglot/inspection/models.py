@@ -155,7 +155,7 @@ class _Cost:
             "gib_weights": (weights_s + weights_t) / _GIB,
             "gib_optimizer": weights_s * (1 + _ADAM_MOMENTS) / _GIB,
             "gib_activations": saved / _GIB,
-            "gib_logits": rows * 4 * 2 * (self.pair.size_s + self.pair.size_t) / _GIB,  # logits and their softmax
+            "gib_logits": rows * 4 * 2 * (self.pair.size_s + self.pair.size_t) / _GIB,  # and what becomes of them
             "seconds_sampling": sampling,
             "seconds_student": training,
             "seconds_teacher": scoring,

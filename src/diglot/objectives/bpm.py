@@ -12,18 +12,20 @@ Shapes: `R` rows, `K` candidates of a row that run past the teacher's token, `E`
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from diglot.batches import Written
 from diglot.errors import ConfigError
 from diglot.objectives.base import Pair, RowObjective, Rows, Teller, Values, at_least_float32, check_range
-from diglot.objectives.divergences import generalized_jsd
+from diglot.objectives.divergences import forward_kl, generalized_jsd
 from diglot.objectives.masses import FLOOR, gathered, log_mass, ragged
-from diglot.objectives.spanning import plain_tokens, prefix_range, spanning
+from diglot.objectives.spanning import Spanning, plain_tokens, prefix_range, spanning
 from diglot.vocabulary import Vocabulary
 from diglot.vocabulary.maps import first_tokens, greedy_tokens
 
@@ -79,6 +81,8 @@ class BPM(RowObjective):
             0, torch.from_numpy(whole[whole >= 0]), True
         )
         self.suffix_column = torch.from_numpy(np.where(self._greedy >= 0, self._greedy, self.none))
+        self._place = np.full(len(teacher), -1)
+        self._place[teacher.trie.sorted_ids] = np.arange(len(teacher.trie.sorted_ids))
         self.sorted_t = torch.from_numpy(teacher.trie.sorted_ids)
         self.begin_t, self.length_t = torch.from_numpy(teacher.offsets[:-1]), torch.from_numpy(teacher.lengths)
         self.differ = torch.from_numpy(self._differ)
@@ -114,10 +118,7 @@ class BPM(RowObjective):
         mass = torch.zeros(len(i), width, dtype=torch.float32, device=device)
         if not len(row):
             return {"span_column": column[:, :0], "span_mass": mass[:, :0]}
-        last, low, high = (torch.from_numpy(x).to(device) for x in (found.last, *found.tail))
-        start = rows.teacher[row]
-        before = _running_logps(written, found.whole, teller).to(device)
-        reach = (before[last] - before[start] + teller.teacher_ranges(last, low, high)).exp().float()
+        reach = self._reach(written, j, found, teller).to(device)
         place = torch.from_numpy(found.place).to(device)
         longer = torch.zeros_like(mass)
         longer[row, place] = reach  # P_1 >= P_2 >= ... of each row, 0 after the last
@@ -126,6 +127,18 @@ class BPM(RowObjective):
         mass[:, 1:] = longer[:, :-1] - longer[:, 1:]
         mass[:, 0] = -longer[:, 0]
         return {"span_column": column, "span_mass": mass}
+
+    def _reach(self, written: Written, j: NDArray[np.int64], found: Spanning, teller: Teller) -> Tensor:
+        """The teacher's mass on the texts that the candidates cover, from the start of token `j` on, float32 `[Q]`."""
+        whole = found.whole
+        alone = self._place[written.teacher.ids[whole]]  # a token alone is a range too: one pass finds both
+        low, high = np.concatenate([alone, found.tail[0]]), np.concatenate([alone + 1, found.tail[1]])
+        token = np.concatenate([whole, found.last])
+        logp = teller.teacher_ranges(*map(torch.from_numpy, (token, low, high))).cpu().double()
+        before = np.zeros(len(written.teacher.ids) + 1)
+        before[whole + 1] = logp[: len(whole)]
+        before = before.cumsum()
+        return (torch.from_numpy(before[found.last] - before[j[found.row]]) + logp[len(whole) :]).exp().float()
 
     def _head(self, written: Written, i: NDArray[np.int64], j: NDArray[np.int64]) -> Tensor:
         """The column that the written teacher token itself maps to, `[R]`."""
@@ -140,7 +153,7 @@ class BPM(RowObjective):
         """`t` over student tokens, stop and none, `[R, V_s + 2]`; which columns can be reached; metrics `[R]`."""
         probs = at_least_float32(logits_t).softmax(-1)
         whole = given["inside"] == 0
-        target = gathered(probs, self.column_of, self.none + 1) * whole[:, None]
+        target = gathered(probs, self.column_of, self.none + 1).mul_(whole[:, None])
         reached = torch.cat([self.image.expand(len(probs), -1), whole.new_ones(len(probs), 2)], dim=-1)
         reached[:, :-1] &= whole[:, None]
         at, row = ragged(given["low"], given["high"])
@@ -158,40 +171,60 @@ class BPM(RowObjective):
             moved = -mass[:, 0]
         total = target.sum(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
         differing = (probs @ self.differ.to(probs.dtype)) * whole
-        return target / total, reached, {"spanned": moved / total[:, 0], "maps_differ": differing}
+        return target.div_(total), reached, {"spanned": moved / total[:, 0], "maps_differ": differing}
 
     def cells(self, logits_s: Tensor, reached: Tensor) -> Tensor:
         """Log-probabilities of the student over the same cells, `[R, V_s + 2]`; -inf in those that are not reached."""
-        logits = at_least_float32(logits_s)
-        tokens, stops = reached[:, :-2], self.pair.stop_s
-        rest = logits.masked_fill(tokens, -math.inf)
+        logits, tokens = at_least_float32(logits_s), reached[:, :-2]
         if self.stop:
-            rest = rest.index_fill(-1, stops, -math.inf)
-            tokens = tokens.index_fill(-1, stops, False)
-            stop = logits[:, stops].logsumexp(-1, keepdim=True)
-        else:
-            stop = torch.full_like(logits[:, :1], -math.inf)
-        others = rest.logsumexp(-1, keepdim=True)
-        own = logits.masked_fill(~tokens, -math.inf)
-        return torch.cat([own, stop, others], dim=-1) - logits.logsumexp(-1, keepdim=True)
+            tokens = tokens.index_fill(-1, self.pair.stop_s, False)
+        return _Cells.apply(logits, tokens, self.pair.stop_s if self.stop else self.pair.stop_s[:0])
 
     def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
         with torch.no_grad():
             target, reached, metrics = self.target(logits_t, **given)
         logp = self.cells(logits_s, reached)
-        logt = torch.where(target > 0, log_mass(target), -math.inf)
-        if self.beta > 0:
+        if self.beta == 0:
+            loss = forward_kl(target, logp)
+        else:
+            logt = torch.where(target > 0, log_mass(target), -math.inf)
             logt = torch.where(logp > -math.inf, logt.clamp(min=math.log(FLOOR)), logt)
-        loss = generalized_jsd(logp, logt, self.beta)
+            loss = generalized_jsd(logp, logt, self.beta)
         metrics |= {"none_t": target[:, -1], "none_s": logp[:, -1].detach().exp()}
         return Values(loss, metrics)
 
 
-def _running_logps(written: Written, token: NDArray[np.int64], teller: Teller) -> Tensor:
-    """Running sums of the log-probs of the written teacher tokens `token`, as if the others had none, `[N_t + 1]`."""
-    logp = torch.zeros(len(written.teacher.ids) + 1, dtype=torch.float64)
-    found = teller.teacher_logps(torch.from_numpy(token), torch.from_numpy(written.teacher.ids[token]))
-    return logp.index_put((torch.from_numpy(token + 1),), found.cpu().double()).cumsum(0)
+class _Cells(torch.autograd.Function):
+    """Logits `[R, V]` to log-probs of the cells: the columns of `tokens`, `stops` together, all others together.
+
+    Written out because autograd keeps, fills and reads a dozen matrices of the size of the logits for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, stops: Tensor) -> Tensor:
+        total, stop = (x.logsumexp(-1, keepdim=True) for x in (logits, logits[:, stops]))
+        others = _Cells._others(logits, tokens, stops).logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, tokens, stops, total, stop, others)
+        cells = torch.cat([logits, stop, others], dim=-1).sub_(total)
+        cells[:, :-2].masked_fill_(~tokens, -math.inf)
+        return cells
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_cells: Tensor) -> tuple[Tensor, None, None]:
+        logits, tokens, stops, total, stop, others = ctx.saved_tensors
+        of_own, of_stop, of_others = of_cells[:, :-2].masked_fill(~tokens, 0.0), of_cells[:, -2:-1], of_cells[:, -1:]
+        # Each column's share of its cell, not of the whole law: the cell of the others may have no mass to speak of.
+        of_total = of_own.sum(-1, keepdim=True) + of_stop + of_others
+        of_logits = (logits - torch.where(tokens, total, others)).exp_()
+        of_logits.mul_(torch.where(tokens, -of_total, of_others - (others - total).exp() * of_total)).add_(of_own)
+        if len(stops):
+            of_logits[:, stops] = (logits[:, stops] - stop).exp() * (of_stop - (stop - total).exp() * of_total)
+        return of_logits, None, None
+
+    @staticmethod
+    def _others(logits: Tensor, tokens: Tensor, stops: Tensor) -> Tensor:
+        return logits.masked_fill(tokens, -math.inf).index_fill_(-1, stops, -math.inf)
 
 
 def _with_stop(column: NDArray[np.int64], stop: NDArray[np.int64] | None, size_s: int) -> NDArray[np.int64]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def kl(logp: Tensor, logq: Tensor) -> Tensor:
@@ -16,6 +18,30 @@ def kl(logp: Tensor, logq: Tensor) -> Tensor:
     # `where` on the difference, not on the product: no -inf - -inf is ever formed that a gradient could turn to NaN.
     difference = torch.where(logp == -math.inf, 0.0, logp - logq)
     return (logp.exp() * difference).sum(-1)
+
+
+def forward_kl(p: Tensor, logq: Tensor) -> Tensor:
+    """KL(p || q) over the last dimension, in nats, of constant masses `p [R, K]` and log-probs `logq [R, K]`.
+
+    As `kl`, with two passes over the entries instead of a dozen: its derivative by `logq` is `-p`.
+    """
+    logp = p.clamp(min=torch.finfo(p.dtype).tiny).log_()
+    return logp.mul_(p).sum(-1) - _Expectation.apply(p, logq)
+
+
+class _Expectation(torch.autograd.Function):
+    """`sum(p * values)` of constant `p`, where nothing is added that has mass zero."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(p)
+        return values.masked_fill(p == 0, 0.0).mul_(p).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_sum: Tensor) -> tuple[None, Tensor]:
+        (p,) = ctx.saved_tensors
+        return None, of_sum[:, None] * p
 
 
 def generalized_jsd(logp_s: Tensor, logp_t: Tensor, beta: float) -> Tensor:
