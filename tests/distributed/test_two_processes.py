@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,25 @@ def test_plain_launchers_start_the_command_line(root: Path) -> None:
         done = pairs.start([*start, *pairs.arguments(root / "cross", root / name, 2, lmbda=0.0)])
         assert done.returncode == 0, done.stdout[-8000:]
         assert (root / name / "model.safetensors").exists()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("trainer", ["gkd", "minillm"])
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_no_rank_steps_where_one_has_a_loss_that_is_no_number(root: Path, on_nonfinite: str, trainer: str) -> None:
+    out = root / f"poisoned_{on_nonfinite}_{trainer}"
+    given = pairs.arguments(root / "cross", out, 2, trainer=trainer, on_nonfinite=on_nonfinite)
+    done = pairs.start([*pairs.launcher(2), str(Path(__file__).parent / "poisoned.py"), *given])
+    seen: dict[str, list[str]] = {rank: re.findall(rf"rank {rank} step \d has (\w+)", done.stdout) for rank in "01"}
+    assert len(seen["0"]) > 1 and seen["0"] == seen["1"], done.stdout[-8000:]
+    assert "The loss of step 1 is nan" in done.stdout
+    assert (out / "nonfinite" / "step-1-rank-1" / "batches.json").exists()
+    if on_nonfinite == "stop":
+        assert done.returncode != 0 and len(seen["0"]) == 2 and not (out / "model.safetensors").exists()
+        return
+    assert done.returncode == 0, done.stdout[-8000:]
+    first, second, third = seen["0"]
+    assert first != second == third
 
 
 def test_what_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
