@@ -53,10 +53,13 @@ nightly: .venv/.installed
 	$(PYTEST) -m nightly
 
 # Known faults of the pinned packages; asks PyPI's database, and fails where it cannot be asked about one of them.
-audit: .venv/.installed
+audit: .venv/audit/.installed
+	.venv/audit/bin/python tests/audit.py
+
+.venv/audit/.installed:
 	$(PYTHON) -m venv .venv/audit
 	.venv/audit/bin/python -m pip install --quiet pip-audit==2.10.1
-	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+	touch $@
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
