@@ -93,19 +93,21 @@ def reduce_rows(
     form: Callable[..., tuple[PartFunction, Tensor | None]] = _whole_rows
     if few := reads_few_columns(objective, head_s, head_t):
         form = _columns
-    found: list[Values] = []
+    found = _FoundValues(len(rows_s))
     for block in blocks(len(rows_s), chunk_rows):
         rows, of_teacher = rows_s[block], None if hidden_t is None else hidden_t[rows_t[block].to(hidden_t.device)]
         of_part, ids = form(objective, hidden_s.detach()[rows], head_s, of_teacher, head_t, temperature)
         known = {name: value.detach()[block] for name, value in given.items()}
         cuts = [slice(0, len(rows))] if few else list(parts(len(rows), chunk_rows))
         if gradients:
-            found += gradients.add(of_part, ids, rows, block, cuts, weight[block], known)
+            gradients.add(of_part, ids, rows, block, cuts, weight[block], known, found)
         else:
             raw = head_s.raw(hidden_s[rows], ids=ids)
-            found += [_copied(of_part(raw[part], _of_rows(known, part), part)) for part in cuts]
-        del of_part
-    values = _joined(found)
+            for part in cuts:
+                found.add(of_part(raw[part], _of_rows(known, part), part))
+            del raw
+        del of_part, of_teacher
+    values = found.whole()
     # Summed here, not block by block: the rounding of the value then is the same for every block size.
     total = _weighted(values.loss, weight).sum()
     return (total if gradients is None else gradients.attached_to(total)), values
@@ -181,6 +183,52 @@ def put(gradient: Tensor | None, logits: Tensor) -> bool:
     return True
 
 
+class Joining:
+    """Tensors joined along the first dimension, `[N, ...]`, copied and without gradient.
+
+    They come one by one between tensors that are thousands of times as large and soon freed. Kept each by itself they
+    would lie scattered among the holes that those leave, and the heap, which cannot give these back, would grow with
+    the number of rows. (And a metric may be a column of a block's whole law, which it would keep alive.)
+    """
+
+    def __init__(self, expected: int) -> None:
+        self.expected, self.length = expected, 0
+        self.joined: Tensor | None = None
+
+    def add(self, piece: Tensor) -> None:
+        """Append a piece."""
+        until = self.length + len(piece)
+        if self.joined is None or until > len(self.joined):
+            larger = piece.detach().new_empty(max(self.expected, 2 * until), *piece.shape[1:])
+            if self.joined is not None:
+                larger[: self.length] = self.joined[: self.length]
+            self.joined = larger
+        self.joined[self.length : until] = piece.detach()
+        self.length = until
+
+    def whole(self) -> Tensor:
+        """All of them."""
+        assert self.joined is not None, "nothing was added"
+        return self.joined[: self.length]
+
+
+class _FoundValues:
+    """The values of all rows, part by part."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.loss, self.metrics = rows, Joining(rows), dict[str, Joining]()
+
+    def add(self, values: Values) -> None:
+        """Append those of a part."""
+        self.loss.add(values.loss)
+        for name, metric in values.metrics.items():
+            self.metrics.setdefault(name, Joining(self.rows)).add(metric)
+
+    def whole(self) -> Values:
+        """Those of all rows."""
+        return Values(self.loss.whole(), {name: metric.whole() for name, metric in self.metrics.items()})
+
+
 class _Gradients:
     """The running gradient of a weighted sum with respect to the student's hidden states, head parameters and more."""
 
@@ -199,19 +247,17 @@ class _Gradients:
         cuts: Sequence[slice],
         weight: Tensor,
         given: Given,
-    ) -> list[Values]:
-        """Add the gradient of one block; returns the values of its parts."""
+        found: _FoundValues,
+    ) -> None:
+        """Add the gradient of one block, and the values of its parts to `found`."""
         raw, way_back = self.head.raw(self.hidden.detach()[rows], ids)
         of_given = {name: so_far[block] for name, so_far in self.of_given.items()}
-        found, any_gradient = [], False
+        any_gradient = False
         for part in cuts:
-            values, there = _replace_by_gradient(raw, of_part, part, weight, given, of_given)
-            found.append(values)
-            any_gradient |= there
+            any_gradient |= _replace_by_gradient(raw, of_part, part, weight, given, of_given, found)
         of_hidden = way_back(raw) if any_gradient else None
         if self.hidden_sum is not None and of_hidden is not None:
             self.hidden_sum.index_add_(0, rows, of_hidden)
-        return found
 
     def attached_to(self, total: Tensor) -> Tensor:
         """`total` as a node of the graph with these gradients."""
@@ -240,11 +286,18 @@ class _Attach(torch.autograd.Function):
 
 
 def _replace_by_gradient(
-    raw: Tensor, of_part: PartFunction, part: slice, weight: Tensor, given: Given, of_given: Mapping[str, Tensor]
-) -> tuple[Values, bool]:
-    """Put the gradient of a part of a block in the place of its logits, and add those of `given` to `of_given`.
+    raw: Tensor,
+    of_part: PartFunction,
+    part: slice,
+    weight: Tensor,
+    given: Given,
+    of_given: Mapping[str, Tensor],
+    found: _FoundValues,
+) -> bool:
+    """Put the gradient of a part of a block in the place of its logits; add those of `given` to `of_given`, its values
+    to `found`.
 
-    Returns its values, and if the logits have a gradient. A function, so that nothing of a part outlives it.
+    Returns if the logits have a gradient. A function, so that nothing of a part outlives it.
     """
     leaf = raw[part].requires_grad_()
     known = {name: value.requires_grad_(name in of_given) for name, value in _of_rows(given, part).items()}
@@ -258,7 +311,8 @@ def _replace_by_gradient(
         for so_far, gradient in zip(of_given.values(), of_known, strict=True):
             if gradient is not None:
                 so_far[part].add_(gradient)
-    return _copied(values), put(of_leaf, raw[part])
+    found.add(values)
+    return put(of_leaf, raw[part])
 
 
 def _weighted(loss: Tensor, weight: Tensor) -> Tensor:
@@ -268,16 +322,6 @@ def _weighted(loss: Tensor, weight: Tensor) -> Tensor:
 
 def _of_rows(given: Given, part: slice) -> dict[str, Tensor]:
     return {name: value.detach()[part] for name, value in given.items()}
-
-
-def _copied(values: Values) -> Values:
-    """Without gradient. Copies: a metric may be a column of the block's whole law, which it would keep alive."""
-    return Values(values.loss.detach().clone(), {k: v.detach().clone() for k, v in values.metrics.items()})
-
-
-def _joined(found: Sequence[Values]) -> Values:
-    metrics = {name: torch.cat([values.metrics[name] for values in found]) for name in found[0].metrics}
-    return Values(torch.cat([values.loss for values in found]), metrics)
 
 
 def _check(rows_s: Tensor, rows_t: Tensor, weight: Tensor, chunk_rows: int) -> None:

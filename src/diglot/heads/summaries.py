@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from diglot.heads.head import Head
 from diglot.heads.pullback import HeadGradient
-from diglot.heads.rows import blocks, parts, put
+from diglot.heads.rows import Joining, blocks, parts, put
 
 Summary = Callable[[Tensor, slice], Tensor]
 
@@ -40,12 +40,15 @@ class _Summaries(torch.autograd.Function):
         ctx.save_for_backward(hidden)
         device = hidden.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        found = []
+        found, ctx.lengths = Joining(len(hidden)), []
         for block in blocks(len(hidden), chunk_rows):
             raw = head.raw(hidden[block])
-            found += [of_raw(raw[part], _within(block, part)) for part in parts(len(raw), chunk_rows)]
-        ctx.lengths = [len(part) for part in found]
-        return torch.cat(found)
+            for part in parts(len(raw), chunk_rows):
+                of_part = of_raw(raw[part], _within(block, part))
+                found.add(of_part)
+                ctx.lengths.append(len(of_part))
+            del raw, of_part
+        return found.whole()
 
     @staticmethod
     @once_differentiable
