@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,19 +95,19 @@ def reduce_rows(
     if few := reads_few_columns(objective, head_s, head_t):
         form = _columns
     found = _FoundValues(len(rows_s))
-    for block in blocks(len(rows_s), chunk_rows):
-        rows, of_teacher = rows_s[block], None if hidden_t is None else hidden_t[rows_t[block].to(hidden_t.device)]
+    for at in blocks(len(rows_s), chunk_rows):
+        rows, of_teacher = rows_s[at], None if hidden_t is None else hidden_t[rows_t[at].to(hidden_t.device)]
         of_part, ids = form(objective, hidden_s.detach()[rows], head_s, of_teacher, head_t, temperature)
-        known = {name: value.detach()[block] for name, value in given.items()}
         cuts = [slice(0, len(rows))] if few else list(parts(len(rows), chunk_rows))
+        block = _Block(at, rows, ids, of_part, cuts, weight[at], {n: value.detach()[at] for n, value in given.items()})
         if gradients:
-            gradients.add(of_part, ids, rows, block, cuts, weight[block], known, found)
+            gradients.add(block, found)
         else:
             raw = head_s.raw(hidden_s[rows], ids=ids)
             for part in cuts:
-                found.add(of_part(raw[part], _of_rows(known, part), part))
+                found.add(of_part(raw[part], block.known(part), part))
             del raw
-        del of_part, of_teacher
+        del of_part, of_teacher, block
     values = found.whole()
     # Summed here, not block by block: the rounding of the value then is the same for every block size.
     total = _weighted(values.loss, weight).sum()
@@ -229,6 +230,23 @@ class _FoundValues:
         return Values(self.loss.whole(), {name: metric.whole() for name, metric in self.metrics.items()})
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Rows whose logits exist together."""
+
+    at: slice  # which of all rows
+    rows: Tensor  # of the student's hidden states
+    ids: Tensor | None  # the student's columns, if not all
+    of_part: PartFunction
+    parts: Sequence[slice]
+    weight: Tensor
+    given: Given
+
+    def known(self, part: slice) -> dict[str, Tensor]:
+        """What is given of the rows of a part, without gradient."""
+        return {name: value.detach()[part] for name, value in self.given.items()}
+
+
 class _Gradients:
     """The running gradient of a weighted sum with respect to the student's hidden states, head parameters and more."""
 
@@ -238,26 +256,35 @@ class _Gradients:
         self.given = {name: value for name, value in given.items() if value.requires_grad}
         self.of_given = {name: torch.zeros_like(value, requires_grad=False) for name, value in self.given.items()}
 
-    def add(
-        self,
-        of_part: PartFunction,
-        ids: Tensor | None,
-        rows: Tensor,
-        block: slice,
-        cuts: Sequence[slice],
-        weight: Tensor,
-        given: Given,
-        found: _FoundValues,
-    ) -> None:
+    def add(self, block: _Block, found: _FoundValues) -> None:
         """Add the gradient of one block, and the values of its parts to `found`."""
-        raw, way_back = self.head.raw(self.hidden.detach()[rows], ids)
-        of_given = {name: so_far[block] for name, so_far in self.of_given.items()}
+        raw, way_back = self.head.raw(self.hidden.detach()[block.rows], block.ids)
         any_gradient = False
-        for part in cuts:
-            any_gradient |= _replace_by_gradient(raw, of_part, part, weight, given, of_given, found)
+        for part in block.parts:
+            any_gradient |= self._replace(raw, block, part, found)
         of_hidden = way_back(raw) if any_gradient else None
         if self.hidden_sum is not None and of_hidden is not None:
-            self.hidden_sum.index_add_(0, rows, of_hidden)
+            self.hidden_sum.index_add_(0, block.rows, of_hidden)
+
+    def _replace(self, raw: Tensor, block: _Block, part: slice, found: _FoundValues) -> bool:
+        """Put the gradient of a part in the place of its logits; returns if there is one.
+
+        A function of its own, so that nothing of a part outlives it.
+        """
+        leaf = raw[part].requires_grad_()
+        known = {name: value.requires_grad_(name in self.given) for name, value in block.known(part).items()}
+        with torch.enable_grad():
+            values = block.of_part(leaf, known, part)
+            total = _weighted(values.loss, block.weight[part]).sum()
+        of_leaf: Tensor | None = None
+        if total.requires_grad:
+            wanted = [leaf, *(known[name] for name in self.given)]
+            of_leaf, *of_known = torch.autograd.grad(total, wanted, allow_unused=True)
+            for so_far, gradient in zip(self.of_given.values(), of_known, strict=True):
+                if gradient is not None:
+                    so_far[block.at][part].add_(gradient)
+        found.add(values)
+        return put(of_leaf, raw[part])
 
     def attached_to(self, total: Tensor) -> Tensor:
         """`total` as a node of the graph with these gradients."""
@@ -285,43 +312,9 @@ class _Attach(torch.autograd.Function):
         return None, None, *(None if g is None else g.mul_(grad_output.to(g.dtype)) for g in found)
 
 
-def _replace_by_gradient(
-    raw: Tensor,
-    of_part: PartFunction,
-    part: slice,
-    weight: Tensor,
-    given: Given,
-    of_given: Mapping[str, Tensor],
-    found: _FoundValues,
-) -> bool:
-    """Put the gradient of a part of a block in the place of its logits; add those of `given` to `of_given`, its values
-    to `found`.
-
-    Returns if the logits have a gradient. A function, so that nothing of a part outlives it.
-    """
-    leaf = raw[part].requires_grad_()
-    known = {name: value.requires_grad_(name in of_given) for name, value in _of_rows(given, part).items()}
-    with torch.enable_grad():
-        values = of_part(leaf, known, part)
-        total = _weighted(values.loss, weight[part]).sum()
-    of_leaf: Tensor | None = None
-    if total.requires_grad:
-        wanted = [leaf, *(known[name] for name in of_given)]
-        of_leaf, *of_known = torch.autograd.grad(total, wanted, allow_unused=True)
-        for so_far, gradient in zip(of_given.values(), of_known, strict=True):
-            if gradient is not None:
-                so_far[part].add_(gradient)
-    found.add(values)
-    return put(of_leaf, raw[part])
-
-
 def _weighted(loss: Tensor, weight: Tensor) -> Tensor:
     """`weight * loss`, zero where the weight is, even if the loss is infinite."""
     return (loss * weight.to(loss.dtype)).masked_fill(weight == 0, 0.0)
-
-
-def _of_rows(given: Given, part: slice) -> dict[str, Tensor]:
-    return {name: value.detach()[part] for name, value in given.items()}
 
 
 def _check(rows_s: Tensor, rows_t: Tensor, weight: Tensor, chunk_rows: int) -> None:
