@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import subprocess
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import assets
-import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_file import write_gguf
 from gguf_folder import read_header, read_tensors, save_model
 from real_assets import tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -102,39 +101,6 @@ def test_without_npm_a_tokenizer_says_what_to_install(tmp_path: Path, monkeypatc
 
 
 # ---- GGUF --------------------------------------------------------------------------------------------------------
-
-
-def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
-    """The model as llama.cpp stores it, query and key rows reordered, by the format's own writer."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
-    writer.add_eos_token_id(2)
-    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
-    names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
-    names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    for name, weight in model.state_dict().items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            rows, columns = weight.shape
-            weight = weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-        if inner := re.fullmatch(r"model\.layers\.(\d+)\.(.*)\.weight", name):
-            writer.add_tensor(f"blk.{inner[1]}.{names[inner[2]]}.weight", weight.contiguous().numpy())
-        elif name != "lm_head.weight":
-            outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-            writer.add_tensor(outer[name], weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_converted_file_gives_the_logits_of_the_model_it_was_made_from(tmp_path: Path) -> None:

@@ -58,7 +58,9 @@ def process(arguments: list[str], **variables: str) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def llama(folder: Path) -> Iterator[str]:
     with process([str(Path(__file__).parents[1] / "llama_server.py"), str(folder / "tiny.gguf")]) as started:
-        yield next((line.strip() for line in started.stdout if line.startswith("http")), "it did not start")
+        address = next((line.strip() for line in started.stdout if line.startswith("http")), None)
+        assert address is not None, "llama.cpp's server did not start"
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,8 @@ def serve(folder: Path) -> Iterator[str]:
     words = ["-m", "transformers.cli.transformers", "serve", "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
     with process(words, HF_HUB_CACHE=str(folder / "hub")) as started:
         url, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
-        while started.poll() is None and time.monotonic() < until:
+        while True:
+            assert started.poll() is None and time.monotonic() < until, "transformers serve did not start"
             try:
                 httpx.get(f"{url}/health")
                 break

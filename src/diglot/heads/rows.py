@@ -44,9 +44,8 @@ def default_chunk_rows(
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         budget = (free + cached) // _CUDA_SHARE
-    copies_s, copies_t = _BLOCK_S + _PART_S / _PARTS, _BLOCK_T + _PART_T / _PARTS
-    if few_columns:
-        copies_s, copies_t = _COPIES_FEW, 0
+    whole = _BLOCK_S + _PART_S / _PARTS, _BLOCK_T + _PART_T / _PARTS
+    copies_s, copies_t = (_COPIES_FEW, 0) if few_columns else whole
     per_row = 4 * (copies_s * vocab_size_s + copies_t * vocab_size_t)
     return max(int(budget / per_row) // 32, 1) * 32
 
@@ -240,11 +239,11 @@ class _Block:
     of_part: PartFunction
     parts: Sequence[slice]
     weight: Tensor
-    given: Given
+    given: Given  # without gradient
 
     def known(self, part: slice) -> dict[str, Tensor]:
-        """What is given of the rows of a part, without gradient."""
-        return {name: value.detach()[part] for name, value in self.given.items()}
+        """What is given of the rows of a part."""
+        return {name: value[part] for name, value in self.given.items()}
 
 
 class _Gradients:
