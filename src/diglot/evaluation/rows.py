@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diglot.batches import AlignedBatch, PackedSide
-from diglot.heads import Head, blocks
+from diglot.heads import Head, logits_by_parts
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,10 @@ def row_facts(
 ) -> RowFacts:
     """Facts of the rows `hidden` `[N, H]` that predict the scored tokens of `side`, in one pass over the head."""
     found: list[list[Tensor]] = []
-    for block in blocks(len(hidden), chunk_rows):
-        logits = head(hidden[block])
+    for rows, logits in logits_by_parts(hidden, head, chunk_rows):
         total, stop = logits.logsumexp(-1), logits[:, stop_ids.to(logits.device)].logsumexp(-1)
-        written = logits.gather(-1, side.targets[block].to(logits.device)[:, None])[:, 0]
-        logp = torch.where(side.stop[block].to(logits.device), stop, written) - total
+        written = logits.gather(-1, side.targets[rows].to(logits.device)[:, None])[:, 0]
+        logp = torch.where(side.stop[rows].to(logits.device), stop, written) - total
         best, ids = logits.topk(top, dim=-1)
         found.append([logp, (stop - total).exp(), ids, (best - total[:, None]).exp()])
     if not found:

@@ -174,6 +174,19 @@ def parts(rows: int, chunk_rows: int) -> Iterator[slice]:
     return blocks(rows, max(chunk_rows // _PARTS, 1))
 
 
+def logits_by_parts(hidden: Tensor, head: Head, chunk_rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of `hidden [N, H]`, and their logits `[r, V]`: an eighth of a block at a time, for what copies them."""
+    for block in blocks(len(hidden), chunk_rows):
+        raw = head.raw(hidden[block])
+        for part in parts(len(raw), chunk_rows):
+            yield within(block, part), head.finished(raw[part])
+
+
+def within(block: slice, part: slice) -> slice:
+    """The rows of a part of a block, among all rows."""
+    return slice(block.start + part.start, block.start + part.stop)
+
+
 def put(gradient: Tensor | None, logits: Tensor) -> bool:
     """Write the gradient in the place of the logits, which were read for the last time; returns if there is one."""
     if gradient is None:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from diglot.heads.head import Head
 from diglot.heads.pullback import HeadGradient
-from diglot.heads.rows import Joining, blocks, parts, put
+from diglot.heads.rows import Joining, blocks, parts, put, within
 
 Summary = Callable[[Tensor, slice], Tensor]
 
@@ -44,7 +44,7 @@ class _Summaries(torch.autograd.Function):
         for block in blocks(len(hidden), chunk_rows):
             raw = head.raw(hidden[block])
             for part in parts(len(raw), chunk_rows):
-                of_part = of_raw(raw[part], _within(block, part))
+                of_part = of_raw(raw[part], within(block, part))
                 found.add(of_part)
                 ctx.lengths.append(len(of_part))
             del raw, of_part
@@ -63,7 +63,7 @@ class _Summaries(torch.autograd.Function):
                 for part in parts(len(raw), ctx.chunk_rows):
                     leaf, of_part = raw[part].requires_grad_(), next(of_parts)
                     with torch.enable_grad():
-                        found = ctx.of_raw(leaf, _within(block, part))
+                        found = ctx.of_raw(leaf, within(block, part))
                     of_leaf: Tensor | None = None
                     if found.requires_grad:
                         (of_leaf,) = torch.autograd.grad(found, leaf, of_part, allow_unused=True)
@@ -72,10 +72,6 @@ class _Summaries(torch.autograd.Function):
             if of_rows is not None:
                 of_hidden[block] = of_rows
         return None, None, None, of_hidden, *gradient.found()
-
-
-def _within(block: slice, part: slice) -> slice:
-    return slice(block.start + part.start, block.start + part.stop)
 
 
 def token_logps(

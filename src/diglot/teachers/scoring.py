@@ -21,7 +21,7 @@ from torch import Tensor
 from diglot.batches import PackedSide, WrittenSide, pack, teacher_reads
 from diglot.data import Sample
 from diglot.errors import DataError, TeacherError
-from diglot.heads import blocks, default_chunk_rows, summaries
+from diglot.heads import default_chunk_rows, logits_by_parts, summaries
 from diglot.objectives.byte import OwnLaws, byte_law
 from diglot.rendering import Rendered, truncate
 from diglot.teachers.fingerprint import weights_digest
@@ -256,10 +256,11 @@ class _Scorer:
         assert isinstance(self.teacher, LocalTeacher)
         size, stop_ids = len(self.teacher.renderer.vocabulary), self.stop.to(hidden.device)
         found = []
-        for block in blocks(len(hidden), default_chunk_rows(size, size, hidden.device)):
-            logps = self.teacher.head(hidden[block]).log_softmax(-1)
-            written = logps.gather(-1, side.targets[block, None])[:, 0]
-            text = torch.where(side.stop[block], logps[:, stop_ids].logsumexp(-1), written)
+        chunk_rows = default_chunk_rows(size, size, hidden.device)
+        for rows, logits in logits_by_parts(hidden, self.teacher.head, chunk_rows):
+            logps = logits.log_softmax(-1)
+            written = logps.gather(-1, side.targets[rows, None])[:, 0]
+            text = torch.where(side.stop[rows], logps[:, stop_ids].logsumexp(-1), written)
             best = logps.topk(self.k, dim=-1)
             found.append((text, written, best.indices, best.values))
         return [torch.cat(parts) for parts in zip(*found, strict=True)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diglot.batches import AlignedBatch, PackedSide
 from diglot.errors import ConfigError, TeacherError
-from diglot.heads import Head, blocks, reads_few_columns, reduce_rows, summaries, token_logps
+from diglot.heads import Head, logits_by_parts, reads_few_columns, reduce_rows, summaries, token_logps
 from diglot.objectives import (
     OBJECTIVES,
     Objective,
@@ -238,9 +238,8 @@ class BatchScores:
         """The teacher's likeliest `k` ids in the rows that predict `token` and their log-probs, `[Q, k]`, constant."""
         rows = self.hidden_t[token.to(self.hidden_t.device)]
         best = []
-        for block in blocks(len(rows), self.chunk_rows(False)):
-            logits = self.teacher.head(rows[block]) / self.temperature
-            best.append(logits.log_softmax(-1).topk(k, dim=-1))
+        for _, logits in logits_by_parts(rows, self.teacher.head, self.chunk_rows(False)):
+            best.append((logits / self.temperature).log_softmax(-1).topk(k, dim=-1))
         device = self.hidden_s.device
         return torch.cat([b.indices for b in best]).to(device), torch.cat([b.values for b in best]).to(device)
 
