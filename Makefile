@@ -40,7 +40,7 @@ test: .venv/.installed
 
 test-real: .venv/.installed
 	$(BIN)/python demo/assets.py get smollm2-135m-instruct gemma-3-270m tokenizers texts
-	$(BIN)/python tests/browser.py
+	$(BIN)/python tests/support/browser.py
 	$(PYTEST) -m "real and not nightly and not server"
 
 test-server: .venv/.installed
@@ -54,7 +54,7 @@ nightly: .venv/.installed
 
 # Known faults of the pinned packages; asks PyPI's database, and fails where it cannot be asked about one of them.
 audit: .venv/audit/.installed
-	.venv/audit/bin/python tests/audit.py
+	.venv/audit/bin/python tests/support/audit.py
 
 .venv/audit/.installed:
 	$(PYTHON) -m venv .venv/audit
@@ -63,6 +63,7 @@ audit: .venv/audit/.installed
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 check: lint test

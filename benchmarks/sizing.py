@@ -75,7 +75,7 @@ def sharded_teacher_bytes(plan: Plan) -> float:
 
 
 def wire_bytes(teacher: Model) -> dict[str, int]:
-    """Bytes for each scored token by rung: float32 log-probs, int32 ids, bfloat16 states and logits."""
+    """Bytes for each scored token by level: float32 log-probs, int32 ids, bfloat16 states and logits."""
     return {
         "text": 4,
         f"top-{TOP_K}": 8 * TOP_K,
@@ -113,17 +113,17 @@ def memory_table() -> str:
 
 
 def wire_table() -> str:
-    """Bytes per token by rung, the wire at full speed in Gbit/s, and what saturates first."""
-    heads = ["pair", "teacher reads, tokens/s", "student trains, tokens/s", "one GPU writes, tokens/s", "rung"]
+    """Bytes per token by level, the wire at full speed in Gbit/s, and what saturates first."""
+    heads = ["pair", "teacher reads, tokens/s", "student trains, tokens/s", "one GPU writes, tokens/s", "level"]
     rows = [f"| {' | '.join([*heads, 'bytes/token', 'Gbit/s', 'first limit'])} |"]
     rows.append("| --- | ---: | ---: | ---: | --- | ---: | ---: | --- |")
     for plan in PLANS:
         reads, trains = teacher_rate(plan), student_rate(plan)
-        for rung, size in wire_bytes(plan.teacher).items():
+        for level, size in wire_bytes(plan.teacher).items():
             limits = {"teacher": reads, "student": trains, "wire": LINK / size}
             first = min(limits, key=lambda name: limits[name])
             cells = [f"{plan.student.name} ← {plan.teacher.name}", f"{reads:,.0f}", f"{trains:,.0f}"]
-            cells += [f"{rollout_rate(plan):,.0f}", rung]
+            cells += [f"{rollout_rate(plan):,.0f}", level]
             cells += [f"{size:,}", f"{min(reads, trains) * size / GBIT:,.2f}", first]
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -6,9 +6,9 @@ import itertools
 import random
 
 import pytest
-import tokenizers_zoo as zoo
-from pairing import check_pair
-from texts import HARD, random_text
+import support.tokenizers_zoo as zoo
+from support.pairing import check_pair
+from support.texts import HARD, random_text
 
 from diglot.batches import PairReader, align_pairs
 from diglot.data import to_sample

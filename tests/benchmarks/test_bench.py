@@ -13,11 +13,11 @@ import memory
 import on_policy
 import pytest
 import step
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
 from cases import Case, random_case
 from measure import BenchError, Timing, alternate, check_same, table
+from support import tiny
 
 from diglot.rendering import Renderer
 

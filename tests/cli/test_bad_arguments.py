@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
+from support import tiny
 
 from diglot.cli import align, evaluate, inspect, report, score
 from diglot.cli.main import COMMANDS, main
@@ -41,7 +41,7 @@ WRONG: dict[str, dict[str, list[str]]] = {
     },
     "report": {"run": ["/nowhere", "FILE"], "other": ["/nowhere"]},
     "score": {
-        "teacher": ["/nowhere"], "data": ["/nowhere.jsonl"], "out": ["FILE"], "rung": ["nonsense"], "k": ["0"],
+        "teacher": ["/nowhere"], "data": ["/nowhere.jsonl"], "out": ["FILE"], "level": ["nonsense"], "k": ["0"],
         "dataset_train_split": ["nonsense"], "teacher_tokenizer_name_or_path": ["/nowhere"],
         "teacher_model_init_kwargs": ["[1]", "{"], "teacher_chat_template_kwargs": ["[1]"],
         "teacher_max_length": ["0"], "score_turns": ["some"], "batch_size": ["0"], "shard_texts": ["0"],

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
+from support import tiny
 
 from diglot.cli.main import main
 from diglot.cli.options import load_options

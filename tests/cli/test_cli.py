@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import yaml
+from support import tiny
 
 from diglot.cli.main import main
 from diglot.cli.options import SCHEMA, generate, load_options

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
+from support import tiny
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 

@@ -12,9 +12,9 @@ import assets
 import numpy as np
 import pytest
 import torch
-from gguf_file import write_gguf
 from gguf_folder import read_header, read_tensors, save_model
-from real_assets import tokenizer
+from support.gguf_file import write_gguf
+from support.real_assets import tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 PIECES = {"one": b"first half, ", "two": b"second half"}

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import distributed_cases as cases
-import pairs
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.distributed_cases as cases
+import support.tokenizers_zoo as zoo
 import torch
-from pairs import Run, largest_difference
+from support import distributed_pairs as pairs
+from support import tiny
+from support.distributed_pairs import Run, largest_difference
 from transformers import AutoModelForCausalLM
 
 # Of any parameter after three steps of AdamW at 1e-3. Sums have another order on two processes; AdamW divides a small
@@ -102,7 +102,9 @@ def test_plain_launchers_start_the_command_line(root: Path) -> None:
 def test_no_rank_steps_where_one_has_a_loss_that_is_no_number(root: Path, on_nonfinite: str, trainer: str) -> None:
     out = root / f"poisoned_{on_nonfinite}_{trainer}"
     given = pairs.arguments(root / "cross", out, 2, trainer=trainer, on_nonfinite=on_nonfinite)
-    done = pairs.start([*pairs.launcher(2), str(Path(__file__).parent / "poisoned.py"), *given])
+    done = pairs.start(
+        [*pairs.launcher(2), str(Path(__file__).parents[1] / "support" / "distributed_poisoned.py"), *given]
+    )
     seen: dict[str, list[str]] = {rank: re.findall(rf"rank {rank} step \d has (\w+)", done.stdout) for rank in "01"}
     assert len(seen["0"]) > 1 and seen["0"] == seen["1"], done.stdout[-8000:]
     assert "The loss of step 1 is nan" in done.stdout

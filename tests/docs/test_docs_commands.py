@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
-from teacher_server import TeacherServer
+import support.tokenizers_zoo as zoo
+from support import tiny
+from support.teacher_server import TeacherServer
 
 from diglot.cli.main import main
 from diglot.cli.options import load_options

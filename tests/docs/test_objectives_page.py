@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from oracle_gaps import gap_table, markdown
-from scored import pair
+from support.oracle_gaps import gap_table, markdown
+from support.scored import pair
 
 from diglot.cli.main import main
 from diglot.objectives import OBJECTIVES, guide, make_objective

@@ -9,8 +9,8 @@ import webbrowser
 from pathlib import Path
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
+from support import tiny
 
 from diglot.cli.main import main
 from diglot.report import advice

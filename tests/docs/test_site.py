@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pictures
 import pytest
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import yaml
 
 from diglot.cli.options import load_options

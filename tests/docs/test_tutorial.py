@@ -10,9 +10,9 @@ from string import Template
 
 import assets
 import pytest
-import tiny
-import tokenizers_zoo as zoo
-from tutorial_page import ROOT, steps
+import support.tokenizers_zoo as zoo
+from support import tiny
+from support.tutorial_page import ROOT, steps
 
 from diglot.cli.main import main
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
+from support import tiny
 
 from diglot.cli.evaluate import lm_eval
 from diglot.cli.main import main

@@ -12,8 +12,8 @@ from diglot.evaluation.reports import ratio_error
 from diglot.evaluation.texts import repetition
 
 
-def test_the_interval_of_a_mean_is_as_wide_as_the_normal_law_says() -> None:
-    """400 draws of a normal law: 1.96 standard errors on either side."""
+def test_the_interval_of_a_mean_is_as_wide_as_the_normal_distribution_says() -> None:
+    """400 draws of a normal distribution: 1.96 standard errors on either side."""
     top = np.random.default_rng(0).normal(3.0, 2.0, size=400)
     low, high = interval(top, np.ones(400), seed=1, draws=4000)
     error = top.std(ddof=1) / 20

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
+from support import tiny
 
 from diglot.data import to_sample
 from diglot.evaluation import OnPolicyReport, ReferenceReport

@@ -28,8 +28,8 @@ def path(kind: str) -> Path:
 
 def trajectory(kind: str, out: Path) -> list[dict[str, float]]:
     """Five steps, each with what it logged."""
-    import tiny
-    from real_assets import tokenizer
+    from support import tiny
+    from support.real_assets import tokenizer
 
     student, teacher = tokenizer("smollm2"), tokenizer("gemma3")
     build = {"gkd": tiny.gkd, "minillm": tiny.minillm}[kind]

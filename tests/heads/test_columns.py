@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from row_problem import PAIR, ROWS_S, ROWS_T, Problem
+from support.row_problem import PAIR, ROWS_S, ROWS_T, Problem
 from torch import Tensor
 
 from diglot.heads import Head, reduce_rows

@@ -21,7 +21,7 @@ def objective(logits_s, logits_t):
     gap = logits_s.log_softmax(-1) - logits_t.log_softmax(-1)
     return Values((logits_s.softmax(-1) * gap).sum(-1), {"first": gap[:, 0], "last": gap[:, -1]})
 
-def law(logits, block):
+def distribution(logits, block):
     return logits.log_softmax(-1)[:, :3]
 
 def peak():
@@ -32,7 +32,7 @@ start = peak()
 if what == "rows":
     reduce_rows(objective, hidden, head_s, hidden.detach(), head_t, index, index, torch.ones(rows), 64)[0].backward()
 else:
-    summaries(law, hidden, head_s, 64).sum().backward()
+    summaries(distribution, hidden, head_s, 64).sum().backward()
 print(peak() - start)
 """
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from row_problem import OBJECTIVE, ROWS_S, ROWS_T, WEIGHT, N, Problem, V, linear, normal
+from support.row_problem import OBJECTIVE, ROWS_S, ROWS_T, WEIGHT, N, Problem, V, linear, normal
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -267,14 +267,14 @@ def test_a_tied_embedding_gets_both_of_its_gradients_once() -> None:
 
 def test_values_that_are_views_of_a_block_do_not_keep_the_block() -> None:
     problem = Problem()
-    laws: list[weakref.ref[Any]] = []
+    distributions: list[weakref.ref[Any]] = []
     alive: list[int] = []
 
     def objective(logits_s: Tensor, logits_t: Tensor) -> Values:
-        alive.append(sum(law() is not None for law in laws))
-        law = logits_t.softmax(-1)
-        laws.append(weakref.ref(law.untyped_storage()))
-        return Values(logits_s.logsumexp(-1), {"last": law[:, -1]})
+        alive.append(sum(distribution() is not None for distribution in distributions))
+        distribution = logits_t.softmax(-1)
+        distributions.append(weakref.ref(distribution.untyped_storage()))
+        return Values(logits_s.logsumexp(-1), {"last": distribution[:, -1]})
 
     _, values = problem.reduced(2, objective)
     assert alive == [0] * len(ROWS_S)  # blocks of two rows are compared row by row

@@ -8,8 +8,8 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
-import tokenizers_zoo as zoo
-from scored import read, renderer
+import support.tokenizers_zoo as zoo
+from support.scored import read, renderer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -17,7 +17,7 @@ from diglot.data import Sample, to_sample
 from diglot.inspection import Input, Inspection, align_text, inspect_pair
 from diglot.inspection.measure import CRITICAL, agreement, critical
 from diglot.inspection.texts import TEXTS
-from diglot.objectives import OBJECTIVES, Rung
+from diglot.objectives import OBJECTIVES, Level
 from diglot.trainers import DistillationConfig
 
 CHAT = {"messages": [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi there, friend!"}]}
@@ -170,9 +170,9 @@ def test_the_verdict_on_objectives_is_their_own() -> None:
 
 def test_a_teacher_that_gives_log_probs_only_leaves_the_objectives_that_need_no_more() -> None:
     inputs = [Input(name, zoo.ALL[name]()) for name in ("chatml", "inst")]
-    verdict = inspect_pair(*inputs, offered=Rung.TEXT_LOGPROBS).verdict
+    verdict = inspect_pair(*inputs, offered=Level.TEXT_LOGPROBS).verdict
     working = {one.name for one in verdict.objectives if one.outcome != "fails"}
-    assert working == {name for name, cls in OBJECTIVES.items() if cls.needs <= Rung.TEXT_LOGPROBS}
+    assert working == {name for name, cls in OBJECTIVES.items() if cls.needs <= Level.TEXT_LOGPROBS}
     assert verdict.objective in working and f"--objective {verdict.objective}" in str(verdict.command)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
+from support import tiny
 
 from diglot.batches import PairReader
 from diglot.data import Sample

@@ -6,10 +6,10 @@ import itertools
 import random
 
 import pytest
-import tokenizers_zoo as zoo
-from fuzzing import fuzz_ids, fuzz_text, specials
-from pairing import check_pair, check_sampled
-from real_assets import TOKENIZERS, tokenizer
+import support.tokenizers_zoo as zoo
+from support.fuzzing import fuzz_ids, fuzz_text, specials
+from support.pairing import check_pair, check_sampled
+from support.real_assets import TOKENIZERS, tokenizer
 
 from diglot.rendering import Renderer
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_problem import DOUBLE, aligned, plain_end, random_alignment, random_path, side, tokens_of
+from support.chunk_problem import DOUBLE, aligned, plain_end, random_alignment, random_path, side, tokens_of
 from torch import Tensor
 
 from diglot.alignment import Alignment

@@ -1,4 +1,4 @@
-"""The cells of `bpm`: the student's law over some tokens, stop, and everything else together."""
+"""The cells of `bpm`: the student's distribution over some tokens, stop, and everything else together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def reference(logits: Tensor, tokens: Tensor, stops: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("stops", STOPS)
-def test_the_cells_are_a_law_and_its_logarithm(stops: list[int]) -> None:
+def test_the_cells_are_a_distribution_and_its_logarithm(stops: list[int]) -> None:
     logits, tokens, ids = problem(stops)
     cells = _Cells.apply(logits, tokens, ids)
     torch.testing.assert_close(cells.exp(), reference(logits, tokens, ids), rtol=1e-12, atol=1e-15)
@@ -57,5 +57,5 @@ def test_a_cell_of_next_to_no_mass_has_the_gradient_of_its_own_columns() -> None
     assert cells[0, -1].item() == pytest.approx(-120 + math.log(1 + math.exp(-1)) - math.log(1 + math.e), rel=1e-6)
     cells[0, -1].backward()
     assert logits.grad is not None
-    law, share = torch.tensor([0.0, 1.0]).softmax(-1), torch.tensor([0.0, -1.0]).softmax(-1)
-    torch.testing.assert_close(logits.grad[0], torch.cat([-law, share]), rtol=1e-5, atol=1e-6)
+    distribution, share = torch.tensor([0.0, 1.0]).softmax(-1), torch.tensor([0.0, -1.0]).softmax(-1)
+    torch.testing.assert_close(logits.grad[0], torch.cat([-distribution, share]), rtol=1e-5, atol=1e-6)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import tokenizers_zoo as zoo
-from conserved import TEXTS, check_masses
+import support.tokenizers_zoo as zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scored import Scored
+from support.conserved import TEXTS, check_masses
+from support.scored import Scored
 
 
 @pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(zoo.ALL, 2)))

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
-from row_problem import H_T, N_T, PAIR, ROWS_S, ROWS_T, H, N, Problem, V, normal
+from support import tiny
+from support.row_problem import H_T, N_T, PAIR, ROWS_S, ROWS_T, H, N, Problem, V, normal
 
 from diglot.errors import ConfigError
 from diglot.heads import reduce_rows

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
-from scored import Scored, pair
+from support import tiny
+from support.scored import Scored, pair
 from torch import Tensor
 
 from diglot.alignment import Side, align
@@ -209,7 +209,7 @@ def test_gold_equals_jsd_where_everything_is_matched_and_chunks_are_tokens(beta:
 
 
 @pytest.mark.parametrize("beta", [0.3, 0.5])
-def test_equal_laws_have_no_gold_and_no_gradient_even_of_merged_chunks(beta: float) -> None:
+def test_equal_distributions_have_no_gold_and_no_gradient_even_of_merged_chunks(beta: float) -> None:
     partly = Pair(True, 8, 8, torch.arange(4), torch.arange(4), torch.tensor([7]), torch.tensor([7]))
     s, before = logits(4, 8, 13).requires_grad_(), rest(0.0, -1.0, -2.0, -5.0).requires_grad_()
     given = {"rest_s": before, "rest_t": before.detach()}
@@ -220,7 +220,8 @@ def test_equal_laws_have_no_gold_and_no_gradient_even_of_merged_chunks(beta: flo
 
 
 def test_forward_kl_on_what_is_matched_pushes_down_all_that_is_not() -> None:
-    """The known bias of the endpoint: at equal laws, by each token's probability times the teacher's mass on M."""
+    """The known bias of the endpoint: at equal distributions, by each token's probability times the teacher's mass
+    on M."""
     partly = Pair(True, 8, 8, torch.arange(4), torch.arange(4), torch.tensor([7]), torch.tensor([7]))
     s, zero = logits(4, 8, 14).requires_grad_(), rest(0, 0, 0, 0)
     loss = make_objective("gold", partly, beta=0.0)(s, s.detach(), rest_s=zero, rest_t=zero).loss
@@ -240,7 +241,7 @@ def test_the_gradient_of_gold_is_the_derivative_also_of_the_earlier_tokens(beta:
     )
 
 
-def test_gold_sees_the_law_not_the_ids() -> None:
+def test_gold_sees_the_distribution_not_the_ids() -> None:
     """Renumbering the teacher, and splitting its stop mass over two ids, changes nothing."""
     s, t = logits(5, 12, 17), logits(5, 9, 18)
     order = torch.tensor([3, 9, 0, 6, 1, 8, 2, 5, 4])

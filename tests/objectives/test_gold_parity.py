@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
 from tokenizers import pre_tokenizers, trainers
 from torch import Tensor

@@ -13,7 +13,7 @@ import torch
 
 from diglot.objectives import RowObjective, byte, divergences, shared_prefix, spanning
 from diglot.objectives.bpm import BPM
-from diglot.objectives.byte import ByteLaw
+from diglot.objectives.byte import ByteDistribution
 from diglot.objectives.escd import ESCD
 from diglot.objectives.shared_prefix import SharedPrefix
 
@@ -122,7 +122,9 @@ def shared(beta: float = 0.4) -> Callable[[], None]:
 
 
 def by_byte(beta: float = 0.5) -> Callable[[], None]:
-    return lambda: references.test_byte_is_the_jsd_of_next_byte_laws_written_plainly(("chatml", "turns"), beta, 1.0)
+    return lambda: references.test_byte_is_the_jsd_of_next_byte_distributions_written_plainly(
+        ("chatml", "turns"), beta, 1.0
+    )
 
 
 FAULTS: list[tuple[str, Patch, Callable[[], None]]] = [
@@ -141,13 +143,15 @@ FAULTS: list[tuple[str, Patch, Callable[[], None]]] = [
     ("byte always ended", always_ended, by_byte()),
     ("escd one row late", one_row_late(ESCD), references.test_escd_adds_the_completions_written_plainly),
     (
-        "equal laws one row late",
+        "equal distributions one row late",
         one_row_late(SharedPrefix),
-        lambda: promises.test_equal_laws_over_equal_vocabularies_give_zero_loss_and_zero_gradient("shared_prefix", {}),
+        lambda: promises.test_equal_distributions_over_equal_vocabularies_give_zero_loss_and_zero_gradient(
+            "shared_prefix", {}
+        ),
     ),
     (
         "byte teacher read with the student's table",
-        lambda patch: patch.setattr(ByteLaw, "summary_t", ByteLaw.summary_s),
+        lambda patch: patch.setattr(ByteDistribution, "summary_t", ByteDistribution.summary_s),
         by_byte(),
     ),
 ]

@@ -7,31 +7,44 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import oracle
-import oracle_gaps as gaps
-import oracle_readings as readings
 import pytest
+import support.oracle_gaps as gaps
+import support.oracle_readings as readings
 import torch
-from oracle import ALPHABET, STOP, TOYS, Answers, InducedLaw, Law, RandomLaw, Toy, bpe_a, bpe_b, letters, unigram
-from oracle_chunks import between_breaks, chunks_of, mean_gap
+from support import oracle
+from support.oracle import (
+    ALPHABET,
+    STOP,
+    TOYS,
+    Answers,
+    Distribution,
+    InducedDistribution,
+    RandomDistribution,
+    Toy,
+    bpe_a,
+    bpe_b,
+    letters,
+    unigram,
+)
+from support.oracle_chunks import between_breaks, chunks_of, mean_gap
 
 PAIRS = [(bpe_a, bpe_b), (bpe_b, bpe_a), (bpe_a, unigram)]
 ROUNDING = 1e-12
 FAULT = 1e-3  # every planted fault is at least so large
 
 
-def random_law(toy: Callable[[], Toy] = bpe_a, limit: int = 4) -> RandomLaw:
-    return RandomLaw(toy(), limit, seed=1)
+def random_distribution(toy: Callable[[], Toy] = bpe_a, limit: int = 4) -> RandomDistribution:
+    return RandomDistribution(toy(), limit, seed=1)
 
 
-def induced_law(toy: Callable[[], Toy] = bpe_a) -> InducedLaw:
-    return InducedLaw(toy(), oracle.text_law(RandomLaw(letters(), 4, seed=3)))
+def induced_distribution(toy: Callable[[], Toy] = bpe_a) -> InducedDistribution:
+    return InducedDistribution(toy(), oracle.text_distribution(RandomDistribution(letters(), 4, seed=3)))
 
 
 # ---- the oracle ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [random_law, induced_law])
+@pytest.mark.parametrize("make", [random_distribution, induced_distribution])
 @pytest.mark.parametrize("toy", TOYS.values(), ids=TOYS)
 def test_answers_about_text_agree_with_enumeration_and_each_other(toy: Callable[[], Toy], make: Any) -> None:
     assert max(oracle.errors(make(toy)).values()) < ROUNDING
@@ -40,7 +53,7 @@ def test_answers_about_text_agree_with_enumeration_and_each_other(toy: Callable[
 @pytest.mark.parametrize("toy", TOYS.values(), ids=TOYS)
 def test_toys_are_small_and_spell_every_text_over_their_letters(toy: Callable[[], Toy]) -> None:
     assert len(toy().pieces) <= 40
-    for text in oracle.text_law(random_law(letters)):
+    for text in oracle.text_distribution(random_distribution(letters)):
         assert toy().spell(toy().canonical(text)) == text
 
 
@@ -50,97 +63,101 @@ def test_the_toys_cut_the_same_text_differently() -> None:
 
 
 def test_chain_rule_holds_on_texts_too_many_to_enumerate() -> None:
-    """Twelve bytes: next-byte laws, stop included, multiply to the probability of the text."""
-    law = random_law(unigram, limit=12)
+    """Twelve bytes: next-byte distributions, stop included, multiply to the probability of the text."""
+    distribution = random_distribution(unigram, limit=12)
     for text in (b"abca bab aab", b"cab bc", b"   ", b""):
-        chain = [oracle.next_byte_law(law, text[:i])[b] for i, b in enumerate((*text, STOP))]
-        assert np.log(chain).sum() == pytest.approx(np.log(oracle.text_probability(law, text)), abs=1e-10)
+        chain = [oracle.next_byte_distribution(distribution, text[:i])[b] for i, b in enumerate((*text, STOP))]
+        assert np.log(chain).sum() == pytest.approx(np.log(oracle.text_probability(distribution, text)), abs=1e-10)
 
 
 def test_no_text_is_longer_than_the_limit_and_none_has_other_letters() -> None:
-    law = random_law(bpe_b)
-    assert oracle.text_probability(law, b"abcab") == oracle.cylinder(law, b"abcab") == 0
-    assert set(np.flatnonzero(oracle.next_byte_law(law, b"ab"))) == {*ALPHABET, STOP}
-    assert oracle.next_byte_law(law, b"abca")[STOP] == pytest.approx(1)
+    distribution = random_distribution(bpe_b)
+    assert oracle.text_probability(distribution, b"abcab") == oracle.cylinder(distribution, b"abcab") == 0
+    assert set(np.flatnonzero(oracle.next_byte_distribution(distribution, b"ab"))) == {*ALPHABET, STOP}
+    assert oracle.next_byte_distribution(distribution, b"abca")[STOP] == pytest.approx(1)
 
 
 def test_tokenisations_given_a_text_are_all_of_them_and_sum_to_one() -> None:
-    law = random_law()
-    found = oracle.tokenisations(law, b"abca")
-    cuts = {tuple(law.toy.pieces[i] for i in tokens) for tokens in found}
+    distribution = random_distribution()
+    found = oracle.tokenisations(distribution, b"abca")
+    cuts = {tuple(distribution.toy.pieces[i] for i in tokens) for tokens in found}
     assert cuts == {
         tuple(part.encode() for part in cut.split("|")) for cut in ("a|b|c|a", "ab|c|a", "abc|a", "a|b|ca", "ab|ca")
     }
     assert sum(found.values()) == pytest.approx(1)
-    share = oracle.canonical_probability(law, b"abca") / oracle.text_probability(law, b"abca")
-    assert found[law.toy.canonical(b"abca")] == pytest.approx(share)
+    share = oracle.canonical_probability(distribution, b"abca") / oracle.text_probability(distribution, b"abca")
+    assert found[distribution.toy.canonical(b"abca")] == pytest.approx(share)
 
 
-def test_an_induced_law_has_the_text_law_that_it_was_made_of_and_never_leaves_canonical_paths() -> None:
-    texts = oracle.text_law(RandomLaw(letters(), 4, seed=3))
+def test_an_induced_distribution_has_the_text_distribution_that_it_was_made_of_and_never_leaves_canonical_paths() -> (
+    None
+):
+    texts = oracle.text_distribution(RandomDistribution(letters(), 4, seed=3))
     for toy in (bpe_a, bpe_b, unigram):
-        law = induced_law(toy)
-        assert oracle.text_law(law) == pytest.approx(texts, abs=ROUNDING)
-        assert oracle.noncanonical_mass(law) == 0
+        distribution = induced_distribution(toy)
+        assert oracle.text_distribution(distribution) == pytest.approx(texts, abs=ROUNDING)
+        assert oracle.noncanonical_mass(distribution) == 0
         prefix = b"bc"
-        assert oracle.next_byte_law(law, prefix) == pytest.approx(oracle.next_byte_law(induced_law(letters), prefix))
+        assert oracle.next_byte_distribution(distribution, prefix) == pytest.approx(
+            oracle.next_byte_distribution(induced_distribution(letters), prefix)
+        )
 
 
 def test_noncanonical_mass_is_what_canonical_paths_leave() -> None:
-    law = random_law()
-    canonical = sum(oracle.canonical_probability(law, text) for text in oracle.text_law(law))
-    assert oracle.noncanonical_mass(law) == pytest.approx(1 - canonical)
-    assert 0.05 < oracle.noncanonical_mass(law) < 0.95
-    assert oracle.noncanonical_mass(random_law(letters)) == 0
+    distribution = random_distribution()
+    canonical = sum(oracle.canonical_probability(distribution, text) for text in oracle.text_distribution(distribution))
+    assert oracle.noncanonical_mass(distribution) == pytest.approx(1 - canonical)
+    assert 0.05 < oracle.noncanonical_mass(distribution) < 0.95
+    assert oracle.noncanonical_mass(random_distribution(letters)) == 0
 
 
 # ---- planted faults --------------------------------------------------------------------------------------------------
 
 
-def _without_stop(law: Law, prefix: bytes) -> np.ndarray:
-    found = oracle.next_byte_law(law, prefix)
+def _without_stop(distribution: Distribution, prefix: bytes) -> np.ndarray:
+    found = oracle.next_byte_distribution(distribution, prefix)
     found[STOP] = 0
     return found
 
 
-def _stop_shared_out(law: Law, prefix: bytes) -> np.ndarray:
-    found = _without_stop(law, prefix)
+def _stop_shared_out(distribution: Distribution, prefix: bytes) -> np.ndarray:
+    found = _without_stop(distribution, prefix)
     return found / found.sum() if found.sum() else found
 
 
-def _one_byte_late(law: Law, prefix: bytes) -> np.ndarray:
-    return oracle.next_byte_law(law, prefix[:-1])
+def _one_byte_late(distribution: Distribution, prefix: bytes) -> np.ndarray:
+    return oracle.next_byte_distribution(distribution, prefix[:-1])
 
 
-def _next_token_only(law: Law, prefix: bytes) -> np.ndarray:
+def _next_token_only(distribution: Distribution, prefix: bytes) -> np.ndarray:
     """Tokens that run past the end of the prefix are forgotten."""
-    ending, _ = oracle.cover(law, prefix)
+    ending, _ = oracle.cover(distribution, prefix)
     masses = np.zeros(STOP + 1)
     for state, mass in ending.items():
-        for v, p in enumerate(law.row(state)):
-            masses[STOP if v == law.toy.stop else law.toy.pieces[v][0] if p else 0] += mass * p
+        for v, p in enumerate(distribution.row(state)):
+            masses[STOP if v == distribution.toy.stop else distribution.toy.pieces[v][0] if p else 0] += mass * p
     return masses / masses.sum() if masses.sum() else masses
 
 
-def _canonical_rows(law: Law, prefix: bytes) -> np.ndarray:
+def _canonical_rows(distribution: Distribution, prefix: bytes) -> np.ndarray:
     """The row after the canonical path of the prefix alone, read as bytes: what a model says if nobody looks back."""
-    row = law.row(oracle.states(law, law.toy.canonical(prefix))[-1])
+    row = distribution.row(oracle.states(distribution, distribution.toy.canonical(prefix))[-1])
     masses = np.zeros(STOP + 1)
     for v in np.flatnonzero(row):
-        masses[STOP if v == law.toy.stop else law.toy.pieces[v][0]] += row[v]
+        masses[STOP if v == distribution.toy.stop else distribution.toy.pieces[v][0]] += row[v]
     return masses
 
 
-def _ending_only(law: Law, prefix: bytes) -> float:
-    return sum(oracle.cover(law, prefix)[0].values())
+def _ending_only(distribution: Distribution, prefix: bytes) -> float:
+    return sum(oracle.cover(distribution, prefix)[0].values())
 
 
-def _without_last_byte(law: Law, prefix: bytes) -> float:
-    return oracle.cylinder(law, prefix[:-1])
+def _without_last_byte(distribution: Distribution, prefix: bytes) -> float:
+    return oracle.cylinder(distribution, prefix[:-1])
 
 
-def _unstopped(law: Law, text: bytes) -> float:
-    return _ending_only(law, text)
+def _unstopped(distribution: Distribution, text: bytes) -> float:
+    return _ending_only(distribution, text)
 
 
 @pytest.mark.parametrize(
@@ -151,17 +168,17 @@ def _unstopped(law: Law, text: bytes) -> float:
         ({"text_probability": oracle.cylinder}, {"mass", "texts", "chain"}),
         ({"cylinder": _ending_only}, {"cylinders"}),
         ({"cylinder": _without_last_byte}, {"cylinders"}),
-        ({"next_byte_law": _without_stop}, {"laws", "chain"}),
-        ({"next_byte_law": _stop_shared_out}, {"chain"}),
-        ({"next_byte_law": _one_byte_late}, {"chain"}),
-        ({"next_byte_law": _next_token_only}, {"chain"}),
-        ({"next_byte_law": _canonical_rows}, {"chain"}),
+        ({"next_byte_distribution": _without_stop}, {"distributions", "chain"}),
+        ({"next_byte_distribution": _stop_shared_out}, {"chain"}),
+        ({"next_byte_distribution": _one_byte_late}, {"chain"}),
+        ({"next_byte_distribution": _next_token_only}, {"chain"}),
+        ({"next_byte_distribution": _canonical_rows}, {"chain"}),
     ],
 )
 def test_a_planted_fault_is_found(fault: dict[str, Any], found_by: set[str]) -> None:
-    found = oracle.errors(random_law(), replace(Answers(), **fault))
+    found = oracle.errors(random_distribution(), replace(Answers(), **fault))
     assert {name for name, error in found.items() if error > FAULT} >= found_by
-    untouched = {"mass", "texts", "cylinders", "laws", "chain"} - found_by - {"laws"}
+    untouched = {"mass", "texts", "cylinders", "distributions", "chain"} - found_by - {"distributions"}
     assert all(found[name] < ROUNDING for name in untouched)
 
 
@@ -245,7 +262,7 @@ def test_a_perfect_student_is_moved_by_span_though_every_texts_log_ratio_is_zero
         assert readings.Learner(reading).credited_gradient(credit).norm() < 1e-9
 
 
-def test_log_probs_of_the_batch_are_those_of_the_laws() -> None:
+def test_log_probs_of_the_batch_are_those_of_the_distributions() -> None:
     """The reader's own rendering and packing carry every path, with its probability."""
     reading = readings.random_pair(bpe_a, bpe_b)
     assert float(reading.mass.sum()) == pytest.approx(1, abs=ROUNDING)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scored import TEXTS, Scored, read
+from support.scored import TEXTS, Scored, read
 
 from diglot.batches import Written
 from diglot.objectives import OBJECTIVES, PathObjective, RowObjective, SummaryObjective, make_objective
@@ -174,7 +174,7 @@ SAME_ZERO = [
 
 
 @pytest.mark.parametrize(("name", "options"), SAME_ZERO, ids=[f"{n}{sorted(o.items())}" for n, o in SAME_ZERO])
-def test_equal_laws_over_equal_vocabularies_give_zero_loss_and_zero_gradient(
+def test_equal_distributions_over_equal_vocabularies_give_zero_loss_and_zero_gradient(
     name: str, options: dict[str, Any]
 ) -> None:
     scored = Scored.of("chatml", "chatml")
@@ -191,7 +191,7 @@ def test_equal_laws_over_equal_vocabularies_give_zero_loss_and_zero_gradient(
         ("byte", {}, "its anchor is the surprisal of the student's own cut"),
     ],
 )
-def test_what_cannot_be_zero_for_equal_laws_is_not(name: str, options: dict[str, Any], why: str) -> None:
+def test_what_cannot_be_zero_for_equal_distributions_is_not(name: str, options: dict[str, Any], why: str) -> None:
     scored = Scored.of("chatml", "chatml")
     scored.logits_t = scored.logits_s.detach().clone()
     values = scored.values(name, **options)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from scored import TEXTS, Scored
+from support.scored import TEXTS, Scored
 from torch import Tensor
 
 from diglot.objectives import make_objective
 from diglot.vocabulary import Vocabulary
 
 SIDES = [("chatml", "turns"), ("inst", "chatml"), ("unigram", "inst"), ("turns", "nfc")]
-Law = dict[Any, float]
+Distribution = dict[Any, float]
 
 
 def pieces(vocabulary: Vocabulary) -> dict[bytes, int]:
@@ -31,10 +31,10 @@ def longest(table: dict[bytes, int], text: bytes) -> int | None:
     return next((table[text[:k]] for k in range(len(text), 0, -1) if text[:k] in table), None)
 
 
-def jsd(t: Law, s: Law, beta: float, floor: float = 0.0) -> float:
+def jsd(t: Distribution, s: Distribution, beta: float, floor: float = 0.0) -> float:
     """As the papers write it, over the union of the cells."""
     cells = sorted({*t, *s}, key=str)
-    q, p = ([law.get(c, 0.0) for c in cells] for law in (t, s))
+    q, p = ([distribution.get(c, 0.0) for c in cells] for distribution in (t, s))
     if beta == 0:
         return sum(a * math.log(a / b) for a, b in zip(q, p, strict=True) if a > 0)
     q = [max(a, floor) if b > 0 else a for a, b in zip(q, p, strict=True)]
@@ -60,13 +60,13 @@ class Plain:
 
     # ---- the byte-prefix marginal ------------------------------------------------------------------------------
 
-    def marginal(self, i: int) -> tuple[Law, set[Any]]:
+    def marginal(self, i: int) -> tuple[Distribution, set[Any]]:
         """Target of student row `i`, and the cells that some teacher token maps to."""
         s, t = self.written.student, self.written.teacher
         j = max(k for k in range(len(t.ids)) if t.segment[k] == s.segment[i] and t.start[k] <= s.start[i])
         done = int(s.start[i] - t.start[j])
         prefix = self.texts_t[t.ids[j]][:done]
-        target: Law = defaultdict(float)
+        target: Distribution = defaultdict(float)
         cells: set[Any] = set()
         for u, mass in enumerate(self.q[j]):
             text = self.texts_t[u]
@@ -79,7 +79,7 @@ class Plain:
         total = sum(target.values())
         return {v: mass / total for v, mass in target.items() if mass > 0}, cells | {v for v in target if target[v] > 0}
 
-    def _spans(self, i: int, j: int, done: int, target: Law) -> None:
+    def _spans(self, i: int, j: int, done: int, target: Distribution) -> None:
         """Move mass to student tokens along the written text that end after teacher token `j`."""
         s, t = self.written.student, self.written.teacher
         if s.stop[i]:
@@ -104,12 +104,12 @@ class Plain:
             target[v] += mass
             moved_from = v
 
-    def student(self, i: int, cells: set[Any]) -> Law:
-        law: Law = defaultdict(float)
+    def student(self, i: int, cells: set[Any]) -> Distribution:
+        distribution: Distribution = defaultdict(float)
         for v, mass in enumerate(self.p[i]):
             cell: Any = "stop" if v in self.stop_s else v
-            law[cell if cell in cells or cell == "stop" else None] += mass
-        return law
+            distribution[cell if cell in cells or cell == "stop" else None] += mass
+        return distribution
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
@@ -149,22 +149,23 @@ def test_shared_prefix_is_the_jsd_of_the_cells_written_plainly(sides: tuple[str,
 
     on_both = {cell(t) for t in plain.by_bytes_s} & {cell(t) for t in plain.by_bytes_t}
 
-    def law(vocabulary: Vocabulary, probs: list[float], stop: set[int]) -> Law:
-        cells: Law = defaultdict(float)
+    def distribution(vocabulary: Vocabulary, probs: list[float], stop: set[int]) -> Distribution:
+        cells: Distribution = defaultdict(float)
         for i, mass in enumerate(probs):
             own = cell(vocabulary.token(i))
             cells["stop" if i in stop else own if own in on_both else "rest"] += mass
         return cells
 
     expected = [
-        jsd(law(plain.vt, plain.q[j], plain.stop_t), law(plain.vs, plain.p[i], plain.stop_s), beta) for i, j in rows
+        jsd(distribution(plain.vt, plain.q[j], plain.stop_t), distribution(plain.vs, plain.p[i], plain.stop_s), beta)
+        for i, j in rows
     ]
     found = scored.values("shared_prefix", beta=beta).loss
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-9)
 
 
 class PlainBytes:
-    """Next-byte laws of one side, byte by byte."""
+    """Next-byte distributions of one side, byte by byte."""
 
     def __init__(self, vocabulary: Vocabulary, side: Any, probs: list[list[float]], stop: set[int]) -> None:
         self.texts, self.side, self.probs, self.stop = (
@@ -187,8 +188,8 @@ class PlainBytes:
                 ended += mass
         return dict(masses), ended
 
-    def law(self, i: int, read: int) -> tuple[Law, float]:
-        """Law of the byte after the first `read` of token `i`, and the surprisal of the cut there."""
+    def distribution(self, i: int, read: int) -> tuple[Distribution, float]:
+        """Distribution of the byte after the first `read` of token `i`, and the surprisal of the cut there."""
         masses, ended = self.under_way(i, read)
         total = sum(masses.values())
         own = {b: m / total for b, m in masses.items()}
@@ -205,7 +206,9 @@ class PlainBytes:
 
 @pytest.mark.parametrize(("beta", "anchor"), [(0.0, 0.0), (0.5, 1.0), (1.0, 0.25)])
 @pytest.mark.parametrize("sides", SIDES[:2], ids="-".join)
-def test_byte_is_the_jsd_of_next_byte_laws_written_plainly(sides: tuple[str, str], beta: float, anchor: float) -> None:
+def test_byte_is_the_jsd_of_next_byte_distributions_written_plainly(
+    sides: tuple[str, str], beta: float, anchor: float
+) -> None:
     scored = Scored.of(*sides, TEXTS[:2])
     plain, written = Plain(scored), scored.batch.written
     both = (
@@ -215,19 +218,22 @@ def test_byte_is_the_jsd_of_next_byte_laws_written_plainly(sides: tuple[str, str
     expected = []
     for segment, text in enumerate(written.texts):
         for n in range(len(text) + 1):
-            laws = []
+            distributions = []
             for side in both:
                 tokens = zip(side.side.segment, side.side.start, side.side.end, strict=True)
                 i = next(k for k, (seg, a, b) in enumerate(tokens) if seg == segment and a <= n < b)
-                laws.append(side.law(i, n - int(side.side.start[i])))
-            (law_s, cut), (law_t, _) = laws
-            smooth = [{b: (law.get(b, 0.0) + 1e-8) / (1 + 257e-8) for b in range(257)} for law in (law_s, law_t)]
+                distributions.append(side.distribution(i, n - int(side.side.start[i])))
+            (distribution_s, cut), (distribution_t, _) = distributions
+            smooth = [
+                {b: (distribution.get(b, 0.0) + 1e-8) / (1 + 257e-8) for b in range(257)}
+                for distribution in (distribution_s, distribution_t)
+            ]
             expected.append(jsd(smooth[1], smooth[0], beta) + anchor * cut)
     found = scored.values("byte", beta=beta, anchor=anchor).loss
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-9)
 
 
-def test_the_byte_laws_given_the_cut_and_the_cut_itself_make_up_the_surprisal_of_the_tokens() -> None:
+def test_the_byte_distributions_given_the_cut_and_the_cut_itself_make_up_the_surprisal_of_the_tokens() -> None:
     """The anchor is exactly that part of cross-entropy that says nothing about content."""
     scored = Scored.of("chatml", "inst", TEXTS[:2])
     plain, s = Plain(scored), scored.batch.written.student

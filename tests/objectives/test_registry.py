@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diglot.errors import ConfigError
-from diglot.objectives import OBJECTIVES, Objective, Pair, PathObjective, Rung, make_objective, objective_class
+from diglot.objectives import OBJECTIVES, Level, Objective, Pair, PathObjective, make_objective, objective_class
 
 PAIR = Pair(False, 4, 5, torch.tensor([0, 1]), torch.tensor([2, 1]), torch.tensor([3]), torch.tensor([4]))
 
@@ -15,8 +15,8 @@ PAIR = Pair(False, 4, 5, torch.tensor([0, 1]), torch.tensor([2, 1]), torch.tenso
 def test_each_objective_knows_its_name_and_what_it_needs(name: str) -> None:
     cls = objective_class(name)
     assert cls.name == name
-    of_rows = Rung.TOP_K if name == "top_k" else Rung.HIDDEN
-    assert cls.needs == (Rung.TEXT_LOGPROBS if issubclass(cls, PathObjective) else of_rows)
+    of_rows = Level.TOP_K if name == "top_k" else Level.HIDDEN
+    assert cls.needs == (Level.TEXT_LOGPROBS if issubclass(cls, PathObjective) else of_rows)
     assert issubclass(cls, Objective)
 
 
@@ -33,4 +33,4 @@ def test_a_misspelt_option_is_answered_with_the_nearest() -> None:
 
 
 def test_rungs_are_ordered_by_what_they_give() -> None:
-    assert Rung.TEXT_LOGPROBS < Rung.CHOSEN < Rung.TOP_K < Rung.HIDDEN < Rung.LOGITS
+    assert Level.TEXT_LOGPROBS < Level.CHOSEN < Level.TOP_K < Level.HIDDEN < Level.LOGITS

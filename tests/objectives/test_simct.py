@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
-from chunk_problem import DOUBLE, side
+from support.chunk_problem import DOUBLE, side
 from torch import Tensor
 
 from diglot.alignment import Side, align
@@ -162,7 +162,7 @@ def test_stop_is_no_unit_even_behind_a_token_without_bytes() -> None:
     assert rows.student.tolist() == [0, 1] and rows.given["unit"].tolist() == [False, False]
 
 
-def test_equal_vocabularies_and_laws_give_no_loss() -> None:
+def test_equal_vocabularies_and_distributions_give_no_loss() -> None:
     pair = Pair.of(STUDENT, STUDENT, [6, 7], [6, 7])
     text = problem()
     same = replace(text, teacher=text.student, alignment=align(side([1, 3], [2]), side([1, 3], [2]), 2))
@@ -175,7 +175,7 @@ def test_equal_vocabularies_and_laws_give_no_loss() -> None:
     assert torch.autograd.grad(found.loss.sum(), s)[0].abs().max() < 1e-12
 
 
-def test_equal_laws_over_text_do_not_make_it_zero() -> None:
+def test_equal_distributions_over_text_do_not_make_it_zero() -> None:
     """ "ab" is equally likely, e^-2, as one token here and as two there: the scores are -2 and -1."""
     half = math.log(0.5)
     known = torch.full((1, 8), half).log_softmax(-1)

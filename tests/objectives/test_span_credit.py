@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_problem import DOUBLE, aligned, plain_end, random_alignment, random_path, side, tokens_of
+from support.chunk_problem import DOUBLE, aligned, plain_end, random_alignment, random_path, side, tokens_of
 from torch import Tensor
 
 from diglot.alignment import Alignment
@@ -191,7 +191,7 @@ def merging_cut(text: Sequence[int]) -> list[int]:
     return [i for i in range(1, len(text) + 1) if tuple(text[i - 1 : i + 1]) != (0, 1)]
 
 
-class ToyLaw:
+class ToyDistribution:
     """A student that writes letter by letter, and scores of a teacher that reads the texts as `cut` cuts them."""
 
     def __init__(self, cut: Cut, seed: int) -> None:
@@ -243,25 +243,25 @@ def credited(credit: str) -> Callable[[Tensor, Tensor, Alignment[Tensor]], Tenso
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_shared_and_variance_reduced_credit_have_the_gradient_of_the_reverse_kl(seed: int) -> None:
     """At gamma 1, where the letters do not decide where chunks end. The two advantages themselves differ."""
-    law = ToyLaw(fixed_cut, seed)
-    exact = law.reverse_kl_gradient()
+    distribution = ToyDistribution(fixed_cut, seed)
+    exact = distribution.reverse_kl_gradient()
     for credit in ("shared", "variance_reduced"):
-        torch.testing.assert_close(law.expected_gradient(credited(credit)), exact, rtol=0, atol=1e-12)
+        torch.testing.assert_close(distribution.expected_gradient(credited(credit)), exact, rtol=0, atol=1e-12)
     for credit in ("uniform", "proportional"):
-        assert (law.expected_gradient(credited(credit)) - exact).norm() > 0.02 * exact.norm()
+        assert (distribution.expected_gradient(credited(credit)) - exact).norm() > 0.02 * exact.norm()
 
 
 def test_the_whole_text_as_one_reward_has_it_always_but_chunks_that_later_letters_end_do_not() -> None:
     """The bias that the docstring names, at its size: it is in what is left out, not in the brute force."""
-    law = ToyLaw(merging_cut, 0)
-    exact = law.reverse_kl_gradient()
+    distribution = ToyDistribution(merging_cut, 0)
+    exact = distribution.reverse_kl_gradient()
 
     def whole_text(logp_s: Tensor, logp_t: Tensor, alignment: Alignment[Tensor]) -> Tensor:
         return logp_t.sum() - suffix_in_chunk(logp_s, torch.zeros_like(alignment.chunk_s), 1)
 
-    torch.testing.assert_close(law.expected_gradient(whole_text), exact, rtol=0, atol=1e-12)
+    torch.testing.assert_close(distribution.expected_gradient(whole_text), exact, rtol=0, atol=1e-12)
     for credit in ("shared", "variance_reduced"):
-        assert (law.expected_gradient(credited(credit)) - exact).norm() > 0.02 * exact.norm()
+        assert (distribution.expected_gradient(credited(credit)) - exact).norm() > 0.02 * exact.norm()
 
 
 # ---- options ----------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_strict_equals_jsd_where_shared_tokens_and_stop_are_the_whole_vocabulary
 
 
 @pytest.mark.parametrize("residual", [False, True])
-def test_strict_sees_the_law_not_the_ids(residual: bool) -> None:
+def test_strict_sees_the_distribution_not_the_ids(residual: bool) -> None:
     """Renumbering the teacher, and splitting its stop mass over two ids, changes nothing."""
     s, t = logits(4, 12, 6), logits(4, 9, 7)
     order = torch.tensor([3, 9, 0, 6, 1, 8, 2, 5, 4])
@@ -114,7 +114,7 @@ def test_renormalised_strict_does_not_push_down_what_the_teacher_cannot_name() -
 
 
 def test_residual_is_zero_only_if_the_masses_agree_too() -> None:
-    """Same conditional law on the chosen columns, another mass: only the residual bin tells them apart."""
+    """Same conditional distribution on the chosen columns, another mass: only the residual bin tells them apart."""
     same = Pair(True, 6, 6, torch.arange(3), torch.arange(3), torch.tensor([5]), torch.tensor([5]))
     s = logits(3, 6, 10)
     t = s.clone()

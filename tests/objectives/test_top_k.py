@@ -1,4 +1,5 @@
-"""The divergence of coarsened laws on the teacher's likeliest tokens, against a version that adds up id by id."""
+"""The divergence of coarsened distributions on the teacher's likeliest tokens, against a version that adds up id by
+id."""
 
 from __future__ import annotations
 
@@ -7,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from scored import Scored
+from support.scored import Scored
 from torch import Tensor
 
 from diglot.errors import ConfigError
-from diglot.objectives import Pair, Rung, make_objective
+from diglot.objectives import Level, Pair, make_objective
 from diglot.objectives.masses import FLOOR
 
 # Student: 12 ids, stop {10, 11}; teacher: 9 ids, stop {7, 8}. Teacher ids 3, 4 and 6 are not the student's.
@@ -66,7 +67,7 @@ def test_values_are_those_of_cells_that_are_added_up_one_by_one(k: int, beta: fl
     torch.testing.assert_close(found(k, a, b, beta=beta).loss, torch.tensor(expected, dtype=torch.float64))
 
 
-def test_it_is_zero_at_equal_laws_and_at_most_the_divergence_of_the_whole_laws() -> None:
+def test_it_is_zero_at_equal_distributions_and_at_most_the_divergence_of_the_whole_distributions() -> None:
     """Equal vocabularies, where the whole divergence is known; a finer partition never gives less."""
     pair = Pair(True, 9, 9, torch.arange(7), torch.arange(7), torch.tensor([7, 8]), torch.tensor([7, 8]))
     a, b = logits(50, 9, 2), logits(50, 9, 3)
@@ -108,7 +109,7 @@ def test_the_gradient_is_that_of_finite_differences(beta: float) -> None:
 def test_it_asks_for_no_more_than_a_server_gives_and_no_rows_of_logits() -> None:
     scored = Scored.of("chatml", "turns")
     objective = make_objective("top_k", scored.pair, k=7)
-    assert objective.needs == Rung.TOP_K
+    assert objective.needs == Level.TOP_K
     rows, given = scored.asked(objective)  # type: ignore[arg-type]
     assert given["top_ids"].shape == (len(rows.student), 7)
     assert objective(scored.logits_s[rows.student], None, **given).loss.isfinite().all()  # type: ignore[operator]

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hand_made import encoder, renumbered, vocabulary
-from row_problem import linear, normal
+from support.hand_made import encoder, renumbered, vocabulary
+from support.row_problem import linear, normal
 from torch import Tensor
 
 from diglot.alignment import Side, align
@@ -54,7 +54,7 @@ def dense(projection: Projection) -> np.ndarray:
     return found
 
 
-def law(row: Tensor, temperature: float) -> np.ndarray:
+def distribution(row: Tensor, temperature: float) -> np.ndarray:
     return (row.double() / temperature).softmax(-1).numpy()
 
 
@@ -62,7 +62,7 @@ def plain_p(
     w: np.ndarray, row_s: Tensor, row_t: Tensor, top_k: int, temperature: float, stop_s: list[int], stop_t: list[int]
 ) -> tuple[float, float, float]:
     """Loss and both kept masses of one row from probabilities."""
-    p, q = law(row_s, temperature), law(row_t, temperature)
+    p, q = distribution(row_s, temperature), distribution(row_t, temperature)
     text = np.array([0.0 if v in stop_s else p[v] for v in range(len(p))])
     pushed = w.T @ text
     named = [u for u in range(len(q)) if u not in stop_t and any(w[v, u] for v in range(len(p)) if v not in stop_s)]
@@ -78,7 +78,7 @@ def plain_p(
 def plain_h(
     w: np.ndarray, row_s: Tensor, row_t: Tensor, rest: int, temperature: float, stop_s: list[int], stop_t: list[int]
 ) -> tuple[float, float, float]:
-    p, q = law(row_s, temperature), law(row_t, temperature)
+    p, q = distribution(row_s, temperature), distribution(row_t, temperature)
     best: dict[int, int] = {}
     for v in sorted(range(len(p)), key=lambda v: (len(STUDENT.token(v)), STUDENT.token(v))):
         u = int(w[v].argmax())
@@ -185,7 +185,7 @@ def test_p_kl_of_equal_vocabularies_is_the_forward_kl_on_the_chosen_columns(top_
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_equal_laws_of_equal_vocabularies_cost_nothing_and_pull_nowhere(name: str) -> None:
+def test_equal_distributions_of_equal_vocabularies_cost_nothing_and_pull_nowhere(name: str) -> None:
     whole = vocabulary(b"a", b"1", b"12", b"\xf0", "<s>", "<end>", "<stop>")
     s = logits(5, 7, 8).requires_grad_()
     loss = make(name, Pair.of(whole, whole, [5, 6], [5, 6]), **FEW[name])(s, s.detach()).loss
@@ -195,7 +195,8 @@ def test_equal_laws_of_equal_vocabularies_cost_nothing_and_pull_nowhere(name: st
 
 
 def test_the_least_value_of_h_kl_is_a_kink() -> None:
-    """With a token outside the common part it is zero for equal laws, and greater in every direction from there."""
+    """With a token outside the common part it is zero for equal distributions, and greater in every direction from
+    there."""
     t = logits(1, 13, 8)
     objective = make("xtoken_h", same_pair())
     steps = torch.cat([torch.eye(13, dtype=torch.float64), -torch.eye(13, dtype=torch.float64)]) * 1e-3
@@ -256,7 +257,7 @@ def test_blocks_and_rows_of_weight_zero_leave_the_sum_as_it_is(name: str) -> Non
 
 
 def test_p_kl_does_not_underflow() -> None:
-    """In float32 `exp(-150)` is zero; the student still learns where its law lacks the teacher's mass."""
+    """In float32 `exp(-150)` is zero; the student still learns where its distribution lacks the teacher's mass."""
     s, t = logits(4, 13, 21), logits(4, 13, 22)
     s[:, [1, 3, 5]] -= 150.0  # all that the teacher's `1` comes from
     t[:, 0] += 8.0

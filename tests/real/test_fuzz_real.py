@@ -7,10 +7,10 @@ import random
 from functools import lru_cache
 
 import pytest
-from fuzzing import fuzz_ids, fuzz_text, specials
-from pairing import check_pair, check_sampled
-from real_assets import TOKENIZERS, tokenizer
-from texts import HARD
+from support.fuzzing import fuzz_ids, fuzz_text, specials
+from support.pairing import check_pair, check_sampled
+from support.real_assets import TOKENIZERS, tokenizer
+from support.texts import HARD
 
 from diglot.rendering import Renderer
 

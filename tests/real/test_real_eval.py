@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from assets import fetch_texts
-from real_assets import model_folder
+from support.real_assets import model_folder
 
 from diglot.cli.main import main
 

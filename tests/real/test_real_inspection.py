@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import yaml
 from assets import cache, fetch_texts
-from real_assets import model_folder, tokenizer
-from rollout_server import RolloutServer
-from teacher_server import TeacherServer
+from support import tiny
+from support.real_assets import model_folder, tokenizer
+from support.rollout_server import RolloutServer
+from support.teacher_server import TeacherServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diglot.cli.main import main
@@ -94,7 +94,7 @@ def test_every_recipe_trains_two_steps_with_stand_ins_for_its_models(
     command = [re.sub(r"^8$", "2", word) for word in command]  # processes
     if given.get("fsdp"):  # which accelerate leaves off on a CPU
         at = command.index("diglot")
-        command[at - 1 : at + 1] = [str(ROOT / "tests" / "distributed" / "main.py")]
+        command[at - 1 : at + 1] = [str(ROOT / "tests" / "support" / "distributed_main.py")]
     teacher = given["teacher_model_name_or_path"]
     served = teacher.startswith("http")
     paths = {

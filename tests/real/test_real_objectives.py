@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import scored
 import torch
-from conserved import TEXTS, check_masses
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from real_assets import TOKENIZERS, tokenizer
+from support import scored
+from support.conserved import TEXTS, check_masses
+from support.real_assets import TOKENIZERS, tokenizer
 
 from diglot.rendering import Renderer
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from assets import fetch_texts
 from datasets import Dataset
-from pairing import check_pair
-from real_assets import model_folder, tokenizer
+from support.pairing import check_pair
+from support.real_assets import model_folder, tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from diglot import GKDConfig, GKDTrainer, MiniLLMConfig, MiniLLMTrainer, Vocabulary

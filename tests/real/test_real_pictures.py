@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pictures
 import pytest
-from real_assets import model_folder, tokenizer
+from support.real_assets import model_folder, tokenizer
 
 from diglot.vocabulary import ByteEncoder
 

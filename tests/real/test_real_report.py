@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import browser
 import pytest
-from made_runs import make_run
+from support import browser
+from support.made_runs import make_run
 
 from diglot.report.page import page
 from diglot.report.runs import load_run
@@ -24,7 +24,7 @@ def chromium() -> Iterator[Any]:
 
     path = browser.find()
     if path is None:
-        pytest.fail("There is no Chromium. Run `make test-real` or python tests/browser.py, which install one.")
+        pytest.fail("There is no Chromium. Run `make test-real` or python tests/support/browser.py, which install one.")
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield started

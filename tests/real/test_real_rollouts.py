@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
 import vllm_server
-from real_assets import model_folder, tokenizer
+from support import tiny
+from support.real_assets import model_folder, tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from diglot.errors import RolloutError

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
 import vllm_server
 from assets import fetch_texts
-from real_assets import model_folder, tokenizer
+from support import tiny
+from support.real_assets import model_folder, tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from diglot.batches import PackedSide, pack

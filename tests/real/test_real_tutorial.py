@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from real_assets import model_folder
-from tutorial_page import ROOT, steps
+from support.real_assets import model_folder
+from support.tutorial_page import ROOT, steps
 
 pytestmark = pytest.mark.real
 

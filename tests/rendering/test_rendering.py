@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig

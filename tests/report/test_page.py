@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
-from made_runs import EVIL, WORDS, make_run
+import support.tokenizers_zoo as zoo
+from support import tiny
+from support.made_runs import EVIL, WORDS, make_run
 
 from diglot.cli.main import main
 from diglot.errors import DataError

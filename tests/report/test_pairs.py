@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import re
 
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 from rich.console import Console
-from scored import renderer
+from support.scored import renderer
 
 from diglot.inspection import Input, align_text, inspect_pair
 from diglot.report.alignment import print_alignment

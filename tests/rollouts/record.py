@@ -87,8 +87,8 @@ def record_server(model_folder: Path) -> dict[str, Any]:
         copy = vllm_server.untie(model_folder, Path(place) / "student")
         with vllm_server.running(copy, Path(place) / "log", VLLM_SERVER_DEV_MODE="1") as url:
             weights = WeightsFolder(Path(place) / "weights")
-            law = Sampling((STOP,))
-            engine = engines.VLLMServer.connect(url, renderer, law, weights, max_length=512, timeout=120)
+            distribution = Sampling((STOP,))
+            engine = engines.VLLMServer.connect(url, renderer, distribution, weights, max_length=512, timeout=120)
             model, asked = student(model_folder), prompts(model_folder)
             engine.sync(model)
             found = [
@@ -168,7 +168,7 @@ def shortened(path: str, answer: Any) -> Any:
 
 
 if __name__ == "__main__":
-    from real_assets import model_folder
+    from support.real_assets import model_folder
 
     what = sys.argv[1]
     found = {"server": record_server, "colocate": record_colocate}[what](model_folder("smollm2-135m-instruct"))

@@ -1,11 +1,11 @@
-"""Sampling: the model's own law, ids as they are, and a defined end."""
+"""Sampling: the model's own distribution, ids as they are, and a defined end."""
 
 from __future__ import annotations
 
 import numpy as np
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
+from support import tiny
 from transformers import GenerationConfig
 
 from diglot.rollouts import TransformersSampler, continue_prefixes
@@ -23,16 +23,16 @@ def test_the_models_own_generation_config_does_not_bend_the_samples() -> None:
 
 
 def test_padding_of_shorter_prompts_changes_nothing() -> None:
-    """The law of the first token is the same alone and beside a longer prompt."""
+    """The distribution of the first token is the same alone and beside a longer prompt."""
     model = tiny.tiny_model(zoo.chatml())
     sampler = TransformersSampler((2,), 2)
     short, long = np.array([5, 6]), np.arange(10, 40)
     number = 3000
     beside = sampler(model, [long, *[short] * number], max_new_tokens=1, seed=1)[1:]
     with torch.no_grad():
-        law = model(input_ids=torch.tensor([[5, 6]])).logits[0, -1].softmax(-1)
-    counts = torch.bincount(torch.tensor([int(i[0]) for i in beside]), minlength=len(law)) / number
-    assert (counts - law).abs().sum() / 2 < 0.15
+        distribution = model(input_ids=torch.tensor([[5, 6]])).logits[0, -1].softmax(-1)
+    counts = torch.bincount(torch.tensor([int(i[0]) for i in beside]), minlength=len(distribution)) / number
+    assert (counts - distribution).abs().sum() / 2 < 0.15
 
 
 def test_a_completion_ends_with_its_stop_or_was_cut() -> None:

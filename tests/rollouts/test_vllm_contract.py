@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
+from support import tiny
 
 from diglot.errors import ConfigError, RolloutError
 from diglot.rollouts import vllm_server
@@ -67,8 +67,8 @@ def replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Repl
     monkeypatch.setattr(vllm_server, "Client", lambda *_, **__: replay)
     (ours,) = (e["answer"]["tokens"] for e in found["exchanges"] if e["path"] == "/tokenize")
     renderer: Any = SimpleNamespace(tokenizer=lambda text, add_special_tokens: {"input_ids": ours})
-    law, weights = Sampling((STOP,)), WeightsFolder(tmp_path)
-    return found, replay, VLLMServer.connect(replay.url, renderer, law, weights, max_length=512, timeout=120)
+    distribution, weights = Sampling((STOP,)), WeightsFolder(tmp_path)
+    return found, replay, VLLMServer.connect(replay.url, renderer, distribution, weights, max_length=512, timeout=120)
 
 
 def test_the_server_is_asked_as_it_was_and_its_completions_are_those_of_the_new_weights(

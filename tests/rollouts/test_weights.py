@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
 from peft import LoraConfig, get_peft_model
+from support import tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from diglot.rollouts.weights import WeightsFolder

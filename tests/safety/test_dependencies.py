@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import audit
 import pytest
+from support import audit
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = [

@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
+from support import tiny
 from transformers import PreTrainedTokenizerFast
 
 from diglot.cli.main import main

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
 from datasets import Dataset
-from gguf_file import write_gguf
 from peft import LoraConfig
+from support import tiny
+from support.gguf_file import write_gguf
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -15,10 +15,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
-from gguf_file import write_gguf
+from support import tiny
+from support.gguf_file import write_gguf
 
 from diglot.errors import TeacherError
 from diglot.rendering import Renderer
@@ -28,6 +28,7 @@ from diglot.teachers.served import ServedTeacher
 from diglot.teachers.wire import VLLM, Asking, ServerInfo
 
 IDS = list(range(5, 30))
+LLAMA_SERVER = Path(__file__).parents[1] / "support" / "llama_server.py"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,9 @@ def process(arguments: list[str], **variables: str) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def llama(folder: Path) -> Iterator[str]:
-    with process([str(Path(__file__).parents[1] / "llama_server.py"), str(folder / "tiny.gguf")]) as started:
+    with process(
+        [str(Path(__file__).parents[1] / "support" / "llama_server.py"), str(folder / "tiny.gguf")]
+    ) as started:
         address = next((line.strip() for line in started.stdout if line.startswith("http")), None)
         assert address is not None, "llama.cpp's server did not start"
         yield address
@@ -92,16 +95,16 @@ def test_llama_cpp_is_refused_behind_a_proxy_that_hides_its_name(llama: str) -> 
         VLLM(ServerInfo("any", None)).score(client, IDS, Asking(top=8))
 
 
-def test_a_teacher_out_of_a_gguf_file_has_the_law_of_llama_cpp(llama: str, folder: Path) -> None:
+def test_a_teacher_out_of_a_gguf_file_has_the_distribution_of_llama_cpp(llama: str, folder: Path) -> None:
     """To a hundredth of a nat: llama.cpp keeps keys and values in float16."""
     model = load_teacher_model(str(folder / "tiny.gguf"), {"dtype": "float32"})
     with torch.no_grad():
-        law = model(torch.tensor([IDS])).logits[0, -1].log_softmax(-1)
+        distribution = model(torch.tensor([IDS])).logits[0, -1].log_softmax(-1)
     asked = {"prompt": IDS, "n_predict": 1, "n_probs": 10, "temperature": -1.0}
     answer = httpx.post(f"{llama}/completion", json=asked).json()["completion_probabilities"][0]
     theirs = {one["id"]: one["logprob"] for one in answer["top_logprobs"]}
-    assert len(theirs) == 10 and set(theirs) == set(law.topk(10).indices.tolist())
-    np.testing.assert_allclose([law[i] for i in theirs], list(theirs.values()), atol=1e-2)
+    assert len(theirs) == 10 and set(theirs) == set(distribution.topk(10).indices.tolist())
+    np.testing.assert_allclose([distribution[i] for i in theirs], list(theirs.values()), atol=1e-2)
 
 
 @pytest.mark.real

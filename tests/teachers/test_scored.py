@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
+from support import tiny
 
 from diglot.batches import PackedSide, pack
 from diglot.cli.main import main
@@ -37,14 +37,16 @@ def teacher(seed: int = 1) -> LocalTeacher:
     return LocalTeacher(model, Renderer(zoo.inst(), num_embeddings=size, name="teacher"))
 
 
-def scored(of: LocalTeacher, out: Path, rung: str = "logprobs", samples: Any = SAMPLES, **manner: Any) -> ScoredTeacher:
+def scored(
+    of: LocalTeacher, out: Path, level: str = "logprobs", samples: Any = SAMPLES, **manner: Any
+) -> ScoredTeacher:
     score_texts(
         of,
         samples,
         out,
         data="rows",
         reading=Reading(),
-        manner=Manner(rung, **{"batch_size": 2, "shard_texts": 3, "k": 5, **manner}),
+        manner=Manner(level, **{"batch_size": 2, "shard_texts": 3, "k": 5, **manner}),
         generation_eos=of.model.generation_config.eos_token_id,
     )
     return ScoredTeacher(out)
@@ -76,7 +78,7 @@ def test_a_killed_run_goes_on_and_leaves_the_same_bytes(tmp_path: Path) -> None:
     zoo.inst().save_pretrained(tmp_path / "teacher")
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS * 12), encoding="utf-8")
-    common = ["--teacher", str(tmp_path / "teacher"), "--data", str(data), "--rung", "bytes", "--shard_texts", "2"]
+    common = ["--teacher", str(tmp_path / "teacher"), "--data", str(data), "--level", "bytes", "--shard_texts", "2"]
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "diglot", "score", *common, "--out", str(out)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -101,7 +103,7 @@ def test_a_killed_run_goes_on_and_leaves_the_same_bytes(tmp_path: Path) -> None:
     [
         (dict(seed=2), "weights"),
         (dict(samples=SAMPLES[:5]), "texts number: 8 there, 5 here"),
-        (dict(rung="bytes"), "rung: 'logprobs' there, 'bytes' here"),
+        (dict(level="bytes"), "level: 'logprobs' there, 'bytes' here"),
         (dict(shard_texts=4), "shard_texts"),
     ],
 )
@@ -160,16 +162,16 @@ def test_rows_without_replies_and_folders_of_something_else_are_refused(tmp_path
 
 def test_the_index_says_what_a_token_costs(tmp_path: Path) -> None:
     costs = {}
-    for rung in ("logprobs", "top_k", "bytes"):
-        folder = scored(teacher(), tmp_path / rung, rung).folder
-        costs[rung] = folder.index["bytes_per_token"]
-        sizes = sum(p.stat().st_size for p in (tmp_path / rung).glob("shard-*"))
-        assert folder.index["bytes"] == sizes and costs[rung] == pytest.approx(sizes / folder.index["tokens"], abs=0.1)
-        assert json.loads((tmp_path / rung / REQUEST).read_text())["rung"] == rung and is_scores(tmp_path / rung)
+    for level in ("logprobs", "top_k", "bytes"):
+        folder = scored(teacher(), tmp_path / level, level).folder
+        costs[level] = folder.index["bytes_per_token"]
+        sizes = sum(p.stat().st_size for p in (tmp_path / level).glob("shard-*"))
+        assert folder.index["bytes"] == sizes and costs[level] == pytest.approx(sizes / folder.index["tokens"], abs=0.1)
+        assert json.loads((tmp_path / level / REQUEST).read_text())["level"] == level and is_scores(tmp_path / level)
     assert costs["logprobs"] < costs["top_k"] < costs["bytes"]
 
 
-def test_kept_laws_are_laws(tmp_path: Path) -> None:
+def test_kept_distributions_are_distributions(tmp_path: Path) -> None:
     """One for each byte and the stop of a text that the teacher's tokens spell out."""
     local = teacher()
     kept = scored(local, tmp_path / "s", "bytes")
@@ -178,6 +180,8 @@ def test_kept_laws_are_laws(tmp_path: Path) -> None:
     for segment, row in ((0, 1), (1, 4)):
         length = len(str(SAMPLES[row].reply).encode()) + 1
         places = torch.arange(length)
-        laws = said.laws(torch.full((length,), segment), places)
-        assert laws.shape == (length, 257) and torch.allclose(laws.sum(-1), torch.ones(length), atol=1e-5)
-        assert laws[-1, 256] > 0 and np.isfinite(laws.numpy()).all()
+        distributions = said.distributions(torch.full((length,), segment), places)
+        assert distributions.shape == (length, 257) and torch.allclose(
+            distributions.sum(-1), torch.ones(length), atol=1e-5
+        )
+        assert distributions[-1, 256] > 0 and np.isfinite(distributions.numpy()).all()

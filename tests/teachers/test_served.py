@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
-from teacher_server import MANNERS, TeacherServer
+from support import tiny
+from support.teacher_server import MANNERS, TeacherServer
 
 from diglot.batches import PackedSide, pack
 from diglot.errors import ConfigError, TeacherError, TeacherUnavailable
@@ -172,13 +172,14 @@ def test_a_server_whose_numbers_are_not_the_models_own_is_refused_with_the_reaso
 def test_a_late_server_that_also_names_the_written_token_is_found_by_changing_it(
     server: TeacherServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its entries look right one by one: only that the law moves with the token it should predict gives it away."""
-    laws = TeacherServer.laws
+    """Its entries look right one by one: only that the distribution moves with the token it should predict gives it
+    away."""
+    distributions = TeacherServer.distributions
 
     def later(self: TeacherServer, logits: torch.Tensor, body: dict[str, Any]) -> torch.Tensor:
-        return laws(self, logits, body).roll(-1, 0)
+        return distributions(self, logits, body).roll(-1, 0)
 
-    monkeypatch.setattr(TeacherServer, "laws", later)
+    monkeypatch.setattr(TeacherServer, "distributions", later)
     with pytest.raises(TeacherError, match=r"one position late: .* moved by 0\.\d+"):
         connect(server)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
+from support import tiny
 
 from diglot.errors import CheckpointError, StoppedError
 from diglot.trainers import GKDConfig, durable, saving
@@ -282,7 +282,7 @@ def counted(real: Callable[..., Any], nth: int, calls: list[str]) -> Callable[..
 def test_an_error_in_any_call_of_a_save_leaves_the_old_folder_or_the_new(
     there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """tests/kills.py does the same with a trainer's own saves and processes that end."""
+    """tests/support/kills.py does the same with a trainer's own saves and processes that end."""
     seen: set[str] = set()
     for nth in range(1, 100):
         run = tmp_path / str(nth)

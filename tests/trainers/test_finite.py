@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
 from datasets import Dataset
+from support import tiny
 
 from diglot.errors import NonFiniteError
 from diglot.trainers.replay import load_batches, replay, save_batches

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
 from datasets import Dataset
+from support import tiny
 
 from diglot.batches import AlignedBatch
 from diglot.errors import AlignmentError, ConfigError, DataError, TeacherError, VocabularyError

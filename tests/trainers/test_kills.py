@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import kills
 import pytest
+from support import kills
 
 
 def run(tmp_path: Path, *what: str, limit: float = 280) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def test_a_few_kills_lose_nothing(tmp_path: Path) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["gkd", "minillm"])
 def test_fifty_kills_lose_nothing(kind: str, tmp_path: Path) -> None:
-    """At random moments (seed in tests/kills.py); some fall into a save."""
+    """At random moments (seed in tests/support/kills.py); some fall into a save."""
     found = run(tmp_path, kind, "sigkill", "50", limit=3000)
     assert len(found["reached"]) >= 50 and found["in_a_save"] > 0 and all(found["exact"])
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
 from datasets import Dataset
+from support import tiny
 
 from diglot.batches import AlignedBatch
 from diglot.errors import ConfigError
@@ -287,7 +287,7 @@ def test_lm_loss_is_the_cross_entropy_of_the_reference_tokens(tmp_path: Path) ->
 # ---- teacher-mixed sampling ------------------------------------------------------------------------------------------
 
 
-def test_mixture_draws_tokens_from_the_mixture_of_both_laws(tmp_path: Path) -> None:
+def test_mixture_draws_tokens_from_the_mixture_of_both_distributions(tmp_path: Path) -> None:
     """The first token's frequencies follow alpha * teacher + (1 - alpha) * student, not the student."""
     from diglot.rollouts import TeacherMixture
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
 from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
+from support import tiny
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from diglot.trainers.sides import _keep_trainable

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
 from datasets import Dataset
+from support import tiny
 
 
 def run(make: Any, out: Path, teacher: str, resume: Any = None, **options: Any) -> Any:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
+from support import tiny
 from torch import Tensor
 
 from diglot.data import to_sample
@@ -24,19 +24,19 @@ ROWS = tiny.CHAT_ROWS
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Scores of one teacher at every rung; its weights are gone."""
+    """Scores of one teacher at every level; its weights are gone."""
     root = tmp_path_factory.mktemp("scores")
     model = tiny.tiny_model(zoo.inst(), 1)
     renderer = Renderer(zoo.inst(), num_embeddings=len(zoo.inst()), generation_config=model.generation_config)
     samples = [to_sample(row, f"row {i}") for i, row in enumerate(ROWS)]
-    for rung in ("logprobs", "top_k", "bytes"):
-        manner = Manner(rung, k=20, batch_size=3, shard_texts=3)
+    for level in ("logprobs", "top_k", "bytes"):
+        manner = Manner(level, k=20, batch_size=3, shard_texts=3)
         eos = model.generation_config.eos_token_id
         score_texts(
-            LocalTeacher(model, renderer), samples, root / rung, data="rows", reading=Reading(), manner=manner,
+            LocalTeacher(model, renderer), samples, root / level, data="rows", reading=Reading(), manner=manner,
             generation_eos=eos,
         )  # fmt: skip
-    return {rung: root / rung for rung in ("logprobs", "top_k", "bytes")}
+    return {level: root / level for level in ("logprobs", "top_k", "bytes")}
 
 
 def from_scores(tmp_path: Path, student: Any, folder: Path, objective: Any, **options: Any) -> GKDTrainer:
@@ -68,14 +68,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("rung", "objective", "tolerance"), CASES)
+@pytest.mark.parametrize(("level", "objective", "tolerance"), CASES)
 @pytest.mark.parametrize("student", ["chatml", "turns", "inst"])
 def test_loss_and_gradient_are_those_of_the_teacher_itself(
-    tmp_path: Path, folders: dict[str, Path], student: str, rung: str, objective: Any, tolerance: float
+    tmp_path: Path, folders: dict[str, Path], student: str, level: str, objective: Any, tolerance: float
 ) -> None:
     """Whatever the student's tokenizer, the teacher's own included."""
     own = zoo.ALL[student]()
-    kept = from_scores(tmp_path / "kept", own, folders[rung], objective)
+    kept = from_scores(tmp_path / "kept", own, folders[level], objective)
     asked = tiny.gkd(tmp_path / "asked", own, zoo.inst(), ROWS, lmbda=0.0, objective=objective)
     found, gradient = loss_and_gradient(kept)
     expected, other = loss_and_gradient(asked)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
-from teacher_server import TeacherServer
+from support import tiny
+from support.teacher_server import TeacherServer
 
 from diglot.cli.main import main
 from diglot.errors import ConfigError, TeacherError, TeacherUnavailable

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
+from support import tiny
 from torch import Tensor
 
 from diglot.errors import ConfigError, DataError
 from diglot.objectives import OBJECTIVES
-from diglot.objectives.byte import byte_law, smoothed
+from diglot.objectives.byte import byte_distribution, smoothed
 from diglot.objectives.divergences import generalized_jsd
 
 ROWS = tiny.CHAT_ROWS[:4]
@@ -84,7 +84,7 @@ def test_the_loss_is_the_weighted_mean_of_the_losses_of_each(tmp_path: Path, mak
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_the_kl_of_next_byte_laws_is_that_of_their_mixture(tmp_path: Path, beta: float) -> None:
+def test_the_kl_of_next_byte_distributions_is_that_of_their_mixture(tmp_path: Path, beta: float) -> None:
     """In the gradient, for teachers with different tokenizers: the forward KL that of the arithmetic mixture, the
     reverse KL that of the normalised geometric one."""
     objective = [{"name": "byte", "beta": beta, "anchor": 0.0}]
@@ -93,17 +93,21 @@ def test_the_kl_of_next_byte_laws_is_that_of_their_mixture(tmp_path: Path, beta:
     )
     _, gradient = loss_and_gradient(trainer, ROWS, 4)
     inputs = trainer.get_batch_samples(iter([trainer.data_collator(ROWS)]), 1, trainer.args.device)[0][0]
-    laws: list[Tensor] = []
+    distributions: list[Tensor] = []
     for lane, batch in zip(trainer.each_lane(), inputs["lanes"], strict=True):
         hidden = trainer.hidden_at_rows(trainer.model, batch.student)
         scores, term = trainer.scores(hidden, batch), lane.terms[0]
         plan = term.plan(batch)
-        law = byte_law(scores.summarised_teacher(term.objective, plan), plan.teacher)[0]
-        laws.append(lane.weight * (smoothed(law) if beta == 0 else smoothed(law).log()))
-    mixture = (laws[0] + laws[1]).log() if beta == 0 else (laws[0] + laws[1]).log_softmax(-1)
-    law_s = byte_law(scores.summarised_student(term.objective, plan), plan.student)[0]
+        distribution = byte_distribution(scores.summarised_teacher(term.objective, plan), plan.teacher)[0]
+        distributions.append(lane.weight * (smoothed(distribution) if beta == 0 else smoothed(distribution).log()))
+    mixture = (
+        (distributions[0] + distributions[1]).log()
+        if beta == 0
+        else (distributions[0] + distributions[1]).log_softmax(-1)
+    )
+    distribution_s = byte_distribution(scores.summarised_student(term.objective, plan), plan.student)[0]
     trainer.model.zero_grad()
-    generalized_jsd(smoothed(law_s).log(), mixture, beta).mean().backward()
+    generalized_jsd(smoothed(distribution_s).log(), mixture, beta).mean().backward()
     mixed = torch.cat([p.grad.ravel() for p in trainer.model.parameters()])
     assert (gradient - mixed).norm() <= 1e-4 * mixed.norm()
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
-from scored import pair as scored_pair
+from support import tiny
+from support.scored import pair as scored_pair
 from torch import Tensor
 
 from diglot.batches import AlignedBatch
 from diglot.errors import ConfigError, TeacherError
-from diglot.objectives import OBJECTIVES, Rung, make_objective
-from diglot.trainers.terms import BatchScores, Term, check_rung
+from diglot.objectives import OBJECTIVES, Level, make_objective
+from diglot.trainers.terms import BatchScores, Term, check_level
 
 CROSS = sorted(set(OBJECTIVES) - {"jsd"})
 BALANCED = {"xtoken_p", "xtoken_h"}  # scaled to the cross-entropy of each micro-batch: depends on the split
@@ -204,11 +204,11 @@ def test_the_share_of_noncanonical_tokens_is_logged(tmp_path: Path, monkeypatch:
 def test_options_can_raise_what_an_objective_needs_of_the_teacher() -> None:
     pair = scored_pair("chatml", "inst")
     plain = [Term("alm", 1.0, make_objective("alm", pair))]
-    check_rung(plain, Rung.TEXT_LOGPROBS)
+    check_level(plain, Level.TEXT_LOGPROBS)
     outcome = [Term("alm", 1.0, make_objective("alm", pair, chunks="outcome"))]
-    check_rung(outcome, Rung.HIDDEN)
+    check_level(outcome, Level.HIDDEN)
     with pytest.raises(TeacherError, match=r"'alm' needs HIDDEN of the teacher, which offers TEXT_LOGPROBS.*span"):
-        check_rung(outcome, Rung.TEXT_LOGPROBS)
+        check_level(outcome, Level.TEXT_LOGPROBS)
 
 
 @pytest.mark.parametrize("rows", [(0, 9), (9, 0)])

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
-from rollout_server import RolloutServer
+from support import tiny
+from support.rollout_server import RolloutServer
 
 from diglot.errors import ConfigError, RolloutError, RolloutsUnavailable
 from diglot.trainers.replay import replay, save_batches
@@ -54,7 +54,7 @@ def test_each_step_samples_from_the_student_as_it_is_then(
     assert not list((tmp_path / "vllm-weights").glob("step-*"))
 
 
-def test_requests_hold_ids_the_stop_set_the_trainers_law_and_a_seed_of_their_own(
+def test_requests_hold_ids_the_stop_set_the_trainers_distribution_and_a_seed_of_their_own(
     server: RolloutServer, tmp_path: Path
 ) -> None:
     trainer = made(tiny.gkd, tmp_path, server, **GKD, temperature=0.7, top_p=0.9, top_k=30, max_steps=1)

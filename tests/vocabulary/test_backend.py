@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from real_assets import TOKENIZERS
-from real_assets import tokenizer as real_tokenizer
+from support.real_assets import TOKENIZERS
+from support.real_assets import tokenizer as real_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 

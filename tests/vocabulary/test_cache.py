@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst

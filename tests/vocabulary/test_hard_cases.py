@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-import tokenizers_zoo as zoo
-from hand_made import encoder, renumbered, vocabulary
-from real_assets import tokenizer as real_tokenizer
+import support.tokenizers_zoo as zoo
+from support.hand_made import encoder, renumbered, vocabulary
+from support.real_assets import tokenizer as real_tokenizer
 
 from diglot.errors import VocabularyError
 from diglot.vocabulary import ByteEncoder, Encoded, Projection, Vocabulary
@@ -138,7 +138,7 @@ def side(name: str) -> tuple[Vocabulary, ByteEncoder]:
 
 @pytest.mark.parametrize("teacher", sorted(zoo.ALL))
 @pytest.mark.parametrize("student", sorted(zoo.ALL))
-def test_each_row_is_a_law_whose_largest_part_begins_the_token(student: str, teacher: str) -> None:
+def test_each_row_is_a_distribution_whose_largest_part_begins_the_token(student: str, teacher: str) -> None:
     (vocab_s, _), (vocab_t, encoder_t) = side(student), side(teacher)
     found = Projection.build(vocab_s, vocab_t, encoder_t.encode)
     used = (found.ids >= 0).any(1)

@@ -12,7 +12,7 @@ from diglot.cli.loading import check_counts
 from diglot.cli.parsing import Parser
 
 EXAMPLE = """example:
-  diglot score --teacher Qwen/Qwen2.5-1.5B-Instruct --data replies.jsonl --out runs/scores --rung bytes
+  diglot score --teacher Qwen/Qwen2.5-1.5B-Instruct --data replies.jsonl --out runs/scores --level bytes
   diglot train --teacher_model_name_or_path runs/scores --lmbda 0 --objective byte ...
 
 Options that `diglot train` has as well mean the same there. Interrupted, the same command goes on where it was.
@@ -33,10 +33,11 @@ def parser() -> Parser:
     add("--data", required=True, help="A hub id, a JSONL, Parquet or CSV file, or a folder; rows with replies.")
     add("--out", required=True, help="The folder of the scores.")
     add(
-        "--rung",
+        "--level",
         default="logprobs",
         choices=["logprobs", "top_k", "bytes"],
-        help="What is kept of each token: its log-prob; also the k likeliest ids; or the next-byte laws (default: "
+        help="What is kept of each token: its log-prob; also the k likeliest ids; or the next-byte distributions "
+        "(default: "
         "logprobs).",
     )
     add("--k", type=int, default=16, help="How many likeliest ids top_k keeps (default: 16).")
@@ -93,14 +94,14 @@ def score(arguments: Sequence[str]) -> int:
             options.teacher_chat_template_kwargs,
             options.teacher_max_length,
         ),
-        manner=Manner(options.rung, options.k, options.batch_size, options.shard_texts),
+        manner=Manner(options.level, options.k, options.batch_size, options.shard_texts),
         generation_eos=eos,
         progress=lambda done, of: console.print(f"{done} of {of} shards"),
     )
     index = folder.index
     print(
         f"{index['texts']} texts, {index['tokens']} tokens, {index['bytes']} bytes: {index['bytes_per_token']} bytes "
-        f"per token ({options.rung}); {index['skipped']} texts left out, whose prompt fills the limit. {options.out}"
+        f"per token ({options.level}); {index['skipped']} texts left out, whose prompt fills the limit. {options.out}"
     )
     return 0
 

@@ -54,7 +54,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured. Completions are sampled at temperature 1: the model's own law."""
+    """How much is measured. Completions are sampled at temperature 1: the model's own distribution."""
 
     max_completion_length: int = 128
     batch_size: int = 8

@@ -201,7 +201,7 @@ class Joining:
 
     They come one by one between tensors that are thousands of times as large and soon freed. Kept each by itself they
     would lie scattered among the holes that those leave, and the heap, which cannot give these back, would grow with
-    the number of rows. (And a metric may be a column of a block's whole law, which it would keep alive.)
+    the number of rows. (And a metric may be a column of a block's whole distribution, which it would keep alive.)
     """
 
     def __init__(self, expected: int) -> None:

@@ -14,7 +14,7 @@ from diglot.errors import DiglotError, RenderingError
 from diglot.inspection import measure, verdict
 from diglot.inspection.facts import Inspection, Rendering, SideFacts, Stop, Token, Verdict
 from diglot.inspection.texts import BUILT_IN, CONVERSATION, TEXTS
-from diglot.objectives import Pair, Rung
+from diglot.objectives import Level, Pair
 from diglot.rendering import Conversation, Rendered, Renderer, Role
 
 _FIRST_CHARACTERS = 4000  # of each text: enough to see how it is cut, and one long row must not take minutes
@@ -44,7 +44,7 @@ def inspect_pair(
     samples: Sequence[Sample] | None = None,
     *,
     data: str | None = None,
-    offered: Rung = Rung.HIDDEN,
+    offered: Level = Level.HIDDEN,
     min_coverage: float = 0.5,
 ) -> Inspection:
     """Everything that two tokenizers, their templates and some texts say about a pair.
@@ -77,7 +77,7 @@ def inspect_sides(
     samples: Sequence[Sample] | None = None,
     *,
     data: str | None = None,
-    offered: Rung = Rung.HIDDEN,
+    offered: Level = Level.HIDDEN,
     min_coverage: float = 0.5,
 ) -> Inspection:
     """The same for sides whose renderers exist already, as in a trainer."""

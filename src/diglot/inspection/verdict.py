@@ -11,17 +11,17 @@ import numpy as np
 from diglot.batches import AlignedBatch
 from diglot.errors import DiglotError
 from diglot.inspection.facts import Agreement, Critical, ObjectiveFacts, Outcome, SideFacts, Verdict
-from diglot.objectives import OBJECTIVES, Pair, PathObjective, Rung, SummaryObjective, guide, make_objective
+from diglot.objectives import OBJECTIVES, Level, Pair, PathObjective, SummaryObjective, guide, make_objective
 
 FEW = 0.5  # an objective that reads less than this share of the student's tokens is called weak
 
 
-def judge_objectives(pair: Pair, batch: AlignedBatch, offered: Rung) -> tuple[ObjectiveFacts, ...]:
+def judge_objectives(pair: Pair, batch: AlignedBatch, offered: Level) -> tuple[ObjectiveFacts, ...]:
     """Each objective, made for the pair and shown the texts."""
     return tuple(_judge(name, pair, batch, offered) for name in guide.GUIDE)
 
 
-def _judge(name: str, pair: Pair, batch: AlignedBatch, offered: Rung) -> ObjectiveFacts:
+def _judge(name: str, pair: Pair, batch: AlignedBatch, offered: Level) -> ObjectiveFacts:
     needed = OBJECTIVES[name].needs
     needs = guide.NEEDS[needed]
     if needed > offered:
@@ -49,7 +49,8 @@ def _reads(objective: Any, batch: AlignedBatch) -> tuple[int, float | None]:
 
 
 def choose(same: bool, objectives: Sequence[ObjectiveFacts]) -> str | None:
-    """The objective to start with: what the trainers take by themselves, if it works, else whole laws, else any."""
+    """The objective to start with: what the trainers take by themselves, if it works, else whole distributions, else
+    any."""
     works = [one.name for one in objectives if one.outcome == "works"]
     preferred = ["jsd" if same else "strict", "bpm", "shared_prefix", *works]
     return next((name for name in preferred if name in works), None)

@@ -17,12 +17,13 @@ from diglot.objectives.base import (
     Values,
 )
 from diglot.objectives.divergences import generalized_jsd
+from diglot.objectives.levels import Level
 from diglot.objectives.registry import OBJECTIVES, Objective, make_objective, objective_class
-from diglot.objectives.rungs import Rung
 
 __all__ = [
     "OBJECTIVES",
     "ColumnObjective",
+    "Level",
     "Objective",
     "Pair",
     "Part",
@@ -31,7 +32,6 @@ __all__ = [
     "ProjectedObjective",
     "RowObjective",
     "Rows",
-    "Rung",
     "SummaryObjective",
     "Tables",
     "Teller",

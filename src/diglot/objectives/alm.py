@@ -64,7 +64,7 @@ class ALM(PathObjective):
     It is zero where the two likelihoods of every chunk agree. It sees nothing of what was not written. Biases: that a
     prefix is cut into these tokens says already that its end does not merge with what follows, and the two tokenizers
     say it of different ends (tokenization bias; "outcome" is there to undo it); a text may have other spellings in
-    tokens than the one read. For tau other than 1 it bounds no divergence of the two laws over text.
+    tokens than the one read. For tau other than 1 it bounds no divergence of the two distributions over text.
 
     Args:
         tau: flattens the events; None for the limit of large tau.

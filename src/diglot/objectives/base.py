@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diglot.errors import ConfigError
-from diglot.objectives.rungs import Rung
+from diglot.objectives.levels import Level
 
 if TYPE_CHECKING:
     from diglot.alignment import Alignment
@@ -164,7 +164,7 @@ class PairObjective(ABC):
     """What objectives have in common that read distributions: the pair of vocabularies that they are made for."""
 
     name: ClassVar[str]
-    needs: ClassVar[Rung] = Rung.HIDDEN
+    needs: ClassVar[Level] = Level.HIDDEN
     balanced_with_ce: ClassVar[bool] = False  # is the loss scaled to the cross-entropy of its rows, and that added?
 
     def __init__(self, pair: Pair) -> None:
@@ -289,7 +289,7 @@ class PathObjective(ABC):
     """A value of what was written, from its log-probabilities alone."""
 
     name: ClassVar[str]
-    needs: ClassVar[Rung] = Rung.TEXT_LOGPROBS
+    needs: ClassVar[Level] = Level.TEXT_LOGPROBS
     balanced_with_ce: ClassVar[bool] = False
 
     @property

@@ -1,4 +1,4 @@
-"""Byte-prefix marginal: the teacher's law over the student's next token, at every student row.
+"""Byte-prefix marginal: the teacher's distribution over the student's next token, at every student row.
 
 For every teacher token that may come next, the student's next token is the longest one that its bytes start with.
 Inside a teacher token only those are left that start with the bytes already written, and what counts is the rest of
@@ -31,16 +31,18 @@ from diglot.vocabulary.maps import first_tokens, greedy_tokens
 
 
 class BPM(RowObjective):
-    """Generalised JSD between the byte-prefix marginal `t` of the teacher and the student's law `p`, in nats per row.
+    """Generalised JSD between the byte-prefix marginal `t` of the teacher and the student's distribution `p`, in
+    nats per row.
 
     `t(v) = sum of q(u) over teacher tokens u whose bytes map to v`. Cells: the student's tokens that some teacher token
     maps to, stop, and one for everything else on both sides. `beta=0` is the forward KL(t || p) of the paper, `beta=1`
     the reverse; there cells without target mass count as 1e-8, since `t` only bounds the true marginal from below.
 
-    Zero if and only if `p = t`. That is the teacher's law over student tokens up to three things: the longest prefix
+    Zero if and only if `p = t`. That is the teacher's distribution over student tokens up to three things: the
+    longest prefix
     need not be what the student's tokenizer gives (`first_token="encode"` asks it); past the written teacher token only
     the written continuation is followed; both read one tokenization of the text before. With equal vocabularies `t = q`
-    and the value is the JSD of the two laws with control ids in one cell and stop ids in another.
+    and the value is the JSD of the two distributions with control ids in one cell and stop ids in another.
 
     Args:
         beta: in [0, 1].
@@ -147,7 +149,8 @@ class BPM(RowObjective):
         column = np.where(inside > 0, self.suffix_column.cpu().numpy()[at], self.column_of.cpu().numpy()[t.ids[j]])
         return torch.from_numpy(column)
 
-    # ---- the two laws ------------------------------------------------------------------------------------------
+    # ---- the two distributions
+    # ------------------------------------------------------------------------------------------
 
     def target(self, logits_t: Tensor, **given: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """`t` over student tokens, stop and none, `[R, V_s + 2]`; which columns can be reached; metrics `[R]`."""
@@ -214,7 +217,8 @@ class _Cells(torch.autograd.Function):
     def backward(ctx: Any, of_cells: Tensor) -> tuple[Tensor, None, None]:
         logits, tokens, stops, total, stop, others = ctx.saved_tensors
         of_own, of_stop, of_others = of_cells[:, :-2].masked_fill(~tokens, 0.0), of_cells[:, -2:-1], of_cells[:, -1:]
-        # Each column's share of its cell, not of the whole law: the cell of the others may have no mass to speak of.
+        # Each column's share of its cell, not of the whole distribution: the cell of the others may have no mass to
+        # speak of.
         of_total = of_own.sum(-1, keepdim=True) + of_stop + of_others
         of_logits = (logits - torch.where(tokens, total, others)).exp_()
         of_logits.mul_(torch.where(tokens, -of_total, of_others - (others - total).exp() * of_total)).add_(of_own)

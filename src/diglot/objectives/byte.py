@@ -1,8 +1,9 @@
-"""The next-byte law of both models at every byte of the text: the one alphabet that needs no map between vocabularies.
+"""The next-byte distribution of both models at every byte of the text: the one alphabet that needs no map between
+vocabularies.
 
 A row of token probabilities says which byte comes next: sum over the tokens that start with the bytes written since the
 token began, by the byte that follows in them. Where a written token ends, two stories remain, that it ended there and
-that it was the beginning of a longer one; the law is their mixture. Stop is the 257th letter.
+that it was the beginning of a longer one; the distribution is their mixture. Stop is the 257th letter.
 
 Shapes: `N` tokens of a side, `Q` queries (a token's row after its first 0, 1, ... bytes), `I` bytes that are compared.
 """
@@ -61,17 +62,20 @@ class BytePlan:
         return BytePlan(self.student.to(device), self.teacher.to(device), self.items, *places)
 
 
-class ByteLaw(SummaryObjective):
-    """Generalised JSD between the two next-byte laws, in nats per byte, plus a segmentation anchor on the student.
+class ByteDistribution(SummaryObjective):
+    """Generalised JSD between the two next-byte distributions, in nats per byte, plus a segmentation anchor on the
+    student.
 
-    Law at a byte that begins a token, with `e` the mass of the token before as it was written and `l(b)` that of longer
+    Distribution at a byte that begins a token, with `e` the mass of the token before as it was written and `l(b)`
+    that of longer
     tokens which go on with `b`: `(e * p_first(b) + l(b)) / (e + sum l)`. Inside a token: `l(b) / sum l`. Both are exact
-    given that the text before was cut as written, with one token under way; the exact law sums over all cuts.
+    given that the text before was cut as written, with one token under way; the exact distribution sums over all cuts.
 
-    The divergence is zero if and only if the laws agree at every byte of the text. It is symmetric in the two
+    The divergence is zero if and only if the distributions agree at every byte of the text. It is symmetric in the two
     tokenizers and leaves the student free to cut text in any way, so alone it lets canonical likelihood decay. `anchor`
     times the student's surprisal of its own cut comes on top: with it, `-log p(token)` splits into `-log` of the byte
-    law and this part, without the content. It asks nothing of the teacher, and is not zero where the laws agree.
+    distribution and this part, without the content. It asks nothing of the teacher, and is not zero where the
+    distributions agree.
 
     Args:
         beta: in [0, 1]; 0 forward KL(teacher || student), 1 reverse KL(student || teacher).
@@ -115,14 +119,14 @@ class ByteLaw(SummaryObjective):
         return self.teacher.summary(plan.teacher)
 
     def __call__(self, summary_s: Tensor, summary_t: Tensor, plan: BytePlan) -> Values:
-        law_t, cut_t = byte_law(summary_t.detach(), plan.teacher)
-        values = self.against(summary_s, law_t, plan)
+        distribution_t, cut_t = byte_distribution(summary_t.detach(), plan.teacher)
+        values = self.against(summary_s, distribution_t, plan)
         return Values(values.loss, {**values.metrics, "cut_t": cut_t})
 
-    def against(self, summary_s: Tensor, law_t: Tensor, plan: BytePlan) -> Values:
-        """The same, where the teacher's next-byte laws `[items, 257]` are known: kept ones, or mixed ones."""
-        law_s, cut_s = byte_law(summary_s, plan.student)
-        divergence = generalized_jsd(smoothed(law_s).log(), smoothed(law_t).log(), self.beta)
+    def against(self, summary_s: Tensor, distribution_t: Tensor, plan: BytePlan) -> Values:
+        """The same, where the teacher's next-byte distributions `[items, 257]` are known: kept ones, or mixed ones."""
+        distribution_s, cut_s = byte_distribution(summary_s, plan.student)
+        divergence = generalized_jsd(smoothed(distribution_s).log(), smoothed(distribution_t).log(), self.beta)
         loss = divergence + self.anchor * cut_s if self.anchor else divergence
         return Values(loss, {"divergence": divergence.detach(), "cut_s": cut_s.detach()})
 
@@ -131,8 +135,9 @@ class ByteLaw(SummaryObjective):
         self.student, self.teacher = self.student.to(device), self.teacher.to(device)
 
 
-class OwnLaws:
-    """One model's next-byte laws at all bytes that it wrote or read in plain tokens, with nobody to compare it to.
+class OwnDistributions:
+    """One model's next-byte distributions at all bytes that it wrote or read in plain tokens, with nobody to compare
+    it to.
 
     Args:
         vocabulary: whose length is the width of the logits.
@@ -143,7 +148,7 @@ class OwnLaws:
         self.columns = _Columns.of(vocabulary, stop)
 
     def plan(self, side: WrittenSide) -> tuple[SidePlan, Ints, Ints]:
-        """The queries, and segment and position of each law, `[I]`."""
+        """The queries, and segment and position of each distribution, `[I]`."""
         plain = side.exact & plain_tokens(side, self.columns.vocabulary)
         token = np.repeat(np.arange(len(side.ids)), np.where(plain, side.end - side.start, 0))
         offset = np.arange(len(token)) - np.searchsorted(token, token)
@@ -151,14 +156,14 @@ class OwnLaws:
         return plan, side.segment[token], side.start[token] + offset
 
     def summary(self, plan: SidePlan) -> Callable[[Tensor, slice], Tensor]:
-        """What `byte_law` makes laws of, from logits `[r, V]` of a slice of the tokens."""
+        """What `byte_distribution` makes distributions of, from logits `[r, V]` of a slice of the tokens."""
         return self.columns.summary(plan)
 
 
-def byte_law(summary: Tensor, plan: SidePlan) -> tuple[Tensor, Tensor]:
-    """Next-byte laws, `[I, 257]`, and the surprisal in nats of the written cut at each byte, `[I]`.
+def byte_distribution(summary: Tensor, plan: SidePlan) -> tuple[Tensor, Tensor]:
+    """Next-byte distributions, `[I, 257]`, and the surprisal in nats of the written cut at each byte, `[I]`.
 
-    The surprisal of all cuts and of all bytes under their laws *given the cut* add up to that of the tokens.
+    The surprisal of all cuts and of all bytes under their distributions *given the cut* add up to that of the tokens.
     """
     begins, goes_on = (plan.begins >= 0)[:, None], (plan.goes_on >= 0)[:, None]
     first = summary[plan.begins.clamp(min=0), : STOP + 1]
@@ -168,17 +173,17 @@ def byte_law(summary: Tensor, plan: SidePlan) -> tuple[Tensor, Tensor]:
     longer = torch.cat([longer, torch.zeros_like(ended)], dim=-1)
     total = longer.sum(-1, keepdim=True)
     mixed = (ended * first + longer) / log_safe(ended + total)
-    law = torch.where(begins & goes_on, mixed, torch.where(begins, first, longer / log_safe(total)))
+    distribution = torch.where(begins & goes_on, mixed, torch.where(begins, first, longer / log_safe(total)))
     cut = log_mass(ended + total) - log_mass(torch.where(begins, ended, total))
-    return law, torch.where(goes_on, cut, 0.0).squeeze(-1)
+    return distribution, torch.where(goes_on, cut, 0.0).squeeze(-1)
 
 
-def smoothed(law: Tensor) -> Tensor:
+def smoothed(distribution: Tensor) -> Tensor:
     """With `FLOOR` more in every cell, and normalised again.
 
     Inside a token a byte may have no token to go on with, though one that ended there could: no KL may be infinite.
     """
-    return (law + FLOOR) / (1 + FLOOR * law.shape[-1])
+    return (distribution + FLOOR) / (1 + FLOOR * distribution.shape[-1])
 
 
 def log_safe(mass: Tensor) -> Tensor:

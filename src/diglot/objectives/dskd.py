@@ -24,7 +24,8 @@ class DSKD(ProjectedObjective):
     - the projector: `-log q'(y)`, whose gradient goes to `P_ts` alone;
     - teacher space: `p' = softmax(U_t P_st h_s)`; `KL(q || p')`, whose gradient goes to `P_st` and the student.
 
-    The gradient never reaches an output embedding through a projection. Zero of the sum says nothing about the laws
+    The gradient never reaches an output embedding through a projection. Zero of the sum says nothing about the
+    distributions
     themselves: what is compared has gone through a trained map. Shared tokens give the map its start: the logits of
     shared tokens are kept as well as a linear map can (least squares on `U_t P = U_s` over them).
     """

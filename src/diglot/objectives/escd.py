@@ -31,8 +31,8 @@ class ESCD(BPM):
     begin with what is left of the group's shortest token. (The paper also scores children that were not written, which
     takes another forward pass of the student for each.)
 
-    The child's value is a cross-entropy: its gradient is right, its size is not zero where the laws agree, and no part
-    of it says what the student should do with the mass that is in no group.
+    The child's value is a cross-entropy: its gradient is right, its size is not zero where the distributions agree,
+    and no part of it says what the student should do with the mass that is in no group.
     """
 
     name = "escd"

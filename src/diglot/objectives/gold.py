@@ -29,7 +29,8 @@ class Gold(RowObjective):
     L1 is ULD, arXiv 2402.12030; JSD_beta is GKD's, arXiv 2306.13649 eq. 4, in TRL's convention: 0 forward
     KL(teacher || student), 1 reverse).
 
-    A chunk's merged law is the law of its last token times the probability of the tokens of the chunk before it as
+    A chunk's merged distribution is the distribution of its last token times the probability of the tokens of the
+    chunk before it as
     they were written, `P(v) = p_e(v) * prod_{i<e} p_i(s_i)`: at most 1 in sum. The student's factor carries gradient.
     M are the tokens of equal bytes, and stop: the mass of each side's whole stop set. On M nothing is renormalised.
 
@@ -37,15 +38,19 @@ class Gold(RowObjective):
     `weights="count"`, TRL's: `w_M = |M| / |V_T|`, `w_U = 1 - w_M`, ids of the teacher counted. The fewer tokens are
     shared, the closer this comes to ULD, however likely the shared ones are.
 
-    Sees every alternative, but outside M only spectra (see `uld`), so zero does not mean that the laws agree. For
-    0 < beta < 1 it is never negative, and zero with zero gradient where the laws agree. At 0 and 1 the KL of laws that
-    do not sum to one may be negative and is stationary at equal laws only if M holds all mass and the chunk is one
+    Sees every alternative, but outside M only spectra (see `uld`), so zero does not mean that the distributions
+    agree. For
+    0 < beta < 1 it is never negative, and zero with zero gradient where the distributions agree. At 0 and 1 the KL
+    of distributions that
+    do not sum to one may be negative and is stationary at equal distributions only if M holds all mass and the chunk
+    is one
     token: at 0 each student token outside M is pushed down by its probability times the teacher's mass on M, whatever
     the teacher thinks of it. Merging asks about the written cut of a chunk: other cuts of the same bytes are not
     summed, and unlikely beginnings make their chunk weigh little.
 
     `gold_as_shipped`: TRL 1.16.0's default reading instead, faults included, to compare with. Each token is read one
-    row late, in the row that predicts the token after it; a chunk is the law read for its *first* token times the
+    row late, in the row that predicts the token after it; a chunk is the distribution read for its *first* token
+    times the
     probabilities read for the later ones ("observed"); weights by count; stop is no event; tokens match by their
     strings, special tokens too. Probabilities below 1e-8 are raised to that where a logarithm is taken. Its
     cross-entropy weight is 0 by default, its temperatures are 1. A chunk that ends its segment has no row that late
@@ -86,7 +91,8 @@ class Gold(RowObjective):
         return Rows(torch.from_numpy(read_s[chunks] + late), torch.from_numpy(read_t[chunks] + late), skipped=skipped)
 
     def extra(self, rows: Rows, written: Written, teller: Teller) -> dict[str, Tensor]:
-        """`rest_s` and `rest_t`: log-prob of the tokens of each row's chunk whose law is not the one that is read."""
+        """`rest_s` and `rest_t`: log-prob of the tokens of each row's chunk whose distribution is not the one that
+        is read."""
         chunks, read_s, read_t = self._read(written)
         chunk_s, chunk_t = written.alignment.chunk_s, written.alignment.chunk_t
         other_s, other_t = other_tokens(chunk_s, read_s, chunks), other_tokens(chunk_t, read_t, chunks)
@@ -122,7 +128,8 @@ class Gold(RowObjective):
         return sorted_l1((logp_s[:, self.others_s] + rest_s).exp(), (logp_t[:, self.others_t] + rest_t).exp())
 
     def _read(self, written: Written) -> tuple[Ints, Ints, Ints]:
-        """Which chunks are compared, `[R]`, and of every chunk the token of either side whose law is read, `[C]`."""
+        """Which chunks are compared, `[R]`, and of every chunk the token of either side whose distribution is read,
+        `[C]`."""
         alignment = written.alignment
         last_s = last_of_chunks(alignment.chunk_s, alignment.num_chunks)
         last_t = last_of_chunks(alignment.chunk_t, alignment.num_chunks)

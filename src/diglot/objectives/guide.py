@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diglot.objectives.levels import Level
 from diglot.objectives.registry import OBJECTIVES
-from diglot.objectives.rungs import Rung
 
 NEEDS = {
-    Rung.TEXT_LOGPROBS: "log-probs of the text",
-    Rung.CHOSEN: "log-probs of chosen ids",
-    Rung.TOP_K: "top-k",
-    Rung.HIDDEN: "hidden states",
-    Rung.LOGITS: "logits",
+    Level.TEXT_LOGPROBS: "log-probs of the text",
+    Level.CHOSEN: "log-probs of chosen ids",
+    Level.TOP_K: "top-k",
+    Level.HIDDEN: "hidden states",
+    Level.LOGITS: "logits",
 }
 
 
@@ -29,19 +29,19 @@ class About:
 GUIDE: dict[str, About] = {
     "jsd": About(
         "all tokens, at every row",
-        "laws equal",
+        "distributions equal",
         "V_s + V_t",
         "equal vocabularies: the textbook form, and GKD's default",
     ),
     "strict": About(
         "the student's k likeliest shared tokens, at one-to-one rows",
-        "laws equal on the chosen tokens (with residual: and outside)",
+        "distributions equal on the chosen tokens (with residual: and outside)",
         "V_s + 2k",
         "any pair whose tokens mostly agree: the cheapest, and GKD's default across tokenizers",
     ),
     "top_k": About(
         "the teacher's k likeliest tokens and the rest, at one-to-one rows",
-        "laws equal on them and in the rest",
+        "distributions equal on them and in the rest",
         "V_s + k",
         "a served teacher that gives top-k",
     ),
@@ -49,17 +49,17 @@ GUIDE: dict[str, About] = {
         "all student tokens, at every student row",
         "student = byte-prefix marginal of the teacher",
         "V_s + V_t + rows inside teacher tokens",
-        "pairs that cut text differently; whole laws matter",
+        "pairs that cut text differently; whole distributions matter",
     ),
     "shared_prefix": About(
         "cells of shared prefixes, at every shared boundary",
-        "cell laws equal",
+        "cell distributions equal",
         "V_s + V_t",
-        "whole laws without a map between tokens; both sides proper laws",
+        "whole distributions without a map between tokens; both sides proper distributions",
     ),
     "byte": About(
         "the next byte, at every byte",
-        "byte laws equal (and the anchor: never)",
+        "byte distributions equal (and the anchor: never)",
         "V_s + V_t + prefix ranges",
         "vocabularies with little in common, byte-level models",
     ),
@@ -90,7 +90,7 @@ GUIDE: dict[str, About] = {
     "ce": About("the written text", "never", "V_s", "reference text; not on the student's own samples"),
     "xtoken_p": About(
         "the teacher's likeliest tokens through a projection",
-        "projected law equal on them",
+        "projected distribution equal on them",
         "V_s + V_t + top-k",
         "to compare with X-Token; task tokens outside the shared set",
     ),
@@ -114,13 +114,13 @@ GUIDE: dict[str, About] = {
     ),
     "simct": About(
         "shared tokens and written units, by length-normalised score",
-        "scores equal (not: laws equal)",
+        "scores equal (not: distributions equal)",
         "V_s + V_t",
         "to compare with SimCT",
     ),
     "dskd": About(
         "the other model's hidden states through trained maps",
-        "says nothing about the laws",
+        "says nothing about the distributions",
         "2 V_s + 2 V_t + maps",
         "hidden states at hand; off-policy text",
     ),

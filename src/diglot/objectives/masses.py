@@ -1,4 +1,5 @@
-"""Sums of probabilities over sets of columns: the step from token laws to laws over something both sides share."""
+"""Sums of probabilities over sets of columns: the step from token distributions to distributions over something both
+sides share."""
 
 from __future__ import annotations
 

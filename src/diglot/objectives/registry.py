@@ -11,7 +11,7 @@ from diglot.errors import ConfigError
 from diglot.objectives.alm import ALM
 from diglot.objectives.base import Pair, PathObjective, ProjectedObjective, RowObjective, SummaryObjective
 from diglot.objectives.bpm import BPM
-from diglot.objectives.byte import ByteLaw
+from diglot.objectives.byte import ByteDistribution
 from diglot.objectives.ce import CrossEntropy
 from diglot.objectives.dskd import DSKD
 from diglot.objectives.escd import ESCD
@@ -30,7 +30,7 @@ Objective = RowObjective | PathObjective | SummaryObjective | ProjectedObjective
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "bpm": BPM,
-    "byte": ByteLaw,
+    "byte": ByteDistribution,
     "dskd": DSKD,
     "escd": ESCD,
     "shared_prefix": SharedPrefix,

@@ -1,7 +1,8 @@
 """Both vocabularies coarse-grained onto one partition: the longest shared token that a token's bytes start with.
 
-At every boundary that both tokenizations share, both models have read the same bytes, and both laws of the next token
-become laws over the same cells: shared tokens, first bytes where no shared token fits, stop, and the rest.
+At every boundary that both tokenizations share, both models have read the same bytes, and both distributions of the
+next token
+become distributions over the same cells: shared tokens, first bytes where no shared token fits, stop, and the rest.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from diglot.vocabulary.maps import shared_prefix_cells
 
 
 class SharedPrefix(RowObjective):
-    """Generalised JSD between the two laws of the next token's cell, in nats per shared boundary.
+    """Generalised JSD between the two distributions of the next token's cell, in nats per shared boundary.
 
-    Rows: those that predict the first token of each chunk on either side. Both are proper laws over the same `K + 258`
-    cells, so every divergence is proper on them: zero if and only if the cell laws agree. With equal vocabularies the
-    cells are the tokens and the value is the JSD (control ids in one cell, the stop set in another).
+    Rows: those that predict the first token of each chunk on either side. Both are proper distributions over the
+    same `K + 258`
+    cells, so every divergence is proper on them: zero if and only if the cell distributions agree. With equal
+    vocabularies the cells are the tokens and the value is the JSD (control ids in one cell, the stop set in another).
 
     It sees all alternatives to what was written, also where the two sides cut the text differently, but tells tokens
     apart only as far as they begin with different shared tokens: "un|believ|able" and "un|bear|able" are one cell for a
     side that has them whole if "un" is the longest that both have. And a side whose next token is long puts its mass
     into the cell of the longest shared prefix, one that would write it in pieces into that of its first piece: equal
-    laws over text give zero only if both sides cut text at the same places. The oracle measures by how much.
+    distributions over text give zero only if both sides cut text at the same places. The oracle measures by how much.
 
     Args:
         beta: in [0, 1]; 0 forward KL(teacher || student), 1 reverse KL(student || teacher).

@@ -27,9 +27,12 @@ class SimCT(RowObjective):
     softmax of the scores over the candidates. A unit whose bytes one shared token spells is left out: that text is a
     candidate already, scored as that token. Stop is always the stop column, never a unit.
 
-    It sees the shared part of every law at a chunk's start, and of what is not shared only the unit written. Because
-    of 1/r a unit's score is no log-prob of its text: pi is no law over text, units of many tokens look likelier than
-    they are, and where the two sides' r differ it is *not* zero for equal laws over text (nor does zero mean that they
+    It sees the shared part of every distribution at a chunk's start, and of what is not shared only the unit
+    written. Because
+    of 1/r a unit's score is no log-prob of its text: pi is no distribution over text, units of many tokens look
+    likelier than
+    they are, and where the two sides' r differ it is *not* zero for equal distributions over text (nor does zero
+    mean that they
     are equal). Candidates also overlap: "a" and the unit "ab" both cover text that starts with "ab". Renormalised, so
     mass outside the candidates is not compared. (The paper's formula; its code averages raw logits instead.)
 
@@ -61,8 +64,8 @@ class SimCT(RowObjective):
 
     def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
         unit = given["unit"]
-        logp_s, mass_s = _law(logits_s, self.pair.shared_s, self.pair.stop_s, given["unit_s"], unit)
-        logp_t, mass_t = _law(logits_t, self.pair.shared_t, self.pair.stop_t, given["unit_t"], unit)
+        logp_s, mass_s = _distribution(logits_s, self.pair.shared_s, self.pair.stop_s, given["unit_s"], unit)
+        logp_t, mass_t = _distribution(logits_t, self.pair.shared_t, self.pair.stop_t, given["unit_t"], unit)
         return Values(kl(logp_s, logp_t), {"mass_s": mass_s, "mass_t": mass_t, "unit": unit.to(mass_s.dtype)})
 
     def _has_unit(self, written: Written) -> np.ndarray:
@@ -83,7 +86,7 @@ def _chunk_means(logp: Tensor, chunk: np.ndarray, num_chunks: int) -> Tensor:
     return chunk_sums(logp, of_token, num_chunks) / chunk_sums(torch.ones_like(logp), of_token, num_chunks)
 
 
-def _law(logits: Tensor, shared: Tensor, stop: Tensor, score: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+def _distribution(logits: Tensor, shared: Tensor, stop: Tensor, score: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
     """Log pi of shared tokens, stop and unit, `[R, K + 2]`; and the probability of shared tokens and stop, `[R]`."""
     logits = at_least_float32(logits)
     total = logits.logsumexp(-1, keepdim=True)

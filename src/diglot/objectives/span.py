@@ -1,4 +1,4 @@
-"""Reverse KL between the laws of two models over text, by policy gradient on aligned chunks.
+"""Reverse KL between the distributions of two models over text, by policy gradient on aligned chunks.
 
 MiniLLM (arXiv 2306.08543) with tokens replaced by chunks, the shortest pieces of text at whose ends both
 tokenizers have a boundary. With equal vocabularies a chunk is a token and everything below is the paper's.
@@ -22,7 +22,7 @@ from diglot.objectives.chunks import (
     usable_chunks,
 )
 from diglot.objectives.credit import CREDITS, discounted_returns, remaining_chunks, span_advantages
-from diglot.objectives.rungs import Rung
+from diglot.objectives.levels import Level
 
 __all__ = [
     "Span",
@@ -58,7 +58,8 @@ class Span(PathObjective):
 
     The gradient is zero where the two likelihoods of every chunk agree: all rewards are 0 then. It sees only what was
     sampled. On the student's own text, at gamma 1 and with credit "whole", the expected gradient is that of
-    KL(law of the student's paths || teacher's law of canonical paths). With "variance_reduced" or "shared" it is so if
+    KL(distribution of the student's paths || teacher's distribution of canonical paths). With "variance_reduced"
+    or "shared" it is so if
     where chunks end does not depend on bytes that come later; they have less variance. Biases: a teacher that merges
     across a boundary depending on what follows, since rewards of "earlier chunks" that are left out of a return then
     still depend on the token; text is scored by one of the teacher's spellings of it (canonical-path bias); gamma below
@@ -76,7 +77,7 @@ class Span(PathObjective):
     """
 
     name = "span"
-    needs = Rung.TEXT_LOGPROBS
+    needs = Level.TEXT_LOGPROBS
 
     def __init__(
         self,

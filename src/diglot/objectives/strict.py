@@ -48,9 +48,10 @@ def strict_divergence(
     """Generalised JSD in nats, `[R]`, on the student's `top_k` likeliest shared tokens and one semantic stop column.
 
     `logits_s` is `[R, V_s]`, `logits_t` `[R, V_t]`. The stop column is the sum of the mass of each side's stop set.
-    Both sides are renormalised on the chosen columns: the divergence of the laws *given* that one of them comes next.
-    With `residual`, one more bin holds each side's remaining mass instead: a proper divergence of coarsened laws.
-    Metrics: `mass_s`, `mass_t`, each side's probability of the chosen columns, in [0, 1].
+    Both sides are renormalised on the chosen columns: the divergence of the distributions *given* that one of them
+    comes next.
+    With `residual`, one more bin holds each side's remaining mass instead: a proper divergence of coarsened
+    distributions. Metrics: `mass_s`, `mass_t`, each side's probability of the chosen columns, in [0, 1].
     """
     logits_s, logits_t = at_least_float32(logits_s), at_least_float32(logits_t)
     columns_s, columns_t = chosen_columns(logits_s, pair, top_k)

@@ -11,20 +11,23 @@ from diglot.batches import Written
 from diglot.errors import ConfigError
 from diglot.objectives.base import Pair, RowObjective, Rows, Teller, Values, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
+from diglot.objectives.levels import Level
 from diglot.objectives.masses import FLOOR
-from diglot.objectives.rungs import Rung
 from diglot.objectives.strict import check_columns
 
 
 class TopK(RowObjective):
-    """Generalised JSD of two coarsened laws, in nats per row of a one-to-one pair; by default KL(student || teacher).
+    """Generalised JSD of two coarsened distributions, in nats per row of a one-to-one pair; by default KL(student ||
+    teacher).
 
     Cells of a row: each of the teacher's `k` likeliest tokens that the student has too; stop, if a stop id is among the
     `k`; and one for everything else on both sides. The partition is a constant, so by the data-processing inequality
-    the value is at most the divergence of the whole laws, and zero if and only if the coarsened laws are equal.
+    the value is at most the divergence of the whole distributions, and zero if and only if the coarsened
+    distributions are equal.
 
     Exact but for one thing: of the teacher's stop set only the ids among the `k` are in the stop cell. Another holds at
-    most the least of the `k` masses, so the teacher's law differs from the exact coarsened one by a total variation of
+    most the least of the `k` masses, so the teacher's distribution differs from the exact coarsened one by a total
+    variation of
     at most (stop ids not seen) x (that mass), which the metric `stop_bound` reports. The teacher's rest is 1 minus the
     others' sum; it counts as at least 1e-8.
 
@@ -34,7 +37,7 @@ class TopK(RowObjective):
     """
 
     name = "top_k"
-    needs = Rung.TOP_K
+    needs = Level.TOP_K
 
     def __init__(self, pair: Pair, *, k: int = 16, beta: float = 1.0) -> None:
         super().__init__(pair)

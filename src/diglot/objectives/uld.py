@@ -1,4 +1,4 @@
-"""Sorted L1 between whole next-token laws: what two models say, whatever it means."""
+"""Sorted L1 between whole next-token distributions: what two models say, whatever it means."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def pairs_by_index(segment_s: Ints, segment_t: Ints) -> tuple[Ints, Ints]:
 
 
 class ULD(RowObjective):
-    """Sorted L1 of the whole next-token laws: `sum_r |p'(r) - q'(r)|`, the ULD loss without its cross-entropy term.
+    """Sorted L1 of the whole next-token distributions: `sum_r |p'(r) - q'(r)|`, the ULD loss without its
+    cross-entropy term.
 
     Boizard et al., "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss" (arXiv 2402.12030).
     p' and q' are the probabilities of student and teacher sorted downwards, the shorter one padded with zeros: a

@@ -1,8 +1,10 @@
-"""X-Token: the student's law pushed forward into the teacher's vocabulary, or compared on a relaxed common part.
+"""X-Token: the student's distribution pushed forward into the teacher's vocabulary, or compared on a relaxed common
+part.
 
 Both objectives (arXiv 2605.21699) rest on `Projection`, a sparse row-stochastic W that says with which teacher tokens a
 student token is written, and compare one row per exact chunk: that of the last token of either side. A chunk's merged
-law is, by the chain rule, the last row times the probabilities of the chunk's earlier tokens: one factor per side.
+distribution is, by the chain rule, the last row times the probabilities of the chunk's earlier tokens: one factor
+per side.
 
 What is wrong with that, whatever W: the last tokens of a chunk need not start at the same byte, so where both sides
 have several tokens the two rows can speak about different places of the text. And W is one step: that "123" is "1",
@@ -70,12 +72,14 @@ class _Projected(RowObjective):
 class XTokenP(_Projected):
     """P-KL (X-Token, arXiv 2605.21699): `T^2 KL(q || p~)` in the teacher's vocabulary, with `p~ = W^T p_student`.
 
-    Both laws, at temperature T = `kd_temperature`, are renormalised on the `top_k` teacher columns of largest teacher
+    Both distributions, at temperature T = `kd_temperature`, are renormalised on the `top_k` teacher columns of
+    largest teacher
     logit and one stop column, the mass of each side's whole stop set. The factors of the chain-rule merge cancel in
     this. The columns are chosen per row, not per micro-batch as in the authors' code: a value must not depend on what
     else is in the block. Only teacher tokens that W names can be chosen; the others would have p~ = 0.
 
-    Sees every alternative that W can express. Zero iff both renormalised laws agree; for equal vocabularies it is the
+    Sees every alternative that W can express. Zero iff both renormalised distributions agree; for equal vocabularies
+    it is the
     forward KL on the chosen columns. Known biases: W is one step and its decay weights are no probabilities, so the
     loss is in general not zero for a student to which every text is as likely as to the teacher; teacher tokens without
     preimage have no part; the rows may start at different bytes (see the module). Metrics `mass_s`, `mass_t`: each
@@ -121,7 +125,8 @@ class XTokenH(_Projected):
     """H-KL (X-Token, arXiv 2605.21699): KL on a relaxed common part, and sorted L1 on the rest.
 
     `T^2 (sum_M q log(q / p) + sum_r |q^(r) - p^(r)|)`, with `M = {(v, u): W[v, u] >= 0.6, u = argmax W[v]}`, one
-    `v` per `u`: the heaviest, of equals the shortest. The stop sets are one more member of M. Both laws, at temperature
+    `v` per `u`: the heaviest, of equals the shortest. The stop sets are one more member of M. Both distributions, at
+    temperature
     T = `kd_temperature`, are whole softmaxes, not renormalised on M. `q^(r)`, `p^(r)` are the `rest` largest
     probabilities outside M of each side, in descending order.
 
@@ -169,7 +174,7 @@ class XTokenH(_Projected):
 
 
 def push_forward(logits: Tensor, entry_s: Tensor, entry_column: Tensor, entry_logw: Tensor, columns: int) -> Tensor:
-    """`log(W^T exp(logits))`, `[R, columns]`: the push-forward of a law, with its normaliser left in.
+    """`log(W^T exp(logits))`, `[R, columns]`: the push-forward of a distribution, with its normaliser left in.
 
     Row `entry_s`, column `entry_column` of W is `exp(entry_logw)`, `[E]` each. Summed in logs, each column shifted by
     its largest term, so that nothing underflows however unlikely a column is.

@@ -18,8 +18,8 @@ class Completion:
     """What was sampled for one prompt.
 
     `ids` end with the stop id that was sampled; without one the completion was cut. `logps` are the engine's own
-    log-probabilities of these ids in nats, of the model's law before temperature, top-k and nucleus; None where the
-    engine runs the very model that is trained and has nothing else to say.
+    log-probabilities of these ids in nats, of the model's distribution before temperature, top-k and nucleus; None
+    where the engine runs the very model that is trained and has nothing else to say.
     """
 
     ids: Ids

@@ -5,7 +5,8 @@ teacher tokens); the student reads its bytes in its own tokens and continues. Th
 thus the teacher's with probability `alpha * P(length > k)`.
 
 **Estimator and bias.** Each chunk's term is weighted by `student / (a_k * teacher + (1 - a_k) * student)`, the ratio
-of the student's law to the mixture for *this* chunk, given what stands before it (`mixture_weight`). As in the paper
+of the student's distribution to the mixture for *this* chunk, given what stands before it (`mixture_weight`). As in
+the paper
 (its approximation of the product of ratios by the last factor), how likely the text before the chunk was is left out,
 which biases towards states that the mixture visits; whether the teacher wrote the prefix is treated as independent of
 it, a second bias of the same kind. With equal vocabularies tokens are drawn from the mixture itself

@@ -43,7 +43,7 @@ def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, no gradient and a neutral generation config; all are put back afterwards.
 
     A model's own generation config may hold a repetition penalty or a nucleus: samples would not follow the model's
-    law, and `generate` would fill them in wherever the caller left a default.
+    distribution, and `generate` would fill them in wherever the caller left a default.
     """
     training, own_config = model.training, model.generation_config
     model.eval()
@@ -63,7 +63,7 @@ class TransformersSampler:
     Args:
         stop_ids: ids that end a completion; the one that was sampled is kept as its last id.
         pad_id: fills shorter prompts, never read by the model.
-        temperature: 1 is the model's own law, as are 1 and 0 of the next two.
+        temperature: 1 is the model's own distribution, as are 1 and 0 of the next two.
         top_p: nucleus sampling.
         top_k: 0 is off.
     """

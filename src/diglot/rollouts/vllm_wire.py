@@ -17,7 +17,7 @@ _ROUNDING = 1e-2  # a log-probability above 0 by less is rounding
 
 @dataclass(frozen=True)
 class Sampling:
-    """How is drawn. 1, 1 and 0 sample from the model's own law."""
+    """How is drawn. 1, 1 and 0 sample from the model's own distribution."""
 
     stop_ids: tuple[int, ...]
     temperature: float = 1.0

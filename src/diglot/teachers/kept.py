@@ -1,6 +1,6 @@
 """The folder of `diglot score`: what a teacher said about fixed texts, in shards that are read from memory maps.
 
-    request.json              what was asked: teacher, tokenizer, template, texts, rung; written first
+    request.json              what was asked: teacher, tokenizer, template, texts, level; written first
     tokenizer/                the teacher's tokenizer
     shard-00000.safetensors   the answers about some texts, written under another name and then renamed
     scores.json               the index; written last, so a folder without it is unfinished
@@ -40,8 +40,8 @@ class Answer:
     written: NDArray[np.float32]  # [n] of each written token
     top_ids: NDArray[np.int32]  # [n, k] likeliest first, k may be 0
     top_logps: NDArray[np.float32]  # [n, k]; what is left to 1 is the residual mass
-    laws: NDArray[np.float16]  # [l, 257] next-byte laws of all segments; NaN where there is none
-    law_counts: NDArray[np.int64]  # [g] how many of them each segment has
+    distributions: NDArray[np.float16]  # [l, 257] next-byte distributions of all segments; NaN where there is none
+    distribution_counts: NDArray[np.int64]  # [g] how many of them each segment has
 
 
 def text_keys(side: PackedSide) -> list[bytes]:
@@ -66,11 +66,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_shard(path: Path, keys: Sequence[bytes], answers: Sequence[Answer]) -> None:
     """The answers about some texts. The same answers make the same bytes."""
-    columns = {name: _joined([getattr(a, name) for a in answers]) for name in (*PER_TOKEN, "laws", "law_counts")}
+    columns = {
+        name: _joined([getattr(a, name) for a in answers])
+        for name in (*PER_TOKEN, "distributions", "distribution_counts")
+    }
     counts = {
         "token_offset": [len(a.logps) for a in answers],
-        "law_offset": [len(a.laws) for a in answers],
-        "segment_offset": [len(a.law_counts) for a in answers],
+        "distribution_offset": [len(a.distributions) for a in answers],
+        "segment_offset": [len(a.distribution_counts) for a in answers],
     }
     offsets = {name: np.cumsum([0, *found], dtype=np.int64) for name, found in counts.items()}
     digests = {
@@ -88,7 +91,7 @@ def _joined(parts: Sequence[NDArray]) -> NDArray:
 
 def _checksum(answer: Answer) -> bytes:
     digest = hashlib.sha256()
-    for name in (*PER_TOKEN, "laws", "law_counts"):
+    for name in (*PER_TOKEN, "distributions", "distribution_counts"):
         digest.update(np.ascontiguousarray(getattr(answer, name)).tobytes())
     return digest.digest()[:8]
 
@@ -101,15 +104,17 @@ class Shard:
         try:
             self._file = safe_open(path, framework="numpy")
             self.keys = [row.tobytes() for row in self._file.get_tensor("key")]
-            self._offsets = {name: self._file.get_tensor(f"{name}_offset") for name in ("token", "law", "segment")}
+            self._offsets = {
+                name: self._file.get_tensor(f"{name}_offset") for name in ("token", "distribution", "segment")
+            }
             self._checks = self._file.get_tensor("check")
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise TeacherError(f"{path} cannot be read: {error}. Remove it and run `diglot score` again.") from error
 
     @property
     def text_bytes(self) -> int:
-        """Bytes and stops that have a row for a next-byte law."""
-        return int(self._offsets["law"][-1])
+        """Bytes and stops that have a row for a next-byte distribution."""
+        return int(self._offsets["distribution"][-1])
 
     @property
     def tokens(self) -> int:
@@ -119,7 +124,11 @@ class Shard:
     def read(self, i: int) -> Answer:
         """The answer about its text `i`. `TeacherError` if it is not what was written."""
         parts = {name: self._slice(name, "token", i) for name in PER_TOKEN}
-        answer = Answer(**parts, laws=self._slice("laws", "law", i), law_counts=self._slice("law_counts", "segment", i))
+        answer = Answer(
+            **parts,
+            distributions=self._slice("distributions", "distribution", i),
+            distribution_counts=self._slice("distribution_counts", "segment", i),
+        )
         if _checksum(answer) != self._checks[i].tobytes():
             raise TeacherError(f"{self.path} is damaged at text {i}. Remove it and run `diglot score` again.")
         return answer

@@ -1,4 +1,4 @@
-"""A teacher that is a model in this process: the highest rung that is cheap, hidden states with their head."""
+"""A teacher that is a model in this process: the highest level that is cheap, hidden states with their head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError
 from diglot.heads import Head, hidden_at_rows
-from diglot.objectives.rungs import Rung
+from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
 from diglot.teachers.loading import keeps_its_device
 
@@ -26,7 +26,7 @@ class LocalTeacher:
         max_length: longest input in tokens; the model's own limit when not given.
     """
 
-    rung = Rung.HIDDEN
+    level = Level.HIDDEN
 
     def __init__(self, model: PreTrainedModel, renderer: Renderer, max_length: int | None = None) -> None:
         self.model = model.eval().requires_grad_(False)

@@ -1,8 +1,9 @@
-"""What is asked of a server before anything is trained: does it read our ids, and are its numbers the model's own law?
+"""What is asked of a server before anything is trained: does it read our ids, and are its numbers the model's own
+distribution?
 
 What can be shown from outside is shown, and refused with the two values seen. What cannot: a server that was started
-with a fixed temperature gives a proper law, only another one; and log-probs of the right tokens of another model with
-the same tokenizer are log-probs. Nothing but a reference would tell.
+with a fixed temperature gives a proper distribution, only another one; and log-probs of the right tokens of another
+model with the same tokenizer are log-probs. Nothing but a reference would tell.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ TEXT = "The capital of France is Paris.\n\n    def naïve(x1): return 数学 + '
 _TOP = 8
 _MOVED = 0.1  # total variation between two readings of one row: rounding of bfloat16 stays well below
 _NOISE = 0.25  # nats, mean over the probe, likewise
-_OVER = 0.02  # a law's mass may exceed 1 by this much: rounding
+_OVER = 0.02  # a distribution's mass may exceed 1 by this much: rounding
 _NONSENSE, _SHORTEST = 8, 8
 
 
@@ -38,14 +39,14 @@ def check_server(client: Client, wire: Wire, renderer: Renderer, window: int | N
             f"{client.url} takes {window} tokens, too few for a text of {_SHORTEST}. Start it with a longer window."
         )
     scores = _scored(client, wire, ids, Asking(top=_TOP))
-    _check_law(client.url, scores, ids)
+    _check_distribution(client.url, scores, ids)
     _check_positions(client, wire, ids, scores)
     _check_raw(client, wire, ids)
     _check_size(client, wire, renderer)
 
 
 def probe_ids(renderer: Renderer) -> list[int]:
-    """Text, and then ids that nobody would write: a raw law gives even these some mass."""
+    """Text, and then ids that nobody would write: a raw distribution gives even these some mass."""
     vocabulary = renderer.vocabulary
     text = renderer.encoder.encode([TEXT])[0].ids
     plain = np.flatnonzero((vocabulary.lengths > 0) & ~vocabulary.control)
@@ -92,7 +93,7 @@ def _scored(client: Client, wire: Wire, ids: Ids, asking: Asking) -> TokenScores
         ) from None
 
 
-def _check_law(url: str, scores: TokenScores, ids: Ids) -> None:
+def _check_distribution(url: str, scores: TokenScores, ids: Ids) -> None:
     others = (scores.top_ids[1:] >= 0).sum(-1).min()
     if others < 2:
         raise TeacherError(
@@ -105,7 +106,7 @@ def _check_law(url: str, scores: TokenScores, ids: Ids) -> None:
     if worst > 1 + _OVER:
         raise TeacherError(
             f"The probabilities that {url} gives of one token add up to {worst:.3f}, more than 1: they are not those "
-            "of one law. With vLLM, start it with --logprobs-mode raw_logprobs."
+            "of one distribution. With vLLM, start it with --logprobs-mode raw_logprobs."
         )
 
 
@@ -125,13 +126,15 @@ def _check_positions(client: Client, wire: Wire, ids: list[int], scores: TokenSc
                 moved_before = max(moved_before, distance)
     if moved_own > _MOVED:
         raise TeacherError(
-            f"{client.url} gives log-probs one position late: with another last token the law that should have "
+            f"{client.url} gives log-probs one position late: with another last token the distribution that should "
+            "have "
             f"predicted it moved by {moved_own:.2f} (total variation), expected 0. What it echoes for a token is what "
             "comes after it, as llama-cpp-python's server does. Serve the model with vLLM or SGLang."
         )
     if moved_before < 1e-6:
         raise TeacherError(
-            f"The law that {client.url} gives of the last token does not depend on the token before it (it moved by "
+            f"The distribution that {client.url} gives of the last token does not depend on the token before it (it "
+            "moved by "
             f"{moved_before:.1e}): its log-probs stand too early, or are not of the text that was sent. Serve the "
             "model with vLLM or SGLang."
         )
@@ -154,7 +157,8 @@ def _check_raw(client: Client, wire: Wire, ids: list[int]) -> None:
     if shift > _NOISE:
         raise TeacherError(
             f"{client.url} gives tempered log-probs: one text at temperature 0.5 and 2 differs by {shift:.2f} nats "
-            "a token, expected 0. Teachers are asked for the model's own law: start the server so that it gives raw "
+            "a token, expected 0. Teachers are asked for the model's own distribution: start the server so that it "
+            "gives raw "
             "log-probs (vLLM: --logprobs-mode raw_logprobs)."
         )
     whole, cut = (_scored(client, wire, ids, Asking(top=_TOP, top_p=p)) for p in (1.0, 0.3))

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError, VocabularyError
-from diglot.objectives.rungs import Rung
+from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
 from diglot.teachers.fingerprint import template_digest
 from diglot.teachers.kept import Answer, Folder, Shard, differences, text_keys
@@ -29,8 +29,8 @@ class KeptScores:
     logps: Tensor  # float32 [N], for stop the log of the mass of the whole stop set
     top_ids: Tensor  # int64 [N, k]
     top_logps: Tensor  # float32 [N, k]
-    law_rows: Tensor  # float16 [L, 257]
-    law_start: Tensor  # int64 [S] the row of each segment's first byte, -1: nothing kept
+    distribution_rows: Tensor  # float16 [L, 257]
+    distribution_start: Tensor  # int64 [S] the row of each segment's first byte, -1: nothing kept
 
     def result(self) -> KeptScores:
         """Itself: there is nothing to wait for."""
@@ -40,11 +40,11 @@ class KeptScores:
         """Log-probs of the text, `[N]`: stop as one event, or as the id that was written."""
         return self.logps if stop_as_set else self.written
 
-    def laws(self, segment: Tensor, position: Tensor) -> Tensor:
-        """Next-byte laws at these bytes, float32 `[I, 257]`; each adds up to 1."""
-        rows = self.law_rows[(self.law_start[segment.cpu()] + position.cpu())].float()
+    def distributions(self, segment: Tensor, position: Tensor) -> Tensor:
+        """Next-byte distributions at these bytes, float32 `[I, 257]`; each adds up to 1."""
+        rows = self.distribution_rows[(self.distribution_start[segment.cpu()] + position.cpu())].float()
         if bool(rows.isnan().any()):
-            raise TeacherError("The scores hold no next-byte law for a byte that both sides can compare.")
+            raise TeacherError("The scores hold no next-byte distribution for a byte that both sides can compare.")
         return rows / rows.sum(-1, keepdim=True)
 
 
@@ -94,14 +94,14 @@ class ScoredTeacher:
             raise TeacherError(f"The scores in {self.folder.path} were made with another tokenizer: {error}") from error
 
     @property
-    def rung(self) -> Rung:
+    def level(self) -> Level:
         """The most of the ladder that was kept."""
-        return Rung.TOP_K if self.folder.request["rung"] == "top_k" else Rung.TEXT_LOGPROBS
+        return Level.TOP_K if self.folder.request["level"] == "top_k" else Level.TEXT_LOGPROBS
 
     @property
     def also(self) -> frozenset[str]:
-        """Objectives beside the ladder: `byte`, where next-byte laws were kept."""
-        return frozenset({"byte"} if self.folder.request["rung"] == "bytes" else ())
+        """Objectives beside the ladder: `byte`, where next-byte distributions were kept."""
+        return frozenset({"byte"} if self.folder.request["level"] == "bytes" else ())
 
     @property
     def name(self) -> str:
@@ -167,13 +167,13 @@ def tokenizer_of(renderer: Renderer, template_kwargs: Mapping[str, Any] | None) 
 
 def _packed(side: PackedSide, row: np.ndarray, wanted: list[int], answers: list[Answer]) -> KeptScores:
     """Answers about single texts as one batch: rows of a text are neighbours, in order."""
-    law_start = np.full(int(side.segment.max(initial=-1)) + 1, -1, dtype=np.int64)
+    distribution_start = np.full(int(side.segment.max(initial=-1)) + 1, -1, dtype=np.int64)
     rows = 0
     for b, answer in zip(wanted, answers, strict=True):
-        if len(answer.law_counts):
-            starts = rows + np.concatenate([[0], np.cumsum(answer.law_counts)[:-1]])
-            law_start[np.unique(side.segment[row == b])] = starts
-        rows += len(answer.laws)
+        if len(answer.distribution_counts):
+            starts = rows + np.concatenate([[0], np.cumsum(answer.distribution_counts)[:-1]])
+            distribution_start[np.unique(side.segment[row == b])] = starts
+        rows += len(answer.distributions)
 
     def joined(name: str, dtype: Any, tail: tuple[int, ...] = ()) -> Tensor:
         parts = [getattr(a, name) for a in answers] or [np.zeros((0, *tail))]
@@ -184,6 +184,6 @@ def _packed(side: PackedSide, row: np.ndarray, wanted: list[int], answers: list[
         logps=joined("logps", np.float32),
         top_ids=joined("top_ids", np.int64, (0,)),
         top_logps=joined("top_logps", np.float32, (0,)),
-        law_rows=joined("laws", np.float16, (257,)),
-        law_start=torch.from_numpy(law_start),
+        distribution_rows=joined("distributions", np.float16, (257,)),
+        distribution_start=torch.from_numpy(distribution_start),
     )

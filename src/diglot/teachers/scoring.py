@@ -22,7 +22,7 @@ from diglot.batches import PackedSide, WrittenSide, pack, teacher_reads
 from diglot.data import Sample
 from diglot.errors import DataError, TeacherError
 from diglot.heads import default_chunk_rows, logits_by_parts, summaries
-from diglot.objectives.byte import OwnLaws, byte_law
+from diglot.objectives.byte import OwnDistributions, byte_distribution
 from diglot.rendering import Rendered, truncate
 from diglot.teachers.fingerprint import weights_digest
 from diglot.teachers.kept import (
@@ -58,7 +58,7 @@ class Reading:
 class Manner:
     """How scoring is done: `shard_texts` samples in a file, `batch_size` of them read at a time, `k` likeliest ids."""
 
-    rung: str = "logprobs"
+    level: str = "logprobs"
     k: int = 16
     batch_size: int = 8
     shard_texts: int = 512
@@ -83,7 +83,8 @@ def score_texts(
         progress: told how many shards are done, of how many.
 
     Raises:
-        TeacherError: `out` holds scores of another request (the message says what differs), or the rung takes a teacher
+        TeacherError: `out` holds scores of another request (the message says what differs), or the level takes a
+        teacher
             in this process.
         DataError: a sample without a reply.
     """
@@ -121,12 +122,13 @@ def _request(
     teacher: Teacher, samples: Sequence[Sample], data: str, reading: Reading, manner: Manner, generation_eos: Any
 ) -> dict[str, Any]:
     """All that decides the files, as plain values."""
-    if manner.rung not in RUNGS:
-        raise TeacherError(f"rung={manner.rung!r} is unknown: choose one of {', '.join(RUNGS)}.")
-    if manner.rung == "bytes" and not isinstance(teacher, LocalTeacher):
+    if manner.level not in RUNGS:
+        raise TeacherError(f"level={manner.level!r} is unknown: choose one of {', '.join(RUNGS)}.")
+    if manner.level == "bytes" and not isinstance(teacher, LocalTeacher):
         raise TeacherError(
-            f"Next-byte laws take whole rows, and the teacher is {teacher.name}, which gives {teacher.rung.name}. "
-            "Choose the rung logprobs or top_k."
+            f"Next-byte distributions take whole rows, and the teacher is {teacher.name}, which gives "
+            f"{teacher.level.name}. "
+            "Choose the level logprobs or top_k."
         )
     texts = hashlib.sha256()
     for sample in samples:
@@ -135,8 +137,8 @@ def _request(
     model = teacher.model if isinstance(teacher, LocalTeacher) else None
     return {
         "format": FORMAT,
-        "rung": manner.rung,
-        "k": manner.k if manner.rung == "top_k" else 0,
+        "level": manner.level,
+        "k": manner.k if manner.level == "top_k" else 0,
         "teacher": {
             "name": teacher.name,
             "weights": None if model is None else weights_digest(model),
@@ -219,10 +221,10 @@ class _Scorer:
     def __init__(self, teacher: Teacher, manner: Manner) -> None:
         self.teacher, self.manner = teacher, manner
         self.pad_id = teacher.renderer.stop_id
-        self.k = manner.k if manner.rung == "top_k" else 0
+        self.k = manner.k if manner.level == "top_k" else 0
         teacher.want(self.k)
         stop = torch.tensor(list(teacher.renderer.stop_ids), dtype=torch.int64)
-        self.laws = OwnLaws(teacher.renderer.vocabulary, stop) if manner.rung == "bytes" else None
+        self.distributions = OwnDistributions(teacher.renderer.vocabulary, stop) if manner.level == "bytes" else None
         self.stop = stop
 
     @torch.no_grad()
@@ -231,20 +233,20 @@ class _Scorer:
         ends = np.unique(side.segment, return_index=True)[1]
         if isinstance(self.teacher, LocalTeacher):
             hidden = self.teacher.hidden(side)
-            columns, laws = self._columns(hidden, side), self._laws(hidden, side)
+            columns, distributions = self._columns(hidden, side), self._distributions(hidden, side)
         else:
             asked = self.teacher.ask(side)
             assert asked is not None
             said = asked.result()
             columns = [said.logps, said.written, said.top_ids[:, : self.k], said.top_logps[:, : self.k]]
-            laws = [np.zeros((0, 257), np.float16)] * len(ends)
+            distributions = [np.zeros((0, 257), np.float16)] * len(ends)
         row = (side.rows // side.input_ids.shape[1]).cpu().numpy()
         segment_row = row[ends]
         kinds: list[Any] = [np.float32, np.float32, np.int32, np.float32]
         arrays = [x.cpu().numpy().astype(kind) for x, kind in zip(columns, kinds, strict=True)]
         found = []
         for b in range(len(side.input_ids)):
-            own = [laws[g] for g in np.flatnonzero(segment_row == b)] if self.laws is not None else []
+            own = [distributions[g] for g in np.flatnonzero(segment_row == b)] if self.distributions is not None else []
             counts = np.array([len(x) for x in own], dtype=np.int64)
             joined = np.concatenate([np.zeros((0, 257), np.float16), *own])
             logps, written, top_ids, top_logps = (x[row == b] for x in arrays)
@@ -265,22 +267,22 @@ class _Scorer:
             found.append((text, written, best.indices, best.values))
         return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
-    def _laws(self, hidden: Tensor, side: PackedSide) -> list[np.ndarray]:
-        """For each segment its laws, `[l, 257]` float16; NaN at bytes that no plain token holds."""
+    def _distributions(self, hidden: Tensor, side: PackedSide) -> list[np.ndarray]:
+        """For each segment its distributions, `[l, 257]` float16; NaN at bytes that no plain token holds."""
         segments = np.unique(side.segment)
-        if self.laws is None:
+        if self.distributions is None:
             return [np.zeros((0, 257), np.float16)] * len(segments)
         assert isinstance(self.teacher, LocalTeacher)
         written = WrittenSide(side.targets.cpu().numpy(), side.end, side.segment, side.exact, side.stop.cpu().numpy())
-        plan, segment, position = self.laws.plan(written)
+        plan, segment, position = self.distributions.plan(written)
         size = len(self.teacher.renderer.vocabulary)
         rows = default_chunk_rows(size, size, hidden.device)
         plan = plan.to(hidden.device)
-        found = summaries(self.laws.summary(plan), hidden, self.teacher.head, rows)
-        laws = byte_law(found, plan)[0].float().cpu().numpy().astype(np.float16)
+        found = summaries(self.distributions.summary(plan), hidden, self.teacher.head, rows)
+        distributions = byte_distribution(found, plan)[0].float().cpu().numpy().astype(np.float16)
         dense = []
         for g in segments:
             of_segment = np.full((int(side.end[side.segment == g].max()), 257), np.nan, dtype=np.float16)
-            of_segment[position[segment == g]] = laws[segment == g]
+            of_segment[position[segment == g]] = distributions[segment == g]
             dense.append(of_segment)
         return dense

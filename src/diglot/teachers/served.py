@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError
-from diglot.objectives.rungs import Rung
+from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
 from diglot.teachers.client import Client, Refused
 from diglot.teachers.probe import check_server
@@ -93,7 +93,7 @@ class ServedTeacher:
     Raises `TeacherError` if the server cannot be a teacher (`probe`).
     """
 
-    rung = Rung.TOP_K
+    level = Level.TOP_K
 
     def __init__(
         self, client: Client, wire: Wire, renderer: Renderer, max_length: int | None = None, concurrency: int = 8

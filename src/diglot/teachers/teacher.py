@@ -8,7 +8,7 @@ import torch
 
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError
-from diglot.objectives.rungs import Rung
+from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
 from diglot.teachers.local import LocalTeacher
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # it needs packages that not everyone has
 class Teacher(Protocol):
     """A frozen model that scores packed batches, here or elsewhere.
 
-    One that offers `Rung.HIDDEN` is a `LocalTeacher`, whose hidden states are read; of one that offers less, what
+    One that offers `Level.HIDDEN` is a `LocalTeacher`, whose hidden states are read; of one that offers less, what
     `ask` brings is all there is.
     """
 
@@ -31,7 +31,7 @@ class Teacher(Protocol):
         """Longest input in tokens, if there is a limit."""
 
     @property
-    def rung(self) -> Rung:
+    def level(self) -> Level:
         """The most that it gives."""
 
     @property
@@ -56,6 +56,6 @@ def local(teacher: Teacher, what: str) -> LocalTeacher:
     if not isinstance(teacher, LocalTeacher):
         raise TeacherError(
             f"{what} needs the teacher's model in this process, and the teacher is {teacher.name}, which gives "
-            f"{teacher.rung.name}. Switch it off, or load the teacher here."
+            f"{teacher.level.name}. Switch it off, or load the teacher here."
         )
     return teacher

@@ -43,7 +43,8 @@ class ServerInfo:
 
 @dataclass(frozen=True)
 class Asking:
-    """What a request asks for beside the text. The defaults leave the model's law as it is; the probe changes them."""
+    """What a request asks for beside the text. The defaults leave the model's distribution as it is; the probe
+    changes them."""
 
     top: int = 1
     temperature: float = 1.0
@@ -246,6 +247,7 @@ def _check_values(entry: dict[int, Any], t: int) -> None:
             )
         if logp < NO_MASS:
             raise TeacherError(
-                f"The server's log-prob of id {i} at token {t} is {logp!r}, which is no mass at all: its law was cut "
+                f"The server's log-prob of id {i} at token {t} is {logp!r}, which is no mass at all: its "
+                "distribution was cut "
                 "(top-p, top-k or a grammar) before the log-probs were taken. Start it so that it gives raw log-probs."
             )

@@ -28,7 +28,7 @@ from diglot.data import Sample, to_sample
 from diglot.errors import AlignmentError, ConfigError, RolloutsUnavailable, TeacherUnavailable
 from diglot.evaluation import Evaluator, OnPolicyReport
 from diglot.heads import Head, default_chunk_rows, gathered, hidden_at_rows, keep_after_forward, token_logps
-from diglot.objectives import PathObjective, Rung
+from diglot.objectives import Level, PathObjective
 from diglot.rendering import Conversation, Renderer, Role
 from diglot.report import model_card
 from diglot.rollouts import Completion, TransformersSampler
@@ -56,7 +56,7 @@ from diglot.trainers.recording import RecordCallback, with_numbers
 from diglot.trainers.scored import ScoredBatch
 from diglot.trainers.served import prepare_served
 from diglot.trainers.sides import describe, load_references, reference_logps
-from diglot.trainers.terms import BatchScores, Reader, Term, check_rung, terms_of
+from diglot.trainers.terms import BatchScores, Reader, Term, check_level, terms_of
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         for lane in self.each_lane():
             self.pair = self.pair.to(args.device)
             self._prepare_objectives()
-            check_rung(self.terms, self.teacher.rung, getattr(self.teacher, "also", ()))
+            check_level(self.terms, self.teacher.level, getattr(self.teacher, "also", ()))
             prepare_served(self.teacher, self.terms, args.kd_temperature, self.reads_rewards)
             self.references = load_references(lane.sides, self.terms, args)
         student: Any = sides.student
@@ -542,7 +542,7 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         )
         self.reader.take_dropped()
         columns |= {n: getattr(written, n) for n in OnPolicyReport.columns()}
-        return evaluation_metrics(self._totals(columns), whole_rows=self.teacher.rung >= Rung.HIDDEN)
+        return evaluation_metrics(self._totals(columns), whole_rows=self.teacher.level >= Level.HIDDEN)
 
     def _totals(self, columns: Mapping[str, Any]) -> dict[str, float]:
         return self.count_over_ranks({name: float(values.sum()) for name, values in columns.items()})

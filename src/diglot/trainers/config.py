@@ -133,7 +133,7 @@ class DistillationConfig(TrainingArguments):
     max_completion_length: int = option(128, "Longest completion the student writes.", "Generation")
     temperature: float = option(1.0, "Temperature of sampling (the divergence has `kd_temperature`).", "Generation")
     top_p: float = option(
-        1.0, "Nucleus sampling; below 1 the samples are no longer the student's own law.", "Generation"
+        1.0, "Nucleus sampling; below 1 the samples are no longer the student's own distribution.", "Generation"
     )
     top_k: int = option(0, "Top-k sampling, 0: off.", "Generation")
     num_generations: int = option(1, "Completions per prompt.", "Generation")
@@ -179,7 +179,7 @@ class DistillationConfig(TrainingArguments):
         "jsd on equal vocabularies, else strict; MiniLLM its own single-step part.",
         "Objective",
     )
-    kd_temperature: float = option(1.0, "Temperature of both laws inside the divergence.", "Objective")
+    kd_temperature: float = option(1.0, "Temperature of both distributions inside the divergence.", "Objective")
     strict_top_k: int = option(
         16, "`strict`: how many of the student's likeliest shared tokens a row compares, 0: all.", "Objective"
     )

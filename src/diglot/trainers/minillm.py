@@ -6,7 +6,7 @@ everything that follows:
     - sum_t w_t [ grad E_{y ~ student}[ log teacher(y) - log student(y) ] + R_{t+1} grad log student(y_t) ]
 
 With two tokenizers `t` runs over aligned chunks. Where a chunk is one token on both sides the single-step part is a
-divergence of the two next-token laws; where it is not, the chunk's own log-ratio stays in the policy gradient.
+divergence of the two next-token distributions; where it is not, the chunk's own log-ratio stays in the policy gradient.
 Rewards, returns and advantages are constants: no gradient flows through them.
 """
 
@@ -26,7 +26,7 @@ from diglot.batches import AlignedBatch, pack
 from diglot.data import to_sample
 from diglot.errors import ConfigError
 from diglot.heads import gathered
-from diglot.objectives import RowObjective, Rung, make_objective
+from diglot.objectives import Level, RowObjective, make_objective
 from diglot.objectives.span import clipped_policy_gradient, span_advantages
 from diglot.rendering import Conversation
 from diglot.rollouts import TeacherMixture, continue_prefixes, mixture_weight, write_prefixes
@@ -67,7 +67,7 @@ class MiniLLMTrainer(DistillationTrainer):
         if len(self.lanes) > 1 and self.args.teacher_mixed_alpha > 0:
             self.args.teacher_mixed_alpha = 0.0
             logger.warning("teacher_mixed_alpha is 0: with several teachers the student writes alone.")
-        if self.teacher.rung < Rung.HIDDEN:
+        if self.teacher.level < Level.HIDDEN:
             self._without_hidden_states()
         if self.args.use_vllm and self.args.teacher_mixed_alpha > 0:
             self.args.teacher_mixed_alpha = 0.0
@@ -85,7 +85,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _without_hidden_states(self) -> None:
         """Switch off what a served teacher cannot give, in the options too, and say so."""
-        args, gives = self.args, f"{self.teacher.name}, which gives {self.teacher.rung.name}"
+        args, gives = self.args, f"{self.teacher.name}, which gives {self.teacher.level.name}"
         if args.objective == "auto" and args.single_step_decomposition:
             if not args.rkl_advantage:
                 raise ConfigError(

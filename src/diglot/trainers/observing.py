@@ -21,7 +21,7 @@ from diglot.evaluation.reports import OnPolicyReport
 from diglot.evaluation.rollouts import Rollout, rollouts_of
 from diglot.evaluation.rows import RowFacts, compare, row_facts
 from diglot.evaluation.texts import repetition
-from diglot.objectives.rungs import Rung
+from diglot.objectives.levels import Level
 from diglot.rendering import Role
 from diglot.report.completions import CompletionRow, print_completions
 from diglot.report.records import METRICS, ROLLOUTS, append
@@ -72,7 +72,7 @@ class Observer:
 
     def _can_score(self) -> bool:
         """Only a teacher that gives hidden states can be asked about any row."""
-        return self.trainer.teacher.rung >= Rung.HIDDEN
+        return self.trainer.teacher.level >= Level.HIDDEN
 
     def _add_means(self, batch: AlignedBatch, facts: tuple[RowFacts, RowFacts]) -> None:
         """Metrics of the observed completions; the names are the same on all ranks."""

@@ -23,7 +23,7 @@ def make_projectors(terms: Sequence[Term], student: Head, teacher: Head | None) 
     found: dict[str, nn.Parameter] = {}
     for term in terms:
         if isinstance(term.objective, ProjectedObjective):
-            assert teacher is not None  # the rung was checked
+            assert teacher is not None  # the level was checked
             term.objective.prepare(_weight(student), _weight(teacher))
             found |= {f"{term.name}.{name}": p for name, p in term.objective.projectors.items()}
     return found

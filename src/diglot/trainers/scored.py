@@ -1,4 +1,4 @@
-"""Training from scores that were kept: what can be asked of them, and the loss from next-byte laws."""
+"""Training from scores that were kept: what can be asked of them, and the loss from next-byte distributions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from diglot.errors import ConfigError
 from diglot.objectives import SummaryObjective, Values
-from diglot.objectives.byte import ByteLaw
+from diglot.objectives.byte import ByteDistribution
 from diglot.teachers.kept import is_scores
 from diglot.teachers.scored import ScoredTeacher
 from diglot.trainers.config import DistillationConfig
@@ -51,14 +51,15 @@ def kept_teacher(teacher: Any, tokenizer: Any, args: DistillationConfig) -> Scor
 
 
 class ScoredBatch(ServedScores):
-    """`ServedScores` that may hold next-byte laws as well."""
+    """`ServedScores` that may hold next-byte distributions as well."""
 
     def _summarised(self, objective: SummaryObjective, plan: Any) -> Values:
-        if not isinstance(objective, ByteLaw) or self.temperature != 1.0:
+        if not isinstance(objective, ByteDistribution) or self.temperature != 1.0:
             raise ConfigError(
-                f"kd_temperature={self.temperature} needs whole rows of the teacher, and its next-byte laws were kept "
+                f"kd_temperature={self.temperature} needs whole rows of the teacher, and its next-byte "
+                "distributions were kept "
                 "at temperature 1. Leave kd_temperature at 1."
             )
         of_student = self.summarised_student(objective, plan)
-        law: torch.Tensor = self.said.laws(plan.segment, plan.position)  # type: ignore[attr-defined]
-        return objective.against(of_student, law.to(of_student.device), plan)
+        distribution: torch.Tensor = self.said.distributions(plan.segment, plan.position)  # type: ignore[attr-defined]
+        return objective.against(of_student, distribution.to(of_student.device), plan)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diglot.errors import ConfigError
-from diglot.objectives import PathObjective, Rung
+from diglot.objectives import Level, PathObjective
 from diglot.objectives.top_k import TopK
 from diglot.teachers import Teacher
 from diglot.trainers.terms import BatchScores, Term
@@ -52,7 +52,7 @@ def prepare_served(teacher: Teacher, terms: Sequence[Term], kd_temperature: floa
         ConfigError: a temperature that its numbers do not have; `rewards` says that log-probs are read at it.
         TeacherError: it does not give as many likeliest ids as a term reads.
     """
-    if teacher.rung >= Rung.HIDDEN:
+    if teacher.level >= Level.HIDDEN:
         return
     if rewards or any(not isinstance(t.objective, PathObjective) for t in terms):
         _check_temperature(kd_temperature, "log-probs")
@@ -63,6 +63,6 @@ def prepare_served(teacher: Teacher, terms: Sequence[Term], kd_temperature: floa
 
 def auto_objective(teacher: Teacher, same_vocabulary: bool) -> str:
     """The objective that `auto` stands for."""
-    if teacher.rung < Rung.HIDDEN:
-        return "top_k" if teacher.rung >= Rung.TOP_K else "alm"
+    if teacher.level < Level.HIDDEN:
+        return "top_k" if teacher.level >= Level.TOP_K else "alm"
     return "jsd" if same_vocabulary else "strict"

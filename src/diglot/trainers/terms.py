@@ -15,6 +15,7 @@ from diglot.errors import ConfigError, TeacherError
 from diglot.heads import Head, logits_by_parts, reads_few_columns, reduce_rows, summaries, token_logps
 from diglot.objectives import (
     OBJECTIVES,
+    Level,
     Objective,
     Pair,
     Part,
@@ -23,7 +24,6 @@ from diglot.objectives import (
     ProjectedObjective,
     RowObjective,
     Rows,
-    Rung,
     SummaryObjective,
     Values,
     make_objective,
@@ -78,7 +78,7 @@ def terms_of(requested: str | Sequence[Any], pair: Pair, defaults: Mapping[str, 
     return terms
 
 
-def check_rung(terms: Sequence[Term], offered: Rung, also: Collection[str] = ()) -> None:
+def check_level(terms: Sequence[Term], offered: Level, also: Collection[str] = ()) -> None:
     """Raise `TeacherError` for a term that needs more of the teacher than it offers; `also` are served all the same."""
     for term in terms:
         needed = needs_of(term.objective)
@@ -90,10 +90,10 @@ def check_rung(terms: Sequence[Term], offered: Rung, also: Collection[str] = ())
             )
 
 
-def needs_of(objective: Objective) -> Rung:
+def needs_of(objective: Objective) -> Level:
     """What an objective needs of the teacher with its options: boundary masses take whole rows."""
     if isinstance(objective, PathObjective) and objective.reads_boundaries:
-        return max(objective.needs, Rung.HIDDEN)
+        return max(objective.needs, Level.HIDDEN)
     return objective.needs
 
 
@@ -146,7 +146,7 @@ class BatchScores:
 
     @property
     def hidden_t(self) -> Tensor:
-        """The teacher's hidden states; a `TeacherError` if it gives none, which `check_rung` finds out before."""
+        """The teacher's hidden states; a `TeacherError` if it gives none, which `check_level` finds out before."""
         if self._hidden_t is None:
             raise TeacherError("This teacher gives no hidden states. Choose an objective that needs less of it.")
         return self._hidden_t
@@ -285,7 +285,7 @@ class BatchScores:
 
     def _by_rows(self, objective: RowObjective, rows: Rows, share: float) -> tuple[Values, Tensor]:
         given = {**rows.given, **objective.extra(rows, self.batch.written, self)}
-        whole = objective.needs > Rung.TOP_K  # else what it reads of the teacher is among `given`
+        whole = objective.needs > Level.TOP_K  # else what it reads of the teacher is among `given`
         head_t = self.teacher.head if whole else self.student.head
         few = reads_few_columns(objective, self.student.head, head_t)
         loss, values = reduce_rows(
@@ -317,8 +317,8 @@ class BatchScores:
 
     def summarised_student(self, objective: SummaryObjective, plan: Any) -> Tensor:
         """The summary of the student's rows, with gradient."""
-        rows, warmth = self.chunk_rows(False), self.temperature
-        return summaries(objective.summary_s(plan), self.hidden_s, self.student.head, rows, warmth)
+        rows, temperature = self.chunk_rows(False), self.temperature
+        return summaries(objective.summary_s(plan), self.hidden_s, self.student.head, rows, temperature)
 
     @torch.no_grad()
     def summarised_teacher(self, objective: SummaryObjective, plan: Any) -> Tensor:

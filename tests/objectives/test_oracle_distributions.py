@@ -1,16 +1,16 @@
-"""Next-byte laws and byte-prefix marginals against the truth of toy models."""
+"""Next-byte distributions and byte-prefix marginals against the truth of toy models."""
 
 from __future__ import annotations
 
-import oracle_laws as laws
 import pytest
+import support.oracle_distributions as distributions
 import torch
-from oracle import bpe_a, letters
-from oracle_readings import canonical_pair, perfect_pair
+from support.oracle import bpe_a, letters
+from support.oracle_readings import canonical_pair, perfect_pair
 
 
-def test_byte_laws_are_laws_and_a_shift_by_one_byte_is_found() -> None:
-    said, true, _ = laws.byte_laws(canonical_pair(bpe_a, letters))
+def test_byte_distributions_are_distributions_and_a_shift_by_one_byte_is_found() -> None:
+    said, true, _ = distributions.byte_distributions(canonical_pair(bpe_a, letters))
     assert torch.allclose(said.sum(-1), torch.ones(len(said), dtype=said.dtype), atol=1e-9)
     assert float((said - true.roll(1, 0)).abs().max()) > 0.1
     stopped = said.clone()
@@ -19,8 +19,8 @@ def test_byte_laws_are_laws_and_a_shift_by_one_byte_is_found() -> None:
 
 
 @pytest.mark.parametrize("how", ["greedy", "encode"])
-def test_bpm_targets_are_laws_over_the_students_cells(how: str) -> None:
-    target, true, _ = laws.bpm_targets(perfect_pair(bpe_a, letters), how)
+def test_bpm_targets_are_distributions_over_the_students_cells(how: str) -> None:
+    target, true, _ = distributions.bpm_targets(perfect_pair(bpe_a, letters), how)
     assert torch.allclose(target.sum(-1), torch.ones(len(target), dtype=target.dtype), atol=1e-6)
     assert torch.allclose(true.sum(-1), torch.ones(len(true), dtype=true.dtype), atol=1e-6)
 
@@ -32,8 +32,8 @@ def test_bpm_without_tokens_that_run_past_the_teachers_is_further_from_the_truth
     reading = perfect_pair(bpe_a, letters)
 
     def distance() -> float:
-        target, true, weight = laws.bpm_targets(reading, "greedy")
-        return laws.mean((target - true).abs().sum(-1), weight)
+        target, true, weight = distributions.bpm_targets(reading, "greedy")
+        return distributions.mean((target - true).abs().sum(-1), weight)
 
     whole = distance()
 
@@ -41,5 +41,5 @@ def test_bpm_without_tokens_that_run_past_the_teachers_is_further_from_the_truth
         count = len(rows.student)  # type: ignore[attr-defined]
         return {"span_column": torch.zeros(count, 0, dtype=torch.long), "span_mass": torch.zeros(count, 0)}
 
-    monkeypatch.setattr(laws.BPM, "extra", nothing)
+    monkeypatch.setattr(distributions.BPM, "extra", nothing)
     assert distance() > whole + 0.01

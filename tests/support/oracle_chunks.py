@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from oracle import STOP, Law, cylinder, next_byte_law, text_probability
-from oracle_readings import FLOOR, Reading, log_of
+from support.oracle import STOP, Distribution, cylinder, next_byte_distribution, text_probability
+from support.oracle_readings import FLOOR, Reading, log_of
 from torch import Tensor
 
 SPACE = ord(" ")
@@ -27,19 +27,21 @@ class Chunks:
 
 def chunks_of(reading: Reading, student: bool) -> Chunks:
     """The student's or the teacher's."""
-    batch, law = reading.batch, reading.student if student else reading.teacher
+    batch, distribution = reading.batch, reading.student if student else reading.teacher
     written, rows = batch.written, reading.rows_s if student else reading.rows_t
     side, first = (written.student, written.first_s) if student else (written.teacher, written.first_t)
     chunk = batch.alignment.chunk_s if student else batch.alignment.chunk_t
     logp = rows.gather(-1, torch.from_numpy(side.ids)[:, None]).squeeze(-1)
     said = logp.new_zeros(batch.alignment.num_chunks).index_add(0, chunk, logp)
-    breaking = [i for i, piece in enumerate(law.toy.pieces) if piece.startswith(b" ") or i == law.toy.stop]
+    breaking = [
+        i for i, piece in enumerate(distribution.toy.pieces) if piece.startswith(b" ") or i == distribution.toy.stop
+    ]
     before = rows[torch.from_numpy(first)][:, breaking].logsumexp(-1)
     before = torch.where(torch.from_numpy(side.start[first]) == 0, 0.0, before)
     stop = batch.alignment.chunk_stop
     after = torch.where(stop, 0.0, before.roll(-1))
     places = zip(side.segment[first].tolist(), side.start[first].tolist(), strict=True)
-    events = [_events(law, reading.texts[k], start) for k, start in places]
+    events = [_events(distribution, reading.texts[k], start) for k, start in places]
     whole, broken = log_of(e for e, _, _ in events), log_of(e for _, e, _ in events)
     text = log_of(e for _, _, e in events)
     after_whole, after_broken = (torch.where(stop, text, event.roll(-1)) for event in (whole, broken))
@@ -47,13 +49,13 @@ def chunks_of(reading: Reading, student: bool) -> Chunks:
 
 
 @cache
-def _events(law: Law, text: bytes, position: int) -> tuple[float, float, float]:
+def _events(distribution: Distribution, text: bytes, position: int) -> tuple[float, float, float]:
     """Probability that a text begins as this one up to `position`; that it breaks there (anything does at the start);
     that it is this text."""
-    begins = cylinder(law, text[:position])
-    following = next_byte_law(law, text[:position])
+    begins = cylinder(distribution, text[:position])
+    following = next_byte_distribution(distribution, text[:position])
     breaks = float(following[STOP] + following[SPACE]) if position else 1.0
-    return begins, begins * breaks, text_probability(law, text)
+    return begins, begins * breaks, text_probability(distribution, text)
 
 
 def between_breaks(reading: Reading) -> Tensor:

@@ -1,7 +1,8 @@
 """Known faults of the packages in constraints.txt, by pip-audit, which asks PyPI's database.
 
-`.venv/audit/bin/python tests/audit.py`, in the environment that `make audit` makes. Exit code 0: all were asked about
-and none is known to have one. 1: faults, or packages that the database does not know. 75: it was not reached.
+`.venv/audit/bin/python tests/support/audit.py`, in the environment that `make audit` makes. Exit code 0: all were
+asked about and none is known to have one. 1: faults, or packages that the database does not know. 75: it was not
+reached.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
+CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 NOT_REACHED = 75  # EX_TEMPFAIL
 
 

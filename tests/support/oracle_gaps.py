@@ -1,7 +1,7 @@
 """What each objective equals on toy models, and by how much what it does not equal is missed.
 
-PYTHONPATH=src python tests/oracle_gaps.py               # print every row
-PYTHONPATH=src python tests/oracle_gaps.py --markdown    # the table of docs/objectives.md
+PYTHONPATH=src:tests python tests/support/oracle_gaps.py               # print every row
+PYTHONPATH=src:tests python tests/support/oracle_gaps.py --markdown    # the table of docs/objectives.md
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracle import (
+from support.oracle import (
     Tokens,
     bpe_a,
     bpe_b,
@@ -21,9 +21,9 @@ from oracle import (
     text_probability,
     unigram,
 )
-from oracle_chunks import between_breaks, chunks_of, mean_gap
-from oracle_laws import LAWS
-from oracle_readings import (
+from support.oracle_chunks import between_breaks, chunks_of, mean_gap
+from support.oracle_distributions import LAWS
+from support.oracle_readings import (
     Claim,
     Learner,
     Reading,
@@ -42,7 +42,7 @@ from torch import Tensor
 from diglot.batches.written import WrittenSide
 from diglot.objectives import PathObjective, RowObjective, make_objective
 
-OF_KL = "expected gradient = that of KL(path law || canonical teacher)"
+OF_KL = "expected gradient = that of KL(path distribution || canonical teacher)"
 
 
 # ---- span ------------------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def span_gradient(reading: Reading, **options: Any) -> Tensor:
 
 
 def path_kl_gradient(reading: Reading) -> Tensor:
-    """Gradient of KL(student's law of paths || teacher's canonical law of their text)."""
+    """Gradient of KL(student's distribution of paths || teacher's canonical distribution of their text)."""
     teacher = reading.teacher_logps()
     return Learner(reading).expectation_gradient(lambda logp: logp - teacher)
 
@@ -174,7 +174,8 @@ def _span_gradient_rows(claim: Claim, sampled: Reading, perfect: Reading) -> lis
 
 
 def text_kl_gradient(reading: Reading) -> Tensor:
-    """Gradient of KL(student's law of texts || teacher's law of texts), each summed over all tokenizations."""
+    """Gradient of KL(student's distribution of texts || teacher's distribution of texts), each summed over all
+    tokenizations."""
     truth_t = log_of(text_probability(reading.teacher, text) for text in reading.texts)
     truth_s = log_of(text_probability(reading.student, text) for text in reading.texts)
     return Learner(reading).credited_gradient(reading.per_token(truth_t - truth_s))
@@ -183,7 +184,7 @@ def text_kl_gradient(reading: Reading) -> Tensor:
 def _noncanonical_rows(claim: Claim, sampled: Reading) -> list[Row]:
     """What each answer to tokens that the student's tokenizer would not write does to the direction of the gradient."""
     wanted = text_kl_gradient(sampled)
-    of_text = "expected gradient points along that of KL(text law || text law)"
+    of_text = "expected gradient points along that of KL(text distribution || text distribution)"
     return [
         claim(f"{of_text}, noncanonical={option}, credit={credit}", "approximate",
               turned(span_gradient(sampled, noncanonical=option, credit=credit), wanted), "1 - cosine")
@@ -225,7 +226,7 @@ def sequence_rows() -> list[Row]:
                   relative(sequence_gradient(fixed), of_fixed), "relative norm"),
             claim("expected gradient points along that of E[gap]", "approximate",
                   turned(found, normalised), "1 - cosine"),
-            claim("expected gradient points along that of KL(path law || canonical teacher)", "approximate",
+            claim("expected gradient points along that of KL(path distribution || canonical teacher)", "approximate",
                   turned(found, path_kl_gradient(reading)), "1 - cosine"),
             claim("a perfect student: loss = 0", "approximate", float((perfect.mass * values.loss).sum()),
                   "nats^2 per text, mean"),

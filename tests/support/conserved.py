@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from scored import Scored
+from support.scored import Scored
 
 from diglot.objectives import make_objective
-from diglot.objectives.byte import byte_law
+from diglot.objectives.byte import byte_distribution
 
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=16)
 MIXED = st.lists(
@@ -19,7 +19,7 @@ TEXTS = MIXED.map("".join)
 
 
 def check_masses(scored: Scored) -> None:
-    """Targets of bpm, cells of shared_prefix and laws of byte sum to one; values and gradients are finite."""
+    """Targets of bpm, cells of shared_prefix and distributions of byte sum to one; values and gradients are finite."""
     one = torch.ones((), dtype=scored.logits_s.dtype)
     bpm: Any = make_objective("bpm", scored.pair)
     rows, given = scored.asked(bpm)
@@ -34,8 +34,8 @@ def check_masses(scored: Scored) -> None:
         (byte.summary_s(plan), scored.logits_s.detach(), plan.student),
         (byte.summary_t(plan), scored.logits_t, plan.teacher),
     ):
-        law, cut = byte_law(summary(logits, slice(0, len(logits))), side)
-        torch.testing.assert_close(law.sum(-1), one.expand(len(law)), rtol=0, atol=1e-4)
+        distribution, cut = byte_distribution(summary(logits, slice(0, len(logits))), side)
+        torch.testing.assert_close(distribution.sum(-1), one.expand(len(distribution)), rtol=0, atol=1e-4)
         assert (cut > -1e-4).all()
     for name in ("bpm", "escd", "byte", "shared_prefix", "simct", "strict", "alm"):
         values = scored.values(name)

@@ -1,11 +1,11 @@
-"""Texts and sampled ids made to break alignments, from a seed; the check is tests/pairing.py's."""
+"""Texts and sampled ids made to break alignments, from a seed; the check is tests/support/pairing.py's."""
 
 from __future__ import annotations
 
 import random
 
 import numpy as np
-from texts import random_text
+from support.texts import random_text
 
 from diglot.rendering import Renderer
 

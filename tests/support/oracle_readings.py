@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from oracle import (
-    InducedLaw,
-    Law,
-    RandomLaw,
+from support.oracle import (
+    Distribution,
+    InducedDistribution,
+    RandomDistribution,
     Tokens,
     Toy,
     canonical_probability,
     letters,
     paths,
     states,
-    text_law,
+    text_distribution,
 )
 from torch import Tensor
 
@@ -40,21 +40,21 @@ FLOOR = -200.0  # stands for log 0 in rows, where a real model has a small numbe
 class Reading:
     """Student paths and the teacher's canonical reading of their texts, as one batch; path `i` is segment `i`."""
 
-    student: Law
-    teacher: Law
+    student: Distribution
+    teacher: Distribution
     tokens: Sequence[Tokens]  # [S] student paths, without stop
     mass: Tensor  # [S] the student's probability of each
 
     @classmethod
-    def sampled(cls, student: Law, teacher: Law) -> Reading:
+    def sampled(cls, student: Distribution, teacher: Distribution) -> Reading:
         """Every path that the student can write."""
         tokens, mass = zip(*paths(student), strict=True)
         return cls(student, teacher, tokens, torch.tensor(mass, dtype=torch.float64))
 
     @classmethod
-    def canonical(cls, student: Law, teacher: Law) -> Reading:
+    def canonical(cls, student: Distribution, teacher: Distribution) -> Reading:
         """The canonical path of every text, weighted by the text's probability under the student."""
-        texts = text_law(student)
+        texts = text_distribution(student)
         tokens = [student.toy.canonical(text) for text in texts]
         return cls(student, teacher, tokens, torch.tensor(list(texts.values()), dtype=torch.float64))
 
@@ -128,8 +128,8 @@ def _boundary(rows: Tensor, toy: Toy) -> Tensor:
     return rows[:, breaking].logsumexp(-1)
 
 
-def _log_rows(law: Law, tokens: Sequence[Tokens]) -> Tensor:
-    return _log(np.stack([law.row(state) for path in tokens for state in states(law, path)]))
+def _log_rows(distribution: Distribution, tokens: Sequence[Tokens]) -> Tensor:
+    return _log(np.stack([distribution.row(state) for path in tokens for state in states(distribution, path)]))
 
 
 def _log(rows: NDArray[np.float64]) -> Tensor:
@@ -210,26 +210,28 @@ def turned(found: Tensor, wanted: Tensor) -> float:
 @lru_cache
 def random_pair(student: Callable[[], Toy], teacher: Callable[[], Toy], limit: int = 4) -> Reading:
     """All paths of a random student, against a random teacher."""
-    return Reading.sampled(RandomLaw(student(), limit, seed=1), RandomLaw(teacher(), limit, seed=2))
+    return Reading.sampled(RandomDistribution(student(), limit, seed=1), RandomDistribution(teacher(), limit, seed=2))
 
 
 @lru_cache
 def fixed_pair(student: Callable[[], Toy], teacher: Callable[[], Toy]) -> Reading:
     """As `random_pair`, but the student writes two tokens, neither more nor fewer."""
-    return Reading.sampled(RandomLaw(student(), 6, seed=1, exactly=2), RandomLaw(teacher(), 6, seed=2))
+    return Reading.sampled(
+        RandomDistribution(student(), 6, seed=1, exactly=2), RandomDistribution(teacher(), 6, seed=2)
+    )
 
 
 @lru_cache
 def canonical_pair(student: Callable[[], Toy], teacher: Callable[[], Toy], limit: int = 4) -> Reading:
     """The canonical path of all texts, random student and teacher."""
-    return Reading.canonical(RandomLaw(student(), limit, seed=1), RandomLaw(teacher(), limit, seed=2))
+    return Reading.canonical(RandomDistribution(student(), limit, seed=1), RandomDistribution(teacher(), limit, seed=2))
 
 
 @lru_cache
 def perfect_pair(student: Callable[[], Toy], teacher: Callable[[], Toy], limit: int = 4) -> Reading:
-    """Both carry one law over text, each on its own canonical tokens: nothing is left to learn."""
-    texts = text_law(RandomLaw(letters(), limit, seed=3))
-    return Reading.sampled(InducedLaw(student(), texts), InducedLaw(teacher(), texts))
+    """Both carry one distribution over text, each on its own canonical tokens: nothing is left to learn."""
+    texts = text_distribution(RandomDistribution(letters(), limit, seed=3))
+    return Reading.sampled(InducedDistribution(student(), texts), InducedDistribution(teacher(), texts))
 
 
 # ---- what is claimed -------------------------------------------------------------------------------------------------

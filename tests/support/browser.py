@@ -1,6 +1,6 @@
 """A Chromium for the tests that look at pages: the one that is installed, or one that is installed now.
 
-python tests/browser.py    # find or install one, and say where it is; `make test-real` does this
+python tests/support/browser.py    # find or install one, and say where it is; `make test-real` does this
 """
 
 from __future__ import annotations

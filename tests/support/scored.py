@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
 from torch import Tensor
 

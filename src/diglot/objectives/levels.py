@@ -5,8 +5,8 @@ from __future__ import annotations
 from enum import IntEnum
 
 
-class Rung(IntEnum):
-    """How much of its distributions a teacher gives. Each rung includes those below, so rungs can be compared."""
+class Level(IntEnum):
+    """How much of its distributions a teacher gives. Each level includes those below, so levels can be compared."""
 
     TEXT_LOGPROBS = 1
     """The log-probability of each token of a given text."""

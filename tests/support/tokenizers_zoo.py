@@ -2,7 +2,7 @@
 
 Some of the library's trainers break ties differently in every process, so what they made is kept in `zoo/`.
 
-    python tests/tokenizers_zoo.py      # train them anew
+    python tests/support/tokenizers_zoo.py      # train them anew
 """
 
 from __future__ import annotations

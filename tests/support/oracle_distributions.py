@@ -1,4 +1,4 @@
-"""Objectives on whole laws of the next byte or token, against the truth of toy models."""
+"""Objectives on whole distributions of the next byte or token, against the truth of toy models."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracle import bpe_a, bpe_b, letters, next_byte_law, unigram
-from oracle_readings import Claim, Reading, Row, canonical_pair, claims, perfect_pair
+from support.oracle import bpe_a, bpe_b, letters, next_byte_distribution, unigram
+from support.oracle_readings import Claim, Reading, Row, canonical_pair, claims, perfect_pair
 from torch import Tensor
 
 from diglot.objectives import RowObjective, SummaryObjective, make_objective
 from diglot.objectives.bpm import BPM
-from diglot.objectives.byte import ByteLaw, byte_law
+from diglot.objectives.byte import ByteDistribution, byte_distribution
 
 PAIRS = ((bpe_a, bpe_b), (bpe_b, bpe_a), (bpe_a, unigram))
 
@@ -62,14 +62,15 @@ def mean(values: Tensor, weight: Tensor) -> float:
 # ---- byte ------------------------------------------------------------------------------------------------------------
 
 
-def byte_laws(reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
-    """The teacher's next-byte laws as `byte` has them, the true ones, `[I, 257]`, and the weight of each, `[I]`."""
+def byte_distributions(reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher's next-byte distributions as `byte` has them, the true ones, `[I, 257]`, and the weight of each,
+    `[I]`."""
     objective = make_objective("byte", reading.pair)
-    assert isinstance(objective, ByteLaw)
+    assert isinstance(objective, ByteDistribution)
     plan = objective.plan(reading.batch.written)
-    said, _ = byte_law(objective.summary_t(plan)(reading.rows_t, slice(0, len(reading.rows_t))), plan.teacher)
+    said, _ = byte_distribution(objective.summary_t(plan)(reading.rows_t, slice(0, len(reading.rows_t))), plan.teacher)
     prefixes = [text[:i] for text in reading.texts for i in range(len(text) + 1)]
-    known = {prefix: next_byte_law(reading.teacher, prefix) for prefix in dict.fromkeys(prefixes)}
+    known = {prefix: next_byte_distribution(reading.teacher, prefix) for prefix in dict.fromkeys(prefixes)}
     true = torch.from_numpy(np.stack([known[prefix] for prefix in prefixes]))
     lengths = torch.tensor([len(text) + 1 for text in reading.texts])
     return said, true, reading.mass.repeat_interleave(lengths)
@@ -80,28 +81,33 @@ def byte_rows() -> list[Row]:
     for student, teacher in PAIRS:
         claim = claims("byte", f"{student.__name__} <- {teacher.__name__}")
         for who, make in (("random models", canonical_pair), ("perfect models", perfect_pair)):
-            said, true, weight = byte_laws(make(student, teacher))
+            said, true, weight = byte_distributions(make(student, teacher))
             distance = 0.5 * (said - true).abs().sum(-1)
             rows.append(
-                claim(f"{who}: next-byte law = the true one", "approximate", mean(distance, weight),
+                claim(f"{who}: next-byte distribution = the true one", "approximate", mean(distance, weight),
                       "total variation per byte, mean")
             )  # fmt: skip
         rows.append(
             _perfect(claim, perfect_pair(student, teacher), "byte", "nats per byte, mean", beta=0.5, anchor=0.0)
         )
-    said, true, _ = byte_laws(canonical_pair(bpe_a, letters))
+    said, true, _ = byte_distributions(canonical_pair(bpe_a, letters))
     claim = claims("byte", "bpe_a <- letters, whose tokens are bytes")
     gap = float((said - true).abs().max())
-    return [*rows, claim("next-byte law = the true one", "exact", gap, "probability, max"), *_same("byte", anchor=0.0)]
+    return [
+        *rows,
+        claim("next-byte distribution = the true one", "exact", gap, "probability, max"),
+        *_same("byte", anchor=0.0),
+    ]
 
 
 # ---- bpm, shared_prefix ----------------------------------------------------------------------------------------------
 
 
 def bpm_targets(reading: Reading, first_token: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The target, and the law of the student's next canonical token, over the same cells, `[R, V_s + 2]`; weights.
+    """The target, and the distribution of the student's next canonical token, over the same cells, `[R, V_s + 2]`;
+    weights.
 
-    In a perfect pair the student's row is that law: tokens so far and text so far say the same.
+    In a perfect pair the student's row is that distribution: tokens so far and text so far say the same.
     """
     objective = make_objective("bpm", reading.pair, first_token=first_token, skip_blank=False)
     assert isinstance(objective, BPM)
@@ -122,7 +128,7 @@ def bpm_rows() -> list[Row]:
             distance = mean(0.5 * (target - true).abs().sum(-1), weight)
             unit = "total variation per row, mean"
             rows += [
-                claim(f"t = law of the student's next canonical token ({how})", "approximate", distance, unit),
+                claim(f"t = distribution of the student's next canonical token ({how})", "approximate", distance, unit),
                 _perfect(claim, reading, "bpm", "nats per row, mean", beta=0.5, first_token=how, skip_blank=False),
             ]
     return [*rows, *_same("bpm", "bound", skip_blank=False)]

@@ -108,10 +108,10 @@ class RolloutServer:
         logps: list[float] = []
         stops = [body["prompt"][0]] if self.manner == "own_stop" else body["stop_token_ids"]
         while len(ids) < (body["max_tokens"] if self.manner != "own_stop" else 2):
-            law = self.model(torch.tensor([[*body["prompt"], *ids]])).logits[0, -1].float()
-            tempered = (law / body["temperature"]).softmax(-1)
+            distribution = self.model(torch.tensor([[*body["prompt"], *ids]])).logits[0, -1].float()
+            tempered = (distribution / body["temperature"]).softmax(-1)
             ids.append(int(torch.multinomial(tempered, 1, generator=generator)))
-            logps.append(float(law.log_softmax(-1)[ids[-1]]))
+            logps.append(float(distribution.log_softmax(-1)[ids[-1]]))
             if ids[-1] in stops:
                 return ids, logps, "stop"
         return ids, logps, "stop" if self.manner == "own_stop" else "length"

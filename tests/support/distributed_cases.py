@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pairs
+from support import distributed_pairs as pairs
 
 GKD, MINILLM = {"trainer": "gkd"}, {"trainer": "minillm"}
 LORA = {"use_peft": "true", "lora_r": 4, "lora_target_modules": "all-linear"}

@@ -1,10 +1,11 @@
 """The truth about strings for toy models: exact sums over all tokenisations, to hold objectives against.
 
-A toy is a tokenizer of a few pieces over four letters. A law is a language model over its tokens, written down as rows
-of probabilities in float64. Whatever a law says about *text* is computed here without sampling and without a limit
-on beams: by a sum over every token path that spells the text, or that runs past its end.
+A toy is a tokenizer of a few pieces over four letters. A distribution is a language model over its tokens, written
+down as rows
+of probabilities in float64. Whatever a distribution says about *text* is computed here without sampling and without
+a limit on beams: by a sum over every token path that spells the text, or that runs past its end.
 
-Bytes are numbered 0 to 255 in next-byte laws, and stop, "the text ends here", is number 256.
+Bytes are numbered 0 to 255 in next-byte distributions, and stop, "the text ends here", is number 256.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from diglot.rendering import Renderer
 
 ALPHABET = b"abc "
-STOP = 256  # the place of stop in a next-byte law
+STOP = 256  # the place of stop in a next-byte distribution
 Floats = NDArray[np.float64]
 Tokens = tuple[int, ...]
 
@@ -108,11 +109,12 @@ def unigram() -> Toy:
 TOYS: dict[str, Callable[[], Toy]] = {"bpe_a": bpe_a, "bpe_b": bpe_b, "unigram": unigram, "letters": letters}
 
 
-# ---- laws over tokens ------------------------------------------------------------------------------------------------
+# ---- distributions over tokens
+# ------------------------------------------------------------------------------------------------
 
 
-class Law(Protocol):
-    """An autoregressive law over tokens. A state is all that the next row depends on."""
+class Distribution(Protocol):
+    """An autoregressive distribution over tokens. A state is all that the next row depends on."""
 
     toy: Toy
     start: Hashable
@@ -125,7 +127,7 @@ class Law(Protocol):
 
 
 @dataclass(eq=False)
-class RandomLaw:
+class RandomDistribution:
     """Log-linear in the last two tokens and the position, with random weights.
 
     Tokens that would make the text longer than `limit` bytes get no probability, so every path ends with stop.
@@ -172,10 +174,11 @@ class RandomLaw:
         return self._rows[state]
 
 
-class InducedLaw:
-    """What perfect training on the canonical tokens of a law over texts gives: P(path) = P(text) if canonical, else 0.
+class InducedDistribution:
+    """What perfect training on the canonical tokens of a distribution over texts gives: P(path) = P(text) if
+    canonical, else 0.
 
-    Two tokenizers can so carry the same law over text. State: the path so far.
+    Two tokenizers can so carry the same distribution over text. State: the path so far.
     """
 
     start: Tokens = ()
@@ -201,60 +204,66 @@ class InducedLaw:
 # ---- truth about paths -----------------------------------------------------------------------------------------------
 
 
-def _followers(law: Law, state: Any) -> Iterator[tuple[int, float]]:
+def _followers(distribution: Distribution, state: Any) -> Iterator[tuple[int, float]]:
     """Tokens with probability, stop excepted."""
-    row = law.row(state)
-    return ((int(v), float(row[v])) for v in np.flatnonzero(row) if v != law.toy.stop)
+    row = distribution.row(state)
+    return ((int(v), float(row[v])) for v in np.flatnonzero(row) if v != distribution.toy.stop)
 
 
-def states(law: Law, tokens: Tokens) -> list[Any]:
+def states(distribution: Distribution, tokens: Tokens) -> list[Any]:
     """The state before each token of a path, and after the last."""
-    found = [law.start]
+    found = [distribution.start]
     for token in tokens:
-        found.append(law.step(found[-1], token))
+        found.append(distribution.step(found[-1], token))
     return found
 
 
-def path_probability(law: Law, tokens: Tokens) -> float:
+def path_probability(distribution: Distribution, tokens: Tokens) -> float:
     """Of the path and then stop."""
-    path = (*tokens, law.toy.stop)
-    return float(np.prod([law.row(s)[v] for s, v in zip(states(law, tokens), path, strict=True)]))
+    path = (*tokens, distribution.toy.stop)
+    return float(np.prod([distribution.row(s)[v] for s, v in zip(states(distribution, tokens), path, strict=True)]))
 
 
-def paths(law: Law) -> Iterator[tuple[Tokens, float]]:
+def paths(distribution: Distribution) -> Iterator[tuple[Tokens, float]]:
     """Every path that ends with stop (not among its tokens), with its probability."""
-    open_paths: list[tuple[Tokens, Any, float]] = [((), law.start, 1.0)]
+    open_paths: list[tuple[Tokens, Any, float]] = [((), distribution.start, 1.0)]
     while open_paths:
         tokens, state, mass = open_paths.pop()
-        if ends := float(law.row(state)[law.toy.stop]):
+        if ends := float(distribution.row(state)[distribution.toy.stop]):
             yield tokens, mass * ends
-        open_paths += [((*tokens, v), law.step(state, v), mass * p) for v, p in _followers(law, state)]
+        open_paths += [
+            ((*tokens, v), distribution.step(state, v), mass * p) for v, p in _followers(distribution, state)
+        ]
 
 
-def text_law(law: Law) -> dict[bytes, float]:
-    """The law over texts, by enumeration of all paths."""
+def text_distribution(distribution: Distribution) -> dict[bytes, float]:
+    """The distribution over texts, by enumeration of all paths."""
     texts: dict[bytes, float] = defaultdict(float)
-    for tokens, mass in paths(law):
-        texts[law.toy.spell(tokens)] += mass
+    for tokens, mass in paths(distribution):
+        texts[distribution.toy.spell(tokens)] += mass
     return dict(texts)
 
 
-def noncanonical_mass(law: Law) -> float:
-    """Probability that a sampled path is not what the law's own tokenizer gives for its text."""
-    return sum(mass for tokens, mass in paths(law) if law.toy.canonical(law.toy.spell(tokens)) != tokens)
+def noncanonical_mass(distribution: Distribution) -> float:
+    """Probability that a sampled path is not what the distribution's own tokenizer gives for its text."""
+    return sum(
+        mass
+        for tokens, mass in paths(distribution)
+        if distribution.toy.canonical(distribution.toy.spell(tokens)) != tokens
+    )
 
 
-def tokenisations(law: Law, text: bytes) -> dict[Tokens, float]:
-    """The law of the path given its text."""
+def tokenisations(distribution: Distribution, text: bytes) -> dict[Tokens, float]:
+    """The distribution of the path given its text."""
     found: dict[Tokens, float] = {}
     open_paths: list[tuple[Tokens, bytes]] = [((), text)]
     while open_paths:
         tokens, rest = open_paths.pop()
-        if not rest and (mass := path_probability(law, tokens)):
+        if not rest and (mass := path_probability(distribution, tokens)):
             found[tokens] = mass
-        for v, _ in _followers(law, states(law, tokens)[-1]):
-            if rest.startswith(law.toy.pieces[v]):
-                open_paths.append(((*tokens, v), rest[len(law.toy.pieces[v]) :]))
+        for v, _ in _followers(distribution, states(distribution, tokens)[-1]):
+            if rest.startswith(distribution.toy.pieces[v]):
+                open_paths.append(((*tokens, v), rest[len(distribution.toy.pieces[v]) :]))
     total = sum(found.values())
     return {tokens: mass / total for tokens, mass in found.items()}
 
@@ -262,7 +271,7 @@ def tokenisations(law: Law, text: bytes) -> dict[Tokens, float]:
 # ---- truth about text ------------------------------------------------------------------------------------------------
 
 
-def cover(law: Law, prefix: bytes) -> tuple[dict[Any, float], Floats]:
+def cover(distribution: Distribution, prefix: bytes) -> tuple[dict[Any, float], Floats]:
     """All paths that agree with a prefix of text, cut at the token that reaches its end.
 
     Mass by state of those that end where the prefix ends, and mass of those whose last token runs on, by the byte
@@ -270,44 +279,44 @@ def cover(law: Law, prefix: bytes) -> tuple[dict[Any, float], Floats]:
     """
     at: list[dict[Any, float]] = [defaultdict(float) for _ in range(len(prefix) + 1)]
     beyond = np.zeros(STOP + 1)
-    at[0][law.start] = 1.0
+    at[0][distribution.start] = 1.0
     for position in range(len(prefix)):
         rest = prefix[position:]
         for state, mass in at[position].items():
-            for v, p in _followers(law, state):
-                piece = law.toy.pieces[v]
+            for v, p in _followers(distribution, state):
+                piece = distribution.toy.pieces[v]
                 if rest.startswith(piece):
-                    at[position + len(piece)][law.step(state, v)] += mass * p
+                    at[position + len(piece)][distribution.step(state, v)] += mass * p
                 elif piece.startswith(rest):
                     beyond[piece[len(rest)]] += mass * p
     return at[-1], beyond
 
 
-def cylinder(law: Law, prefix: bytes) -> float:
+def cylinder(distribution: Distribution, prefix: bytes) -> float:
     """Probability that the text starts with `prefix`."""
-    ending, beyond = cover(law, prefix)
+    ending, beyond = cover(distribution, prefix)
     return sum(ending.values()) + float(beyond.sum())
 
 
-def text_probability(law: Law, text: bytes) -> float:
+def text_probability(distribution: Distribution, text: bytes) -> float:
     """Probability of the whole text, over all its tokenisations."""
-    ending, _ = cover(law, text)
-    return sum(mass * float(law.row(state)[law.toy.stop]) for state, mass in ending.items())
+    ending, _ = cover(distribution, text)
+    return sum(mass * float(distribution.row(state)[distribution.toy.stop]) for state, mass in ending.items())
 
 
-def canonical_probability(law: Law, text: bytes) -> float:
+def canonical_probability(distribution: Distribution, text: bytes) -> float:
     """Probability of the one path that the tokenizer gives for the text."""
-    return path_probability(law, law.toy.canonical(text))
+    return path_probability(distribution, distribution.toy.canonical(text))
 
 
-def next_byte_law(law: Law, prefix: bytes) -> Floats:
-    """Law of the byte, or stop, that follows a text that starts with `prefix`, `[257]`."""
-    ending, masses = cover(law, prefix)
+def next_byte_distribution(distribution: Distribution, prefix: bytes) -> Floats:
+    """Distribution of the byte, or stop, that follows a text that starts with `prefix`, `[257]`."""
+    ending, masses = cover(distribution, prefix)
     total = sum(ending.values()) + float(masses.sum())
     for state, mass in ending.items():
-        masses[STOP] += mass * float(law.row(state)[law.toy.stop])
-        for v, p in _followers(law, state):
-            masses[law.toy.pieces[v][0]] += mass * p
+        masses[STOP] += mass * float(distribution.row(state)[distribution.toy.stop])
+        for v, p in _followers(distribution, state):
+            masses[distribution.toy.pieces[v][0]] += mass * p
     return masses / total
 
 
@@ -318,34 +327,34 @@ def next_byte_law(law: Law, prefix: bytes) -> Floats:
 class Answers:
     """What is said about text. The defaults are the truth; faults are planted by putting others in their place."""
 
-    text_probability: Callable[[Law, bytes], float] = text_probability
-    cylinder: Callable[[Law, bytes], float] = cylinder
-    next_byte_law: Callable[[Law, bytes], Floats] = next_byte_law
+    text_probability: Callable[[Distribution, bytes], float] = text_probability
+    cylinder: Callable[[Distribution, bytes], float] = cylinder
+    next_byte_distribution: Callable[[Distribution, bytes], Floats] = next_byte_distribution
 
 
-def errors(law: Law, answers: Answers | None = None) -> dict[str, float]:
+def errors(distribution: Distribution, answers: Answers | None = None) -> dict[str, float]:
     """How far answers are from each other and from plain enumeration, largest absolute errors.
 
     mass: all texts together have probability 1. texts: each has what its paths have together. cylinders: a prefix has
-    what the texts have that start with it. laws: next-byte laws sum to 1. chain: multiplied along a text, stop
-    included, they give its probability.
+    what the texts have that start with it. distributions: next-byte distributions sum to 1. chain: multiplied along
+    a text, stop included, they give its probability.
     """
     answers = answers or Answers()
-    texts = text_law(law)
+    texts = text_distribution(distribution)
     starting: dict[bytes, float] = defaultdict(float)
     for text, mass in texts.items():
         for end in range(len(text) + 1):
             starting[text[:end]] += mass
-    said = {text: answers.text_probability(law, text) for text in texts}
-    laws = {prefix: answers.next_byte_law(law, prefix) for prefix in starting}
+    said = {text: answers.text_probability(distribution, text) for text in texts}
+    distributions = {prefix: answers.next_byte_distribution(distribution, prefix) for prefix in starting}
 
     def chained(text: bytes) -> float:
-        return float(np.prod([laws[text[:i]][b] for i, b in enumerate((*text, STOP))]))
+        return float(np.prod([distributions[text[:i]][b] for i, b in enumerate((*text, STOP))]))
 
     return {
         "mass": abs(sum(said.values()) - 1),
         "texts": max(abs(said[text] - mass) for text, mass in texts.items()),
-        "cylinders": max(abs(answers.cylinder(law, prefix) - mass) for prefix, mass in starting.items()),
-        "laws": max(abs(float(found.sum()) - 1) for found in laws.values()),
+        "cylinders": max(abs(answers.cylinder(distribution, prefix) - mass) for prefix, mass in starting.items()),
+        "distributions": max(abs(float(found.sum()) - 1) for found in distributions.values()),
         "chain": max(abs(chained(text) - said[text]) for text in texts),
     }

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MANNERS = (
     "right",
-    "late",  # entry t is the law that comes after token t
-    "early",  # entry t is the law before token t - 1
+    "late",  # entry t is the distribution that comes after token t
+    "early",  # entry t is the distribution before token t - 1
     "ignores",  # 200 and no log-probs
     "tempered",  # log-probs follow the request's temperature
     "top_p",  # and its top_p
@@ -110,7 +110,7 @@ class TeacherServer:
         ids = [(i + 1) % self.vocabulary for i in body["prompt"]] if self.manner == "other_ids" else body["prompt"]
         with self.lock, torch.no_grad():
             logits = self.model(torch.tensor([ids])).logits[0].float()
-        rows = self.laws(logits, body)
+        rows = self.distributions(logits, body)
         found: list[Any] = [None]
         for t in range(1, len(ids)):
             row = rows[{"late": t, "early": max(t - 2, 0)}.get(self.manner, t - 1)]
@@ -120,7 +120,7 @@ class TeacherServer:
             found.append(entry)
         return self.spoilt(found)
 
-    def laws(self, logits: Tensor, body: dict[str, Any]) -> Tensor:
+    def distributions(self, logits: Tensor, body: dict[str, Any]) -> Tensor:
         if self.manner == "logits":
             return logits
         if self.manner == "tempered":

@@ -1,8 +1,8 @@
 """Runs that are killed: forked from one process that has everything loaded, so that fifty kills take a minute.
 
-    python tests/kills.py OUT KIND enumerate         # exit at every write of a save, with and without a power cut
-    python tests/kills.py OUT KIND sigkill KILLS     # SIGKILL at random moments, resume, compare with no kill at all
-    python tests/kills.py OUT KIND sigterm           # SIGTERM, resume, compare
+    python tests/support/kills.py OUT KIND enumerate  # exit at every write of a save, with and without a power cut
+    python tests/support/kills.py OUT KIND sigkill KILLS  # SIGKILL at random moments, resume, compare with no kill
+    python tests/support/kills.py OUT KIND sigterm  # SIGTERM, resume, compare
 
 Prints one JSON object. KIND is gkd or minillm.
 """
@@ -22,14 +22,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS.parent / "src")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("DIGLOT_TABLES", "off")
 warnings.filterwarnings("ignore", message=".*multi-threaded.*fork.*")
 
+import support.tokenizers_zoo as zoo  # noqa: E402
 import tiny  # noqa: E402
-import tokenizers_zoo as zoo  # noqa: E402
 import torch  # noqa: E402
 
 from diglot.errors import StoppedError  # noqa: E402

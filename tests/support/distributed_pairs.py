@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import tiny
-import tokenizers_zoo as zoo
+import support.tokenizers_zoo as zoo
 import torch
 from safetensors.torch import load_file
+from support import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
-MAIN = Path(__file__).parent / "main.py"
+MAIN = Path(__file__).parent / "distributed_main.py"
 TIMEOUT = int(os.environ.get("DIGLOT_TEST_TIMEOUT", "540"))
 
 
