@@ -119,13 +119,13 @@ def demo_case(rows: int) -> Case:
     with torch.no_grad():
         hidden = [
             last_hidden(model, side.input_ids, side.attention_mask)
-            for model, side in ((trainer.student, batch.student), (trainer.teacher.model, batch.teacher))
+            for model, side in ((trainer.student, batch.student), (trainer.comparisons[0].teacher.model, batch.teacher))
         ]
-    heads = trainer.student_head, trainer.teacher.head
+    heads = trainer.student_head, trainer.comparisons[0].teacher.head
     sides = [
         Model.of(renderer, _alone(head), states)
         for renderer, head, states in zip(
-            (trainer.student_renderer, trainer.teacher.renderer), heads, hidden, strict=True
+            (trainer.student_renderer, trainer.comparisons[0].teacher.renderer), heads, hidden, strict=True
         )
     ]
     sides[1].head.module.requires_grad_(False)

@@ -28,7 +28,7 @@ from assets import fetch_tokenizer as fetch_tokenizer
 from diglot import GKDConfig, GKDTrainer
 from diglot.batches import AlignedBatch
 from diglot.objectives import PathObjective
-from diglot.trainers.projectors import make_projectors
+from diglot.comparisons.projectors import make_projectors
 from diglot.trainers.terms import Term, terms_of
 
 
@@ -109,10 +109,10 @@ def _shown(cell: Any) -> str:
 
 def term_for(trainer: GKDTrainer, name: str, **options: Any) -> Term:
     """The objective as the only term of a trainer's loss."""
-    (term,) = terms_of([{"name": name, **options}], trainer.pair, {})
+    (term,) = terms_of([{"name": name, **options}], trainer.comparisons[0].pair, {})
     if not isinstance(term.objective, PathObjective):
         term.objective.to(trainer.args.device)
-    make_projectors([term], trainer.student_head, trainer.teacher.head)
+    make_projectors([term], trainer.student_head, trainer.comparisons[0].teacher.head)
     return term
 
 

@@ -34,7 +34,7 @@ def floor(trainer: GKDTrainer, batch: AlignedBatch) -> None:
     logits.sum().backward()
     with torch.no_grad():
         other = batch.teacher
-        trainer.teacher.model(input_ids=other.input_ids, attention_mask=other.attention_mask, use_cache=False)
+        trainer.comparisons[0].teacher.model(input_ids=other.input_ids, attention_mask=other.attention_mask, use_cache=False)
     trainer.model.zero_grad(set_to_none=True)
 
 
@@ -54,7 +54,7 @@ def compare(trainer: GKDTrainer, objectives: Sequence[str], repeats: int) -> dic
     """Each objective as the trainer's only one, against the floor."""
     found: dict[str, Any] = {}
     for name in objectives:
-        trainer.terms = [term_for(trainer, name, **OBJECTIVES.get(name, {}))]
+        trainer.comparisons[0].terms = [term_for(trainer, name, **OBJECTIVES.get(name, {}))]
         batch, _ = step(trainer)  # warms up as well
         floor(trainer, batch)
         shares: list[float] = []

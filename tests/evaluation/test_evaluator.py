@@ -52,7 +52,7 @@ def test_the_divergence_is_the_log_ratio_of_what_was_written(tmp_path: Path) -> 
     expected = []
     for renderer, model in (
         (trainer.student_renderer, trainer.model),
-        (trainer.teacher.renderer, trainer.teacher.model),
+        (trainer.comparisons[0].teacher.renderer, trainer.comparisons[0].teacher.model),
     ):
         x = torch.from_numpy(renderer.render(conversation, "hello naïve", stopped=False).ids)[None]
         start = len(renderer.prompt_ids(conversation))

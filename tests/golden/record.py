@@ -61,7 +61,7 @@ def record(root: Path = ROOT) -> int:
         print("\n".join(changed), file=sys.stderr)
         return 1
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-    from diglot.trainers.manifest import versions
+    from diglot.checkpoints.manifest import versions
 
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as out:

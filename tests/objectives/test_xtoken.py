@@ -377,4 +377,4 @@ def test_no_rows_give_no_values_and_metrics_carry_no_gradient(name: str) -> None
     empty.loss.sum().backward()
     found = make(name)(logits(2, 13, 33).requires_grad_(), logits(2, 13, 34))
     assert found.loss.requires_grad and not any(x.requires_grad for x in found.metrics.values())
-    assert type(make(name)).balanced_with_ce
+    assert type(make(name)).depends_on_split

@@ -114,7 +114,7 @@ def test_a_rollout_holds_the_log_likelihoods_of_the_text_itself(tmp_path: Path) 
             continue
         row = next(r for r in tiny.CHAT_ROWS if str(r["messages"][0]["content"]) in record["prompt"])
         conversation = trainer.data_collator([row])["samples"][0].conversation
-        renderer, model = trainer.teacher.renderer, trainer.teacher.model
+        renderer, model = trainer.comparisons[0].teacher.renderer, trainer.comparisons[0].teacher.model
         ids = renderer.render(conversation, text, stopped=False).ids
         start = len(renderer.prompt_ids(conversation))
         with torch.no_grad():

@@ -65,7 +65,7 @@ def record_server(model_folder: Path) -> dict[str, Any]:
 
     from diglot.rendering import Renderer
     from diglot.rollouts import vllm_server as engines
-    from diglot.teachers.client import Client, Refused
+    from diglot.http.client import Client, Refused
 
     exchanges: list[dict[str, Any]] = []
 

@@ -20,7 +20,7 @@ from diglot.rollouts.vllm_colocate import ColocatedVLLM
 from diglot.rollouts.vllm_server import VLLMServer
 from diglot.rollouts.vllm_wire import Sampling
 from diglot.rollouts.weights import WeightsFolder
-from diglot.teachers.client import Refused
+from diglot.http.client import Refused
 
 RECORDED = Path(__file__).parent / "recorded"
 STOP, LENGTH, SEEDS = 2, 24, (3, 2**63 - 1, 11)

@@ -216,7 +216,7 @@ def test_a_huge_header_is_refused_without_being_read(
     for path in (files / "student" / "model.safetensors", files / "entry.safetensors"):
         path.write_bytes(length.to_bytes(8, "little") + b"{}")
     trainer = tiny.gkd(files / "x", zoo.chatml(), zoo.inst())
-    assert CachedTeacher(trainer.teacher, files / "cache")._read(files / "entry.safetensors", 3) is None
+    assert CachedTeacher(trainer.comparisons[0].teacher, files / "cache")._read(files / "entry.safetensors", 3) is None
     assert tables._read(files / "entry.safetensors", {}) is None
     with pytest.raises(Exception, match=r"(?i)header"):
         main(command(files))
@@ -233,7 +233,7 @@ def test_a_huge_entry_of_the_tables_is_not_read(tmp_path: Path) -> None:
 
 def test_an_entry_of_the_teachers_cache_that_is_a_link_or_a_pickle_is_not_believed(tmp_path: Path) -> None:
     trainer = tiny.gkd(tmp_path / "run", zoo.chatml(), zoo.inst())
-    cached, mark = CachedTeacher(trainer.teacher, tmp_path / "cache"), tmp_path / "ran"
+    cached, mark = CachedTeacher(trainer.comparisons[0].teacher, tmp_path / "cache"), tmp_path / "ran"
     torch.save({"hidden": Bomb(mark)}, tmp_path / "pickle.safetensors")
     (tmp_path / "secret").write_text("not for you")
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "secret")

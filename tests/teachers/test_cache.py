@@ -72,7 +72,7 @@ def runs(tmp_path: Path, cache: Path | None, **options: Any) -> tuple[GKDTrainer
         gradient_accumulation_steps=2,
         **options,
     )
-    asked = Asked(trainer.teacher)
+    asked = Asked(trainer.comparisons[0].teacher)
     trainer.train()
     log = [
         {k: v for k, v in entry.items() if not k.startswith(("train_", "teacher/"))}

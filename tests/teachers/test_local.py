@@ -63,16 +63,16 @@ def test_the_base_with_the_adapter_off_gives_the_bases_scores_to_the_bit(
         processing_class=zoo.chatml(),
         peft_config=LoraConfig(target_modules=targets, **LORA),
     )
-    assert isinstance(trainer.teacher, AdapterOff) and trainer.same_vocabulary
-    alone = LocalTeacher(base, trainer.teacher.renderer)
+    assert isinstance(trainer.comparisons[0].teacher, AdapterOff) and trainer.comparisons[0].reader.same_vocabulary
+    alone = LocalTeacher(base, trainer.comparisons[0].teacher.renderer)
     for _ in range(2):
         batch = window(trainer, tiny.PROMPT_ROWS[:4])
         trainer.model.train()
-        said = trainer.teacher.hidden(batch.teacher)
+        said = trainer.comparisons[0].teacher.hidden(batch.teacher)
         with torch.no_grad():
             logits = base(batch.teacher.input_ids, batch.teacher.attention_mask).logits
             expected = alone.head(alone.hidden(batch.teacher))
-            assert torch.equal(trainer.teacher.head(said), expected)
+            assert torch.equal(trainer.comparisons[0].teacher.head(said), expected)
             assert torch.allclose(expected, logits.flatten(0, 1)[batch.teacher.rows], atol=1e-5)
             own = trainer.student_head(trainer.hidden_at_rows(trainer.model, batch.student))
         assert not torch.equal(own, expected)
@@ -103,17 +103,17 @@ SECRET: list[dict[str, Any]] = [
 
 def teacher_scores(trainer: Any, batch: AlignedBatch) -> Tensor:
     """Log-probs of the written tokens."""
-    rows = trainer.teacher.head(trainer.teacher.hidden(batch.teacher)).log_softmax(-1)
+    rows = trainer.comparisons[0].teacher.head(trainer.comparisons[0].teacher.hidden(batch.teacher)).log_softmax(-1)
     return rows.gather(-1, batch.teacher.targets[:, None])[:, 0]
 
 
 def plain_scores(trainer: Any, prompts: list[Conversation], replies: list[str], stopped: list[bool]) -> Tensor:
     """The same for these conversations, as anybody would score them."""
     inputs = build_teacher_inputs_from_texts(
-        trainer.teacher.renderer, prompts, replies, completed=stopped, thinking=[False] * len(prompts)
+        trainer.comparisons[0].teacher.renderer, prompts, replies, completed=stopped, thinking=[False] * len(prompts)
     )
     with torch.no_grad():
-        logps = trainer.teacher.model(inputs.input_ids, inputs.attention_mask).logits.log_softmax(-1)[:, :-1]
+        logps = trainer.comparisons[0].teacher.model(inputs.input_ids, inputs.attention_mask).logits.log_softmax(-1)[:, :-1]
     labels = inputs.labels[:, 1:]
     return logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels >= 0]
 
@@ -134,7 +134,7 @@ def test_the_teacher_reads_its_own_prompt_before_the_same_bytes(tmp_path: Path, 
         assert torch.allclose(teacher_scores(trainer, batch), expected, atol=1e-5)
     for pair, view, row in zip(batch.pairs, views, SECRET, strict=False):
         assert view is not None
-        prompt = trainer.teacher.renderer.prompt_ids(view, thinking=False)
+        prompt = trainer.comparisons[0].teacher.renderer.prompt_ids(view, thinking=False)
         assert np.array_equal(pair.teacher.ids[: len(prompt)], prompt)
         own = trainer.student_renderer.prompt_ids(to_sample(row, "row").conversation)
         assert np.array_equal(pair.student.ids[: len(own)], own)
@@ -147,7 +147,7 @@ def test_a_system_text_is_the_teachers_alone(tmp_path: Path, make: Any) -> None:
     trainer = make(tmp_path, zoo.chatml(), zoo.chatml(), CHAT, teacher_system_prompt="Be terse.", **extra)
     batch = window(trainer, CHAT[:2])
     for pair in batch.pairs:
-        assert "Be terse." in trainer.teacher.renderer.tokenizer.decode(pair.teacher.ids)
+        assert "Be terse." in trainer.comparisons[0].teacher.renderer.tokenizer.decode(pair.teacher.ids)
         assert "Be terse." not in trainer.student_renderer.tokenizer.decode(pair.student.ids)
 
 
@@ -194,10 +194,10 @@ def test_quantised_teachers_train_on_the_cpu(tmp_path: Path, bits: int) -> None:
         train_dataset=Dataset.from_list(CHAT),
         processing_class=zoo.chatml(),
     )
-    model: Any = trainer.teacher.model  # type: ignore[union-attr]
+    model: Any = trainer.comparisons[0].teacher.model  # type: ignore[union-attr]
     assert keeps_its_device(model) and model.is_quantized
     batch = window(trainer, CHAT[:4])
-    said = trainer.teacher.head(trainer.teacher_hidden(batch)).softmax(-1)  # type: ignore[union-attr]
+    said = trainer.comparisons[0].teacher.head(trainer.teacher_hidden(batch)).softmax(-1)  # type: ignore[union-attr]
     with torch.no_grad():
         own = whole(batch.teacher.input_ids, batch.teacher.attention_mask).logits.flatten(0, 1)[batch.teacher.rows]
     distance = float((said - own.softmax(-1)).abs().sum(-1).mean())
@@ -226,8 +226,8 @@ def test_a_teacher_out_of_a_gguf_file_says_what_its_weights_say(tmp_path: Path) 
         models=(tiny.tiny_model(zoo.chatml()), str(tmp_path / "tiny.gguf")),
         teacher_model_init_kwargs={"dtype": "float32"}, min_coverage=0.0,
     )  # fmt: skip
-    assert trainer.teacher.renderer.vocabulary.same_as(
-        type(trainer.teacher.renderer.vocabulary).from_tokenizer(zoo.inst())
+    assert trainer.comparisons[0].teacher.renderer.vocabulary.same_as(
+        type(trainer.comparisons[0].teacher.renderer.vocabulary).from_tokenizer(zoo.inst())
     )
     trainer.train()
     assert np.isfinite(trainer.state.log_history[0]["loss"])

@@ -23,8 +23,8 @@ from diglot.errors import ConfigError, TeacherError, TeacherUnavailable
 from diglot.heads import token_logps
 from diglot.rendering import Conversation, Renderer
 from diglot.teachers import LocalTeacher, client, served
-from diglot.teachers.address import checked_address
-from diglot.teachers.client import Client
+from diglot.http.address import checked_address
+from diglot.http.client import Client
 from diglot.teachers.served import ServedTeacher
 
 RENDERER = Renderer(zoo.turns(), name="teacher")

@@ -17,9 +17,10 @@ import torch
 from support import tiny
 
 from diglot.errors import CheckpointError, StoppedError
-from diglot.trainers import GKDConfig, durable, saving
-from diglot.trainers.manifest import fingerprint
-from diglot.trainers.secrets import is_secret, without_secrets
+from diglot.checkpoints import durable, saving
+from diglot.trainers import GKDConfig
+from diglot.checkpoints.manifest import fingerprint
+from diglot.options.secrets import is_secret, without_secrets
 
 SAVES = dict(save_strategy="steps", save_steps=1, max_steps=2, lmbda=0.0)
 

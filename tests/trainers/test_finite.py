@@ -84,7 +84,7 @@ def test_a_skipped_step_changes_nothing_and_is_counted(
 
     monkeypatch.setattr(trainer, "get_batch_samples", watched)
     trainer.train()
-    assert trainer.state.global_step == 3 and trainer.skipped_steps == 1
+    assert trainer.state.global_step == 3 and trainer.finite.skipped == 1
     assert all(torch.equal(states[1][n], states[2][n]) for n in states[1])  # before and behind the skipped step
     assert any(not torch.equal(p, states[2][n]) for n, p in trainer.model.named_parameters())
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -123,10 +123,10 @@ def test_batches_of_skipped_steps_are_bounded_on_disk(tmp_path: Path, monkeypatc
     monkeypatch.setattr("diglot.trainers.finite.KEPT_WINDOWS", 2)
     trainer = make("gkd", tmp_path, on_nonfinite="skip", max_steps=4)
     with torch.no_grad():
-        trainer.teacher.model.lm_head.weight.fill_(float("nan"))
+        trainer.comparisons[0].teacher.model.lm_head.weight.fill_(float("nan"))
     before = tiny.parameters(trainer.model)
     trainer.train()
-    assert trainer.skipped_steps == 4 and len(list((tmp_path / "nonfinite").iterdir())) == 2
+    assert trainer.finite.skipped == 4 and len(list((tmp_path / "nonfinite").iterdir())) == 2
     assert all(torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
 
 

@@ -14,20 +14,20 @@ import torch
 from datasets import Dataset
 from support import tiny
 
-from diglot.batches import AlignedBatch
+from diglot.comparisons import Batch
 from diglot.errors import AlignmentError, ConfigError, DataError, TeacherError, VocabularyError
 from diglot.trainers import GKDConfig, GKDTrainer
 
 CHAT = tiny.CHAT_ROWS
 
 
-def window(trainer: GKDTrainer, rows: list[dict[str, Any]], size: int = 4) -> list[AlignedBatch]:
+def window(trainer: GKDTrainer, rows: list[dict[str, Any]], size: int = 4) -> list[Batch]:
     """One window of micro-batches of `size`, through the trainer's own path."""
     batches = [trainer.data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
     return [b["batch"] for b in trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)[0]]
 
 
-def gradients(trainer: GKDTrainer, batches: list[AlignedBatch]) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(trainer: GKDTrainer, batches: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss of a window and its gradient."""
     trainer.model.zero_grad()
     total = 0.0
@@ -123,7 +123,7 @@ def test_equals_the_textbook_jsd_on_equal_vocabularies(tmp_path: Path, beta: flo
     tokenizer = zoo.chatml()
     student, teacher = tiny.tiny_model(tokenizer, 0).double(), tiny.tiny_model(tokenizer, 1).double()
     trainer = tiny.gkd(tmp_path, tokenizer, tokenizer, models=(student, teacher), lmbda=0.0, beta=beta)
-    assert trainer.same_vocabulary
+    assert trainer.comparisons[0].reader.same_vocabulary
     batches = window(trainer, CHAT)
     loss, found = gradients(trainer, batches)
 
@@ -132,9 +132,9 @@ def test_equals_the_textbook_jsd_on_equal_vocabularies(tmp_path: Path, beta: flo
     for batch in batches:
         side = batch.student
         with torch.no_grad():
-            q = teacher(batch.teacher.input_ids, attention_mask=batch.teacher.attention_mask).logits.log_softmax(-1)
+            q = teacher(batch.views[0].read.teacher.input_ids, attention_mask=batch.views[0].read.teacher.attention_mask).logits.log_softmax(-1)
         p = student(side.input_ids, attention_mask=side.attention_mask).logits.log_softmax(-1)
-        p, q = p.flatten(0, 1)[side.rows], q.flatten(0, 1)[batch.teacher.rows]
+        p, q = p.flatten(0, 1)[side.rows], q.flatten(0, 1)[batch.views[0].read.teacher.rows]
         if beta == 0:
             rows = (q.exp() * (q - p)).sum(-1)
         elif beta == 1:
@@ -170,7 +170,7 @@ def test_the_general_path_equals_the_same_vocabulary_path(tmp_path: Path, lmbda:
         canonical = trainer.student_renderer.encoder.encode(["hello there, one two"])[0].ids
         trainer.sample = lambda conversations, prompts, seeds, ids=canonical: [ids for _ in prompts]  # type: ignore[method-assign]
         results.append(gradients(trainer, window(trainer, CHAT)))
-        assert trainer.same_vocabulary == (path == "auto")
+        assert trainer.comparisons[0].reader.same_vocabulary == (path == "auto")
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
     assert close(results[0][1], results[1][1])
 
@@ -184,7 +184,7 @@ def test_w41_embedding_padding_is_not_another_vocabulary(tmp_path: Path, side: s
         tiny.tiny_model(tokenizer, 1, padding_rows=7 if side == "teacher" else 0),
     )
     trainer = tiny.gkd(tmp_path, tokenizer, tokenizer, models=models)
-    assert trainer.same_vocabulary
+    assert trainer.comparisons[0].reader.same_vocabulary
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
 
@@ -195,8 +195,8 @@ def test_w8_equal_sizes_do_not_make_equal_vocabularies(tmp_path: Path) -> None:
     models = tuple(tiny.tiny_model(t, i, padding_rows=rows - len(t)) for i, t in enumerate((zoo.chatml(), zoo.inst())))
     assert models[0].config.vocab_size == models[1].config.vocab_size
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), models=models)
-    assert not trainer.same_vocabulary
-    assert [t.name for t in trainer.terms] == ["strict"]
+    assert not trainer.comparisons[0].reader.same_vocabulary
+    assert [t.name for t in trainer.comparisons[0].terms] == ["strict"]
 
 
 def test_jsd_on_unequal_vocabularies_is_refused_with_what_would_work(tmp_path: Path) -> None:
@@ -220,8 +220,8 @@ def test_w7_w42_the_count_is_of_what_was_written(tmp_path: Path) -> None:
     """On-policy, the denominator counts the rows of the student's completions, not of the dataset's."""
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=1.0)
     batches = window(trainer, CHAT)
-    assert batches[0].counts is not None
-    assert batches[0].counts["strict"] == sum(len(b.alignment.pair_s) for b in batches)
+    assert batches[0].views[0].counts
+    assert batches[0].views[0].counts["strict"] == sum(len(b.views[0].read.alignment.pair_s) for b in batches)
     assert all(b.on_policy for b in batches)
 
 
@@ -346,12 +346,12 @@ def test_w33_seq_kd_trains_on_what_the_teacher_wrote(tmp_path: Path) -> None:
     """The teacher writes in its own ids; the student reads the same bytes in its own."""
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), tiny.PROMPT_ROWS, lmbda=0.0, seq_kd=True)
     text = "hello as you asked"
-    ids = trainer.teacher.renderer.encoder.encode([text])[0].ids
+    ids = trainer.comparisons[0].teacher.renderer.encoder.encode([text])[0].ids
     called = []
 
     def written(model: Any, prompts: Any, **_: Any) -> Any:
-        called.append(model is trainer.teacher.model)
-        return [np.append(ids, trainer.teacher.renderer.stop_id) for _ in prompts]
+        called.append(model is trainer.comparisons[0].teacher.model)
+        return [np.append(ids, trainer.comparisons[0].teacher.renderer.stop_id) for _ in prompts]
 
     trainer.sampler_for = lambda renderer: written  # type: ignore
     (batch,) = window(trainer, tiny.PROMPT_ROWS[:4])
@@ -378,7 +378,7 @@ def test_w30_batches_are_as_wide_as_their_longest_sample(tmp_path: Path) -> None
     _with_completions(trainer, [[10, 11], [12], [13, 14, 15], []])
     (batch,) = window(trainer, CHAT[:4])
     assert batch.student.input_ids.shape[1] == max(len(p.student.ids) for p in batch.pairs)
-    assert batch.teacher.input_ids.shape[1] == max(len(p.teacher.ids) for p in batch.pairs)
+    assert batch.views[0].read.teacher.input_ids.shape[1] == max(len(p.teacher.ids) for p in batch.pairs)
 
 
 def test_w48_a_window_is_sampled_in_one_call(tmp_path: Path) -> None:
@@ -419,7 +419,7 @@ def test_w45_the_teacher_is_loaded_by_name(tmp_path: Path) -> None:
     trainer = GKDTrainer(
         tiny.tiny_model(zoo.chatml()), args=args, train_dataset=Dataset.from_list(CHAT), processing_class=zoo.chatml()
     )
-    assert len(trainer.teacher.renderer.vocabulary) == len(zoo.inst())
+    assert len(trainer.comparisons[0].teacher.renderer.vocabulary) == len(zoo.inst())
     trainer.train()
 
 
@@ -452,7 +452,7 @@ def test_w47_init_kwargs_need_no_dtype(tmp_path: Path) -> None:
     trainer = GKDTrainer(
         tiny.tiny_model(zoo.chatml()), args=args, train_dataset=Dataset.from_list(CHAT), processing_class=zoo.chatml()
     )
-    assert trainer.teacher.model.config._attn_implementation == "eager"
+    assert trainer.comparisons[0].teacher.model.config._attn_implementation == "eager"
 
 
 def test_s1_s10_a_bare_teacher_without_tokenizer_is_an_error_that_names_the_argument(tmp_path: Path) -> None:
@@ -476,7 +476,7 @@ def test_s3_the_named_teacher_tokenizer_is_used(tmp_path: Path) -> None:
         train_dataset=Dataset.from_list(CHAT),
         processing_class=zoo.chatml(),
     )
-    assert trainer.teacher.renderer.tokenizer.eos_token == "</s>"
+    assert trainer.comparisons[0].teacher.renderer.tokenizer.eos_token == "</s>"
 
 
 def test_a_teacher_smaller_than_its_tokenizer_is_an_error(tmp_path: Path) -> None:
@@ -520,7 +520,7 @@ def test_w39_no_cache_is_emptied_during_training(tmp_path: Path, monkeypatch: py
 def test_a_nonfinite_loss_never_reaches_the_optimizer(tmp_path: Path) -> None:
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0)
     with torch.no_grad():
-        trainer.teacher.model.lm_head.weight.fill_(float("nan"))
+        trainer.comparisons[0].teacher.model.lm_head.weight.fill_(float("nan"))
     before = tiny.parameters(trainer.model)
     with pytest.raises(FloatingPointError, match="step 0"):
         trainer.train()
@@ -566,7 +566,7 @@ def test_evaluate_reports_tokenizer_free_metrics(tmp_path: Path) -> None:
 
 def test_model_card_names_teacher_student_and_data(tmp_path: Path) -> None:
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst())
-    trainer.teacher.model.config._name_or_path = "org/teacher"
+    trainer.comparisons[0].teacher.model.config._name_or_path = "org/teacher"
     trainer.model.config._name_or_path = "org/student"
     trainer.create_model_card(dataset="org/data")
     card = (tmp_path / "README.md").read_text()

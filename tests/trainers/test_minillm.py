@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from support import tiny
 
-from diglot.batches import AlignedBatch
+from diglot.comparisons import Batch
 from diglot.errors import ConfigError
 from diglot.rollouts import mixture_weight
 from diglot.trainers import MiniLLMConfig, MiniLLMTrainer
@@ -24,7 +24,7 @@ PLAIN: dict[str, Any] = dict(
 )
 
 
-def window(trainer: MiniLLMTrainer, rows: list[dict[str, Any]], size: int = 4) -> list[AlignedBatch]:
+def window(trainer: MiniLLMTrainer, rows: list[dict[str, Any]], size: int = 4) -> list[Batch]:
     batches = [trainer.data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
     return [b["batch"] for b in trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)[0]]
 
@@ -36,7 +36,7 @@ def write(trainer: MiniLLMTrainer, *texts: str, stopped: bool = True) -> None:
     trainer.sample = lambda conversations, prompts, seeds: ids  # type: ignore[method-assign]
 
 
-def gradient(trainer: MiniLLMTrainer, batches: list[AlignedBatch]) -> dict[str, torch.Tensor]:
+def gradient(trainer: MiniLLMTrainer, batches: list[Batch]) -> dict[str, torch.Tensor]:
     trainer.model.zero_grad()
     for batch in batches:
         trainer.compute_loss(trainer.model, {"batch": batch}).backward()
@@ -57,7 +57,7 @@ def test_trains_with_all_terms(tmp_path: Path, teacher: str, alpha: float) -> No
         num_iterations=2,
         keywords={"lm_dataset": data},
     )
-    assert trainer.same_vocabulary == (teacher == "chatml")
+    assert trainer.comparisons[0].reader.same_vocabulary == (teacher == "chatml")
     trainer.train()
     log = trainer.state.log_history[1]
     assert all(
@@ -122,7 +122,7 @@ def test_single_step_part_is_the_exact_reverse_kl_on_equal_vocabularies(tmp_path
     student.zero_grad()
     p = student(side.input_ids, attention_mask=side.attention_mask).logits.log_softmax(-1)
     with torch.no_grad():
-        q = teacher(batch.teacher.input_ids, attention_mask=batch.teacher.attention_mask).logits.log_softmax(-1)
+        q = teacher(batch.views[0].read.teacher.input_ids, attention_mask=batch.views[0].read.teacher.attention_mask).logits.log_softmax(-1)
     mask = torch.zeros(side.input_ids.shape, dtype=torch.bool)
     for b, pair in enumerate(batch.pairs):  # by hand: the completion's positions, each predicted one position before
         mask[b, pair.prompt_length - 1 : len(pair.student.ids) - 1] = True
@@ -172,15 +172,17 @@ def test_with_the_dense_term_the_long_part_starts_one_step_later(tmp_path: Path)
     trainer = tiny.minillm(tmp_path, tokenizer, tokenizer, **PLAIN)
     write(trainer, "hello you", stopped=False)
     (batch,) = window(trainer, ROWS[:1])
-    assert batch.advantage is not None and batch.logp_t is not None and batch.logp_old is not None
-    assert batch.advantage[-1] == 0
-    assert batch.advantage[0].item() == pytest.approx((batch.logp_t - batch.logp_old)[1:].sum().item(), rel=1e-4)
+    rollout = batch.views[0].rollout
+    assert rollout is not None and rollout.advantage is not None
+    assert rollout.advantage[-1] == 0
+    assert rollout.advantage[0].item() == pytest.approx((rollout.logp_t - rollout.logp_old)[1:].sum().item(), rel=1e-4)
 
 
 def test_whitened_advantages_have_mean_zero_and_variance_one_over_the_window(tmp_path: Path) -> None:
     trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), **{**PLAIN, "whiten_advantages": True})
     batches = window(trainer, ROWS, 2)
-    values = torch.cat([b.advantage[trainer._scored(b)] for b in batches])  # type: ignore[index]
+    views = [b.views[0] for b in batches]
+    values = torch.cat([v.rollout.advantage[torch.from_numpy(v.read.written.usable_s)] for v in views])  # type: ignore
     assert len(batches) == 4
     assert values.mean().item() == pytest.approx(0, abs=1e-4) and values.std(correction=0).item() == pytest.approx(
         1, abs=1e-3
@@ -203,8 +205,8 @@ def test_w53_unequal_vocabularies_are_compared_through_bytes(tmp_path: Path) -> 
         trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), single_step_decomposition=single, **PLAIN)
         write(trainer, "hello there")
         (batch,) = window(trainer, ROWS[:1])
-        vocabulary = trainer.teacher.renderer.vocabulary
-        read = vocabulary.bytes_of(batch.teacher.targets.numpy())
+        vocabulary = trainer.comparisons[0].teacher.renderer.vocabulary
+        read = vocabulary.bytes_of(batch.views[0].read.teacher.targets.numpy())
         assert read == b"hello there"
 
 
@@ -212,19 +214,19 @@ def test_inner_epochs_reuse_the_completions_and_their_old_log_probs(tmp_path: Pa
     """Three optimizer steps on one set of completions; the ratio leaves 1 after the first."""
     trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), max_steps=6, num_iterations=3, teacher_mixed_alpha=0.0)
     held: list[Any] = []
-    original = trainer.prepare_window
+    original = trainer.prepare
 
     def spy(rows: Any) -> Any:
         held.append(original(rows))
         return held[-1]
 
-    trainer.prepare_window = spy  # type: ignore[method-assign]
+    trainer.prepare = spy  # type: ignore[method-assign]
     trainer.train()
     assert held[0] is held[1] is held[2] and held[3] is held[4] is held[5] and held[0] is not held[3]
 
 
 def test_each_window_of_data_comes_once_per_inner_epoch_and_every_row_is_seen(tmp_path: Path) -> None:
-    from diglot.trainers.windows import RepeatedWindows
+    from diglot.batches.windows import RepeatedWindows
 
     sampler = RepeatedWindows(length=10, window=4, repeats=3, seed=0)
     order = list(sampler)
@@ -275,10 +277,9 @@ def test_lm_loss_is_the_cross_entropy_of_the_reference_tokens(tmp_path: Path) ->
     write(trainer, "a", "b", "c", "d")
     (batch,) = window(trainer, ROWS[:4])
     with_lm = trainer.compute_loss(trainer.model, {"batch": batch}).item()
-    trainer.args.lm_coef = 0.0
+    assert batch.reference is not None
+    side, batch.reference = batch.reference.student, None
     without = trainer.compute_loss(trainer.model, {"batch": batch}).item()
-    side = batch.reference
-    assert side is not None
     logits = trainer.model(side.input_ids, attention_mask=side.attention_mask).logits.log_softmax(-1).flatten(0, 1)
     expected = -logits[side.rows, side.targets].mean().item()
     assert with_lm - without == pytest.approx(expected, rel=1e-4)
@@ -298,12 +299,12 @@ def test_mixture_draws_tokens_from_the_mixture_of_both_distributions(tmp_path: P
     conversation = to_sample(ROWS[0], "row").conversation
     prompt = trainer.student_renderer.prompt_ids(conversation)
     number = 4000
-    mixture = TeacherMixture(trainer.teacher.model, [prompt] * number, 0, 0.5)
+    mixture = TeacherMixture(trainer.comparisons[0].teacher.model, [prompt] * number, 0, 0.5)
     ids = trainer.sampler(trainer.model, [prompt] * number, max_new_tokens=1, seed=1, processors=[mixture])
     counts = torch.bincount(torch.tensor([int(i[0]) for i in ids]), minlength=len(tokenizer)) / number
     x = torch.tensor(prompt)[None]
     with torch.no_grad():
-        p, q = (m(x).logits[0, -1].softmax(-1) for m in (trainer.model, trainer.teacher.model))
+        p, q = (m(x).logits[0, -1].softmax(-1) for m in (trainer.model, trainer.comparisons[0].teacher.model))
     expected = 0.5 * p + 0.5 * q
     distance = (counts - expected).abs().sum().item() / 2
     assert distance < 0.15
@@ -333,9 +334,10 @@ def test_importance_weights_are_the_ratio_to_the_mixture_and_bounded(tmp_path: P
     trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.chatml(), **PLAIN)
     write(trainer, "hello you")
     (batch,) = window(trainer, ROWS[:1])
-    assert batch.logp_old is not None and batch.logp_t is not None
-    found = mixture_weight(batch.logp_old, batch.logp_t, batch.alignment, 0.25)
-    p, q = batch.logp_old.exp(), batch.logp_t.exp()
+    rollout = batch.views[0].rollout
+    assert rollout is not None
+    found = mixture_weight(rollout.logp_old, rollout.logp_t, batch.views[0].read.alignment, 0.25)
+    p, q = rollout.logp_old.exp(), rollout.logp_t.exp()
     assert torch.allclose(found, p / (0.25 * q + 0.75 * p), rtol=1e-4)
     assert (found <= 1 / 0.75 + 1e-5).all()
 
@@ -344,10 +346,11 @@ def test_prefix_weights_fade_to_one_where_no_teacher_prefix_reaches(tmp_path: Pa
     trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), **PLAIN)
     write(trainer, "hello you two and three")
     (batch,) = window(trainer, ROWS[:1])
-    assert batch.logp_old is not None and batch.logp_t is not None
-    found = mixture_weight(batch.logp_old, batch.logp_t, batch.alignment, 0.25, max_new_tokens=3)
-    chunk = batch.alignment.chunk_s
-    before = (batch.alignment.count_s.cumsum(0) - batch.alignment.count_s)[chunk]
+    rollout = batch.views[0].rollout
+    assert rollout is not None
+    found = mixture_weight(rollout.logp_old, rollout.logp_t, batch.views[0].read.alignment, 0.25, max_new_tokens=3)
+    chunk = batch.views[0].read.alignment.chunk_s
+    before = (batch.views[0].read.alignment.count_s.cumsum(0) - batch.views[0].read.alignment.count_s)[chunk]
     assert torch.allclose(found[before >= 3], torch.ones_like(found[before >= 3]))
     assert (found[before < 3] != 1).any()
 
@@ -368,4 +371,4 @@ def test_a_teacher_prefix_is_read_in_the_students_ids(tmp_path: Path) -> None:
         assert len(completion) <= 12
         text = trainer.student_renderer.vocabulary.bytes_of(pair.student.ids[pair.student.segment >= 0])
         assert text == pair.student.segment_bytes[-1]
-    assert all(b.weight is not None for b in batches)
+    assert all(v.rollout is not None and v.rollout.weight is not None for b in batches for v in b.views)

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from support import tiny
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from diglot.trainers.sides import _keep_trainable
+from diglot.comparisons.build import keep_trainable
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 MAKERS = pytest.mark.parametrize("make", [tiny.gkd, tiny.minillm], ids=["gkd", "minillm"])
@@ -88,7 +88,7 @@ def test_a_student_in_four_bits_is_trained_saved_loaded_merged_and_resumed(
         assert torch.equal(p, q), name
     trained = logits(through.model)
     through.save_model(str(tmp_path / "adapter"))
-    _keep_trainable(base := four_bits())  # the same kernels
+    keep_trainable(base := four_bits())  # the same kernels
     before = logits(base)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert torch.equal(logits(loaded), trained)

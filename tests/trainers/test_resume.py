@@ -80,7 +80,7 @@ def test_resume_is_exact_with_projectors_and_the_teachers_cache(tmp_path: Path, 
     first = run(tiny.gkd, tmp_path / "c", "inst", teacher_cache_dir=str(tmp_path / "cache"), **options)
     where = tmp_path / ("cache" if cache == "kept" else "another")
     through, resumed = same_run(tiny.gkd, tmp_path, "inst", 2, teacher_cache_dir=str(where), **options)
-    assert through.projectors and resumed.cached_teacher is not None
+    assert through.projectors and resumed.comparisons[0].cache is not None
     for p, q in zip(first.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q)
 

@@ -93,7 +93,7 @@ def test_gkd_by_itself_takes_the_objective_that_the_server_has_enough_for(
     trainer = made(tiny.gkd, tmp_path, server, "served", student, lmbda=0.5)
     before = tiny.parameters(trainer.model)
     trainer.train()
-    assert [t.name for t in trainer.terms] == ["top_k"]
+    assert [t.name for t in trainer.comparisons[0].terms] == ["top_k"]
     assert any(not torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
 
 
@@ -102,7 +102,7 @@ def test_minillm_by_itself_switches_off_what_the_server_cannot_give_and_says_so(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         trainer = made(tiny.minillm, tmp_path, server, "served", num_iterations=2)
-    assert trainer.terms == [] and trainer.args.teacher_mixed_alpha == 0
+    assert [t.name for t in trainer.comparisons[0].terms] == ["policy_gradient"] and trainer.mixed_alpha == 0
     assert "single-step part is off" in caplog.text and "teacher_mixed_alpha is 0" in caplog.text
     trainer.train()
     assert all(math.isfinite(e["reverse_kl"]) for e in trainer.state.log_history if "reverse_kl" in e)
@@ -172,18 +172,18 @@ def test_a_server_that_goes_leaves_a_checkpoint_from_which_the_run_goes_on_exact
     through = made(make, tmp_path / "a", server, "served", **keywords)
     through.train()
     broken = made(make, tmp_path / "b", server, "served", **keywords)
-    window, prepare = 0, broken.prepare_window
+    window, prepare = 0, broken.prepare
 
     def prepare_until_it_goes(batches: Any) -> Any:
         nonlocal window
         window += 1
         if window == 3:
             server.stop()
-            broken.teacher.client._http.close()
-            broken.teacher.client = served.Client(server.url, timeout=0.5, budget=0.3)
+            broken.comparisons[0].teacher.client._http.close()
+            broken.comparisons[0].teacher.client = served.Client(server.url, timeout=0.5, budget=0.3)
         return prepare(batches)
 
-    broken.prepare_window = prepare_until_it_goes
+    broken.prepare = prepare_until_it_goes
     with pytest.raises(TeacherUnavailable, match=rf"{server.url} gave no answer.*checkpoint-2"):
         broken.train()
     server.start()

@@ -12,6 +12,7 @@ import torch
 from support import tiny
 from torch import Tensor
 
+from diglot.comparisons import scores_of
 from diglot.errors import ConfigError, DataError
 from diglot.objectives import OBJECTIVES
 from diglot.objectives.byte import byte_distribution, smoothed
@@ -94,18 +95,20 @@ def test_the_kl_of_next_byte_distributions_is_that_of_their_mixture(tmp_path: Pa
     _, gradient = loss_and_gradient(trainer, ROWS, 4)
     inputs = trainer.get_batch_samples(iter([trainer.data_collator(ROWS)]), 1, trainer.args.device)[0][0]
     distributions: list[Tensor] = []
-    for lane, batch in zip(trainer.each_lane(), inputs["lanes"], strict=True):
-        hidden = trainer.hidden_at_rows(trainer.model, batch.student)
-        scores, term = trainer.scores(hidden, batch), lane.terms[0]
-        plan = term.plan(batch)
-        distribution = byte_distribution(scores.summarised_teacher(term.objective, plan), plan.teacher)[0]
-        distributions.append(lane.weight * (smoothed(distribution) if beta == 0 else smoothed(distribution).log()))
+    batch = inputs["batch"]
+    hidden = trainer.hidden_at_rows(trainer.model, batch.student)
+    for view in batch.views:
+        scores, byte = scores_of(batch, view, hidden, trainer.student_head), view.comparison.terms[0].objective
+        plan = view.plans["byte"]
+        distribution = byte_distribution(scores.summarised_teacher(byte.summary_t(plan)), plan.teacher)[0]
+        weight = view.comparison.weight
+        distributions.append(weight * (smoothed(distribution) if beta == 0 else smoothed(distribution).log()))
     mixture = (
         (distributions[0] + distributions[1]).log()
         if beta == 0
         else (distributions[0] + distributions[1]).log_softmax(-1)
     )
-    distribution_s = byte_distribution(scores.summarised_student(term.objective, plan), plan.student)[0]
+    distribution_s = byte_distribution(scores.summarised_student(byte.summary_s(plan)), plan.student)[0]
     trainer.model.zero_grad()
     generalized_jsd(smoothed(distribution_s).log(), mixture, beta).mean().backward()
     mixed = torch.cat([p.grad.ravel() for p in trainer.model.parameters()])
@@ -121,14 +124,14 @@ def test_routed_rows_use_their_own_teacher_alone(tmp_path: Path, make: Any) -> N
     names = [zoo.turns(), zoo.inst()]
     trainer = made(make, tmp_path, [("a", 1, 1.0), ("b", 2, 1.0)], names, ROUTED)
     inputs = trainer.get_batch_samples(iter([trainer.data_collator(ROUTED)]), 1, trainer.args.device)[0][0]
-    for k, batch in enumerate(inputs["lanes"]):
-        own = [p.conversation.messages[-1]["content"] for p in batch.pairs]
+    for k, view in enumerate(inputs["batch"].views):
+        own = [p.conversation.messages[-1]["content"] for p in view.read.pairs]
         assert own == [row["messages"][0]["content"] for row in ROUTED[k::2]]
     found = loss_and_gradient(trainer, ROUTED, 4)
     nan = made(make, tmp_path, [("a", 1, 1.0), ("b", 2, 1.0)], names, ROUTED)
     only_a = [row for row in ROUTED if row["teacher"] == "a"]
     with torch.no_grad():
-        for p in nan.lanes[1].teacher.model.parameters():
+        for p in nan.comparisons[1].teacher.model.parameters():
             p.fill_(float("nan"))
     assert np.isfinite(loss_and_gradient(nan, only_a, 2)[0]) and np.isfinite(found[0])
 

@@ -15,10 +15,9 @@ from support import tiny
 from support.scored import pair as scored_pair
 from torch import Tensor
 
-from diglot.batches import AlignedBatch
+from diglot.comparisons import Batch, ModelScores, Term, View, check_level, scores_of
 from diglot.errors import ConfigError, TeacherError
 from diglot.objectives import OBJECTIVES, Level, make_objective
-from diglot.trainers.terms import BatchScores, Term, check_level
 
 CROSS = sorted(set(OBJECTIVES) - {"jsd"})
 BALANCED = {"xtoken_p", "xtoken_h"}  # scaled to the cross-entropy of each micro-batch: depends on the split
@@ -38,13 +37,13 @@ def test_every_objective_trains_in_both_trainers(tmp_path: Path, make: Any, name
     assert any(not (before[key] == after[key]).all() for key in before)
 
 
-def _window(trainer: Any, size: int) -> list[AlignedBatch]:
+def _window(trainer: Any, size: int) -> list[Batch]:
     rows = tiny.CHAT_ROWS[:4]
     batches = [trainer.data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
     return [b["batch"] for b in trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)[0]]
 
 
-def _loss_and_gradient(trainer: Any, batches: list[AlignedBatch]) -> tuple[float, Tensor]:
+def _loss_and_gradient(trainer: Any, batches: list[Batch]) -> tuple[float, Tensor]:
     trainer.model.zero_grad()
     total = 0.0
     for batch in batches:
@@ -65,17 +64,17 @@ def test_loss_and_gradient_do_not_depend_on_the_split_nor_on_the_rows_of_a_block
     assert (gradient - other).abs().max() <= 2e-5 * gradient.abs().max()
 
 
-def _scores(trainer: Any) -> tuple[BatchScores, AlignedBatch, Tensor]:
+def _scores(trainer: Any) -> tuple[ModelScores, View, Tensor]:
     (batch,) = _window(trainer, 4)
-    hidden = trainer.hidden_at_rows(trainer.model, batch.student)
-    return trainer.scores(hidden, batch), batch, hidden
+    hidden, view = trainer.hidden_at_rows(trainer.model, batch.student), batch.views[0]
+    return scores_of(batch, view, hidden, trainer.student_head), view, hidden
 
 
 def test_scores_of_the_teacher_are_those_of_its_whole_rows(tmp_path: Path) -> None:
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0, kd_temperature=1.7, rows_per_chunk=6)
-    scores, batch, _ = _scores(trainer)
-    rows = (trainer.teacher.head(trainer.teacher_hidden(batch)) / 1.7).log_softmax(-1)
-    order = torch.from_numpy(trainer.teacher.renderer.vocabulary.trie.sorted_ids)
+    scores, view, _ = _scores(trainer)
+    rows = (trainer.comparisons[0].teacher.head(view.answers.hidden) / 1.7).log_softmax(-1)
+    order = torch.from_numpy(trainer.comparisons[0].teacher.renderer.vocabulary.trie.sorted_ids)
     draw = torch.Generator().manual_seed(0)
     token = torch.randint(len(rows), (40,), generator=draw)
     low = torch.randint(len(order) - 30, (40,), generator=draw)
@@ -100,11 +99,10 @@ def test_boundary_masses_are_those_of_word_starts_and_stop(tmp_path: Path) -> No
 
 def test_a_balanced_objective_weighs_as_much_as_the_cross_entropy_of_its_rows(tmp_path: Path) -> None:
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0, objective="xtoken_p")
-    scores, batch, _ = _scores(trainer)
-    (term,) = trainer.terms
-    rows = term.plan(batch).student
-    surprisal = -scores.logps(1.0)[0][rows].sum() / len(rows)
-    loss, _ = _loss_and_gradient(trainer, [batch])
+    scores, view, _ = _scores(trainer)
+    rows = view.plans["xtoken_p"].student  # type: ignore[attr-defined]
+    surprisal = -scores.student_text(1.0)[rows].sum() / len(rows)
+    loss, _ = _loss_and_gradient(trainer, _window(trainer, 4))
     assert loss == pytest.approx(2 * surprisal.item(), rel=1e-4)
 
 
@@ -128,7 +126,7 @@ def test_in_minillm_an_exact_single_step_is_not_rewarded_again(tmp_path: Path) -
     for objective, covered in ((exact, True), ([{"name": "strict"}], False), ("auto", True)):
         trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), objective=objective)
         (batch,) = _window(trainer, 4)
-        dense = trainer._dense(batch)
+        dense = trainer.dense(batch.views[0])
         assert (dense is not None and bool(dense.any())) == covered
 
 
@@ -141,14 +139,14 @@ def test_a_reference_teacher_changes_the_rewards_and_both_references_are_asked(t
         reference_model_name_or_path=str(tmp_path / "start"),
     )
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0, **options)
-    scores, batch, _ = _scores(trainer)
-    path = scores.path_for(trainer.terms[0].objective)  # type: ignore[arg-type]
+    (batch,), objective = _window(trainer, 4), trainer.comparisons[0].terms[0].objective
+    head, view = trainer.student_head, batch.views[0]
+    path = objective.path(scores_of(batch, view, trainer.hidden_at_rows(trainer.model, batch.student), head))
     assert path.logp_reference_s is not None and path.logp_reference_t is not None
     torch.testing.assert_close(path.logp_reference_s, path.logp_s.detach())  # the student has not moved yet
     assert not torch.allclose(path.logp_reference_t, path.logp_t)
     trainer.train()
-    after = trainer.scores(trainer.hidden_at_rows(trainer.model, batch.student), batch)
-    moved = after.path_for(trainer.terms[0].objective)  # type: ignore[arg-type]
+    moved = objective.path(scores_of(batch, view, trainer.hidden_at_rows(trainer.model, batch.student), head))
     assert moved.logp_reference_s is not None
     torch.testing.assert_close(moved.logp_reference_s, path.logp_reference_s)
     assert not torch.allclose(moved.logp_s, moved.logp_reference_s)
@@ -175,7 +173,7 @@ def test_a_reference_that_is_missing_or_reads_other_tokens_is_an_error_at_the_st
 def test_an_objective_may_be_named_twice_and_an_empty_list_is_refused(tmp_path: Path) -> None:
     twice = [{"name": "strict", "beta": 0.0}, {"name": "strict", "beta": 1.0}]
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0, objective=twice)
-    assert [term.name for term in trainer.terms] == ["strict", "strict#2"]
+    assert [term.name for term in trainer.comparisons[0].terms] == ["strict", "strict#2"]
     trainer.train()
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert logged["loss"] == pytest.approx(logged["strict/loss"] + logged["strict#2/loss"], rel=1e-4)

@@ -195,5 +195,5 @@ def test_a_student_that_is_no_number_is_dealt_with_as_ever(server: RolloutServer
 def test_minillm_says_that_the_teacher_does_not_write_with_vllm(
     server: RolloutServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert made(tiny.minillm, tmp_path, server).args.teacher_mixed_alpha == 0
+    assert made(tiny.minillm, tmp_path, server).mixed_alpha == 0
     assert "vLLM samples from the student alone" in caplog.text

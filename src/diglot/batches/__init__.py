@@ -1,7 +1,7 @@
 """What goes through both models in one pass: samples as each side reads them, padded, and aligned."""
 
-from diglot.batches.batch import AlignedBatch, align_pairs
-from diglot.batches.packed import PackedSide, pack
+from diglot.batches.batch import AlignedBatch, align_pairs, sampler_logps, text_sums
+from diglot.batches.packed import PackedSide, pack, pad_id
 from diglot.batches.reading import PairReader, ReadPair, teacher_reads
 from diglot.batches.written import Written, WrittenSide
 
@@ -14,5 +14,8 @@ __all__ = [
     "WrittenSide",
     "align_pairs",
     "pack",
+    "pad_id",
+    "sampler_logps",
     "teacher_reads",
+    "text_sums",
 ]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,18 +11,14 @@ from torch import Tensor
 
 from diglot.alignment import Alignment, Side, align
 from diglot.batches.packed import PackedSide, pack
-from diglot.batches.reading import ReadPair
+from diglot.batches.reading import Ids, ReadPair
 from diglot.batches.written import Written, WrittenSide
 from diglot.rendering import Rendered, Role
 
 
-@dataclass
+@dataclass(frozen=True)
 class AlignedBatch:
-    """What one forward and backward pass works on.
-
-    `counts` says over how many items (of all ranks and accumulation steps) each term of the loss is averaged;
-    `teacher_hidden`, `logp_old`, `logp_t`, `advantage` and `weight` [N] are filled when they outlive one pass.
-    """
+    """Texts as student and one teacher read them, padded, and aligned."""
 
     pairs: list[ReadPair]
     student: PackedSide
@@ -32,19 +27,7 @@ class AlignedBatch:
     written: Written  # the same and the tokens, as numpy arrays
     stats: dict[str, float]  # sums and counts for the log
     on_policy: bool
-    counts: Mapping[str, float] | None = None
-    teacher_hidden: Tensor | None = None  # [N_t, H_t]
-    asked: Any = None  # what a served teacher was asked about the batch, `diglot.teachers.served.Pending`
-    logp_old: Tensor | None = None
-    logp_t: Tensor | None = None
-    advantage: Tensor | None = None
-    weight: Tensor | None = None
-    logp_sampler: Tensor | None = None  # [N_s] nats, what the engine that sampled the text said about it
-    sampler_weight: Tensor | None = None  # [N_s] the student's probability over the engine's, cut; constants
-    reference: PackedSide | None = None  # text for a language-modelling loss, student side only
-    noncanonical: Tensor | None = None  # bool [N] student tokens that its own tokenizer would have cut otherwise
-    places: list[int] | None = None  # of each pair in its window, in the order of the data
-    plans: dict[str, Any] = field(default_factory=dict)  # what objectives have found out about the text
+    noncanonical: Tensor  # bool [N_s] student tokens that its own tokenizer would have cut otherwise
 
     def to(self, device: torch.device) -> AlignedBatch:
         """The same with inputs and alignment on `device`."""
@@ -53,8 +36,7 @@ class AlignedBatch:
             student=self.student.to(device),
             teacher=self.teacher.to(device),
             alignment=self.alignment.to(device),
-            noncanonical=None if self.noncanonical is None else self.noncanonical.to(device),
-            logp_sampler=None if self.logp_sampler is None else self.logp_sampler.to(device),
+            noncanonical=self.noncanonical.to(device),
         )
 
 
@@ -81,23 +63,18 @@ def align_pairs(
     )
     aligned = align(side_s, side_t, sum(segments))
     in_exact = aligned.in_exact_chunk(aligned.chunk_s)
-    num_written = sum(int(((p.student.segment >= 0) | (p.student.roles != Role.PROMPT)).sum()) for p in kept)
     stats = {
         "tokens": float((~excluded).sum()),
         "covered": float(in_exact.sum()),
         "one_to_one": float(len(aligned.pair_s)),
         "dropped": float((aligned.chunk_s < 0).sum()),
         "chunks": float(aligned.chunk_exact.sum()),
-        "written": float(num_written),
-        "bytes": float(sum(len(text) for p in kept for text in p.student.segment_bytes)),
-        "stopped": float(sum(p.student.stopped[-1] for p in kept)),
-        "samples": float(len(kept)),
     }
     written_s, written_t = (
         WrittenSide(packed.targets.numpy(), side.end, side.segment, side.exact, side.stop)
         for packed, side in ((student, side_s), (teacher, side_t))
     )
-    written = Written(written_s, written_t, aligned, _common_texts(kept, segments))
+    written = Written(written_s, written_t, aligned, _common_texts(kept, segments), _contexts(kept, segments))
     noncanonical = np.concatenate([p.noncanonical for p in kept] or [np.zeros(0, np.bool_)])
     stats["noncanonical"] = float(noncanonical.sum())
     return AlignedBatch(
@@ -108,16 +85,38 @@ def align_pairs(
         written,
         stats,
         on_policy,
-        noncanonical=torch.from_numpy(noncanonical),
-        logp_sampler=_sampler_logps(kept),
+        torch.from_numpy(noncanonical),
     )
 
 
-def _sampler_logps(pairs: Sequence[ReadPair]) -> Tensor | None:
+def sampler_logps(pairs: Sequence[ReadPair]) -> Tensor | None:
+    """What the engine said about the scored tokens that it sampled, float32 `[N_s]`, nats; None if it said nothing."""
     found = [p.sampler_logps for p in pairs if p.sampler_logps is not None]
     if not found or len(found) < len(pairs):
         return None
     return torch.from_numpy(np.concatenate(found)).float()
+
+
+def text_sums(pairs: Sequence[ReadPair]) -> dict[str, float]:
+    """Sums over the student's texts, for the log: tokens `written`, `bytes`, how many `stopped`, and `samples`."""
+    written = sum(int(((p.student.segment >= 0) | (p.student.roles != Role.PROMPT)).sum()) for p in pairs)
+    return {
+        "written": float(written),
+        "bytes": float(sum(len(text) for p in pairs for text in p.student.segment_bytes)),
+        "stopped": float(sum(p.student.stopped[-1] for p in pairs)),
+        "samples": float(len(pairs)),
+    }
+
+
+def _contexts(pairs: Sequence[ReadPair], segments: Sequence[int]) -> list[Ids]:
+    """The teacher's ids before every segment: all of its input that is not scored yet there."""
+    found: list[Ids] = []
+    for pair, count in zip(pairs, segments, strict=True):
+        ids, segment = pair.teacher.ids, pair.teacher.segment
+        for k in range(count):
+            at = np.flatnonzero(segment >= k)
+            found.append(ids[: at[0]] if len(at) else ids)
+    return found
 
 
 def _common_texts(pairs: Sequence[ReadPair], segments: Sequence[int]) -> list[bytes]:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diglot.rendering import Rendered, Role
+from diglot.rendering import Rendered, Renderer, Role
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,12 @@ class PackedSide:
             f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)
+
+
+def pad_id(renderer: Renderer) -> int:
+    """What fills shorter rows: masked everywhere, so any id will do."""
+    token = renderer.tokenizer.pad_token_id
+    return token if token is not None and token < len(renderer.vocabulary) else renderer.stop_id
 
 
 def pack(samples: Sequence[Rendered], num_segments: Sequence[int], pad_id: int) -> PackedSide:

@@ -39,6 +39,7 @@ class Written:
     teacher: WrittenSide
     alignment: Alignment[NDArray]
     texts: Sequence[bytes]  # of each segment, as far as both sides hold it
+    contexts_t: Sequence[Ints] = ()  # the teacher's ids before each segment, for plans that have it read more
 
     @cached_property
     def usable_s(self) -> Bools:

@@ -80,7 +80,7 @@ def _as_options(entries: Iterable[dict[str, Any]]) -> dict[str, Option]:
 def generate() -> list[dict[str, Any]]:
     """The schema as the dataclasses say it, in order of group and name. Imports torch."""
     from diglot.cli.script import TrainArguments
-    from diglot.trainers.config import GKDConfig, MiniLLMConfig
+    from diglot.options.config import GKDConfig, MiniLLMConfig
 
     found: dict[str, dict[str, Any]] = {}
     both = ["gkd", "minillm"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diglot.trainers.config import option
-from diglot.trainers.ranges import check_ranges
+from diglot.options.config import option
+from diglot.options.ranges import check_ranges
 
 
 @dataclass

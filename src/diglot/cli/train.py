@@ -17,7 +17,7 @@ from diglot.errors import ConfigError, DiglotError
 from diglot.teachers.loading import INERT
 from diglot.trainers import DistillationConfig, GKDConfig, GKDTrainer, MiniLLMConfig, MiniLLMTrainer
 from diglot.trainers.base import DistillationTrainer
-from diglot.trainers.secrets import without_secrets
+from diglot.options.secrets import without_secrets
 
 TRAINERS: dict[str, tuple[type[DistillationTrainer], type[DistillationConfig]]] = {
     "gkd": (GKDTrainer, GKDConfig),

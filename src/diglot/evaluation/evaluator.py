@@ -15,7 +15,7 @@ from diglot.batches import AlignedBatch, PackedSide, PairReader, ReadPair, align
 from diglot.data import Sample
 from diglot.evaluation.reports import OnPolicyReport, ReferenceReport
 from diglot.evaluation.rows import RowFacts, compare, row_facts, sample_of, sample_sums
-from diglot.heads import Head, default_chunk_rows, last_hidden
+from diglot.heads import Head, default_chunk_rows, evaluating, last_hidden
 from diglot.objectives import Pair
 from diglot.rendering import Conversation
 from diglot.rollouts import TransformersSampler
@@ -48,7 +48,7 @@ class Evaluator:
         """Bits per byte of the samples' completions, and how the model's stop fits where they end."""
         columns: list[tuple[np.ndarray, ...]] = []
         rendered = [r for s in samples if (r := self.reader.reference(s)) is not None]
-        with _eval_mode(self.model):
+        with evaluating(self.model):
             for batch in _batches(rendered, self.batch_size):
                 side = pack(batch, [len(r.segment_bytes) for r in batch], _any_id(self.reader)).to(self.model.device)
                 facts = self._facts(self._hidden(side), side, self.head, self.pair.stop_s)
@@ -62,7 +62,7 @@ class Evaluator:
     def reference_gap(self, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
         """log p_teacher - log p_student of each sample's reply, nats, and its bytes, `[M]` each."""
         found = []
-        with _eval_mode(self.model):
+        with evaluating(self.model):
             for batch in _batches([p for s in samples if (p := self.reader.written(s)) is not None], self.batch_size):
                 columns = self._judge(self._aligned(batch, on_policy=False))
                 found.append((-columns["gap"], columns["num_bytes"]))
@@ -80,7 +80,7 @@ class Evaluator:
         """The student answers each conversation once; the teacher scores what it wrote."""
         found: list[dict[str, np.ndarray]] = []
         texts: list[str] = []
-        with _eval_mode(self.model):
+        with evaluating(self.model):
             for i, batch in enumerate(_batches(conversations, self.batch_size)):
                 pairs = self.write(batch, sampler, max_new_tokens, seed + i)
                 texts += [p.student.segment_bytes[-1].decode("utf-8") for p in pairs]
@@ -117,19 +117,6 @@ class Evaluator:
 
     def _facts(self, hidden: Tensor, side: PackedSide, head: Head, stop_ids: Tensor) -> RowFacts:
         return row_facts(hidden, side, head, stop_ids, self.chunk_rows)
-
-
-class _eval_mode:
-    """Evaluation mode inside, the old mode afterwards."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.model.train(self.training)
 
 
 def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from diglot.errors import ConfigError
 from diglot.heads.hidden import run_with_hidden, unwrap
+from diglot.heads.modes import evaluating
 from diglot.objectives.base import at_least_float32
 
 # How model families write "cap * tanh(logits / cap)" in their configurations.
@@ -129,7 +130,7 @@ class Head:
         """
         size = unwrap(model).get_input_embeddings().weight
         ids = torch.arange(2, 10, device=size.device)[None] % len(size)
-        with torch.no_grad(), _Evaluating(model):
+        with torch.no_grad(), evaluating(model):
             hidden, own = run_with_hidden(model, ids, torch.ones_like(ids), all_logits=True)
             logits = self(hidden)
         rounding = max(torch.finfo(hidden.dtype).eps, torch.finfo(own.dtype).eps)
@@ -198,17 +199,3 @@ def _scale(config: Any) -> float:
     if not isinstance(scaling, (int, float)):
         return 1.0
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / scaling  # the one that multiplies
-
-
-class _Evaluating:
-    """Every module in evaluation mode inside, each back in its own mode afterwards."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.training = model, [module for module in model.modules() if module.training]
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module in self.training:
-            module.training = True

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from diglot.heads.hidden import is_compiled, last_hidden, run_with_hidden, unwrap
+from diglot.heads.modes import evaluating
 
 _PAYS = 0.75  # of the plain pass's tokens at most
 _known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # does the model agree with its plain pass?
@@ -169,15 +170,10 @@ def _same_on_a_few_tokens(model: Any) -> bool:
     ids[1, :3], ids[3, :5] = ids[0, :3], ids[2, :5]  # two prompts of 3 and 5 tokens
     rows = torch.cat([torch.arange(2, 7), torch.arange(10, 14), torch.arange(20, 23), torch.arange(28, 31)])
     plan = find_shared_prompts(ids, rows.to(ids.device))
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         plain = last_hidden(model, ids, torch.ones_like(ids)).flatten(0, 1)[rows.to(ids.device)]
         assert plan is not None
         once = read_once(model, ids, rows.to(ids.device), plan)
-    finally:
-        for module in training:
-            module.training = True
     rounding = max(torch.finfo(plain.dtype).eps, torch.finfo(torch.float32).eps)  # softmax is float32 in float64 too
     tolerance = 32 * rounding * float(plain.abs().max())
     return plain.shape == once.shape and float((plain - once).abs().max()) <= tolerance

@@ -4,39 +4,49 @@ from __future__ import annotations
 
 from diglot.objectives.base import (
     ColumnObjective,
+    Metrics,
+    Objective,
     Pair,
     Part,
     Path,
     PathObjective,
+    Plan,
     ProjectedObjective,
+    Rollout,
     RowObjective,
     Rows,
+    Scores,
     SummaryObjective,
     Tables,
-    Teller,
     Values,
 )
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.levels import Level
-from diglot.objectives.registry import OBJECTIVES, Objective, make_objective, objective_class
+from diglot.objectives.policy_gradient import PolicyGradient
+from diglot.objectives.registry import OBJECTIVES, make_objective, objective_class, options_of
 
 __all__ = [
     "OBJECTIVES",
     "ColumnObjective",
     "Level",
+    "Metrics",
     "Objective",
     "Pair",
     "Part",
     "Path",
     "PathObjective",
+    "Plan",
+    "PolicyGradient",
     "ProjectedObjective",
+    "Rollout",
     "RowObjective",
     "Rows",
+    "Scores",
     "SummaryObjective",
     "Tables",
-    "Teller",
     "Values",
     "generalized_jsd",
     "make_objective",
     "objective_class",
+    "options_of",
 ]

@@ -18,6 +18,7 @@ from diglot.objectives.chunks import (
     end_masses,
     usable_chunks,
 )
+from diglot.objectives.levels import Level
 
 DIVERGENCES = ("kl", "reverse_kl", "tvd")
 CHUNKS = ("all", "threshold", "outcome")
@@ -110,6 +111,8 @@ class ALM(PathObjective):
             )
         self.tau, self.divergence, self.chunks = tau, divergence, chunks
         self.threshold, self.gamma, self.noncanonical = threshold, gamma, noncanonical
+        if self.reads_boundaries:
+            self.needs = Level.HIDDEN
 
     @property
     def reads_boundaries(self) -> bool:

@@ -15,7 +15,7 @@ from diglot.objectives.levels import Level
 
 if TYPE_CHECKING:
     from diglot.alignment import Alignment
-    from diglot.batches import Written
+    from diglot.batches import PackedSide, Written
     from diglot.vocabulary import Encoded, Vocabulary
 
 
@@ -134,12 +134,75 @@ class Rows:
         return replace(self, student=self.student.to(device), teacher=self.teacher.to(device), given=given)
 
 
-class Teller(Protocol):
-    """Answers what rows of other positions say, for objectives that ask for it (`extra`)."""
+class Plan(Protocol):
+    """What the text alone says about an objective, found in numpy before any model runs."""
+
+    @property
+    def items(self) -> int:
+        """Over how many items the values are averaged."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What is known of the student's tokens from when they were written, constants, `[N_s]` unless said otherwise."""
+
+    logp_old: Tensor  # the student's log-probs, nats
+    logp_t: Tensor  # [N_t] the teacher's
+    weight: Tensor | None = None  # importance weights of teacher-mixed sampling
+    advantage: Tensor | None = None
+
+
+class Scores(Protocol):
+    """What both models say about a text. Objectives pull from it what they need; nothing is computed twice.
+
+    A teacher that does not give what is pulled raises `TeacherError`; `needs` lets that be found at the start.
+    """
+
+    temperature: float
+    """Divides the logits of both sides, in rows, summaries and `path`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student's values are."""
+
+    @property
+    def written(self) -> Written:
+        """The tokens of both sides, in numpy."""
+
+    @property
+    def alignment(self) -> Alignment[Tensor]:
+        """Their alignment, on `device`."""
+
+    @property
+    def rollout(self) -> Rollout | None:
+        """Of text that the student wrote some optimizer steps ago."""
+
+    @property
+    def sampler_weight(self) -> Tensor | None:
+        """The student's probability of each of its tokens over that of the engine that sampled it, `[N_s]`."""
+
+    # ---- the text that was written
 
     @property
     def path(self) -> Path:
         """Log-probs of the text, at the temperature of the divergence."""
+
+    @property
+    def text(self) -> Path:
+        """Log-probs of the text of the models themselves, and weights of its tokens."""
+
+    def student_text(self, temperature: float) -> Tensor:
+        """Log-probs of the student's tokens, `[N_s]`, nats, with gradient."""
+
+    @property
+    def boundaries(self) -> tuple[Tensor, Tensor]:
+        """Log mass of "a new word begins, or the turn ends" in the row of each token, `[N_s]` and `[N_t]`."""
+
+    @property
+    def reference_texts(self) -> tuple[Tensor, Tensor]:
+        """Log-probs of the text under the student before training and a reference teacher, `[N_s]` and `[N_t]`."""
+
+    # ---- single entries of rows
 
     def student_logps(self, token: Tensor, ids: Tensor) -> Tensor:
         """Log-prob of `ids` in the student's rows that predict `token`, `[Q]`; carries gradient."""
@@ -159,41 +222,137 @@ class Teller(Protocol):
         Best first; where there are fewer, ids are -1 and log-probs -inf.
         """
 
+    # ---- whole rows, never all at once
 
-class PairObjective(ABC):
-    """What objectives have in common that read distributions: the pair of vocabularies that they are made for."""
+    def rows(
+        self,
+        compare: Compare,
+        rows: Rows,
+        given: Mapping[str, Tensor],
+        share: float,
+        *,
+        with_teacher: bool = True,
+        temperature: float | None = None,
+    ) -> tuple[Tensor, Values]:
+        """`share` times the sum of `compare(logits_s, logits_t, **given)` over rows, with gradient; the values, without.
+
+        `rows` are on `device`. Without the teacher's rows `logits_t` is None. `temperature` is that of the scores
+        when not given.
+        """
+
+    def part(self, part: Part, tokens: Tensor, share: float) -> tuple[Tensor, Values]:
+        """The same of rows of hidden states that the objective has made itself; `tokens` are the student's, `[R]`."""
+
+    def summarised_student(self, summary: Summary) -> Tensor:
+        """`summary(logits [r, V_s], rows)` of the student's rows, a block at a time, joined; with gradient."""
+
+    def summarised_teacher(self, summary: Summary) -> Tensor:
+        """The same of the teacher's, constant; its logits come to `device`."""
+
+    def kept_distributions(self, segment: Tensor, position: Tensor) -> Tensor | None:
+        """The teacher's next-byte distributions at these bytes, `[I, 257]`, if that is what was kept of it."""
+
+    # ---- hidden states
+
+    @property
+    def hidden_s(self) -> Tensor:
+        """The hidden states that predict the student's tokens, `[N_s, H_s]`, with gradient."""
+
+    @property
+    def hidden_t(self) -> Tensor:
+        """The teacher's, `[N_t, H_t]`, constant."""
+
+    def teacher_hidden(self, side: PackedSide) -> Tensor:
+        """The teacher's hidden states for another text than the one that was written, such as a plan has made."""
+
+
+Compare = Callable[..., "Values"]
+Summary = Callable[[Tensor, slice], Tensor]
+Metrics = Mapping[str, Tensor]
+
+
+class Objective(ABC):
+    """How far apart student and teacher are: `plan` before the models run, `loss` when they have.
+
+    A class that reads the vocabularies takes `pair` as the first argument of its constructor; all others are options,
+    by keyword. See docs/own-objective.md.
+    """
 
     name: ClassVar[str]
-    needs: ClassVar[Level] = Level.HIDDEN
-    balanced_with_ce: ClassVar[bool] = False  # is the loss scaled to the cross-entropy of its rows, and that added?
+    needs: Level = Level.HIDDEN
+    """The least that the teacher must give."""
+    top: int = 0
+    """How many of the teacher's likeliest ids of a row it reads."""
+    at_temperature: bool = True
+    """Does `kd_temperature` act on what it compares?"""
+    depends_on_split: ClassVar[bool] = False
+    """Does the loss depend on which samples share a micro-batch?"""
 
-    def __init__(self, pair: Pair) -> None:
-        self.pair = pair
-
-    def to(self, device: torch.device | str) -> None:
-        """Move the pair, and the tensors that the objective made of it, to `device`."""
-        self.pair = self.pair.to(device)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device))
-
-
-class RowObjective(PairObjective):
-    """A divergence between next-token distributions, row by row."""
-
-    def rows(self, written: Written) -> Rows:
-        """Which rows are compared: here those that predict the tokens of the one-to-one pairs."""
-        alignment = written.alignment
-        return Rows(torch.from_numpy(alignment.pair_s), torch.from_numpy(alignment.pair_t))
+    @property
+    def reads_references(self) -> bool:
+        """Does it pull `reference_texts`?"""
+        return False
 
     @property
     def is_single_step(self) -> bool:
         """Is it the whole single-step reverse KL of its rows, so that a policy gradient need not reward them for it?"""
         return False
 
-    def extra(self, rows: Rows, written: Written, teller: Teller) -> dict[str, Tensor]:
+    @abstractmethod
+    def plan(self, written: Written) -> Plan:
+        """What the text alone says: what is compared, and over how many `items` the values are averaged."""
+
+    @abstractmethod
+    def loss(self, plan: Any, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
+        """`share` times the sum of the items' values in nats, with gradient, and metrics `[items]` without."""
+
+    def to(self, device: torch.device | str) -> None:
+        """Move what it has made of the vocabularies to `device`."""
+        for name, value in vars(self).items():
+            if isinstance(value, (Tensor, Pair)):
+                setattr(self, name, value.to(device))
+
+    def parameters(self, weight_s: Tensor, weight_t: Tensor) -> Mapping[str, nn.Parameter]:
+        """Trainable parameters, made for the two output embeddings `[V_s, H_s]` and `[V_t, H_t]`. Most have none."""
+        return {}
+
+
+class PairObjective(Objective):
+    """An objective that is made for a pair of vocabularies."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+
+
+class RowObjective(PairObjective):
+    """A divergence between next-token distributions, row by row."""
+
+    divides_itself: ClassVar[bool] = False
+    """Has it an option `kd_temperature` and divides logits itself? It then gets them as the models give them."""
+
+    def rows(self, written: Written) -> Rows:
+        """Which rows are compared: here those that predict the tokens of the one-to-one pairs."""
+        alignment = written.alignment
+        return Rows(torch.from_numpy(alignment.pair_s), torch.from_numpy(alignment.pair_t))
+
+    def plan(self, written: Written) -> Rows:
+        return self.rows(written)
+
+    def extra(self, rows: Rows, written: Written, scores: Scores) -> dict[str, Tensor]:
         """More that the objective is given of each row, `[R, ...]`, from scores of the text; may carry gradient."""
         return {}
+
+    def loss(self, plan: Rows, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
+        rows = plan.to(scores.device)
+        given = {**rows.given, **self.extra(rows, scores.written, scores)}
+        # A teacher that gives no more than its likeliest ids has no rows: what is read of it is given.
+        with_teacher, temperature = self.needs > Level.TOP_K, 1.0 if self.divides_itself else scores.temperature
+        loss, values = scores.rows(self, rows, given, share, with_teacher=with_teacher, temperature=temperature)
+        # One entry for each item: the logged mean is the share in the window, however that was split.
+        skipped = {
+            f"skipped_{why}": torch.cat([torch.ones(n), torch.zeros(rows.items)]) for why, n in rows.skipped.items()
+        }
+        return loss, {"loss": values.loss, **values.metrics, **skipped}
 
     @abstractmethod
     def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
@@ -246,6 +405,12 @@ class SummaryObjective(PairObjective):
     def __call__(self, summary_s: Tensor, summary_t: Tensor, plan: Any) -> Values:
         """Values `[items]`."""
 
+    def loss(self, plan: Any, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
+        plan = plan.to(scores.device)
+        of_student = scores.summarised_student(self.summary_s(plan))
+        values = self(of_student, scores.summarised_teacher(self.summary_t(plan)), plan)
+        return share * values.loss.sum(), {"loss": values.loss, **values.metrics}
+
 
 @dataclass(frozen=True)
 class Part:
@@ -272,6 +437,10 @@ class ProjectedObjective(PairObjective):
         super().__init__(pair)
         self.projectors: nn.ParameterDict = nn.ParameterDict()
 
+    def parameters(self, weight_s: Tensor, weight_t: Tensor) -> Mapping[str, nn.Parameter]:
+        self.prepare(weight_s, weight_t)
+        return dict(self.projectors.items())
+
     @abstractmethod
     def prepare(self, weight_s: Tensor, weight_t: Tensor) -> None:
         """Make the projectors for the two output embeddings, `[V_s, H_s]` and `[V_t, H_t]`."""
@@ -284,13 +453,37 @@ class ProjectedObjective(PairObjective):
     def parts(self, rows: Rows, hidden_s: Tensor, hidden_t: Tensor) -> list[Part]:
         """The comparisons; their values are added up."""
 
+    def plan(self, written: Written) -> Rows:
+        return self.rows(written)
 
-class PathObjective(ABC):
+    def loss(self, plan: Rows, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
+        rows = plan.to(scores.device)
+        metrics: dict[str, Tensor] = {}
+        total, losses = scores.hidden_s.new_zeros(()), scores.hidden_s.new_zeros(len(rows.student))
+        for part in self.parts(rows, scores.hidden_s, scores.hidden_t):
+            of_part, values = scores.part(part, rows.student, share)
+            total, losses = total + of_part, losses + values.loss
+            metrics |= {part.name: values.loss, **values.metrics}
+        return total, {"loss": losses, **metrics}
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which values of a `PathObjective` count."""
+
+    mask: Tensor  # bool, on the CPU
+
+    @property
+    def items(self) -> int:
+        """How many."""
+        return int(self.mask.sum())
+
+
+class PathObjective(Objective):
     """A value of what was written, from its log-probabilities alone."""
 
-    name: ClassVar[str]
-    needs: ClassVar[Level] = Level.TEXT_LOGPROBS
-    balanced_with_ce: ClassVar[bool] = False
+    needs = Level.TEXT_LOGPROBS
+    at_temperature = False
 
     @property
     def reads_boundaries(self) -> bool:
@@ -309,6 +502,25 @@ class PathObjective(ABC):
     @abstractmethod
     def __call__(self, path: Path, alignment: Alignment[Tensor]) -> tuple[Values, Tensor]:
         """One value per segment, chunk or token, and `mask(alignment)`."""
+
+    def plan(self, written: Written) -> Mask:
+        return Mask(self.mask(written.alignment.to("cpu")))
+
+    def path(self, scores: Scores) -> Path:
+        """What it reads of the scores."""
+        path = scores.text
+        if self.reads_boundaries:
+            boundary_s, boundary_t = scores.boundaries
+            path = replace(path, boundary_s=boundary_s, boundary_t=boundary_t)
+        if self.reads_references:
+            reference_s, reference_t = scores.reference_texts
+            path = replace(path, logp_reference_s=reference_s, logp_reference_t=reference_t)
+        return path
+
+    def loss(self, plan: Mask, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
+        values, mask = self(self.path(scores), scores.alignment)
+        found = {name: value[mask] for name, value in {"loss": values.loss, **values.metrics}.items()}
+        return share * found["loss"].sum(), found
 
 
 def at_least_float32(x: Tensor) -> Tensor:

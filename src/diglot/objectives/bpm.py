@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from diglot.batches import Written
 from diglot.errors import ConfigError
-from diglot.objectives.base import Pair, RowObjective, Rows, Teller, Values, at_least_float32, check_range
+from diglot.objectives.base import Pair, RowObjective, Rows, Scores, Values, at_least_float32, check_range
 from diglot.objectives.divergences import forward_kl, generalized_jsd
 from diglot.objectives.masses import FLOOR, gathered, log_mass, ragged
 from diglot.objectives.spanning import Spanning, plain_tokens, prefix_range, spanning
@@ -109,7 +109,7 @@ class BPM(RowObjective):
         tensors = {name: torch.from_numpy(value) for name, value in given.items()}
         return Rows(torch.from_numpy(i), torch.from_numpy(j), tensors, skipped={"blank": int(blank.sum())})
 
-    def extra(self, rows: Rows, written: Written, teller: Teller) -> dict[str, Tensor]:
+    def extra(self, rows: Rows, written: Written, scores: Scores) -> dict[str, Tensor]:
         """Where mass moves to tokens that run past the written teacher token: columns and differences, `[R, K + 1]`."""
         i, j = rows.student.cpu().numpy(), rows.teacher.cpu().numpy()
         found = spanning(written, i, j, self.student, self.teacher)
@@ -120,7 +120,7 @@ class BPM(RowObjective):
         mass = torch.zeros(len(i), width, dtype=torch.float32, device=device)
         if not len(row):
             return {"span_column": column[:, :0], "span_mass": mass[:, :0]}
-        reach = self._reach(written, j, found, teller).to(device)
+        reach = self._reach(written, j, found, scores).to(device)
         place = torch.from_numpy(found.place).to(device)
         longer = torch.zeros_like(mass)
         longer[row, place] = reach  # P_1 >= P_2 >= ... of each row, 0 after the last
@@ -130,13 +130,13 @@ class BPM(RowObjective):
         mass[:, 0] = -longer[:, 0]
         return {"span_column": column, "span_mass": mass}
 
-    def _reach(self, written: Written, j: NDArray[np.int64], found: Spanning, teller: Teller) -> Tensor:
+    def _reach(self, written: Written, j: NDArray[np.int64], found: Spanning, scores: Scores) -> Tensor:
         """The teacher's mass on the texts that the candidates cover, from the start of token `j` on, float32 `[Q]`."""
         whole = found.whole
         alone = self._place[written.teacher.ids[whole]]  # a token alone is a range too: one pass finds both
         low, high = np.concatenate([alone, found.tail[0]]), np.concatenate([alone + 1, found.tail[1]])
         token = np.concatenate([whole, found.last])
-        logp = teller.teacher_ranges(*map(torch.from_numpy, (token, low, high))).cpu().double()
+        logp = scores.teacher_ranges(*map(torch.from_numpy, (token, low, high))).cpu().double()
         before = np.zeros(len(written.teacher.ids) + 1)
         before[whole + 1] = logp[: len(whole)]
         before = before.cumsum()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diglot.batches import Written, WrittenSide
 from diglot.errors import ConfigError
-from diglot.objectives.base import Pair, SummaryObjective, Values, at_least_float32, check_range
+from diglot.objectives.base import Metrics, Pair, Scores, SummaryObjective, Values, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.masses import FLOOR, log_mass, ragged
 from diglot.objectives.spanning import plain_tokens
@@ -117,6 +117,14 @@ class ByteDistribution(SummaryObjective):
 
     def summary_t(self, plan: BytePlan) -> Callable[[Tensor, slice], Tensor]:
         return self.teacher.summary(plan.teacher)
+
+    def loss(self, plan: BytePlan, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
+        kept = scores.kept_distributions(plan.segment, plan.position)
+        if kept is None:
+            return super().loss(plan, scores, share)
+        plan = plan.to(scores.device)
+        values = self.against(scores.summarised_student(self.summary_s(plan)), kept, plan)
+        return share * values.loss.sum(), {"loss": values.loss, **values.metrics}
 
     def __call__(self, summary_s: Tensor, summary_t: Tensor, plan: BytePlan) -> Values:
         distribution_t, cut_t = byte_distribution(summary_t.detach(), plan.teacher)

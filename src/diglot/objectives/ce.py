@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diglot.alignment import Alignment
-from diglot.objectives.base import Path, PathObjective, Values, at_least_float32
+from diglot.objectives.base import Path, PathObjective, Scores, Values, at_least_float32
 
 
 class CrossEntropy(PathObjective):
@@ -20,6 +20,10 @@ class CrossEntropy(PathObjective):
     def mask(self, alignment: Alignment[Tensor]) -> Tensor:
         """All student tokens, `[N_s]`."""
         return torch.ones_like(alignment.chunk_s, dtype=torch.bool)
+
+    def path(self, scores: Scores) -> Path:
+        logp_s = scores.student_text(1.0)
+        return Path(logp_s, logp_s.new_zeros(0))
 
     def __call__(self, path: Path, alignment: Alignment[Tensor]) -> tuple[Values, Tensor]:
         return Values(-at_least_float32(path.logp_s)), self.mask(alignment)

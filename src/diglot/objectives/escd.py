@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diglot.batches import Written
-from diglot.objectives.base import Pair, Rows, Teller, Values, at_least_float32
+from diglot.objectives.base import Pair, Rows, Scores, Values, at_least_float32
 from diglot.objectives.bpm import BPM
 from diglot.objectives.masses import log_mass, ragged
 from diglot.vocabulary import Vocabulary
@@ -77,11 +77,11 @@ class ESCD(BPM):
         teacher = torch.from_numpy(np.concatenate([j, j[parents]]))
         return Rows(student, teacher, given, count=len(i), skipped=root.skipped)
 
-    def extra(self, rows: Rows, written: Written, teller: Teller) -> dict[str, Tensor]:
+    def extra(self, rows: Rows, written: Written, scores: Scores) -> dict[str, Tensor]:
         """What `bpm` asks of the roots; nothing of the children."""
         roots = rows.items
         cut = {name: value[:roots] for name, value in rows.given.items()}
-        found = super().extra(Rows(rows.student[:roots], rows.teacher[:roots], cut), written, teller)
+        found = super().extra(Rows(rows.student[:roots], rows.teacher[:roots], cut), written, scores)
         children = len(rows.student) - roots
         column, mass = found["span_column"], found["span_mass"]
         return {

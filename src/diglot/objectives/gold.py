@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diglot.batches import Written
 from diglot.errors import ConfigError
-from diglot.objectives.base import Pair, RowObjective, Rows, Teller, Values, at_least_float32, check_range
+from diglot.objectives.base import Pair, RowObjective, Rows, Scores, Values, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.strict import check_columns
 from diglot.objectives.uld import sorted_l1
@@ -90,18 +90,18 @@ class Gold(RowObjective):
         skipped["no_row"] = written.alignment.num_chunks - len(chunks) - skipped["not_exact"]
         return Rows(torch.from_numpy(read_s[chunks] + late), torch.from_numpy(read_t[chunks] + late), skipped=skipped)
 
-    def extra(self, rows: Rows, written: Written, teller: Teller) -> dict[str, Tensor]:
+    def extra(self, rows: Rows, written: Written, scores: Scores) -> dict[str, Tensor]:
         """`rest_s` and `rest_t`: log-prob of the tokens of each row's chunk whose distribution is not the one that
         is read."""
         chunks, read_s, read_t = self._read(written)
         chunk_s, chunk_t = written.alignment.chunk_s, written.alignment.chunk_t
         other_s, other_t = other_tokens(chunk_s, read_s, chunks), other_tokens(chunk_t, read_t, chunks)
         if self.gold_as_shipped:
-            logp_s, logp_t = late_logps(written, other_s, other_t, teller)
+            logp_s, logp_t = late_logps(written, other_s, other_t, scores)
         else:  # of these tokens alone: few chunks have several, and the whole path would run both heads once more
             like = rows.student
-            logp_s = teller.student_logps(_on(other_s, like), _on(written.student.ids[other_s], like))
-            logp_t = teller.teacher_logps(_on(other_t, like), _on(written.teacher.ids[other_t], like))
+            logp_s = scores.student_logps(_on(other_s, like), _on(written.student.ids[other_s], like))
+            logp_t = scores.teacher_logps(_on(other_t, like), _on(written.teacher.ids[other_t], like))
         num_chunks = written.alignment.num_chunks
         return {
             "rest_s": summed(logp_s, chunk_s[other_s], chunks, num_chunks),
@@ -176,13 +176,13 @@ def all_but(ids: Tensor, size: int) -> Tensor:
     return left.nonzero().squeeze(-1)
 
 
-def late_logps(written: Written, other_s: Ints, other_t: Ints, teller: Teller) -> tuple[Tensor, Tensor]:
+def late_logps(written: Written, other_s: Ints, other_t: Ints, scores: Scores) -> tuple[Tensor, Tensor]:
     """Log-probs of these tokens, each in the row that predicts the token after it: TRL's default reading."""
-    like_s, like_t = teller.path.logp_s, teller.path.logp_t
+    like_s, like_t = scores.path.logp_s, scores.path.logp_t
     if not len(other_s) and not len(other_t):
         return like_s[:0], like_t[:0]
-    logp_s = teller.student_logps(_on(other_s + 1, like_s), _on(written.student.ids[other_s], like_s))
-    logp_t = teller.teacher_logps(_on(other_t + 1, like_t), _on(written.teacher.ids[other_t], like_t))
+    logp_s = scores.student_logps(_on(other_s + 1, like_s), _on(written.student.ids[other_s], like_s))
+    logp_t = scores.teacher_logps(_on(other_t + 1, like_t), _on(written.teacher.ids[other_t], like_t))
     return logp_s.clamp_min(_TRL_FLOOR), logp_t.clamp_min(_TRL_FLOOR)
 
 

@@ -9,10 +9,8 @@ from diglot.objectives.registry import OBJECTIVES
 
 NEEDS = {
     Level.TEXT_LOGPROBS: "log-probs of the text",
-    Level.CHOSEN: "log-probs of chosen ids",
     Level.TOP_K: "top-k",
     Level.HIDDEN: "hidden states",
-    Level.LOGITS: "logits",
 }
 
 

@@ -9,16 +9,14 @@ from diglot.objectives.base import Pair, RowObjective, Values, at_least_float32,
 from diglot.objectives.divergences import generalized_jsd
 
 
-def full_jsd(logits_s: Tensor, logits_t: Tensor, beta: float = 0.5, kd_temperature: float = 1.0) -> Tensor:
+def full_jsd(logits_s: Tensor, logits_t: Tensor, beta: float = 0.5) -> Tensor:
     """`generalized_jsd` in nats, `[R]`, of rows of logits `[R, V_s]` and `[R, V_t]` whose ids mean the same.
 
     If one table is wider, its surplus columns are padding of the embedding matrix: they are removed before the
-    softmax. Both sides' logits are divided by `kd_temperature`; the result is not multiplied by its square.
+    softmax.
     """
     width = min(logits_s.shape[-1], logits_t.shape[-1])
-    logp_s, logp_t = (
-        (at_least_float32(logits)[..., :width] / kd_temperature).log_softmax(-1) for logits in (logits_s, logits_t)
-    )
+    logp_s, logp_t = (at_least_float32(logits)[..., :width].log_softmax(-1) for logits in (logits_s, logits_t))
     return generalized_jsd(logp_s, logp_t, beta)
 
 
@@ -31,7 +29,7 @@ class JSD(RowObjective):
 
     name = "jsd"
 
-    def __init__(self, pair: Pair, *, beta: float = 0.5, kd_temperature: float = 1.0) -> None:
+    def __init__(self, pair: Pair, *, beta: float = 0.5) -> None:
         super().__init__(pair)
         if not pair.same:
             raise ConfigError(
@@ -40,13 +38,11 @@ class JSD(RowObjective):
                 "tokens that both have, or 'span' or 'sequence_kl', which need no shared tokens."
             )
         check_range("beta", beta, 0.0, 1.0)
-        if kd_temperature <= 0:
-            raise ConfigError(f"kd_temperature={kd_temperature} cannot divide logits: choose a value above 0.")
-        self.beta, self.kd_temperature = beta, kd_temperature
+        self.beta = beta
 
     def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
-        return Values(full_jsd(logits_s, logits_t, self.beta, self.kd_temperature))
+        return Values(full_jsd(logits_s, logits_t, self.beta))
 
     @property
     def is_single_step(self) -> bool:
-        return self.beta == 1 and self.kd_temperature == 1
+        return self.beta == 1

@@ -10,11 +10,7 @@ class Level(IntEnum):
 
     TEXT_LOGPROBS = 1
     """The log-probability of each token of a given text."""
-    CHOSEN = 2
-    """Also those of ids that the caller chooses, at each position."""
-    TOP_K = 3
+    TOP_K = 2
     """Also the most likely ids of each position with their log-probabilities."""
-    HIDDEN = 4
+    HIDDEN = 3
     """Hidden states and the output head: whole distributions, formed where they are needed."""
-    LOGITS = 5
-    """Whole rows of logits."""

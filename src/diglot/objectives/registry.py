@@ -1,15 +1,16 @@
-"""Objectives by name."""
+"""Objectives by name: Diglot's own, and a user's by the place of its class."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 from diglot.errors import ConfigError
 from diglot.objectives.alm import ALM
-from diglot.objectives.base import Pair, PathObjective, ProjectedObjective, RowObjective, SummaryObjective
+from diglot.objectives.base import Objective, Pair
 from diglot.objectives.bpm import BPM
 from diglot.objectives.byte import ByteDistribution
 from diglot.objectives.ce import CrossEntropy
@@ -17,6 +18,7 @@ from diglot.objectives.dskd import DSKD
 from diglot.objectives.escd import ESCD
 from diglot.objectives.gold import Gold
 from diglot.objectives.jsd import JSD
+from diglot.objectives.levels import Level
 from diglot.objectives.sequence_kl import SequenceKL
 from diglot.objectives.shared_prefix import SharedPrefix
 from diglot.objectives.simct import SimCT
@@ -26,44 +28,60 @@ from diglot.objectives.top_k import TopK
 from diglot.objectives.uld import ULD
 from diglot.objectives.xtoken import XTokenH, XTokenP
 
-Objective = RowObjective | PathObjective | SummaryObjective | ProjectedObjective
-
-OBJECTIVES: dict[str, type[Objective]] = {
-    "bpm": BPM,
-    "byte": ByteDistribution,
-    "dskd": DSKD,
-    "escd": ESCD,
-    "shared_prefix": SharedPrefix,
-    "jsd": JSD,
-    "strict": Strict,
-    "top_k": TopK,
-    "sequence_kl": SequenceKL,
-    "span": Span,
-    "alm": ALM,
-    "simct": SimCT,
-    "ce": CrossEntropy,
-    "xtoken_p": XTokenP,
-    "xtoken_h": XTokenH,
-    "uld": ULD,
-    "gold": Gold,
-}
+_CLASSES: tuple[type[Objective], ...] = (
+    BPM, ByteDistribution, DSKD, ESCD, SharedPrefix, JSD, Strict, TopK, SequenceKL, Span, ALM, SimCT, CrossEntropy,
+    XTokenP, XTokenH, ULD, Gold,
+)  # fmt: skip
+OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in _CLASSES}
 
 
 def objective_class(name: str) -> type[Objective]:
-    """The class registered under `name`. `ConfigError` with the nearest names if there is none."""
+    """The class registered under `name`, or the user's own at `package.module:Class`.
+
+    Raises:
+        ConfigError: no such name (with the nearest ones), nothing at that place, or a class that is no objective.
+    """
+    if ":" in name:
+        return _own_class(name)
     if name not in OBJECTIVES:
         raise ConfigError(f"no objective is called {name!r}; {_instead(name, OBJECTIVES)}")
     return OBJECTIVES[name]
 
 
+def options_of(name: str) -> list[str]:
+    """The options that an objective takes."""
+    return [p for p in inspect.signature(objective_class(name)).parameters if p != "pair"]
+
+
 def make_objective(name: str, pair: Pair, **options: Any) -> Objective:
     """The objective called `name` for a pair of vocabularies. `ConfigError` for an unknown name or option."""
-    cls = objective_class(name)
-    known = [p for p in inspect.signature(cls).parameters if p != "pair"]
+    cls, known = objective_class(name), options_of(name)
     for option in options:
         if option not in known:
             raise ConfigError(f"objective {name!r} has no option {option!r}; {_instead(option, known)}")
-    return cls(**options) if issubclass(cls, PathObjective) else cls(pair, **options)
+    takes_pair = "pair" in inspect.signature(cls).parameters
+    made: Objective = cls(pair, **options) if takes_pair else cls(**options)  # type: ignore[call-arg]
+    if not isinstance(made.needs, Level):
+        raise ConfigError(f"objective {name!r} needs {made.needs!r} of the teacher: it must be a diglot.Level.")
+    return made
+
+
+def _own_class(place: str) -> type[Objective]:
+    module, _, attribute = place.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"objective {place!r} cannot be imported: {error}. Write package.module:Class, and see that Python finds "
+            "the package (installed, or its folder in PYTHONPATH)."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise ConfigError(f"objective {place!r} is {found!r}: it must be a class that extends diglot.Objective.")
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise ConfigError(f"objective {place!r} lacks {', '.join(missing)}: see docs/own-objective.md.")
+    if not isinstance(getattr(found, "name", None), str):
+        raise ConfigError(f'objective {place!r} has no name for the log: write name = "..." into the class.')
+    return found
 
 
 def _instead(wrong: str, known: Iterable[str]) -> str:

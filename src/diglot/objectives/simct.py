@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diglot.objectives.base import Pair, RowObjective, Rows, Teller, Values, at_least_float32
+from diglot.objectives.base import Pair, RowObjective, Rows, Scores, Values, at_least_float32
 from diglot.objectives.chunks import chunk_sums
 from diglot.objectives.divergences import kl
 from diglot.objectives.strict import check_columns
@@ -54,9 +54,9 @@ class SimCT(RowObjective):
         first_s, first_t = written.first_s[chunks], written.first_t[chunks]
         return Rows(torch.from_numpy(first_s), torch.from_numpy(first_t), {"unit": unit})
 
-    def extra(self, rows: Rows, written: Written, teller: Teller) -> dict[str, Tensor]:
+    def extra(self, rows: Rows, written: Written, scores: Scores) -> dict[str, Tensor]:
         """Scores of the units, `[R]`: the mean log-prob of their tokens; the student's carries its gradient."""
-        alignment, path = written.alignment, teller.path
+        alignment, path = written.alignment, scores.path
         of_row = torch.from_numpy(alignment.chunk_s)[rows.student.cpu()].to(path.logp_s.device)
         sides = ((path.logp_s, alignment.chunk_s), (path.logp_t.detach(), alignment.chunk_t))
         unit_s, unit_t = (_chunk_means(logp, chunk, alignment.num_chunks)[of_row] for logp, chunk in sides)

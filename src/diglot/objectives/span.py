@@ -77,7 +77,6 @@ class Span(PathObjective):
     """
 
     name = "span"
-    needs = Level.TEXT_LOGPROBS
 
     def __init__(
         self,
@@ -104,6 +103,8 @@ class Span(PathObjective):
         self.gamma, self.length_normalization = gamma, length_normalization
         self.reward_clip, self.epsilon = reward_clip, epsilon
         self.credit, self.reference_alpha, self.noncanonical = credit, reference_alpha, noncanonical
+        if self.reads_boundaries:
+            self.needs = Level.HIDDEN
 
     @property
     def reads_boundaries(self) -> bool:

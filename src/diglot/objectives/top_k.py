@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diglot.batches import Written
 from diglot.errors import ConfigError
-from diglot.objectives.base import Pair, RowObjective, Rows, Teller, Values, at_least_float32, check_range
+from diglot.objectives.base import Pair, RowObjective, Rows, Scores, Values, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.levels import Level
 from diglot.objectives.masses import FLOOR
@@ -45,14 +45,15 @@ class TopK(RowObjective):
         if k < 1:
             raise ConfigError(f"k={k} reads nothing of the teacher: choose at least 1.")
         check_columns(pair)
-        self.k, self.beta = min(k, pair.size_t), beta
+        self.k = self.top = min(k, pair.size_t)
+        self.beta = beta
         self.twin = torch.full((pair.size_t,), -1, dtype=torch.int64)  # the student's id of each teacher id
         self.twin[pair.shared_t] = pair.shared_s
         self.is_stop = torch.zeros(pair.size_t, dtype=torch.bool).index_fill(0, pair.stop_t, True)
 
-    def extra(self, rows: Rows, written: Written, teller: Teller) -> dict[str, Tensor]:
+    def extra(self, rows: Rows, written: Written, scores: Scores) -> dict[str, Tensor]:
         """The teacher's likeliest ids of each row and their log-probs, `[R, k]`."""
-        ids, logps = teller.teacher_top(rows.teacher, self.k)
+        ids, logps = scores.teacher_top(rows.teacher, self.k)
         return {"top_ids": ids, "top_logps": logps}
 
     def __call__(self, logits_s: Tensor, logits_t: Tensor | None, **given: Tensor) -> Values:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from diglot.errors import ConfigError
-from diglot.objectives.base import Pair, RowObjective, Rows, Values, at_least_float32
+from diglot.objectives.base import Metrics, Pair, RowObjective, Rows, Scores, Values, at_least_float32
 from diglot.objectives.divergences import kl
 from diglot.vocabulary import Projection, Vocabulary
 
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 class _Projected(RowObjective):
     """A row objective with a W, on the last rows of all exact chunks."""
 
-    balanced_with_ce: ClassVar[bool] = True
-    """The paper's total is `L = stopgrad(CE / KD) * KD + CE`: the caller adds the cross-entropy and that factor."""
+    divides_itself: ClassVar[bool] = True
+    depends_on_split: ClassVar[bool] = True
+    """The total is balanced with the cross-entropy of the micro-batch."""
 
     def __init__(self, pair: Pair, *, projection: str | Projection | None = None, kd_temperature: float = 1.0) -> None:
         super().__init__(pair)
@@ -52,6 +53,12 @@ class _Projected(RowObjective):
         alignment, exact = written.alignment, written.alignment.chunk_exact
         last_s, last_t = written.first_s + alignment.count_s - 1, written.first_t + alignment.count_t - 1
         return Rows(torch.from_numpy(last_s[exact]), torch.from_numpy(last_t[exact]))
+
+    def loss(self, plan: Rows, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
+        """The paper's total, `L = stopgrad(CE / KD) * KD + CE` over the same rows."""
+        loss, metrics = super().loss(plan, scores, share)
+        surprisal = share * -scores.student_text(1.0)[plan.student.to(scores.device)].sum()
+        return balanced(loss, surprisal), metrics
 
     def _entries_without_stop(self) -> tuple[Tensor, Tensor, Tensor]:
         """Student ids, teacher ids and weights of W, `[E]` each. Stop is a column of its own on both sides."""
@@ -171,6 +178,12 @@ class XTokenH(_Projected):
         loss = kl(common_t, common_s) + (spectrum_s - spectrum_t).abs().sum(-1)
         metrics = {"mass_s": common_s.detach().exp().sum(-1), "mass_t": common_t.detach().exp().sum(-1)}
         return Values(self.kd_temperature**2 * loss, metrics)
+
+
+def balanced(loss: Tensor, cross_entropy: Tensor) -> Tensor:
+    """`constant(cross_entropy / loss) * loss + cross_entropy`: both parts weigh the same (X-Token, section 3.4)."""
+    factor = (cross_entropy / loss.clamp(min=1e-8)).detach()
+    return factor * loss + cross_entropy
 
 
 def push_forward(logits: Tensor, entry_s: Tensor, entry_column: Tensor, entry_logw: Tensor, columns: int) -> Tensor:

@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from diglot.heads import evaluating
 from diglot.rollouts.draws import RowDraws, seeds_of_rows
 from diglot.rollouts.engine import Completion
 
@@ -45,15 +46,12 @@ def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
     A model's own generation config may hold a repetition penalty or a nucleus: samples would not follow the model's
     distribution, and `generate` would fill them in wherever the caller left a default.
     """
-    training, own_config = model.training, model.generation_config
-    model.eval()
-    model.generation_config = GenerationConfig()
+    own_config, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
         model.generation_config = own_config
-        model.train(training)
 
 
 @dataclass(frozen=True)

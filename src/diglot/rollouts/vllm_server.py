@@ -19,7 +19,7 @@ from diglot.rollouts.draws import seeds_of_rows
 from diglot.rollouts.engine import Completion, Ids
 from diglot.rollouts.vllm_wire import Sampling, read, request
 from diglot.rollouts.weights import WeightsFolder
-from diglot.teachers.client import Client, Purpose, Refused
+from diglot.http.client import Client, Purpose, Refused
 from diglot.teachers.probe import TEXT
 from diglot.teachers.wire import VLLM, ServerInfo
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from diglot.errors import ConfigError
-from diglot.heads import Head
+from diglot.heads import Head, evaluating
 from diglot.rendering import Renderer
 from diglot.teachers.local import LocalTeacher
 
@@ -58,14 +58,8 @@ class AdapterOff(LocalTeacher):
     def running(self) -> Iterator[PreTrainedModel]:
         """The base, in evaluation mode; adapter and modes are as before afterwards."""
         model: Any = self.model
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
-            with model.disable_adapter():
-                yield model
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(model), model.disable_adapter():
+            yield model
 
 
 def _without_adapter(module: nn.Module) -> nn.Module:

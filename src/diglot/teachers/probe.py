@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from diglot.errors import TeacherError
 from diglot.rendering import Renderer
-from diglot.teachers.client import Client, Refused
+from diglot.http.client import Client, Refused
 from diglot.teachers.wire import Asking, Ids, TokenScores, Wire
 
 logger = logging.getLogger(__name__)

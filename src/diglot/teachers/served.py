@@ -21,7 +21,7 @@ from diglot.batches import PackedSide
 from diglot.errors import TeacherError
 from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
-from diglot.teachers.client import Client, Refused
+from diglot.http.client import Client, Refused
 from diglot.teachers.probe import check_server
 from diglot.teachers.wire import Asking, TokenScores, Wire, find_wire
 

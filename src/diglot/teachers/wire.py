@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diglot.errors import TeacherError
-from diglot.teachers.client import Client, Refused
+from diglot.http.client import Client, Refused
 
 NO_MASS = -9000.0
 """vLLM writes -9999 for log 0. A softmax gives every id a mass, so what is below this is no softmax."""

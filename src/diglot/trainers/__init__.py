@@ -1,6 +1,6 @@
 """GKD and MiniLLM: sample, ask, align, compare, step."""
 
-from diglot.trainers.config import DistillationConfig, GKDConfig, MiniLLMConfig
+from diglot.options import DistillationConfig, GKDConfig, MiniLLMConfig
 from diglot.trainers.gkd import GKDTrainer
 from diglot.trainers.minillm import MiniLLMTrainer
 

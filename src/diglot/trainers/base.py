@@ -1,8 +1,8 @@
-"""What GKD and MiniLLM share: two models, two renderings, one alignment; a window of micro-batches per optimizer step.
+"""What GKD and MiniLLM share: texts, read by the student and by each teacher, and a sum of weighted terms.
 
 One optimizer step works on one *window*: all micro-batches of its accumulation steps. The window is where completions
-are sampled (in one call), where both sides are read and aligned, and where the items over which the loss is averaged
-are counted, over all ranks. What is left for `compute_loss` is a forward pass, a divergence and a sum.
+are sampled (in one call), where each comparison reads and aligns them, and where the items over which each term is
+averaged are counted, over all ranks. What is left for `compute_loss` is a forward pass of the student and a sum.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import random
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,42 +21,41 @@ import torch
 from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from diglot.batches import AlignedBatch, PackedSide, ReadPair, align_pairs
-from diglot.data import Sample, to_sample
-from diglot.errors import AlignmentError, ConfigError, RolloutsUnavailable, TeacherUnavailable
-from diglot.evaluation import Evaluator, OnPolicyReport
-from diglot.heads import Head, default_chunk_rows, gathered, hidden_at_rows, keep_after_forward, token_logps
-from diglot.objectives import Level, PathObjective
-from diglot.rendering import Conversation, Renderer, Role
-from diglot.report import model_card
-from diglot.rollouts import Completion, TransformersSampler
-from diglot.teachers import LocalTeacher, local
-from diglot.teachers.adapter import AdapterOff
-from diglot.teachers.scored import ScoredTeacher
-from diglot.trainers.collate import collate_samples, pad_id
-from diglot.trainers.config import DistillationConfig
-from diglot.trainers.engines import Rollouts
-from diglot.trainers.finite import FiniteSteps
-from diglot.trainers.lanes import HasLanes, mean_metrics, prepare_lanes, same_side, share_counts
-from diglot.trainers.lengths import as_read, by_length
-from diglot.trainers.manifest import describe_model, describe_objective, describe_teacher
-from diglot.trainers.metrics import StepMetrics, evaluation_metrics, reference_metrics
-from diglot.trainers.observing import Observer
-from diglot.trainers.projectors import (
+from diglot.batches import PackedSide, pad_id
+from diglot.batches.lengths import as_read, by_length
+from diglot.checkpoints.manifest import describe_run
+from diglot.checkpoints.saving import Checkpoints, StopOnSignal, write_options
+from diglot.comparisons import Batch, Comparison, Read, Term, View, check_options, make_batch, scores_of
+from diglot.comparisons.build import complete, describe, load_student, mean_metrics, prepare_comparisons, routes
+from diglot.comparisons.counts import set_counts
+from diglot.comparisons.projectors import (
     add_to_optimizer,
     load_projectors,
     make_projectors,
     same_everywhere,
     save_projectors,
 )
-from diglot.trainers.ranks import check_wrapping, place_frozen, row_places, row_seed, with_all_names
-from diglot.trainers.recording import RecordCallback, with_numbers
-from diglot.trainers.scored import ScoredBatch
-from diglot.trainers.served import prepare_served
-from diglot.trainers.sides import describe, load_references, reference_logps
-from diglot.trainers.terms import BatchScores, Reader, Term, check_level, terms_of
+from diglot.data import Sample, to_sample
+from diglot.errors import ConfigError, RolloutsUnavailable, TeacherUnavailable
+from diglot.evaluation import Evaluator, OnPolicyReport
+from diglot.heads import Head, gathered, hidden_at_rows, keep_after_forward
+from diglot.objectives import Level
+from diglot.options import DistillationConfig
+from diglot.rendering import Conversation, Renderer
+from diglot.report import model_card
+from diglot.rollouts import Completion, TransformersSampler
+from diglot.teachers import LocalTeacher
+from diglot.teachers.adapter import AdapterOff
+from diglot.teachers.scored import ScoredTeacher
+from diglot.trainers.engines import Rollouts, make_engine
+from diglot.trainers.finite import FiniteSteps
+from diglot.trainers.ranks import check_wrapping, place_frozen, row_places, row_seed, sum_over_ranks, with_all_names
+from diglot.watching.coverage import watch_coverage
+from diglot.watching.metrics import StepMetrics, evaluation_metrics, reference_metrics
+from diglot.watching.observing import Observer
+from diglot.watching.recording import RecordCallback, with_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,22 @@ Window = list[list[Sample]]
 Ids = NDArray[np.int64]
 
 
-class DistillationTrainer(HasLanes, FiniteSteps):
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a window, as each comparison reads them, and where they come from."""
+
+    reads: list[list[Read]]  # of each micro-batch
+    on_policy: bool
+    from_data: bool = False  # they come again in later epochs
+    by_all: bool = True  # is every teacher meant to read every text?
+
+
+def collate_samples(rows: list[dict[str, Any]]) -> dict[str, list[Sample]]:
+    """Rows of a dataset as samples; runs in the data workers."""
+    return {"samples": [to_sample(row, where=f"row {row.get('__row__', i)}") for i, row in enumerate(rows)]}
+
+
+class DistillationTrainer(Trainer):
     """Base of both trainers. Arguments and their order are TRL's; `teacher_processing_class` is the one addition.
 
     Args:
@@ -96,152 +110,204 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         peft_config: Any | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None = None,
     ) -> None:
-        args = args if args is not None else self.config_class(output_dir="diglot-output")
-        self._set_lanes(prepare_lanes(model, teacher_model, processing_class, teacher_processing_class, args))
-        sides = self.lanes[0].sides
-        self.student_renderer = sides.renderer
         # Before the Trainer's own setup, which makes the output folder: what cannot work leaves nothing behind.
-        self.args = args
-        self.rollouts = Rollouts(self)
-        for lane in self.each_lane():
-            self.pair = self.pair.to(args.device)
-            self._prepare_objectives()
-            check_level(self.terms, self.teacher.level, getattr(self.teacher, "also", ()))
-            prepare_served(self.teacher, self.terms, args.kd_temperature, self.reads_rewards)
-            self.references = load_references(lane.sides, self.terms, args)
-        student: Any = sides.student
+        self.args = args = args if args is not None else self.config_class(output_dir="diglot-output")
+        own, self.student_renderer = load_student(model, processing_class, args)
+        compared = prepare_comparisons(own, self.student_renderer, teacher_model, teacher_processing_class, args)
+        engine = make_engine(args, self.student_renderer, self.sampler_for(self.student_renderer))
+        terms = [self.terms(one, len(compared)) for one in compared]
+        check_options(args, [term for of_one in terms for term in of_one])
+        self.comparisons = [complete(one, of_one, own, args) for one, of_one in zip(compared, terms, strict=True)]
+        self.imitations: list[Comparison] = []  # of texts that no teacher judges
+        student: Any = own
         if peft_config is not None:
             from peft import get_peft_model
 
             student = get_peft_model(student, peft_config)
-        for lane in self.lanes:
-            if isinstance(lane.teacher, AdapterOff):
-                lane.teacher.follow(student)
-        self._metrics = StepMetrics()
+        for one in self.comparisons:
+            if isinstance(one.teacher, AdapterOff):
+                one.teacher.follow(student)
         super().__init__(
             model=student,
             args=args,
             data_collator=data_collator or collate_samples,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=sides.renderer.tokenizer,
+            processing_class=self.student_renderer.tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = True  # every micro-batch's loss is already a share of the window's
-        check_wrapping(self.accelerator, len(self.lanes))
+        check_wrapping(self.accelerator, len(self.comparisons))
         self.student_head = Head.of(self.student)
         self.student_head.verify(self.student)
-        self.projectors: dict[str, torch.nn.Parameter] = {}
-        for lane in self.each_lane():
-            self._to_device()
-            own = make_projectors(self.terms, self.student_head, getattr(self.teacher, "head", None))
-            self.projectors |= {n if lane is self.lanes[0] else f"{lane.label}/{n}": p for n, p in own.items()}
-        same_everywhere(self.projectors, sharded=self.is_fsdp_enabled)
-        self.observer = Observer(self)
-        self.add_callback(RecordCallback(self.observer.fixed))
+        self.projectors = self._to_device()
+        self.metrics = StepMetrics()
+        cap = args.vllm_importance_sampling_clip_max if args.vllm_importance_sampling_correction else None
+        self.rollouts = Rollouts(engine, self.accelerator, self.metrics, cap)
+        self.finite = FiniteSteps(self.accelerator, args, self.metrics)
+        self.checkpoints = Checkpoints(self.accelerator, args, self.identity)
+        self.observer = Observer(args, self.comparisons, self.student_head, self.metrics, self.accelerator.autocast)
+        self.add_callback(RecordCallback(self._observe))
         with_numbers(self)
-        if self.is_world_process_zero():
-            for lane in self.lanes:
-                logger.info("%s: %s", lane.label, describe(lane.sides))
+        for one in self.comparisons if self.is_world_process_zero() else ():
+            logger.info("%s: %s", one.label, describe(one))
 
-    def _to_device(self) -> None:
-        """Bring what a lane holds to where the student is."""
-        for held in (self.teacher, *(self.references or ())):
-            place_frozen(held, self.accelerator)
-        for term in self.terms:
-            if not isinstance(term.objective, PathObjective):
+    def _to_device(self) -> dict[str, torch.nn.Parameter]:
+        """Bring what the comparisons hold to where the student is; the objectives' trainable parameters by name."""
+        found: dict[str, torch.nn.Parameter] = {}
+        for one in self.comparisons:
+            for held in (one.teacher, *(one.references or ())):
+                place_frozen(held, self.accelerator)
+            for term in one.terms:
                 term.objective.to(self.args.device)
-
-    def teacher_models(self) -> list[PreTrainedModel]:
-        """The teachers' models that are in this process beside the student's."""
-        held = [lane.teacher for lane in self.lanes]
-        return [one.model for one in held if isinstance(one, LocalTeacher) and not isinstance(one, AdapterOff)]
+            own = make_projectors(one.terms, self.student_head, getattr(one.teacher, "head", None))
+            found |= {n if one is self.comparisons[0] else f"{one.label}/{n}": p for n, p in own.items()}
+        same_everywhere(found, sharded=self.is_fsdp_enabled)
+        return found
 
     @property
     def student(self) -> PreTrainedModel:
         """The model in training, without the wrappers of data parallelism."""
         return self.accelerator.unwrap_model(self.model)
 
-    reads_rewards = False  # are log-probs of the text read at `kd_temperature`, whatever the terms are?
+    def teacher_models(self) -> list[PreTrainedModel]:
+        """The teachers' models that are in this process beside the student's."""
+        held = [one.teacher for one in self.comparisons]
+        return [one.model for one in held if isinstance(one, LocalTeacher) and not isinstance(one, AdapterOff)]
+
+    # ---- what a method says ------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _prepare_objectives(self) -> None:
-        """Set `terms` from `args`, `pair` and `teacher`; called before the Trainer's own setup."""
+    def terms(self, comparison: Comparison, teachers: int) -> list[Term]:
+        """The terms of the loss with one of `teachers` teachers; called before the Trainer's own setup."""
 
-    # ---- one window: sample, read, align, count ----------------------------------------------------------------
+    @abstractmethod
+    def texts(self, window: Window) -> Texts:
+        """Who writes, and what each comparison reads of it."""
+
+    def items(self, view: View) -> Mapping[str, float]:
+        """Over how many items of a micro-batch each term is averaged."""
+        return view.items()
+
+    # ---- one window: texts, read, aligned, counted ---------------------------------------------------------------
+
+    def prepare(self, window: Window) -> list[Batch]:
+        """The micro-batches of one optimizer step: texts as every teacher reads them, and what each term's mean is over.
+
+        Samples of similar length share a micro-batch where the loss does not depend on it.
+        """
+        routed = routes(self.comparisons, [sample for batch in window for sample in batch])
+        texts = self.texts(window)
+        first = [[next((pair for pair in read if pair), None) for read in batch] for batch in texts.reads]
+        together = self.args.num_generations if texts.on_policy else 1
+        split = as_read(first) if self._split_matters else by_length(first, together)
+        reads = [read for batch in texts.reads for read in batch]
+        batches = []
+        for places in ([place for place, _ in batch] for batch in split):
+            origin = dict(on_policy=texts.on_policy, from_data=texts.from_data, by_all=texts.by_all and not routed)
+            batches.append(make_batch(self.comparisons, [reads[place] for place in places], places, **origin))
+        set_counts(batches, self.items, self.count_over_ranks, routed)
+        return batches
+
+    @property
+    def _split_matters(self) -> bool:
+        terms = [term for one in self.comparisons for term in one.terms]
+        return len(self.comparisons) > 1 or any(term.objective.depends_on_split for term in terms)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the window's loss, in nats per item."""
+        with self.accelerator.autocast():  # around the heads as well: they run outside of the model's own forward
+            loss = self.batch_loss(model, inputs["batch"])
+        return (loss, {}) if return_outputs else loss
+
+    def batch_loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        """The student is run once; every term pulls what it needs of both models, and is divided by its own count."""
+        total: Any = 0.0
+        for part in batch.parts:
+            hidden = self.hidden_at_rows(model, part.student)
+            self.rollouts.measure(part, hidden, self.student_head, self.state.global_step)
+            total = total + hidden.sum() * 0.0  # a rank with nothing to compare takes part in the backward pass too
+            for view in part.views:
+                scores = scores_of(part, view, hidden, self.student_head)
+                for term in view.comparison.terms:
+                    share = view.weight * term.weight * self.accelerator.num_processes
+                    share = share / max(view.counts[term.name], 1.0)
+                    loss, metrics = term.objective.loss(view.plans[term.name], scores, share)
+                    total = total + loss
+                    self.metrics.add_values(metrics, term.logged)
+        return total
+
+    def hidden_at_rows(self, model: torch.nn.Module, side: PackedSide) -> Tensor:
+        """The student's hidden state that predicts each scored token, [N_s, H_s], with gradient."""
+        return hidden_at_rows(model, side.input_ids, side.attention_mask, side.rows)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, AlignedBatch]], int | None]:
+    ) -> tuple[list[dict[str, Batch]], int | None]:
         """All micro-batches of one optimizer step, ready for `compute_loss`."""
         keep_after_forward(self.student, self.student_head.module)
         window = [batch["samples"] for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not window:
             return [], None
-        self.rows_of_window = [sample.where for batch in window for sample in batch]
+        self.finite.rows = [sample.where for batch in window for sample in batch]
         for projector in self.projectors.values():
             projector.grad = None  # the Trainer clears the gradients of its model only
-        self._drawn.clear()
-        if len(self.lanes) > 1:
-            return self._lanes_of(window)
-        batches = self.prepare_window(window)
-        self._watch_coverage(batches)
-        self.observer.window(batches)
-        return [{"batch": batch} for batch in batches], int(sum(batch.stats["tokens"] for batch in batches))
+        batches, step = self.prepare(window), self.state.global_step
+        dropped = sum(sum(one.reader.take_dropped().values()) for one in self.comparisons)
+        watch_coverage(batches, dropped, self.metrics, step=step, min_coverage=self.args.min_coverage)
+        self.observer.window(batches, self.model, step, self.state.logging_steps)
+        return [{"batch": batch} for batch in batches], int(sum(batch.scored for batch in batches))
 
-    def _lanes_of(self, window: Window) -> tuple[list[dict[str, Any]], int]:
-        """The same with several teachers: what each of them reads of every micro-batch."""
-        weights, routed = self.lane_weights([sample for batch in window for sample in batch])
-        found = [self.prepare_window(window) for _ in self.each_lane()]
-        if routed:
-            share_counts(found)
-        counted = [batch for batches in found for batch in batches] if routed else found[0]
-        self._watch_coverage(counted)
-        self.observer.window(found[0])
-        inputs = [{"batch": b[0], "lanes": list(b), "weights": weights} for b in zip(*found, strict=True)]
-        return inputs, int(sum(batch.stats["tokens"] for batch in counted))
+    # ---- what the student writes ---------------------------------------------------------------------------------
 
-    @abstractmethod
-    def prepare_window(self, window: Window) -> list[AlignedBatch]:
-        """Sample or read completions, align them, and count what the loss is averaged over."""
-
-    def write_completions(self, window: Window) -> list[list[ReadPair | None]]:
+    def student_writes(self, window: Window) -> Texts:
         """The student writes `num_generations` completions for each prompt of the window, in one call."""
         conversations = [[s.conversation for s in batch for _ in range(self.args.num_generations)] for batch in window]
-        prompts = [
-            [self.reader.prompt_ids(c, self.args.max_completion_length) for c in batch] for batch in conversations
-        ]
+        reader, longest = self.comparisons[0].reader, self.args.max_completion_length
+        prompts = [[reader.prompt_ids(c, longest) for c in batch] for batch in conversations]
         seeds = self.row_seeds("rollouts", window, self.args.num_generations)
-        asked = [row for batch in zip(conversations, prompts, seeds, strict=True) for row in zip(*batch, strict=True)]
-        kept = [(c, p, seed) for c, p, seed in asked if p is not None]
-        drawn = b"/".join(p.tobytes() for _, p, _ in kept)
-        if drawn not in self._drawn:
-            with gathered(self.student):  # also where there is nothing to write: other ranks gather too
-                own = [c for c, _, _ in kept], [p for _, p, _ in kept], [seed for _, _, seed in kept]
-                self._drawn[drawn] = self.complete(*own)
-        completions = iter(self._drawn[drawn])
-        return [
-            [None if p is None else self._read_sample(c, next(completions), p) for c, p in zip(*both, strict=True)]
+        rows = [row for batch in zip(conversations, prompts, seeds, strict=True) for row in zip(*batch, strict=True)]
+        kept = [(c, p, seed) for c, p, seed in rows if p is not None]
+        with gathered(self.student):  # also where there is nothing to write: other ranks gather too
+            own = [c for c, _, _ in kept], [p for _, p, _ in kept], [seed for _, _, seed in kept]
+            completions = iter(self.complete(*own))
+        reads = [
+            [self._read(c, p, None if p is None else next(completions)) for c, p in zip(*both, strict=True)]
             for both in zip(conversations, prompts, strict=True)
         ]
+        return Texts(reads, on_policy=True)
 
-    def _read_sample(self, conversation: Conversation, completion: Completion, prompt: Ids) -> ReadPair | None:
-        pair = self.reader.sampled(conversation, completion.ids, prompt)
-        return pair if pair is None or completion.logps is None else pair.with_logps(completion.logps)
+    def _read(self, conversation: Conversation, prompt: Ids | None, completion: Completion | None) -> Read:
+        """A completion as every comparison reads it."""
+        if completion is None:
+            return (None,) * len(self.comparisons)
+        pairs = [one.reader.sampled(conversation, completion.ids, prompt) for one in self.comparisons]
+        said = completion.logps
+        return tuple(pair if pair is None or said is None else pair.with_logps(said) for pair in pairs)
 
     def complete(
         self, conversations: Sequence[Conversation], prompts: Sequence[Ids], seeds: Sequence[int]
     ) -> list[Completion]:
         """One completion for each of the student's prompts, by the student as it is now or an engine's copy of it."""
         if self.rollouts.engine.own_weights:
-            return self.rollouts.write(prompts, seeds)
+            return self._write(prompts, seeds)
         return [Completion(ids) for ids in self.sample(conversations, prompts, seeds)]
 
     def sample(self, conversations: Sequence[Conversation], prompts: Sequence[Ids], seeds: Sequence[int]) -> list[Ids]:
         """The same by the student itself."""
-        return [one.ids for one in self.rollouts.write(prompts, seeds)]
+        return [one.ids for one in self._write(prompts, seeds)]
+
+    def _write(self, prompts: Sequence[Ids], seeds: Sequence[int]) -> list[Completion]:
+        longest, step = self.args.max_completion_length, self.state.global_step
+        return self.rollouts.write(self.student, step, prompts, longest=longest, seeds=seeds)
 
     def sampler_for(self, renderer: Renderer) -> TransformersSampler:
         """A sampler for one of the two models, at the temperature of `args`."""
@@ -253,49 +319,7 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         """The student's sampler."""
         return self.sampler_for(self.student_renderer)
 
-    def opens_thinking(self, conversation: Conversation) -> bool:
-        """Does the student answer inside a think block? The teacher is then put into one as well, or into none."""
-        return self.student_renderer.opens_thinking(conversation)
-
-    def teacher_prompts(self, conversations: Sequence[Conversation]) -> list[Ids]:
-        """What the teacher reads before it writes, in its own ids."""
-        read = [(self.reader.teacher_reads(c), self.opens_thinking(c)) for c in conversations]
-        return [self.teacher.renderer.prompt_ids(c, thinking=inside) for c, inside in read]
-
-    def align_window(self, window: Sequence[Sequence[ReadPair | None]], on_policy: bool) -> list[AlignedBatch]:
-        """The micro-batches of a window, samples of similar length together where the loss does not depend on it."""
-        split_matters = len(self.lanes) > 1 or any(term.objective.balanced_with_ce for term in self.terms)
-        together = self.args.num_generations if on_policy else 1
-        found = []
-        for batch in as_read(window) if split_matters else by_length(window, together):
-            found.append(self.align([pair for _, pair in batch], on_policy))
-            found[-1].places = [place for place, pair in batch if pair is not None]
-        return found
-
-    def align(self, pairs: Sequence[ReadPair | None], on_policy: bool) -> AlignedBatch:
-        """One micro-batch of pairs, on the training device."""
-        unscored = {Role.REASONING} if not self.args.score_reasoning else set()
-        unscored |= {Role.TOOL_CALL} if not self.args.score_tool_calls else set()
-        batch = align_pairs(
-            pairs,
-            pad_s=pad_id(self.student_renderer),
-            pad_t=pad_id(self.teacher.renderer),
-            on_policy=on_policy,
-            unscored_roles=frozenset(unscored),
-        )
-        batch = batch.to(self.args.device)
-        batch.asked = self.teacher.ask(batch.teacher, not self.same_vocabulary)  # answers come as the student works
-        return batch
-
-    def count_over_ranks(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """Sum each count over all ranks; one call per window."""
-        names = sorted(counts)
-        local = torch.tensor([float(counts[n]) for n in names], dtype=torch.float64, device=self._reduce_device)
-        return dict(zip(names, self.accelerator.reduce(local, "sum").tolist(), strict=True))
-
-    @property
-    def _reduce_device(self) -> torch.device:
-        return self.args.device if self.args.device.type != "mps" else torch.device("cpu")
+    # ---- chance and ranks ----------------------------------------------------------------------------------------
 
     def draw(self, what: str) -> float:
         """A uniform number in [0, 1) that depends on seed and step only: equal on all ranks and after a resume."""
@@ -315,145 +339,22 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         base = self.seed_for(what)
         return [[row_seed(base, place, i) for place in batch for i in range(per_row)] for batch in places]
 
-    def _watch_coverage(self, batches: Sequence[AlignedBatch]) -> None:
-        """Log the alignment of a window, and stop if too little of it could be aligned."""
-        totals: dict[str, float] = defaultdict(float)
-        for batch in batches:
-            for name, value in batch.stats.items():
-                totals[name] += value
-        totals["dropped_samples"] += sum(self.reader.take_dropped().values())
-        totals["windows"] += 1
-        totals["on_policy"] += batches[0].on_policy
-        self._metrics.add(totals)
-        coverage = totals["covered"] / max(totals["tokens"], 1)
-        if totals["tokens"] and coverage < self.args.min_coverage:
-            raise AlignmentError(
-                f"Only {coverage:.1%} of the student's scored tokens could be aligned with the teacher's in step "
-                f"{self.state.global_step}; min_coverage is {self.args.min_coverage:.0%}. Look at the pair's "
-                "tokenizers: a lossy normaliser on one side, or text that the teacher's context cannot hold, are the "
-                "usual reasons."
-            )
+    def count_over_ranks(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Sum each count over all ranks; every rank calls it at the same place."""
+        return sum_over_ranks(self.accelerator, counts)
 
-    # ---- one micro-batch ---------------------------------------------------------------------------------------
+    # ---- the optimizer's step ------------------------------------------------------------------------------------
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The micro-batch's share of the window's loss, in nats per item."""
-        with self.accelerator.autocast():  # around the heads as well: they run outside of the model's own forward
-            if "lanes" in inputs:
-                loss = self.lanes_loss(model, inputs["lanes"], inputs["weights"])
-            else:
-                loss = self.batch_loss(model, inputs["batch"])
-        return (loss, {}) if return_outputs else loss
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As `Trainer.training_step`; the loss is noted for `_get_grad_norm`."""
+        return self.finite.saw(inputs["batch"], super().training_step(model, inputs, num_items_in_batch))
 
-    @abstractmethod
-    def batch_loss(self, model: torch.nn.Module, batch: AlignedBatch) -> Tensor:
-        """Sum over the batch's items, each divided by the window's count: scalar, with gradient."""
-
-    def hidden_at_rows(self, model: torch.nn.Module, side: PackedSide) -> Tensor:
-        """The student's hidden state that predicts each scored token, [N_s, H_s], with gradient."""
-        for read, hidden in self._read or ():
-            if same_side(read, side):
-                return hidden
-        hidden = hidden_at_rows(model, side.input_ids, side.attention_mask, side.rows)
-        if self._read is not None:
-            self._read.append((side, hidden))
-        return hidden
-
-    def teacher_hidden(self, batch: AlignedBatch) -> Tensor:
-        """The teacher's, [N_t, H_t]; computed once per batch."""
-        if batch.teacher_hidden is None:
-            batch.teacher_hidden = self.ask_teacher(batch)
-        return batch.teacher_hidden
-
-    def ask_teacher(self, batch: AlignedBatch) -> Tensor:
-        """The teacher's hidden states, computed now."""
-        return local(self.teacher, "This objective").hidden(batch.teacher)
-
-    def teacher_logps(self, batch: AlignedBatch, temperature: float) -> Tensor:
-        """Log-prob of each token of the teacher's reading, nats, [N_t]."""
-        if batch.asked is not None:
-            return batch.asked.result().text(not self.same_vocabulary).to(self.args.device)
-        return self.logps(self.teacher_hidden(batch), batch.teacher, "teacher", temperature)
-
-    def logps(self, hidden: Tensor, side: PackedSide, whose: str, temperature: float = 1.0) -> Tensor:
-        """Log-prob of each written token, nats, [N], under the head of the "student" or the "teacher"."""
-        head, stop_ids = self.student_head, self.pair.stop_s
-        if whose == "teacher":
-            head, stop_ids = local(self.teacher, "A log-prob of hidden states").head, self.pair.stop_t
-        # With equal vocabularies the textbook compares the very id that was written, not the mass of the stop set.
-        stop = torch.zeros_like(side.stop) if self.same_vocabulary else side.stop
-        return token_logps(hidden, head, side.targets, stop, stop_ids, self.chunk_rows(), temperature)
-
-    # ---- the terms of the loss ---------------------------------------------------------------------------------
-
-    def requested_terms(self, auto: str, **defaults: Any) -> list[Term]:
-        """The terms that `args.objective` asks for; `defaults` are options of `jsd` and `strict`."""
-        requested: Any = self.args.objective
-        entries: list[Any] = [requested] if isinstance(requested, str) else list(requested)
-        entries = [{"name": one} if isinstance(one, str) else one for one in entries]
-        named = [{**one, "name": auto} if one.get("name") == "auto" else one for one in entries]
-        strict = {**defaults, "top_k": self.args.strict_top_k}
-        return terms_of(named, self.pair, {"jsd": defaults, "strict": strict, "top_k": defaults})
-
-    def term_counts(self, batches: Sequence[AlignedBatch]) -> dict[str, float]:
-        """Over how many items of these batches each term is averaged."""
-        return {term.name: sum(map(term.count, batches)) for term in self.terms}
-
-    def terms_loss(self, terms: Sequence[Term], hidden_s: Tensor, batch: AlignedBatch) -> Tensor:
-        """The batch's share of the weighted terms, each averaged over its own items."""
-        assert batch.counts is not None
-        loss = hidden_s.new_zeros(())
-        scores = self.scores(hidden_s, batch)
-        for term in terms:
-            share = term.weight * self.accelerator.num_processes / max(batch.counts[term.name], 1.0)
-            loss = loss + scores.loss(term, share, self._metrics.add_mean)
-        return loss
-
-    def scores(self, hidden_s: Tensor, batch: AlignedBatch) -> BatchScores:
-        """What both models say about a batch, for objectives to ask."""
-        student, teacher = self.student_renderer.vocabulary, self.teacher.renderer.vocabulary
-        keywords: dict[str, Any] = dict(
-            chunk_rows=self.chunk_rows,
-            temperature=self.args.kd_temperature,
-            stop_as_set=not self.same_vocabulary,
-            references=None if self.references is None else self._reference_logps,
-        )
-        of_student = Reader.of(self.student_head, student, self.pair.stop_s)
-        if batch.asked is not None:
-            return ScoredBatch(batch.asked.result(), batch, hidden_s, None, of_student, None, **keywords)
-        of_teacher = Reader.of(local(self.teacher, "A head").head, teacher, self.pair.stop_t)
-        return BatchScores(batch, hidden_s, self.teacher_hidden(batch), of_student, of_teacher, **keywords)
-
-    def _reference_logps(self, batch: AlignedBatch) -> tuple[Tensor, Tensor]:
-        assert self.references is not None
-        return reference_logps(self.references, batch, self.pair, not self.same_vocabulary, self.chunk_rows())
-
-    def chunk_rows(self, few_columns: bool = False) -> int:
-        """Rows of logits that exist at a time."""
-        both, device = (self.pair.size_s, self.pair.size_t), self.args.device
-        return self.args.rows_per_chunk or default_chunk_rows(*both, device, few_columns=few_columns)
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------
-
-    def train(self, *args: Any, **keywords: Any) -> Any:
-        """The Trainer's own. A served teacher or engine that is gone leaves a checkpoint of the last whole step."""
-        try:
-            return super().train(*args, **keywords)
-        except BaseException as error:
-            for lane in self.lanes:
-                lane.teacher.break_off()
-            if isinstance(error, (TeacherUnavailable, RolloutsUnavailable)) and self.args.world_size == 1:
-                folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
-                if not (folder / "trainer_state.json").exists():
-                    self._save_checkpoint(self.model_wrapped, None)
-                raise type(error)(f"{error} It is {folder}.") from None
-            raise
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The norm before the optimizer's step: the place to refuse it."""
+        norm, own = super()._get_grad_norm(model, grad_norm), self.projectors.values()
+        return self.finite.check(norm, self.state.global_step, (*model.parameters(), *own), own)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's own, and the projectors of the objectives."""
@@ -461,20 +362,90 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         add_to_optimizer(optimizer, self.projectors)
         return optimizer
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Six times parameters times student tokens of the batch."""
+        return 6 * self.student.num_parameters(exclude_embeddings=True) * inputs["batch"].student.input_ids.numel()
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As `Trainer.train`; resumes from whole checkpoints of this run only, and saves where the run must stop.
+
+        Raises:
+            CheckpointError: see `find_checkpoint`.
+            StoppedError: SIGTERM came; a checkpoint was saved.
+            TeacherUnavailable, RolloutsUnavailable: a server is gone; the last whole step was saved.
+        """
+        self.checkpoints.described()
+        chosen, watch = self.find_checkpoint(resume_from_checkpoint), StopOnSignal(self.accelerator)
+        self.add_callback(watch)
+        try:
+            with watch.listening():
+                done = super().train(chosen, trial, ignore_keys_for_eval)
+        except BaseException as error:
+            for one in self.comparisons:
+                one.teacher.break_off()
+            if isinstance(error, (TeacherUnavailable, RolloutsUnavailable)) and self.args.world_size == 1:
+                folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
+                if not (folder / "trainer_state.json").exists():
+                    self._save_checkpoint(self.model_wrapped, None)
+                raise type(error)(f"{error} It is {folder}.") from None
+            raise
+        finally:
+            self.remove_callback(watch)
+        if watch.stopped:
+            raise watch.error(self.state.global_step, self.args.output_dir)
+        return done
+
+    def find_checkpoint(self, resume: str | bool | None) -> str | None:
+        """The folder to resume from; see `Checkpoints.find`."""
+        return self.checkpoints.find(resume)
+
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be resumed."""
-        described = [describe_teacher(lane.teacher) for lane in self.lanes]
-        several = {lane.label: {**one, "weight": lane.weight} for lane, one in zip(self.lanes, described, strict=True)}
-        return {
-            "student": describe_model(self.student, self.student_renderer, weights=False),
-            "teacher": several if len(several) > 1 else described[0],
-            "objective": describe_objective(type(self).__name__, self.terms, self.args),
-        }
+        return describe_run(type(self).__name__, self.student, self.comparisons, self.args)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints go: beside their place while one is being written."""
+        beside = self.checkpoints.beside
+        return str(beside) if beside is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """The Trainer's checkpoint and the extras, as one folder that is whole or not there."""
+        run = Path(super()._get_output_dir(trial))
+        with self.checkpoints.saving(run, self.state) as made:
+            self.save_extras(made)
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(run / f"checkpoint-{self.state.global_step}"))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not before the checkpoint is in its place."""
 
     def save_extras(self, folder: Path) -> None:
-        """The projectors."""
+        """Write into a checkpoint what the Trainer does not keep itself; on every rank."""
         if self.projectors and self.is_world_process_zero():
             save_projectors(folder, self.projectors)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student so that the folder does not load before all of it is there."""
+        if _internal_call:
+            return super().save_model(output_dir, _internal_call=True)
+        target, save = Path(str(output_dir or self.args.output_dir)), super().save_model
+        self.checkpoints.save_model(target, lambda folder: save(folder, _internal_call=True))
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The Trainer's own, with the options as JSON instead of a pickle."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_options(Path(str(output_dir or self.args.output_dir)), self.args.to_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -486,13 +457,9 @@ class DistillationTrainer(HasLanes, FiniteSteps):
     def restore(self, checkpoint: Path) -> None:
         """Take up from `checkpoint` what the Trainer does not keep itself. Model and state are loaded already."""
         logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
-        self._metrics.num_tokens = logged[-1] if logged else 0.0
+        self.metrics.num_tokens = logged[-1] if logged else 0.0
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Six times parameters times student tokens of the batch."""
-        return 6 * self.student.num_parameters(exclude_embeddings=True) * inputs["batch"].student.input_ids.numel()
-
-    # ---- evaluation --------------------------------------------------------------------------------------------
+    # ---- evaluation ----------------------------------------------------------------------------------------------
 
     def evaluate(
         self,
@@ -515,24 +482,23 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         rows: Any = data
         samples = [to_sample(rows[i], where=f"evaluation row {i}") for i in range(rank, len(rows), world)]
         with gathered(self.student, *self.teacher_models()):
-            measured = [(lane.weight, self._evaluate_samples(samples)) for lane in self.each_lane()]
+            measured = [(one.weight, self._evaluate_samples(one, samples)) for one in self.comparisons]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in mean_metrics(measured).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def evaluator(self) -> Evaluator:
-        """Evaluates the student as it is now, against this trainer's teacher."""
-        return Evaluator(
-            self.student, self.reader, self.teacher, self.pair, batch_size=self.args.per_device_eval_batch_size
-        )
+    def evaluator(self, comparison: Comparison) -> Evaluator:
+        """Evaluates the student as it is now, against one teacher."""
+        size = self.args.per_device_eval_batch_size
+        return Evaluator(self.student, comparison.reader, comparison.teacher, comparison.pair, batch_size=size)
 
-    def _evaluate_samples(self, samples: list[Sample]) -> dict[str, float]:
+    def _evaluate_samples(self, comparison: Comparison, samples: list[Sample]) -> dict[str, float]:
         """Metrics over all ranks' samples. Every rank samples with the same seeds at every evaluation."""
-        evaluator = self.evaluator()
+        evaluator = self.evaluator(comparison)
         reference = evaluator.on_reference([s for s in samples if s.reply is not None])
         columns = {f"reference/{n}": getattr(reference, n) for n in ("nats", "num_bytes")}
-        if isinstance(self.teacher, ScoredTeacher):  # of which nobody can ask anything about new text
+        if isinstance(comparison.teacher, ScoredTeacher):  # of which nobody can ask anything about new text
             return reference_metrics(self._totals(columns))
         written = evaluator.on_policy(
             [s.conversation for s in samples],
@@ -540,19 +506,28 @@ class DistillationTrainer(HasLanes, FiniteSteps):
             max_new_tokens=self.args.max_completion_length,
             seed=self.args.seed,
         )
-        self.reader.take_dropped()
+        comparison.reader.take_dropped()
         columns |= {n: getattr(written, n) for n in OnPolicyReport.columns()}
-        return evaluation_metrics(self._totals(columns), whole_rows=self.teacher.level >= Level.HIDDEN)
+        return evaluation_metrics(self._totals(columns), whole_rows=comparison.teacher.level >= Level.HIDDEN)
 
     def _totals(self, columns: Mapping[str, Any]) -> dict[str, float]:
         return self.count_over_ranks({name: float(values.sum()) for name, values in columns.items()})
 
-    # ---- logging -----------------------------------------------------------------------------------------------
+    # ---- logging -------------------------------------------------------------------------------------------------
+
+    def _observe(self, phase: str) -> None:
+        """A few fixed prompts, before the first step and after the last one."""
+        data = self.eval_dataset or self.train_dataset
+        evaluator = self.evaluator(self.observer.comparison)
+        self.observer.fixed(phase, self.state.global_step, self.model, data, evaluator, self.sampler)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's log, with this log interval's own metrics of all ranks."""
         if "loss" in logs:
-            logs = {**logs, **self._metrics.take(lambda sums: self.count_over_ranks(with_all_names(sums)))}
+            for cache in (one.cache for one in self.comparisons if one.cache is not None):
+                for name, count in zip(("hits", "misses"), cache.take_counts(), strict=True):
+                    self.metrics.add_count(f"teacher/cache_{name}", count)
+            logs = {**logs, **self.metrics.take(lambda sums: self.count_over_ranks(with_all_names(sums)))}
             logs |= self.rollouts.take_metrics()
         super().log(logs, start_time)
 
@@ -571,11 +546,11 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         """Write `README.md` into the output folder: teacher, student, dataset, method and versions."""
         if not self.is_world_process_zero():
             return
-        student, teacher = self.student_renderer.vocabulary, self.teacher.renderer.vocabulary
+        student, teacher = self.student_renderer.vocabulary, self.comparisons[0].teacher.renderer.vocabulary
         card = model_card(
             model_name=model_name or Path(str(self.args.output_dir)).name,
             student=finetuned_from or self.student.config._name_or_path,
-            teacher=", ".join(lane.teacher.name for lane in self.lanes),
+            teacher=", ".join(one.teacher.name for one in self.comparisons),
             dataset=dataset if isinstance(dataset, str) else ", ".join(dataset or []) or None,
             method=type(self).__name__.removesuffix("Trainer"),
             vocabulary_s=f"{student.kind}, {len(student)} rows",
@@ -585,3 +560,10 @@ class DistillationTrainer(HasLanes, FiniteSteps):
             tags=[tags] if isinstance(tags, str) else tags,
         )
         card.save(Path(str(self.args.output_dir)) / "README.md")
+
+
+def auto_objective(comparison: Comparison) -> str:
+    """The objective that `auto` stands for."""
+    if comparison.teacher.level < Level.HIDDEN:
+        return "top_k" if comparison.teacher.level >= Level.TOP_K else "alm"
+    return "jsd" if comparison.reader.same_vocabulary else "strict"

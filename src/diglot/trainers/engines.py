@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from diglot.batches import AlignedBatch
+from diglot.comparisons import Batch
 from diglot.errors import ConfigError, RolloutError
-from diglot.heads import token_logps
+from diglot.heads import Head, token_logps
+from diglot.http.address import checked_address
+from diglot.options import DistillationConfig
 from diglot.rendering import Renderer
 from diglot.rollouts import Completion, RolloutEngine, TransformersSampler
-from diglot.teachers.address import checked_address
-from diglot.trainers.config import DistillationConfig
+from diglot.trainers.ranks import reduce_device
+from diglot.watching.metrics import StepMetrics
 
 if TYPE_CHECKING:
     from diglot.rollouts.engine import Ids
     from diglot.rollouts.vllm_wire import Sampling
     from diglot.rollouts.weights import WeightsFolder
-    from diglot.trainers.base import DistillationTrainer
 
 FAR = 1.0
 """Nats, mean over a micro-batch: far beyond what rounding makes; other weights or another tokenizer do."""
@@ -73,34 +76,31 @@ def _colocated(args: DistillationConfig, sampling: Sampling, weights: WeightsFol
 
 
 class Rollouts:
-    """The completions of `trainer`'s student, by its engine."""
+    """The student's completions by an engine, and how far the engine's log-probs are from the student's.
 
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self.trainer = trainer
-        sampler = trainer.sampler_for(trainer.student_renderer)
-        self.engine = make_engine(trainer.args, trainer.student_renderer, sampler)
+    Every process calls each method at the same steps.
+    """
+
+    def __init__(self, engine: RolloutEngine, accelerator: Accelerator, metrics: StepMetrics, cap: float | None) -> None:
+        self.engine, self.accelerator, self.metrics = engine, accelerator, metrics
+        self.cap = cap  # largest weight of a token by which the engine is made up for; None: it is not
         self._synced: int | None = None  # the step whose weights the engine has
         self._largest = 0.0
 
-    def write(self, prompts: Sequence[Ids], seed: int | Sequence[int]) -> list[Completion]:
-        """One completion for each prompt, by the student as it is now. Every rank calls it at the same steps."""
-        trainer = self.trainer
-        self._sync()
-        longest = trainer.args.max_completion_length
-        return self.engine.write(trainer.student, prompts, max_new_tokens=longest, seed=seed)
-
-    def _sync(self) -> None:
-        trainer, step = self.trainer, self.trainer.state.global_step
-        if not self.engine.own_weights or self._synced == step:
-            return
-        trainer.accelerator.wait_for_everyone()  # nobody has a request under way
-        if trainer.is_world_process_zero():
-            self.engine.sync(trainer.student)
-        trainer.accelerator.wait_for_everyone()
-        self._synced = step
+    def write(
+        self, student: PreTrainedModel, step: int, prompts: Sequence[Ids], *, longest: int, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """One completion for each prompt, by the student as it is now."""
+        if self.engine.own_weights and self._synced != step:
+            self.accelerator.wait_for_everyone()  # nobody has a request under way
+            if self.accelerator.is_main_process:
+                self.engine.sync(student)
+            self.accelerator.wait_for_everyone()
+            self._synced = step
+        return self.engine.write(student, prompts, max_new_tokens=longest, seed=seeds)
 
     @torch.no_grad()
-    def measure(self, batch: AlignedBatch, hidden: Tensor) -> None:
+    def measure(self, batch: Batch, hidden: Tensor, head: Head, step: int) -> None:
         """Compare the engine's log-probs of a batch with the student's when it wrote; sets `batch.sampler_weight`.
 
         Args:
@@ -112,38 +112,37 @@ class Rollouts:
         said = batch.logp_sampler
         if said is None or batch.sampler_weight is not None or not len(said):
             return
-        trainer, side = self.trainer, batch.student
+        side, comparison = batch.student, batch.views[0].comparison
         none = torch.zeros_like(side.stop)  # the very id that was sampled, not the whole stop set
-        own = token_logps(
-            hidden.detach(), trainer.student_head, side.targets, none, trainer.pair.stop_s, trainer.chunk_rows()
-        )
+        rows, stop_ids = comparison.chunk_rows(), comparison.pair.stop_s
+        own = token_logps(hidden.detach(), head, side.targets, none, stop_ids, rows)
         difference = own.float() - said.to(own.device)
-        gap, cap = difference.abs(), trainer.args.vllm_importance_sampling_clip_max
+        gap = difference.abs()
         if not torch.isfinite(gap).all():
             return  # of the student's own; the loss is no number then, and that is dealt with there
-        self._refuse(float(gap.mean()))
+        _refuse(float(gap.mean()), step)
         self._largest = max(self._largest, float(gap.max()))
-        add = trainer._metrics.add_mean
-        add("sampling/logp_gap_mean", float(gap.sum()), len(gap))
-        ratio = difference.exp()
-        if trainer.args.vllm_importance_sampling_correction:
-            batch.sampler_weight = ratio.clamp(max=cap)
-            add("sampling/weight_clipped", float((ratio > cap).sum()), len(gap))
-
-    def _refuse(self, mean: float) -> None:
-        if mean <= FAR:
-            return
-        raise RolloutError(
-            f"In step {self.trainer.state.global_step} the engine's log-probs of its own samples are {mean:.2f} nats a "
-            f"token away from the student's, expected less than {FAR:.0f}: it does not have the student's weights, or "
-            "reads other tokens. Look at its log for weights that were not loaded, at whether another run uses it, and "
-            "at its --logprobs-mode; restart it with the student. The optimizer was not run."
-        )
+        self.metrics.add_mean("sampling/logp_gap_mean", float(gap.sum()), len(gap))
+        if self.cap is not None:
+            ratio = difference.exp()
+            batch.sampler_weight = ratio.clamp(max=self.cap)
+            self.metrics.add_mean("sampling/weight_clipped", float((ratio > self.cap).sum()), len(gap))
 
     def take_metrics(self) -> dict[str, float]:
-        """What sums cannot hold, over all ranks since the last call. Every rank calls it at the same steps."""
+        """What sums cannot hold, over all ranks since the last call."""
         if not self.engine.own_weights:
             return {}
-        mine = torch.tensor([self._largest], device=self.trainer._reduce_device)
+        mine = torch.tensor([self._largest], device=reduce_device(self.accelerator.device))
         self._largest = 0.0
-        return {"sampling/logp_gap_max": float(self.trainer.accelerator.gather(mine).max())}
+        return {"sampling/logp_gap_max": float(self.accelerator.gather(mine).max())}
+
+
+def _refuse(mean: float, step: int) -> None:
+    if mean <= FAR:
+        return
+    raise RolloutError(
+        f"In step {step} the engine's log-probs of its own samples are {mean:.2f} nats a token away from the student's, "
+        f"expected less than {FAR:.0f}: it does not have the student's weights, or reads other tokens. Look at its log "
+        "for weights that were not loaded, at whether another run uses it, and at its --logprobs-mode; restart it with "
+        "the student. The optimizer was not run."
+    )

@@ -8,83 +8,85 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from diglot.batches import AlignedBatch
+from diglot.checkpoints.batches import save_batches
+from diglot.checkpoints.saving import any_rank
+from diglot.comparisons import Batch
 from diglot.errors import NonFiniteError
-from diglot.trainers.config import DistillationConfig
-from diglot.trainers.metrics import StepMetrics
-from diglot.trainers.replay import save_batches
-from diglot.trainers.saving import WholeCheckpoints, any_rank
+from diglot.options import DistillationConfig
+from diglot.watching.metrics import StepMetrics
 
 logger = logging.getLogger(__name__)
 
 KEPT_WINDOWS = 10  # of skipped steps, their batches on disk
 
 
-class FiniteSteps(WholeCheckpoints):
-    """A trainer that stops (or skips the step, `on_nonfinite`) instead of stepping on what is no number."""
+class FiniteSteps:
+    """Stops a run (or skips the step, `on_nonfinite`) instead of stepping on what is no number."""
 
-    args: DistillationConfig
-    _metrics: StepMetrics
-    projectors: dict[str, torch.nn.Parameter]
-    rows_of_window: list[str]  # names of the rows behind the window, for messages
-    skipped_steps = 0
-    _seen: Sequence[tuple[AlignedBatch, float]] = ()  # micro-batches of the window and their losses
+    def __init__(self, accelerator: Accelerator, args: DistillationConfig, metrics: StepMetrics) -> None:
+        self.accelerator, self.args, self.metrics = accelerator, args, metrics
+        self.rows: list[str] = []  # names of the rows behind the window, for messages
+        self.skipped = 0
+        self._seen: list[tuple[Batch, float]] = []  # micro-batches of the window and their losses
 
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """As `Trainer.training_step`; keeps what `_get_grad_norm` will look at."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+    def saw(self, batch: Batch, loss: Tensor) -> Tensor:
+        """Note a micro-batch's loss; what is no number is logged as 0."""
         value = float(loss)
-        self._seen = [*self._seen, (inputs["batch"], value)]
+        self._seen.append((batch, value))
         return loss if math.isfinite(value) else torch.zeros_like(loss)
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """The norm before the optimizer's step: the place to refuse it."""
-        norm = super()._get_grad_norm(model, grad_norm)
+    def check(self, norm: Any, step: int, parameters: Iterable[Tensor], unclipped: Iterable[Tensor]) -> Any:
+        """The gradient norm of a window, or 0 where its step is skipped: all gradients are cleared then.
+
+        Args:
+            parameters: all that the optimizer steps on.
+            unclipped: those of which the norm knows nothing.
+
+        Raises:
+            NonFiniteError: loss or gradient is no finite number, and the run is to stop.
+        """
         value = math.nan if norm is None else float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        seen, self._seen = list(self._seen), ()
+        seen, self._seen = self._seen, []
         bad = [(batch, loss) for batch, loss in seen if not math.isfinite(loss)]
-        wrong = bool(bad) or not (norm is None or self._gradients_are_finite(value))
-        if not any_rank(self, wrong):
+        wrong = bool(bad) or not (norm is None or self._gradients_are_finite(value, unclipped))
+        if not any_rank(self.accelerator, wrong):
             return norm
-        self._refuse(model, bad or seen, bad[0][1] if bad else None, value)
+        self._refuse(step, bad or seen, bad[0][1] if bad else None, value)
+        for parameter in parameters:  # the optimizer passes over parameters without a gradient
+            parameter.grad = None
         return torch.zeros(()) if isinstance(norm, Tensor) else 0.0
 
-    def _gradients_are_finite(self, norm: float) -> bool:
+    def _gradients_are_finite(self, norm: float, unclipped: Iterable[Tensor]) -> bool:
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None and scaler.is_enabled():
             return True  # float16: the scaler looks for overflow itself, skips the step and lowers its scale
-        own = [p.grad for p in self.projectors.values() if p.grad is not None]
+        own = [p.grad for p in unclipped if p.grad is not None]
         return math.isfinite(norm) and all(bool(torch.isfinite(g).all()) for g in own)
 
-    def _refuse(
-        self, model: torch.nn.Module, batches: list[tuple[AlignedBatch, float]], loss: float | None, norm: float
-    ) -> None:
-        """Keep the batches, then stop, or clear all gradients: the optimizer passes over parameters without one."""
-        step, rank = self.state.global_step, self.args.process_index
+    def _refuse(self, step: int, batches: list[tuple[Batch, float]], loss: float | None, norm: float) -> None:
+        """Keep the batches, then stop, or say that the step is skipped."""
         what = f"The gradient norm of step {step} is {norm}" if loss is None else f"The loss of step {step} is {loss}"
         place = None
-        if self.skipped_steps < KEPT_WINDOWS:
+        if self.skipped < KEPT_WINDOWS:
+            rank = self.args.process_index
             place = Path(str(self.args.output_dir)) / "nonfinite" / f"step-{step}-rank-{rank}"
-            about = {"step": step, "rows": self.rows_of_window, "losses": [one for _, one in batches], "norm": norm}
+            about = {"step": step, "rows": self.rows, "losses": [one for _, one in batches], "norm": norm}
             save_batches(place, [batch for batch, _ in batches], {**about, "seed": self.args.seed})
-        rows = ", ".join(self.rows_of_window)
-        told = f"{what}, expected a finite number (rows: {rows}). The batch is in {place}: see diglot.trainers.replay."
+        rows = ", ".join(self.rows)
+        said = f"{what}, expected a finite number (rows: {rows}). The batch is in {place}: see diglot.trainers.replay."
         if self.args.on_nonfinite == "stop":
             raise NonFiniteError(
-                f"{told} The optimizer was not run. Lower the learning rate, look at the batch, or go on over such "
+                f"{said} The optimizer was not run. Lower the learning rate, look at the batch, or go on over such "
                 "steps with on_nonfinite='skip'."
             )
-        self.skipped_steps += 1
-        self._metrics.add_count("nonfinite_steps", 1.0 / self.accelerator.num_processes)
-        logger.warning("%s The step is skipped.", told)
-        for parameter in (*model.parameters(), *self.projectors.values()):
-            parameter.grad = None
+        self.skipped += 1
+        self.metrics.add_count("nonfinite_steps", 1.0 / self.accelerator.num_processes)
+        logger.warning("%s The step is skipped.", said)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from diglot.batches import AlignedBatch, ReadPair
+from diglot.batches import ReadPair
+from diglot.comparisons import Comparison, Read, Term, defaults_of, entries_of, terms_of
 from diglot.data import Sample
 from diglot.errors import ConfigError
 from diglot.heads import gathered
+from diglot.options import GKDConfig
 from diglot.teachers import local
 from diglot.teachers.cache import cached
-from diglot.trainers.base import DistillationTrainer, Window
-from diglot.trainers.config import GKDConfig
-from diglot.trainers.served import auto_objective
+from diglot.trainers.base import DistillationTrainer, Texts, Window, auto_objective
 
 
 class GKDTrainer(DistillationTrainer):
@@ -29,73 +28,62 @@ class GKDTrainer(DistillationTrainer):
     args: GKDConfig
     config_class = GKDConfig
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        folder = self.args.teacher_cache_dir
+    def terms(self, comparison: Comparison, teachers: int) -> list[Term]:
+        args, auto = self.args, auto_objective(comparison)
+        if args.seq_kd:
+            local(comparison.teacher, "seq_kd (the teacher writes)")
+        if args.teacher_cache_dir is not None:
+            local(comparison.teacher, "teacher_cache_dir (hidden states)")
+        entries = [{**one, "name": auto} if one["name"] == "auto" else one for one in entries_of(args.objective)]
+        return terms_of(entries, comparison.pair, defaults_of(args, args.beta))
+
+    def _to_device(self) -> dict[str, Any]:
+        found, folder = super()._to_device(), self.args.teacher_cache_dir
         if folder is not None and self.is_fsdp_enabled:
             raise ConfigError(
                 f"teacher_cache_dir={folder!r} lets each process ask the teacher about other texts, and FSDP spreads "
                 "the teacher over all of them. Drop it, or run without FSDP."
             )
-        for _ in self.each_lane():
-            self.cached_teacher = None if folder is None else cached(self.teacher, folder)
+        if folder is not None:
+            self.comparisons = [replace(one, cache=cached(one.teacher, folder)) for one in self.comparisons]
+        return found
 
-    def _prepare_objectives(self) -> None:
+    def texts(self, window: Window) -> Texts:
+        """One draw a step decides who writes: the student, or the data (with `seq_kd` each teacher)."""
+        if self.draw("lmbda") < self.args.lmbda:
+            return self.student_writes(window)
         if self.args.seq_kd:
-            local(self.teacher, "seq_kd (the teacher writes)")
-        auto = auto_objective(self.teacher, self.same_vocabulary)
-        self.terms = self.requested_terms(auto, beta=self.args.beta)
+            return self.teachers_write(window)
+        reads = [[tuple(one.reader.written(s) for one in self.comparisons) for s in batch] for batch in window]
+        return Texts(reads, on_policy=False, from_data=True)
 
-    # ---- the window --------------------------------------------------------------------------------------------
+    def teachers_write(self, window: Window) -> Texts:
+        """Each teacher writes in its own ids and template, and is compared on its own text."""
+        seeds = self.row_seeds("seq_kd", window)
+        reads: list[list[Read]] = [[] for _ in window]
+        for k, one in enumerate(self.comparisons):
+            written = self._written_by(one, window, seeds)
+            for batch, found in zip(window, reads, strict=True):
+                own = [next(written) for _ in batch]
+                found += [tuple(pair if j == k else None for j in range(len(self.comparisons))) for pair in own]
+        return Texts(reads, on_policy=False, by_all=False)
 
-    def prepare_window(self, window: Window) -> list[AlignedBatch]:
-        on_policy = self.draw("lmbda") < self.args.lmbda
-        if on_policy:
-            pairs = self.write_completions(window)
-        elif self.args.seq_kd:
-            pairs = self.teacher_completions(window)
-        else:
-            pairs = [[self.reader.written(sample) for sample in batch] for batch in window]
-        batches = self.align_window(pairs, on_policy)
-        counts = self.count_over_ranks(self.term_counts(batches))
-        for batch in batches:
-            batch.counts = counts
-        return batches
-
-    def teacher_completions(self, window: Window) -> list[list[ReadPair | None]]:
-        """The teacher writes in its own ids and template; both sides then read its text."""
-        renderer = self.teacher.renderer
+    def _written_by(self, one: Comparison, window: Window, seeds: list[list[int]]) -> Iterator[ReadPair | None]:
+        """What a teacher writes for the rows of the window, as both sides read it."""
         samples = [sample for batch in window for sample in batch]
-        prompts = self.teacher_prompts([s.conversation for s in samples])
-        with local(self.teacher, "seq_kd").running() as model, gathered(*self.teacher_models()):
-            completions = self.sampler_for(renderer)(
+        prompts = one.teacher_prompts([s.conversation for s in samples])
+        with local(one.teacher, "seq_kd").running() as model, gathered(*self.teacher_models()):
+            completions = self.sampler_for(one.teacher.renderer)(
                 model,
                 prompts,
                 max_new_tokens=self.args.max_completion_length,
-                seed=[seed for batch in self.row_seeds("seq_kd", window) for seed in batch],
+                seed=[seed for batch in seeds for seed in batch],
             )
-        pairs = iter(map(self._teacher_wrote, samples, completions))
-        return [[next(pairs) for _ in batch] for batch in window]
+        return (self._teacher_wrote(one, s, ids) for s, ids in zip(samples, completions, strict=True))
 
-    def _teacher_wrote(self, sample: Sample, completion: Any) -> ReadPair | None:
-        inside = self.opens_thinking(sample.conversation)
-        read = self.reader.teacher_reads(sample.conversation)
-        written = self.teacher.renderer.from_sampled(read, completion, thinking=inside)
+    def _teacher_wrote(self, one: Comparison, sample: Sample, completion: Any) -> ReadPair | None:
+        inside = self.student_renderer.opens_thinking(sample.conversation)
+        read = one.reader.teacher_reads(sample.conversation)
+        written = one.teacher.renderer.from_sampled(read, completion, thinking=inside)
         reply = written.segment_bytes[-1].decode("utf-8")
-        return self.reader.written(Sample(sample.conversation, reply, sample.where), stopped=written.stopped[-1])
-
-    def ask_teacher(self, batch: AlignedBatch) -> Tensor:
-        """From the cache where the text is the dataset's: what is sampled does not come again."""
-        if self.cached_teacher is None or batch.on_policy or self.args.seq_kd:
-            return super().ask_teacher(batch)
-        hidden = self.cached_teacher.hidden(batch.teacher)
-        for name, count in zip(("hits", "misses"), self.cached_teacher.take_counts(), strict=True):
-            self._metrics.add_count(f"teacher/cache_{name}", count)
-        return hidden
-
-    # ---- the loss ----------------------------------------------------------------------------------------------
-
-    def batch_loss(self, model: torch.nn.Module, batch: AlignedBatch) -> Tensor:
-        hidden = self.hidden_at_rows(model, batch.student)
-        self.rollouts.measure(batch, hidden)  # before the first step on what was written
-        return hidden.sum() * 0.0 + self.terms_loss(self.terms, hidden, batch)
+        return one.reader.written(Sample(sample.conversation, reply, sample.where), stopped=written.stopped[-1])

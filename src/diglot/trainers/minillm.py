@@ -14,31 +14,34 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from diglot.batches import AlignedBatch, pack
+from diglot.batches import ReadPair, pad_id
+from diglot.batches.windows import RepeatedWindows
+from diglot.checkpoints.held import HeldBatch, load_held, save_held
+from diglot.comparisons import Batch, Comparison, Term, View, defaults_of, entries_of, make_batch, scores_of, terms_of
+from diglot.comparisons.counts import set_counts
+from diglot.comparisons.scores import check_temperature
 from diglot.data import to_sample
 from diglot.errors import ConfigError
 from diglot.heads import gathered
-from diglot.objectives import Level, RowObjective, make_objective
-from diglot.objectives.span import clipped_policy_gradient, span_advantages
-from diglot.rendering import Conversation
+from diglot.objectives import Level, PolicyGradient, Rollout, make_objective
+from diglot.objectives.span import span_advantages
+from diglot.options import MiniLLMConfig
+from diglot.rendering import Conversation, Rendered
 from diglot.rollouts import TeacherMixture, continue_prefixes, mixture_weight, write_prefixes
 from diglot.teachers import local
-from diglot.trainers.base import DistillationTrainer, Ids, Window
-from diglot.trainers.collate import pad_id
-from diglot.trainers.config import MiniLLMConfig
-from diglot.trainers.held import HeldBatch, load_held, save_held
-from diglot.trainers.lanes import Lane
-from diglot.trainers.served import auto_objective
-from diglot.trainers.terms import Term
-from diglot.trainers.windows import RepeatedWindows
+from diglot.trainers.base import DistillationTrainer, Ids, Texts, Window, auto_objective
 
 logger = logging.getLogger(__name__)
 
@@ -48,59 +51,105 @@ class MiniLLMTrainer(DistillationTrainer):
 
     Args:
         lm_dataset: rows with a completion (or `text`) for the language-modelling loss, weighted by `args.lm_coef`.
+
+    All others are those of `DistillationTrainer`.
     """
 
     args: MiniLLMConfig
     config_class = MiniLLMConfig
-    reads_rewards = True
+    held: list[Batch] | None = None  # batches that serve several optimizer steps
 
-    def __init__(self, *args: Any, lm_dataset: Any | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        teacher_model: PreTrainedModel | str | Sequence[Any] | None = None,
+        args: MiniLLMConfig | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: Any | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None = None,
+        *,
+        lm_dataset: Dataset | None = None,
+    ) -> None:
+        super().__init__(
+            model, teacher_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
+            callbacks, optimizers, peft_config, teacher_processing_class,
+        )  # fmt: skip
         self.lm_dataset = lm_dataset
-        super().__init__(*args, **kwargs)
-        if lm_dataset is not None and self.args.lm_coef > 0 and self.is_fsdp_enabled:
+        self.mixed_alpha = self._mixed_alpha()
+        if lm_dataset is None or self.args.lm_coef == 0:
+            return
+        if self.is_fsdp_enabled:
             raise ConfigError(
                 "lm_dataset needs a second forward pass before the backward pass, behind which FSDP frees the head "
                 "that the first one still needs. Drop lm_dataset, set lm_coef to 0, or run without FSDP."
             )
+        term = Term("lm", self.args.lm_coef, make_objective("ce", self.comparisons[0].pair), "minillm/lm_", True)
+        common = dict(label="lm", weight=1.0, terms=(term,), unscored_roles=frozenset(), asks=False)
+        self.imitations = [replace(self.comparisons[0], **common)]  # type: ignore[arg-type]
 
-    def _prepare_objectives(self) -> None:
-        if len(self.lanes) > 1 and self.args.teacher_mixed_alpha > 0:
-            self.args.teacher_mixed_alpha = 0.0
-            logger.warning("teacher_mixed_alpha is 0: with several teachers the student writes alone.")
-        if self.teacher.level < Level.HIDDEN:
-            self._without_hidden_states()
-        if self.args.use_vllm and self.args.teacher_mixed_alpha > 0:
-            self.args.teacher_mixed_alpha = 0.0
-            logger.warning("teacher_mixed_alpha is 0: vLLM samples from the student alone (use_vllm).")
-        auto = auto_objective(self.teacher, self.same_vocabulary)
-        if self.args.objective == "auto" and not self.args.single_step_decomposition:
-            self.terms = []
-        elif self.args.objective == "auto":
-            # All shared tokens and one bin for the rest: nothing of the single step is ignored.
-            exact = {} if self.same_vocabulary else {"top_k": None, "residual": True}
-            options: dict[str, Any] = {"beta": 1.0, **exact}
-            self.terms = [Term("single_step", 1.0, make_objective(auto, self.pair, **options))]
-        else:
-            self.terms = self.requested_terms(auto, beta=1.0)
+    # ---- what is compared ----------------------------------------------------------------------------------------
 
-    def _without_hidden_states(self) -> None:
-        """Switch off what a served teacher cannot give, in the options too, and say so."""
-        args, gives = self.args, f"{self.teacher.name}, which gives {self.teacher.level.name}"
-        if args.objective == "auto" and args.single_step_decomposition:
-            if not args.rkl_advantage:
-                raise ConfigError(
-                    "rkl_advantage=False leaves MiniLLM's single-step part alone, which needs the teacher's whole "
-                    f"rows, and the teacher is {gives}. Set rkl_advantage, or name an objective."
-                )
-            args.single_step_decomposition = False
-            logger.warning(
-                "The single-step part is off: it needs the teacher's whole rows, and the teacher is %s. Its rewards "
-                "stay in the policy gradient, which has more variance; the expectation is the same.",
-                gives,
+    def terms(self, comparison: Comparison, teachers: int) -> list[Term]:
+        """The policy gradient, and the exact single step (`auto`) or what `objective` names beside it."""
+        args, found, named = self.args, [], []
+        if args.rkl_advantage:
+            found.append(Term("policy_gradient", 1.0, PolicyGradient(epsilon=args.epsilon), "minillm/", True))
+        if comparison.teacher.level < Level.HIDDEN:
+            check_temperature(args.kd_temperature, "log-probs")
+        for entry in entries_of(args.objective):
+            if entry["name"] != "auto":
+                named.append(entry)
+            elif self._has_single_step(comparison):
+                weight, auto = float(entry.get("weight", 1.0)), auto_objective(comparison)
+                # All shared tokens and one bin for the rest: nothing of the single step is ignored.
+                exact: dict[str, Any] = {} if auto == "jsd" else {"top_k": None, "residual": True}
+                found.append(Term("single_step", weight, make_objective(auto, comparison.pair, beta=1.0, **exact)))
+        return found + terms_of(named, comparison.pair, defaults_of(args, 1.0))
+
+    def _has_single_step(self, comparison: Comparison) -> bool:
+        """Is the single step an exact divergence? A teacher without whole rows rewards it instead, which is said."""
+        args, teacher = self.args, comparison.teacher
+        if not args.single_step_decomposition or teacher.level >= Level.HIDDEN:
+            return args.single_step_decomposition
+        gives = f"{teacher.name}, which gives {teacher.level.name}"
+        if not args.rkl_advantage:
+            raise ConfigError(
+                "rkl_advantage=False leaves MiniLLM's single-step part alone, which needs the teacher's whole "
+                f"rows, and the teacher is {gives}. Set rkl_advantage, or name an objective."
             )
-        if args.teacher_mixed_alpha > 0:
-            args.teacher_mixed_alpha = 0.0
-            logger.warning("teacher_mixed_alpha is 0: the teacher cannot write, it is %s.", gives)
+        logger.warning(
+            "The single-step part is off: it needs the teacher's whole rows, and the teacher is %s. Its rewards "
+            "stay in the policy gradient, which has more variance; the expectation is the same.",
+            gives,
+        )
+        return False
+
+    def _mixed_alpha(self) -> float:
+        """`teacher_mixed_alpha`, or 0 where the teacher cannot take part in sampling; says why."""
+        alpha, teacher = self.args.teacher_mixed_alpha, self.comparisons[0].teacher
+        if alpha == 0:
+            return 0.0
+        if len(self.comparisons) > 1:
+            why = "with several teachers the student writes alone"
+        elif teacher.level < Level.HIDDEN:
+            why = f"the teacher cannot write, it is {teacher.name}, which gives {teacher.level.name}"
+        elif self.args.use_vllm:
+            why = "vLLM samples from the student alone (use_vllm)"
+        else:
+            return alpha
+        logger.warning("teacher_mixed_alpha is 0: %s.", why)
+        return 0.0
+
+    def items(self, view: View) -> Mapping[str, float]:
+        """An exact single step belongs to the same mean over tokens as the policy gradient; others have their own."""
+        tokens, terms = float(view.read.written.usable_s.sum()), view.comparison.terms
+        return {**view.items(), **{t.name: tokens for t in terms if t.objective.is_single_step}}
 
     def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler | None:
         """Each window of data comes `num_iterations` times in a row: an inner epoch is one optimizer step."""
@@ -111,26 +160,113 @@ class MiniLLMTrainer(DistillationTrainer):
         window = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         return RepeatedWindows(len(dataset), window, args.num_iterations, seed=args.data_seed or args.seed)
 
-    # ---- the window --------------------------------------------------------------------------------------------
+    # ---- the window ----------------------------------------------------------------------------------------------
 
-    def prepare_window(self, window: Window) -> list[AlignedBatch]:
-        if self._held is None or self.state.global_step % self.args.num_iterations == 0:
-            self._held = self._prepare_rollouts(self.align_window(self.write_completions(window), on_policy=True))
-        if self.lm_dataset is not None and self.args.lm_coef > 0:
-            self._attach_references(self._held)
-        for batch in self._held:
-            self._log_rollout(batch)
-        return self._held
+    def prepare(self, window: Window) -> list[Batch]:
+        """Completions and their rewards serve `num_iterations` steps; texts to imitate are drawn for each."""
+        if self.held is None or self.state.global_step % self.args.num_iterations == 0:
+            self.held = self.rewarded(super().prepare(window))
+        if self.imitations:
+            self._attach_references(self.held)
+        for view, rollout in self._views(self.held):
+            gap = float(rollout.logp_old.sum() - rollout.logp_t.sum())
+            self.metrics.add_mean("reverse_kl", gap, len(view.read.pairs))  # nats per completion, one sample each
+            if rollout.weight is not None:
+                self.metrics.add_mean("minillm/weight", float(rollout.weight.sum()), len(rollout.weight))
+        return self.held
 
-    def _prepare_rollouts(self, batches: list[AlignedBatch]) -> list[AlignedBatch]:
-        for batch in batches:
-            self._score(batch)
+    def texts(self, window: Window) -> Texts:
+        return self.student_writes(window)
+
+    @staticmethod
+    def _views(batches: Sequence[Batch]) -> list[tuple[View, Rollout]]:
+        return [(view, view.rollout) for batch in batches for view in batch.views if view.rollout is not None]
+
+    @torch.no_grad()
+    def rewarded(self, batches: list[Batch], known: Mapping[tuple[int, int], Tensor] | None = None) -> list[Batch]:
+        """Log-probs of the completions under both models as they are now, weights of sampling, and advantages.
+
+        `known`: the student's log-probs of batch and view, where they were kept from when it wrote.
+        """
+        temperature, alpha = self.args.kd_temperature, self.mixed_alpha
+        for i, batch in enumerate(batches):
+            hidden = self.hidden_at_rows(self.student, batch.student)
+            self.rollouts.measure(batch, hidden, self.student_head, self.state.global_step)
+            for k, view in enumerate(batch.views):
+                scores = scores_of(batch, view, hidden, self.student_head)
+                logp_old = scores.student_text(temperature) if known is None else known[i, k]
+                logp_t = scores.teacher_text(temperature)  # the student first: a served teacher answers meanwhile
+                weight = None
+                if alpha > 0:
+                    longest = self.args.max_completion_length if view.comparison.stop_as_set else None
+                    weight = mixture_weight(logp_old, logp_t, view.read.alignment, alpha, longest)
+                batch.views[k] = replace(view, rollout=Rollout(logp_old, logp_t, weight))
         self._set_advantages(batches)
         return batches
 
+    def _set_advantages(self, batches: Sequence[Batch]) -> None:
+        """Advantages of the window, whitened for each comparison over all its tokens on all ranks."""
+        found: dict[tuple[int, int], Tensor] = {}
+        sums: dict[str, float] = {}
+        for i, batch in enumerate(batches):
+            for k, view in enumerate(batch.views):
+                found[i, k] = values = self.advantages(view)
+                scored = values[torch.from_numpy(view.read.written.usable_s).to(values.device)].double()
+                for name, of in (("count", len(scored)), ("sum", scored.sum()), ("squares", scored.square().sum())):
+                    sums[f"{k}/{name}"] = sums.get(f"{k}/{name}", 0.0) + float(of)
+        totals = self.count_over_ranks(sums)
+        for (i, k), values in found.items():
+            count = max(totals[f"{k}/count"], 1.0)
+            mean = totals[f"{k}/sum"] / count
+            deviation = max(totals[f"{k}/squares"] / count - mean * mean, 0.0) ** 0.5
+            if self.args.whiten_advantages:
+                values = (values - mean) / (deviation + 1e-8)
+            view = batches[i].views[k]
+            assert view.rollout is not None
+            batches[i].views[k] = replace(view, rollout=replace(view.rollout, advantage=values))
+
+    def advantages(self, view: View) -> Tensor:
+        """Advantages of one view as the rewards give them, [N_s]."""
+        assert view.rollout is not None
+        return span_advantages(
+            view.rollout.logp_old,
+            view.rollout.logp_t,
+            view.read.alignment,
+            gamma=self.args.gamma,
+            length_normalization=self.args.length_normalization,
+            reward_clip=self.args.reward_clip,
+            dense=self.dense(view),
+        )
+
+    def dense(self, view: View) -> Tensor | None:
+        """Which student tokens have the single-step part as an exact divergence, bool [N_s]: not rewarded for it."""
+        exact = [term for term in view.comparison.terms if term.objective.is_single_step]
+        if not exact:
+            return None
+        covered = torch.zeros_like(view.read.alignment.chunk_s, dtype=torch.bool)
+        for term in exact:
+            rows: Any = view.plans[term.name]
+            covered.index_fill_(0, rows.student.to(covered.device), True)
+        return covered
+
+    def _attach_references(self, batches: Sequence[Batch]) -> None:
+        """Give each micro-batch rows of `lm_dataset`, chosen by seed, step and place: the same after a resume."""
+        assert self.lm_dataset is not None
+        (compared,), data = self.imitations, self.lm_dataset
+        seeds = self.row_seeds("lm", [range(self.args.train_batch_size)] * len(batches))
+        for batch, of_batch in zip(batches, seeds, strict=True):
+            rows = [random.Random(seed).randrange(len(data)) for seed in of_batch]
+            samples = [to_sample(data[i], where=f"lm_dataset row {i}") for i in rows]
+            texts = [(s.conversation, r) for s in samples if (r := compared.reader.reference(s)) is not None]
+            reads = [(_alone(conversation, rendered),) for conversation, rendered in texts]
+            batch.reference = make_batch([compared], reads, range(len(reads)), on_policy=False)
+        set_counts([b.reference for b in batches if b.reference], View.items, self.count_over_ranks)
+
+    # ---- teacher-mixed sampling ----------------------------------------------------------------------------------
+
     def sample(self, conversations: Sequence[Conversation], prompts: Sequence[Ids], seeds: Sequence[int]) -> list[Ids]:
         """Completions of the student, or of the mixture of student and teacher (`teacher_mixed_alpha`)."""
-        if self.args.teacher_mixed_alpha == 0:
+        if self.mixed_alpha == 0:
             return super().sample(conversations, prompts, seeds)
         with gathered(*self.teacher_models()):
             return self._sample_mixed(conversations, prompts, seeds) if prompts else []
@@ -139,16 +275,17 @@ class MiniLLMTrainer(DistillationTrainer):
         self, conversations: Sequence[Conversation], prompts: Sequence[Ids], seeds: Sequence[int]
     ) -> list[Ids]:
         """Completions of the mixture."""
-        alpha, longest = self.args.teacher_mixed_alpha, self.args.max_completion_length
-        teacher, student = local(self.teacher, "teacher_mixed_alpha"), self.student
-        if self.same_vocabulary:
-            own = self.teacher_prompts(conversations)
-            mixture = TeacherMixture(teacher.model, own, pad_id(teacher.renderer), alpha, teacher.running)
+        alpha, longest = self.mixed_alpha, self.args.max_completion_length
+        (one,), student = self.comparisons, self.student
+        teacher = local(one.teacher, "teacher_mixed_alpha")
+        if one.reader.same_vocabulary:
+            own, pad = one.teacher_prompts(conversations), pad_id(teacher.renderer)
+            mixture = TeacherMixture(teacher.model, own, pad, alpha, teacher.running)
             return self.sampler(student, prompts, max_new_tokens=longest, seed=seeds, processors=[mixture])
         with teacher.running() as model:
             prefixes = write_prefixes(
-                [self.reader.teacher_reads(c) for c in conversations],
-                [self.opens_thinking(c) for c in conversations],
+                [one.reader.teacher_reads(c) for c in conversations],
+                [self.student_renderer.opens_thinking(c) for c in conversations],
                 model,
                 teacher.renderer,
                 self.student_renderer,
@@ -159,169 +296,64 @@ class MiniLLMTrainer(DistillationTrainer):
             )
         return continue_prefixes(self.sampler, student, prompts, prefixes, max_new_tokens=longest, seed=seeds)
 
-    @torch.no_grad()
-    def _score(self, batch: AlignedBatch) -> None:
-        """Log-probs of the completion under both models as they are now, and the weights of teacher-mixed sampling."""
-        temperature = self.args.kd_temperature
-        if batch.logp_old is None:  # given when the rollouts come from a checkpoint
-            hidden = self.hidden_at_rows(self.student, batch.student)
-            batch.logp_old = self.logps(hidden, batch.student, "student", temperature)
-            self.rollouts.measure(batch, hidden)
-        batch.logp_t = self.teacher_logps(batch, temperature)  # the student first: a served teacher answers meanwhile
-        if self.args.teacher_mixed_alpha > 0:
-            batch.weight = mixture_weight(
-                batch.logp_old,
-                batch.logp_t,
-                batch.alignment,
-                self.args.teacher_mixed_alpha,
-                None if self.same_vocabulary else self.args.max_completion_length,
-            )
-
-    def _set_advantages(self, batches: Sequence[AlignedBatch]) -> None:
-        """Advantages of the window, whitened over all its tokens on all ranks, and the counts of each term."""
-        found = [self._raw_advantages(batch) for batch in batches]
-        scored = [values[self._scored(batch)].double() for values, batch in zip(found, batches, strict=True)]
-        sums = self.count_over_ranks(
-            {
-                "tokens": float(sum(len(values) for values in scored)),
-                "sum": float(sum(values.sum() for values in scored)),
-                "squares": float(sum(values.square().sum() for values in scored)),
-                **self.term_counts(batches),
-            }
-        )
-        count = max(sums["tokens"], 1.0)
-        # An exact single step belongs to the same sum over tokens as the policy gradient; others have their own mean.
-        terms = {t.name: sums["tokens"] if _is_single_step(t) else sums[t.name] for t in self.terms}
-        mean = sums["sum"] / count
-        deviation = max(sums["squares"] / count - mean * mean, 0.0) ** 0.5
-        for batch, values in zip(batches, found, strict=True):
-            batch.counts = {"tokens": sums["tokens"], **terms}
-            batch.advantage = (values - mean) / (deviation + 1e-8) if self.args.whiten_advantages else values
-
-    def _raw_advantages(self, batch: AlignedBatch) -> Tensor:
-        """Advantages of one micro-batch as the rewards give them, [N_s]."""
-        assert batch.logp_old is not None and batch.logp_t is not None
-        return span_advantages(
-            batch.logp_old,
-            batch.logp_t,
-            batch.alignment,
-            gamma=self.args.gamma,
-            length_normalization=self.args.length_normalization,
-            reward_clip=self.args.reward_clip,
-            dense=self._dense(batch),
-        )
-
-    def _scored(self, batch: AlignedBatch) -> Tensor:
-        """Which student tokens lie in an exact chunk, bool [N_s]."""
-        return batch.alignment.in_exact_chunk(batch.alignment.chunk_s)
-
-    def _dense(self, batch: AlignedBatch) -> Tensor | None:
-        """Which student tokens have the single-step part as an exact divergence, bool [N_s]: not rewarded for it."""
-        exact = [term for term in self.terms if _is_single_step(term)]
-        if not exact:
-            return None
-        covered = torch.zeros_like(batch.alignment.chunk_s, dtype=torch.bool)
-        for term in exact:
-            covered.index_fill_(0, term.plan(batch).student.to(covered.device), True)
-        return covered
-
-    def _log_rollout(self, batch: AlignedBatch) -> None:
-        assert batch.logp_old is not None and batch.logp_t is not None
-        gap = float(batch.logp_old.sum() - batch.logp_t.sum())
-        self._metrics.add_mean("reverse_kl", gap, batch.stats["samples"])  # nats per completion, one sample each
-        if batch.weight is not None:
-            self._metrics.add_mean("minillm/weight", float(batch.weight.sum()), len(batch.weight))
-
-    # ---- the loss ----------------------------------------------------------------------------------------------
-
-    def batch_loss(self, model: torch.nn.Module, batch: AlignedBatch) -> Tensor:
-        assert batch.counts is not None
-        share = self.accelerator.num_processes / max(batch.counts["tokens"], 1.0)
-        hidden = self.hidden_at_rows(model, batch.student)
-        loss = hidden.sum() * 0.0
-        if self.args.rkl_advantage:
-            loss = loss + share * self._policy_gradient(hidden, batch)
-        if self.terms:
-            loss = loss + self.terms_loss(self.terms, hidden, batch)
-        if self.lm_dataset is not None and self.args.lm_coef > 0:
-            lm_share = self.args.lm_coef * self.accelerator.num_processes / max(batch.counts["lm"], 1.0)
-            loss = loss + lm_share * self._language_modelling(model, batch)
-        return loss
-
-    def _policy_gradient(self, hidden: Tensor, batch: AlignedBatch) -> Tensor:
-        assert batch.logp_old is not None and batch.advantage is not None
-        logp = self.logps(hidden, batch.student, "student", self.args.kd_temperature)
-        surrogate, clipped = clipped_policy_gradient(
-            logp, batch.logp_old, batch.advantage, self.args.epsilon, batch.weight
-        )
-        if batch.sampler_weight is not None:
-            surrogate = surrogate * batch.sampler_weight
-        scored = self._scored(batch)
-        self._metrics.add_mean("minillm/clip_ratio", float((clipped & scored).sum()), float(scored.sum()))
-        return surrogate[scored].sum()
-
-    # ---- the language-modelling loss ---------------------------------------------------------------------------
-
-    def _attach_references(self, batches: Sequence[AlignedBatch]) -> None:
-        """Give each micro-batch rows of `lm_dataset`, chosen by seed, step and place: the same after a resume."""
-        assert self.lm_dataset is not None
-        seeds = self.row_seeds("lm", [range(self.args.train_batch_size)] * len(batches))
-        for batch, of_batch in zip(batches, seeds, strict=True):
-            rows = [random.Random(seed).randrange(len(self.lm_dataset)) for seed in of_batch]
-            samples = [to_sample(self.lm_dataset[i], where=f"lm_dataset row {i}") for i in rows]
-            rendered = [r for sample in samples if (r := self.reader.reference(sample)) is not None]
-            segments = [len(r.segment_bytes) for r in rendered]
-            batch.reference = pack(rendered, segments, pad_id(self.student_renderer)).to(self.args.device)
-        total = self.count_over_ranks({"lm": float(sum(len(b.reference.rows) for b in batches if b.reference))})
-        for batch in batches:
-            batch.counts = {**(batch.counts or {}), **total}
-
-    def _language_modelling(self, model: torch.nn.Module, batch: AlignedBatch) -> Tensor:
-        """Cross-entropy on the reference text: sum over its tokens, nats."""
-        assert batch.reference is not None
-        hidden = self.hidden_at_rows(model, batch.reference)
-        logp = self.logps(hidden, batch.reference, "student")
-        self._metrics.add_mean("minillm/lm_loss", -float(logp.detach().sum()), len(logp))
-        return -logp.sum()
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def save_extras(self, folder: Path) -> None:
         """Also the completions that the next inner epochs still need."""
         super().save_extras(folder)
-        for lane in self.lanes:
-            if lane.held is not None and not self.args.save_only_model:
-                save_held(folder, self._held_name(lane), [_held_of(batch) for batch in lane.held])
+        if self.held is not None and not self.args.save_only_model:
+            for k in range(len(self.comparisons)):
+                save_held(folder, self._held_name(k), [held_of(batch, k) for batch in self.held])
+
+    def _held_name(self, k: int) -> str:
+        """What the completions of a comparison are called beside a checkpoint."""
+        rank = self.args.process_index
+        return f"{rank}-{k}" if k else str(rank)
 
     def restore(self, checkpoint: Path) -> None:
         super().restore(checkpoint)
-        for lane in self.each_lane():
-            self._restore_held(load_held(checkpoint, self._held_name(lane)))
-
-    def _held_name(self, lane: Lane) -> str:
-        """What the completions of a lane are called beside a checkpoint."""
-        rank, number = self.args.process_index, self.lanes.index(lane)
-        return f"{rank}-{number}" if number else str(rank)
-
-    def _restore_held(self, held: list[HeldBatch] | None) -> None:
-        if held is None or self.state.global_step % self.args.num_iterations == 0:
+        kept = [load_held(checkpoint, self._held_name(k)) for k in range(len(self.comparisons))]
+        if None in kept or self.state.global_step % self.args.num_iterations == 0:
             return
-        batches = []
-        for one in held:
-            pairs = [self.reader.sampled(c, ids) for c, ids in zip(one.conversations, one.completions, strict=True)]
-            batches.append(self.align(pairs, on_policy=True))
-            batches[-1].logp_old, batches[-1].places = one.logp_old.to(self.args.device), one.places
-            if one.sampler_weight is not None:
-                batches[-1].sampler_weight = one.sampler_weight.to(self.args.device)
-        self._held = self._prepare_rollouts(batches)
+        held: list[list[HeldBatch]] = [one for one in kept if one is not None]
+        batches = [self._restored(of_views) for of_views in zip(*held, strict=True)]
+        known = {
+            (i, k): one.logp_old.to(self.args.device) for k, of_k in enumerate(held) for i, one in enumerate(of_k)
+        }
+        routed = any(c.route is not None for of_k in held for one in of_k for c in one.conversations)
+        set_counts(batches, self.items, self.count_over_ranks, routed and len(self.comparisons) > 1)
+        self.held = self.rewarded(batches, known)
+
+    def _restored(self, of_views: Sequence[HeldBatch]) -> Batch:
+        """A micro-batch from what was kept of each view."""
+        reads: dict[int, list[ReadPair | None]] = {}
+        for k, (one, comparison) in enumerate(zip(of_views, self.comparisons, strict=True)):
+            places = one.places if one.places is not None else range(len(one.completions))
+            for place, conversation, ids in zip(places, one.conversations, one.completions, strict=True):
+                pairs = reads.setdefault(place, [None] * len(self.comparisons))
+                pairs[k] = comparison.reader.sampled(conversation, ids)
+        batch = make_batch(self.comparisons, [tuple(r) for r in reads.values()], list(reads), on_policy=True)
+        for view, weight in ((v, h.sampler_weight) for v, h in zip(batch.views, of_views, strict=True)):
+            if weight is not None:
+                if batch.sampler_weight is None:
+                    batch.sampler_weight = torch.ones(len(batch.student.rows), device=self.args.device)
+                own = slice(None) if view.tokens is None else view.tokens
+                batch.sampler_weight[own] = weight.to(self.args.device)
+        return batch
 
 
-def _is_single_step(term: Term) -> bool:
-    return isinstance(term.objective, RowObjective) and term.objective.is_single_step
+def _alone(conversation: Conversation, rendered: Rendered) -> ReadPair:
+    """A text that only the student reads."""
+    scored = int((rendered.segment >= 0).sum())
+    return ReadPair(conversation, rendered, rendered, np.zeros(scored, dtype=np.bool_))
 
 
-def _held_of(batch: AlignedBatch) -> HeldBatch:
-    assert batch.logp_old is not None
-    completions = [pair.student.ids[pair.prompt_length :] for pair in batch.pairs]
-    conversations = [pair.conversation for pair in batch.pairs]
-    return HeldBatch(conversations, completions, batch.logp_old, batch.places, batch.sampler_weight)
+def held_of(batch: Batch, k: int) -> HeldBatch:
+    """What the next steps need of one view."""
+    view, weight = batch.views[k], batch.sampler_weight
+    assert view.rollout is not None
+    pairs = view.read.pairs
+    completions = [pair.student.ids[pair.prompt_length :] for pair in pairs]
+    places = batch.places if view.texts is None else [batch.places[i] for i in view.texts]
+    own = None if weight is None else view.of_own(weight)
+    return HeldBatch([pair.conversation for pair in pairs], completions, view.rollout.logp_old, places, own)

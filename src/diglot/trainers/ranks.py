@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
@@ -26,6 +27,19 @@ def row_places(sizes: Sequence[int], batch_size: int, rank: int, world_size: int
 def row_seed(base: int, place: int, generation: int = 0) -> int:
     """The seed of one completion of one row."""
     return random.Random(f"{base}/{place}/{generation}").getrandbits(63)
+
+
+def reduce_device(device: torch.device) -> torch.device:
+    """Where sums in float64 can be reduced."""
+    return device if device.type != "mps" else torch.device("cpu")
+
+
+def sum_over_ranks(accelerator: Accelerator, counts: Mapping[str, float]) -> dict[str, float]:
+    """Sum each count over all ranks, in one exchange."""
+    names = sorted(counts)
+    device = reduce_device(accelerator.device)
+    local = torch.tensor([float(counts[n]) for n in names], dtype=torch.float64, device=device)
+    return dict(zip(names, accelerator.reduce(local, "sum").tolist(), strict=True))
 
 
 def with_all_names(sums: Mapping[str, float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from diglot.errors import ConfigError, DiglotError, TeacherError, TeacherUnavailable
-from diglot.teachers.address import KEY_VARIABLE, is_loopback, key_from_environment
+from diglot.http.address import KEY_VARIABLE, is_loopback, key_from_environment
 
 try:
     import httpx

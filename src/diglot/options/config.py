@@ -6,7 +6,6 @@ documentation show; `metadata["group"]` says under which heading.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from diglot.errors import ConfigError
-from diglot.teachers.address import checked_address, is_address
-from diglot.trainers.ranges import check_ranges, check_texts
-from diglot.trainers.secrets import is_secret, without_secrets
+from diglot.http.address import checked_address, is_address
+from diglot.options.ranges import as_mapping, check_ranges, check_texts
+from diglot.options.secrets import is_secret, without_secrets
 
 
 def option(default: Any, text: str, group: str, **metadata: Any) -> Any:
@@ -33,18 +32,6 @@ _MAPPINGS = (
     "model_init_kwargs", "chat_template_kwargs", "teacher_model_init_kwargs", "teacher_chat_template_kwargs",
     "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs",
 )  # fmt: skip
-
-
-def _mapping(name: str, value: object) -> dict[str, Any] | None:
-    """A mapping, also where it comes as JSON text."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{name}={value!r} is no JSON: {error}. Write a mapping, for instance {{}}.") from error
-    if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"{name}={value!r} cannot work: it must be a mapping.")
-    return value
 
 
 @dataclass
@@ -217,10 +204,6 @@ class DistillationConfig(TrainingArguments):
         "Logging",
     )
 
-    def name_of(self, teacher: Any) -> Any:
-        """Model id, folder or address of the teacher that a trainer was given; None for a model that is loaded."""
-        return teacher if isinstance(teacher, str) else self.teacher_model_name_or_path if teacher is None else None
-
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled holds no keys."""
         return {k: None if is_secret(k) else without_secrets(v) for k, v in vars(self).items()}
@@ -230,7 +213,7 @@ class DistillationConfig(TrainingArguments):
         check_texts(vars(self))
         super().__post_init__()
         for name in _MAPPINGS:
-            setattr(self, name, _mapping(name, getattr(self, name)))
+            setattr(self, name, as_mapping(name, getattr(self, name)))
         self._check_server()
         self._check_vllm()
         for one in fields(self):

@@ -6,6 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
+from torch import Tensor
+
 from diglot.evaluation import OnPolicyReport
 
 Reduce = Callable[[Mapping[str, float]], dict[str, float]]
@@ -44,6 +46,12 @@ class StepMetrics:
         self._means[f"{name}|total"] += total
         self._means[f"{name}|count"] += count
 
+    def add_values(self, metrics: Mapping[str, Tensor], logged: Callable[[str], str]) -> None:
+        """The mean of each metric's values, of those that are numbers; `logged` gives its name in the log."""
+        for name, values in metrics.items():
+            known = values.detach()[~values.isnan()]
+            self.add_mean(logged(name), float(known.sum()), len(known))
+
     def add_count(self, name: str, count: float) -> None:
         """A metric of its own: how often something happened, on all ranks together."""
         self._counts[name] += count
@@ -54,15 +62,16 @@ class StepMetrics:
         `reduce` sums over ranks, and may add names that only other ranks have.
         """
         known = {name: self._sums[name] for pair in RATIOS.values() for name in pair}
-        sums = reduce({**known, "dropped_samples": self._sums["dropped_samples"], **self._means, **self._counts})
-        self.num_tokens += sums["tokens"]
+        plain = {name: self._sums[name] for name in ("dropped_samples", "scored")}
+        sums = reduce({**known, **plain, **self._means, **self._counts})
+        self.num_tokens += sums["scored"]
         logs = {name: sums[top] / sums[bottom] for name, (top, bottom) in RATIOS.items() if sums[bottom]}
         logs |= {
             name: sums[f"{name}|total"] / count
             for key in sums
             if key.endswith("|total") and (count := sums[f"{(name := key[:-6])}|count"])
         }
-        ours = {*known, "dropped_samples"}
+        ours = {*known, *plain}
         logs |= {name: value for name, value in sums.items() if name not in ours and "|" not in name}
         logs["completions/clipped_ratio"] = 1 - logs.pop("completions/stopped_ratio", 1.0)
         logs["align/dropped_samples"] = sums["dropped_samples"]

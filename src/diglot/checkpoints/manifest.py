@@ -20,8 +20,8 @@ from diglot.rendering import Renderer
 from diglot.teachers import LocalTeacher, Teacher
 from diglot.teachers.adapter import AdapterOff
 from diglot.teachers.scored import ScoredTeacher
-from diglot.trainers.config import DistillationConfig
-from diglot.trainers.terms import Term
+from diglot.comparisons import Comparison, Term
+from diglot.options import DistillationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +73,31 @@ def describe_objective(trainer: str, terms: Sequence[Term], args: DistillationCo
     heading = [f.name for f in fields(args) if f.metadata.get("group") == "Objective" and f.name not in _WITHOUT_EFFECT]
     return {
         "trainer": trainer,
-        "terms": [[term.name, term.weight] for term in terms],
+        "terms": [[term.name, term.weight] for term in terms if not term.built_in],
         "requested": args.objective,
         **{name: getattr(args, name) for name in heading},
+    }
+
+
+def describe_run(
+    trainer: str, student: PreTrainedModel, comparisons: Sequence[Comparison], args: DistillationConfig
+) -> dict[str, Any]:
+    """What a checkpoint must agree with to be resumed: `student`, `teacher` and `objective`, as plain values."""
+    described = [describe_teacher(one.teacher) for one in comparisons]
+    several = {c.label: {**one, "weight": c.weight} for c, one in zip(comparisons, described, strict=True)}
+    return {
+        "student": describe_model(student, comparisons[0].reader.student, weights=False),
+        "teacher": several if len(several) > 1 else described[0],
+        "objective": describe_objective(trainer, comparisons[0].terms, args),
+    }
+
+
+def run_facts(args: Any) -> dict[str, Any]:
+    """What else a manifest says: options, versions and processes that the last bit depends on."""
+    return {
+        "options": {name: getattr(args, name) for name in SHAPING if hasattr(args, name)},
+        "versions": versions(),
+        "world": {"processes": args.world_size, "device": args.device.type},
     }
 
 

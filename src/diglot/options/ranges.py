@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from diglot.errors import ConfigError
 
@@ -93,3 +95,15 @@ def check_texts(values: Mapping[str, object]) -> None:
 def _one_of(name: str, value: object, known: set[str]) -> None:
     if value not in known:
         raise ConfigError(f"{name}={value!r} cannot work: it must be one of {', '.join(sorted(known))}.")
+
+
+def as_mapping(name: str, value: object) -> dict[str, Any] | None:
+    """A mapping, also where it comes as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{name}={value!r} is no JSON: {error}. Write a mapping, for instance {{}}.") from error
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{name}={value!r} cannot work: it must be a mapping.")
+    return value

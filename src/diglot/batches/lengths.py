@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diglot.batches import AlignedBatch, ReadPair
+from diglot.batches.reading import ReadPair
 
 Placed = tuple[int, ReadPair | None]
 
@@ -42,9 +42,3 @@ def _longest(run: Sequence[Placed]) -> tuple[int, int]:
     """The student is the one that is trained, so its length counts first."""
     pairs = [pair for _, pair in run if pair is not None]
     return max(len(p.student.ids) for p in pairs), max(len(p.teacher.ids) for p in pairs)
-
-
-def in_order_of_data(batches: Sequence[AlignedBatch]) -> list[ReadPair]:
-    """The pairs of a window as the data have them, whatever micro-batch they went into."""
-    placed = [both for b in batches for both in zip(b.places or range(len(b.pairs)), b.pairs, strict=True)]
-    return [pair for _, pair in sorted(placed, key=lambda both: both[0])]

@@ -10,23 +10,24 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diglot.comparisons.terms import Term
 from diglot.errors import ConfigError
 from diglot.heads import Head
-from diglot.objectives import ProjectedObjective
-from diglot.trainers.terms import Term
+from diglot.objectives import Objective
 
 FILE = "projectors.safetensors"
 
 
 def make_projectors(terms: Sequence[Term], student: Head, teacher: Head | None) -> dict[str, nn.Parameter]:
-    """Prepare the terms that have projectors; all of their parameters by name."""
-    found: dict[str, nn.Parameter] = {}
-    for term in terms:
-        if isinstance(term.objective, ProjectedObjective):
-            assert teacher is not None  # the level was checked
-            term.objective.prepare(_weight(student), _weight(teacher))
-            found |= {f"{term.name}.{name}": p for name, p in term.objective.projectors.items()}
-    return found
+    """The trainable parameters of all terms by name, made from the output embeddings of both models."""
+    if teacher is None or not any(_has_own(term) for term in terms):
+        return {}
+    weights = _weight(student), _weight(teacher)
+    return {f"{t.name}.{name}": p for t in terms for name, p in t.objective.parameters(*weights).items()}
+
+
+def _has_own(term: Term) -> bool:
+    return type(term.objective).parameters is not Objective.parameters
 
 
 def add_to_optimizer(optimizer: torch.optim.Optimizer, projectors: dict[str, nn.Parameter]) -> None:

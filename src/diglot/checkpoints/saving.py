@@ -1,0 +1,187 @@
+"""Checkpoints that are all or nothing, and resuming from what is whole and the run's own only.
+
+A checkpoint is written into a folder beside its place, sealed with a manifest and renamed, so that what is under its
+name is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from diglot.checkpoints import durable
+from diglot.checkpoints.manifest import check_same, run_facts
+from diglot.errors import CheckpointError, StoppedError
+from diglot.options.secrets import without_secrets
+
+logger = logging.getLogger(__name__)
+
+ARGS_FILE = "training_args.json"
+_LOADABLE = ("config.json", "adapter_config.json")  # without one of them a folder is no model
+
+
+class Checkpoints:
+    """Where a run saves, and what it resumes from. All processes call each method at the same step."""
+
+    def __init__(self, accelerator: Accelerator, args: TrainingArguments, identity: Callable[[], dict[str, Any]]) -> None:
+        self.accelerator, self.args, self._identify = accelerator, args, identity
+        self.beside: Path | None = None  # where a checkpoint is being written
+        self._identity: dict[str, Any] | None = None
+
+    def described(self) -> dict[str, Any]:
+        """All that a manifest says about the run besides its files."""
+        if self._identity is None:  # once, before training: the Trainer itself changes configurations when it starts
+            self._identity = self._identify()
+        return json.loads(json.dumps({**self._identity, **run_facts(self.args)}, default=str))
+
+    @contextlib.contextmanager
+    def saving(self, run: Path, state: TrainerState) -> Iterator[Path]:
+        """A folder that is checkpoint `state.global_step` of `run` once the block has ended well, and nothing before."""
+        step, main = state.global_step, self.args.should_save
+        if main:
+            durable.tidy(run)
+        self.accelerator.wait_for_everyone()
+        self.beside = run / f"{durable.BESIDE}{step}"
+        made, target = self.beside / f"checkpoint-{step}", run / f"checkpoint-{step}"
+        try:
+            made.mkdir(parents=True, exist_ok=True)
+            yield made
+        finally:
+            self.beside = None
+        self.accelerator.wait_for_everyone()
+        if main:
+            if state.best_model_checkpoint == str(made):  # the state must name the place where it will be
+                state.best_model_checkpoint = str(target)
+                state.save_to_json(str(made / TRAINER_STATE_NAME))
+            durable.seal(made, {"step": step, **self.described()})
+            durable.place(made, target)
+            shutil.rmtree(made.parent, ignore_errors=True)
+            rotate(run, self.args.save_total_limit, state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, target: Path, save: Callable[[str], None]) -> None:
+        """`save` the student into a folder beside `target`, which does not load before all of it is there."""
+        beside = target / f"{durable.BESIDE}model"
+        if self.args.should_save:
+            shutil.rmtree(beside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        save(str(beside))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and beside.is_dir():
+            durable.move_files(beside, target, last=_LOADABLE)
+
+    def find(self, resume: str | bool | None) -> str | None:
+        """The folder to resume from, whole, undamaged and of this run; None to start anew.
+
+        Raises:
+            CheckpointError: no whole checkpoint, a damaged one, or one of another run; says what differs.
+        """
+        if resume is None or resume is False:
+            return None
+        run = Path(str(self.args.output_dir))
+        if self.args.should_save:
+            durable.tidy(run)
+        self.accelerator.wait_for_everyone()
+        chosen = last_whole(run) if resume is True else Path(str(resume))
+        read = durable.verify if self.args.should_save else durable.read_manifest
+        check_same(read(chosen), self.described(), chosen)
+        return str(chosen)
+
+
+def write_options(folder: Path, options: Mapping[str, Any]) -> None:
+    """The options as JSON, without keys, in place of the Trainer's pickle."""
+    (folder / "training_args.bin").unlink(missing_ok=True)
+    text = json.dumps(without_secrets(dict(options)), indent=1, sort_keys=True, default=str)
+    (folder / ARGS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends training after the step in which SIGTERM came, on whatever rank, with a checkpoint. A second one kills."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.asked = self.stopped = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGTERM is noted inside; only the main thread can do that."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+        logger.warning("SIGTERM: the run saves a checkpoint behind this step and stops. Once more kills it.")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Ask for a checkpoint and for the end."""
+        if any_rank(self.accelerator, self.asked):
+            self.stopped = control.should_save = control.should_training_stop = True
+        return control
+
+    def error(self, step: int, run: Any) -> StoppedError:
+        """What a stopped run raises."""
+        return StoppedError(
+            f"Stopped by SIGTERM behind step {step}. checkpoint-{step} in {run} is whole: go on with "
+            "--resume_from_checkpoint.",
+            128 + signal.SIGTERM,
+        )
+
+
+def any_rank(accelerator: Accelerator, flag: bool) -> bool:
+    """Is `flag` set on any rank? One small reduction where there are several."""
+    if accelerator.num_processes == 1:
+        return flag
+    given = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(given, "sum").item())
+
+
+def last_whole(run: Path) -> Path:
+    """The whole checkpoint of `run` with the highest step; those that are not whole are named and passed over.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for step, folder in sorted(_checkpoints(run), reverse=True):
+        why = durable.problem(folder)
+        if why is None:
+            return folder
+        logger.warning("checkpoint-%d is passed over: %s", step, why)
+    raise CheckpointError(f"There is no whole checkpoint in {run}. Start anew, without resume_from_checkpoint.")
+
+
+def rotate(run: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest whole checkpoints beyond `limit`; never the newest, never the best."""
+    if not limit or limit <= 0:
+        return
+    whole = [(durable.age(f), step, f) for step, f in _checkpoints(run) if durable.problem(f) is None]
+    ordered = [folder for _, _, folder in sorted(whole)]
+    kept = {*ordered[-1:], *(f for f in ordered if best and f == Path(best))}
+    spare = [folder for folder in ordered if folder not in kept]
+    for folder in spare[: max(len(ordered) - max(limit, len(kept)), 0)]:
+        durable.remove(folder)
+
+
+def _checkpoints(run: Path) -> list[tuple[int, Path]]:
+    found = run.glob("checkpoint-*") if run.is_dir() else ()
+    return [(int(n), f) for f in found if f.is_dir() and (n := f.name.removeprefix("checkpoint-")).isdigit()]

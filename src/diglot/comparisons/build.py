@@ -1,0 +1,267 @@
+"""From names and options to a student, and one comparison with each teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from diglot.batches import PairReader
+from diglot.comparisons.comparison import Comparison
+from diglot.comparisons.connect import connect_teacher, kept_teacher
+from diglot.comparisons.scores import check_temperature
+from diglot.comparisons.terms import Term, check_level
+from diglot.data import Sample
+from diglot.errors import ConfigError, DataError
+from diglot.objectives import Level, Pair
+from diglot.options import DistillationConfig, TeacherOptions
+from diglot.rendering import Renderer, Role
+from diglot.teachers import LocalTeacher, Teacher, find_teacher_tokenizer
+from diglot.teachers.adapter import OWN_BASE, AdapterOff
+from diglot.teachers.loading import INERT, load_teacher_model, split_gguf
+
+Tokenizer = PreTrainedTokenizerBase
+
+
+def load_student(
+    student: PreTrainedModel | str, tokenizer: Tokenizer | None, args: DistillationConfig
+) -> tuple[PreTrainedModel, Renderer]:
+    """The student and what it reads; its tokenizer is by default the one beside its weights.
+
+    Raises:
+        ConfigError: arguments for loading a model that is loaded already.
+        VocabularyError: a tokenizer that does not belong to its model, or whose bytes cannot be known.
+    """
+    if isinstance(student, str):
+        student = AutoModelForCausalLM.from_pretrained(student, **{**INERT, **_kwargs(args.model_init_kwargs)})
+    elif args.model_init_kwargs:
+        raise ConfigError("model_init_kwargs is for a student given by name; this one is already a model. Drop it.")
+    for module in student.modules():
+        if args.disable_dropout and isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    keep_trainable(student)
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
+    return student, _renderer(student, tokenizer, args.chat_template_kwargs, "student")
+
+
+def keep_trainable(student: PreTrainedModel) -> None:
+    """Weights in 4 bits stay in the form that gradients pass through.
+
+    On CPUs with AVX512-BF16 bitsandbytes packs them anew at the first pass in evaluation mode, and what is packed so
+    passes no gradient on: a sample, and the adapters below would stop learning, with a warning of torch's at most.
+    """
+    for module in student.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def prepare_comparisons(
+    student: PreTrainedModel,
+    renderer: Renderer,
+    teacher: Any,
+    teacher_tokenizer: Tokenizer | Sequence[Tokenizer | None] | None,
+    args: DistillationConfig,
+) -> list[Comparison]:
+    """One comparison, without terms yet, for each teacher that is asked for.
+
+    Raises:
+        ConfigError: no teacher, an empty list, or options of one that cannot work.
+        TeacherError: a teacher's tokenizer cannot be known.
+    """
+    named = args.teacher_model_name_or_path if teacher is None else teacher
+    if not isinstance(named, (list, tuple)):
+        assert not isinstance(teacher_tokenizer, (list, tuple))
+        options = TeacherOptions.of(teacher, args)
+        return [_compare(student, renderer, options, teacher_tokenizer, args)]
+    tokenizers: Any = teacher_tokenizer
+    if not isinstance(tokenizers, (list, tuple)):
+        tokenizers = [tokenizers] * len(named)
+    if not named or len(tokenizers) != len(named):
+        raise ConfigError(f"There are {len(named)} teachers and {len(tokenizers)} tokenizers of them: give one each.")
+    several = TeacherOptions.of_list(named, args)
+    total = sum(one.weight for one in several)
+    found = []
+    for options, own in zip(several, tokenizers, strict=True):
+        made = _compare(student, renderer, options, own, args)
+        made.reader.label = options.label
+        found.append(replace(made, weight=options.weight / total))
+    return found
+
+
+def _compare(
+    student: PreTrainedModel, renderer: Renderer, options: TeacherOptions, tokenizer: Any, args: DistillationConfig
+) -> Comparison:
+    frozen: Teacher | None = connect_teacher(options, tokenizer, args) or kept_teacher(options, tokenizer, args)
+    if frozen is None:
+        frozen = _local_teacher(options, tokenizer, args, student, renderer)
+    mine, theirs = renderer, frozen.renderer
+    pair = Pair.of(
+        mine.vocabulary, theirs.vocabulary, mine.stop_ids, theirs.stop_ids, mine.encoder.encode, theirs.encoder.encode
+    )
+    reader = PairReader(
+        mine,
+        theirs,
+        same_vocabulary=pair.same and args.vocabulary_path == "auto",
+        max_length=args.max_length,
+        teacher_max_length=frozen.max_length,
+        score_turns="all" if args.score_turns == "all" else "last",
+        teacher_system=options.system_prompt,
+    )
+    unscored = {Role.REASONING: args.score_reasoning, Role.TOOL_CALL: args.score_tool_calls}
+    return Comparison(
+        options.label,
+        1.0,
+        reader,
+        frozen,
+        pair.to(args.device),
+        temperature=args.kd_temperature,
+        rows_per_chunk=args.rows_per_chunk,
+        unscored_roles=frozenset(role for role, scored in unscored.items() if not scored),
+    )
+
+
+def _local_teacher(
+    options: TeacherOptions, tokenizer: Any, args: DistillationConfig, student: PreTrainedModel, renderer: Renderer
+) -> LocalTeacher:
+    name, kwargs = options.name_or_path, options.chat_template_kwargs
+    if name == OWN_BASE:
+        if options.init_kwargs:
+            raise ConfigError(
+                f"teacher_model_init_kwargs loads weights, and the teacher {OWN_BASE!r} has none. Drop it."
+            )
+        own = _renderer(student, tokenizer or renderer.tokenizer, kwargs, "teacher")
+        return AdapterOff(student, own, options.max_length)
+    model = _load(options.name, options, args) if options.name is None or name else options.name
+    if tokenizer is None:
+        place, init = split_gguf(name, options.init_kwargs or {}) if name else (None, {})
+        tokenizer = find_teacher_tokenizer(
+            model,
+            tokenizer_name_or_path=options.tokenizer,
+            model_name_or_path=place,
+            gguf_file=init.get("gguf_file"),
+            student_name_or_path=student.config._name_or_path,
+            student_tokenizer=renderer.tokenizer,
+            revision=options.revision,
+            trust_remote_code=args.teacher_trust_remote_code,
+        )
+    return LocalTeacher(model, _renderer(model, tokenizer, kwargs, "teacher"), options.max_length)
+
+
+def complete(
+    comparison: Comparison, terms: Sequence[Term], student: PreTrainedModel, args: DistillationConfig
+) -> Comparison:
+    """The comparison with its terms, for which the teacher is known to give enough.
+
+    Raises:
+        TeacherError: a term needs more of the teacher than it gives.
+        ConfigError: a temperature that its numbers do not have, or references that are missing.
+    """
+    teacher = comparison.teacher
+    check_level(terms, teacher.level, getattr(teacher, "also", ()))
+    if teacher.level < Level.HIDDEN:
+        if any(term.objective.at_temperature for term in terms):
+            check_temperature(args.kd_temperature, "log-probs")
+        teacher.want(max((term.objective.top for term in terms), default=0))
+    return replace(comparison, terms=tuple(terms), references=_references(comparison, terms, student, args))
+
+
+def _references(
+    comparison: Comparison, terms: Sequence[Term], student: PreTrainedModel, args: DistillationConfig
+) -> tuple[LocalTeacher, LocalTeacher] | None:
+    """The student before training and the reference teacher, if a term reads their log-probabilities."""
+    asking = [t.name for t in terms if t.objective.reads_references]
+    if not asking:
+        return None
+    name, start = args.reference_teacher_model_name_or_path, args.reference_model_name_or_path
+    start = start or student.config._name_or_path
+    if not name or not start:
+        raise ConfigError(
+            f"Objective {asking[0]!r} with reference_alpha compares with two references; the teacher's is {name!r}, "
+            f"the student's {start!r}. Give reference_teacher_model_name_or_path (a small model with the teacher's "
+            "tokenizer) and reference_model_name_or_path (the student before training)."
+        )
+    renderers = comparison.reader.student, comparison.teacher.renderer
+    models = (
+        AutoModelForCausalLM.from_pretrained(start, **{**INERT, **_kwargs(args.model_init_kwargs)}),
+        _load(name, TeacherOptions.of(name, args), args),
+    )
+    options = "reference_model_name_or_path", "reference_teacher_model_name_or_path"
+    for model, renderer, option in zip(models, renderers, options, strict=True):
+        rows: Any = model.get_input_embeddings()
+        if rows.num_embeddings < int((~renderer.vocabulary.control).nonzero()[0].max(initial=0)) + 1:
+            raise ConfigError(
+                f"{option} has {rows.num_embeddings} embedding rows, the {renderer.name}'s vocabulary "
+                f"{len(renderer.vocabulary)}: a reference must read the same tokens. Choose a model of the same family."
+            )
+    of_teacher = LocalTeacher(models[1], renderers[1], comparison.teacher.max_length)
+    return LocalTeacher(models[0], renderers[0]), of_teacher
+
+
+def describe(comparison: Comparison) -> str:
+    """What was found about the pair, in a few sentences for the log."""
+    mine, theirs = comparison.reader.student.vocabulary, comparison.teacher.renderer.vocabulary
+    terms = ", ".join(f"{term.weight:g} x {term.name}" for term in comparison.terms) or "none"
+    if comparison.pair.same:
+        about = f"Student and teacher have the same vocabulary. {mine.padding_note(theirs)}".strip()
+    else:
+        about = (
+            f"The vocabularies differ ({mine.explain_difference(theirs)}); {len(comparison.pair.shared_s)} tokens are "
+            "shared. Completions are aligned by their bytes, and the teacher reads its own tokens of them in its own "
+            "template."
+        )
+    return f"{about} Terms of the loss: {terms}."
+
+
+def routes(comparisons: Sequence[Comparison], samples: Sequence[Sample]) -> bool:
+    """Do the rows of a window say which teacher reads them?
+
+    Raises:
+        DataError: a row names a teacher that there is not, or some rows name one and others do not.
+    """
+    named = {s.conversation.route: s.where for s in samples}
+    if len(comparisons) == 1 or set(named) == {None}:
+        return False
+    labels = [one.label for one in comparisons]
+    for route, where in named.items():
+        if route not in labels:
+            shown = "names no `teacher`, as other rows do" if route is None else f"names the teacher {route!r}"
+            raise DataError(f"{where} {shown}; there are {', '.join(labels)}. Name one of them in every row.")
+    return True
+
+
+def mean_metrics(measured: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
+    """Weighted means of the comparisons' metrics, over those that have one: a route may lead no row to a teacher."""
+    found = {}
+    for name in dict.fromkeys(name for _, one in measured for name in one):
+        known = [(weight, one[name]) for weight, one in measured if not math.isnan(one.get(name, math.nan))]
+        total = sum(weight for weight, _ in known)
+        found[name] = sum(weight * value for weight, value in known) / total if total else math.nan
+    return found
+
+
+def _load(name: Any, options: TeacherOptions, args: DistillationConfig) -> PreTrainedModel:
+    if name is None:
+        raise ConfigError("There is no teacher. Pass teacher_model or set teacher_model_name_or_path.")
+    trust = args.teacher_trust_remote_code
+    return load_teacher_model(name, options.init_kwargs or {}, revision=options.revision, trust_remote_code=trust)
+
+
+def _renderer(model: PreTrainedModel, tokenizer: Tokenizer, template_kwargs: Any, name: str) -> Renderer:
+    embeddings: Any = model.get_input_embeddings()
+    return Renderer(
+        tokenizer,
+        num_embeddings=embeddings.num_embeddings,
+        generation_config=model.generation_config,
+        chat_template_kwargs=template_kwargs,
+        name=name,
+    )
+
+
+def _kwargs(given: dict[str, Any] | str | None) -> dict[str, Any]:
+    """Options that the configuration has read from JSON, if they came as text."""
+    return given if isinstance(given, dict) else {}

@@ -1,0 +1,87 @@
+"""The loss as a weighted list of objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from diglot.errors import ConfigError, TeacherError
+from diglot.objectives import OBJECTIVES, Level, Objective, Pair, make_objective, options_of
+from diglot.options import DistillationConfig
+
+
+@dataclass(frozen=True)
+class Term:
+    """One weighted objective of the loss."""
+
+    name: str
+    weight: float
+    objective: Objective
+    prefix: str = ""  # of its metrics in the log; its name and a slash when not given
+    built_in: bool = False  # part of the trainer's method, not named by `objective`
+
+    def logged(self, metric: str) -> str:
+        """The name of one of its metrics in the log."""
+        return f"{self.prefix or self.name + '/'}{metric}"
+
+
+def entries_of(requested: Any) -> list[dict[str, Any]]:
+    """What `objective` asks for as a list of `{name, weight, options}`. `ConfigError` for one without a name."""
+    entries: list[dict[str, Any]] = []
+    for one in requested if isinstance(requested, (list, tuple)) else [requested]:
+        entry = {"name": one} if isinstance(one, str) else dict(one)
+        if not isinstance(entry.get("name"), str):
+            raise ConfigError(f"objective entry {one!r} has no name. Write {{name: strict, weight: 1.0}}.")
+        entries.append(entry)
+    if not entries:
+        raise ConfigError("objective is an empty list: there would be no loss. Name at least one objective.")
+    return entries
+
+
+def terms_of(entries: Sequence[Mapping[str, Any]], pair: Pair, defaults: Mapping[str, Any]) -> list[Term]:
+    """Terms for what `entries_of` gives. `defaults` reach every objective that has an option of that name."""
+    terms: list[Term] = []
+    for entry in entries:
+        given = dict(entry)
+        name, weight = str(given.pop("name")), float(given.pop("weight", 1.0))
+        known = options_of(name)
+        options = {k: v for k, v in defaults.items() if k in known}
+        if name == "strict" and "strict_top_k" in defaults:
+            options["top_k"] = defaults["strict_top_k"]
+        made = make_objective(name, pair, **{**options, **given})
+        shown = made.name if ":" in name else name
+        taken = sum(term.name.split("#")[0] == shown for term in terms)
+        terms.append(Term(f"{shown}#{taken + 1}" if taken else shown, weight, made))
+    return terms
+
+
+def check_level(terms: Sequence[Term], offered: Level, also: Collection[str] = ()) -> None:
+    """Raise `TeacherError` for a term that needs more of the teacher than it offers; `also` are served all the same."""
+    for term in terms:
+        if term.objective.needs > offered and term.objective.name not in also:
+            fitting = [name for name, objective in OBJECTIVES.items() if objective.needs <= offered or name in also]
+            raise TeacherError(
+                f"Objective {term.name!r} needs {term.objective.needs.name} of the teacher, which offers "
+                f"{offered.name}. These would work: {', '.join(fitting)}."
+            )
+
+
+def check_options(args: DistillationConfig, terms: Sequence[Term], *, always: Collection[str] = ()) -> None:
+    """Raise `ConfigError` for an option of objectives that was given and that no term can use; `always` are used."""
+    used = {
+        "beta": any(hasattr(term.objective, "beta") for term in terms),
+        "strict_top_k": any(term.objective.name == "strict" for term in terms),
+        "kd_temperature": any(term.objective.at_temperature for term in terms),
+    }
+    for option in fields(args):
+        if option.name not in used or used[option.name] or option.name in always or option.default is MISSING:
+            continue
+        if (value := getattr(args, option.name)) != option.default:
+            names = ", ".join(repr(term.name) for term in terms)
+            raise ConfigError(f"{option.name}={value!r} has no part in objective {names}. Drop it, or choose another.")
+
+
+def defaults_of(args: DistillationConfig, beta: float) -> dict[str, Any]:
+    """The options of objectives that stand for all of them: each reaches those that have it, if their entry has not."""
+    return {"beta": beta, "kd_temperature": args.kd_temperature, "strict_top_k": args.strict_top_k}
