@@ -36,7 +36,9 @@ _LOADABLE = ("config.json", "adapter_config.json")  # without one of them a fold
 class Checkpoints:
     """Where a run saves, and what it resumes from. All processes call each method at the same step."""
 
-    def __init__(self, accelerator: Accelerator, args: TrainingArguments, identity: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self, accelerator: Accelerator, args: TrainingArguments, identity: Callable[[], dict[str, Any]]
+    ) -> None:
         self.accelerator, self.args, self._identify = accelerator, args, identity
         self.beside: Path | None = None  # where a checkpoint is being written
         self._identity: dict[str, Any] | None = None

@@ -14,10 +14,10 @@ from diglot.cli.options import load_options
 from diglot.cli.script import TrainArguments
 from diglot.data import load_dataset
 from diglot.errors import ConfigError, DiglotError
+from diglot.options.secrets import without_secrets
 from diglot.teachers.loading import INERT
 from diglot.trainers import DistillationConfig, GKDConfig, GKDTrainer, MiniLLMConfig, MiniLLMTrainer
 from diglot.trainers.base import DistillationTrainer
-from diglot.options.secrets import without_secrets
 
 TRAINERS: dict[str, tuple[type[DistillationTrainer], type[DistillationConfig]]] = {
     "gkd": (GKDTrainer, GKDConfig),

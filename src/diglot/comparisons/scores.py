@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,6 +16,7 @@ from diglot.errors import ConfigError, TeacherError
 from diglot.heads import Head, logits_by_parts, reads_few_columns, reduce_rows, summaries, token_logps
 from diglot.objectives import Part, Path, Rollout, Rows, Values
 from diglot.objectives.base import Compare, Summary
+from diglot.objectives.covering_plan import TailTokens
 from diglot.teachers import LocalTeacher
 from diglot.vocabulary import Vocabulary
 
@@ -156,6 +157,13 @@ class ModelScores:
 
     def teacher_hidden(self, side: PackedSide) -> Tensor:
         return self.answers.hidden_of(side)
+
+    @torch.no_grad()
+    def teacher_rows(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
+        side = self.teacher
+        hidden = self.answers.branched(tail.ids, tail.before, tail.depth)
+        for at, logits in logits_by_parts(hidden, side.head, self.chunk_rows(False)):
+            yield at, (logits.float() / self.temperature).log_softmax(-1)
 
     # ---- single entries of rows --------------------------------------------------------------------------------
 

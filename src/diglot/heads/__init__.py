@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diglot.heads.branches import Branches, hidden_with_branches
 from diglot.heads.head import Head
 from diglot.heads.hidden import last_hidden
 from diglot.heads.modes import evaluating
@@ -11,11 +12,13 @@ from diglot.heads.shared_prompts import hidden_at_rows, reads_prompts_once
 from diglot.heads.summaries import summaries, token_logps
 
 __all__ = [
+    "Branches",
     "Head",
     "default_chunk_rows",
     "evaluating",
     "gathered",
     "hidden_at_rows",
+    "hidden_with_branches",
     "keep_after_forward",
     "last_hidden",
     "logits_by_parts",

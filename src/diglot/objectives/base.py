@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -16,6 +16,7 @@ from diglot.objectives.levels import Level
 if TYPE_CHECKING:
     from diglot.alignment import Alignment
     from diglot.batches import PackedSide, Written
+    from diglot.objectives.covering_plan import TailTokens
     from diglot.vocabulary import Encoded, Vocabulary
 
 
@@ -251,6 +252,12 @@ class Scores(Protocol):
 
     def kept_distributions(self, segment: Tensor, position: Tensor) -> Tensor | None:
         """The teacher's next-byte distributions at these bytes, `[I, 257]`, if that is what was kept of it."""
+
+    def teacher_rows(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
+        """Log-probs of the teacher's rows, part by part: those that predict its tokens, then those behind branches.
+
+        Each part is a slice of the `N_t + E` rows and their log-probs `[r, V_t]`, constant, on the teacher's device.
+        """
 
     # ---- hidden states
 

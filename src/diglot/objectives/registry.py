@@ -14,6 +14,7 @@ from diglot.objectives.base import Objective, Pair
 from diglot.objectives.bpm import BPM
 from diglot.objectives.byte import ByteDistribution
 from diglot.objectives.ce import CrossEntropy
+from diglot.objectives.covering import Covering
 from diglot.objectives.dskd import DSKD
 from diglot.objectives.escd import ESCD
 from diglot.objectives.gold import Gold
@@ -29,7 +30,7 @@ from diglot.objectives.uld import ULD
 from diglot.objectives.xtoken import XTokenH, XTokenP
 
 _CLASSES: tuple[type[Objective], ...] = (
-    BPM, ByteDistribution, DSKD, ESCD, SharedPrefix, JSD, Strict, TopK, SequenceKL, Span, ALM, SimCT, CrossEntropy,
+    Covering, BPM, ByteDistribution, DSKD, ESCD, SharedPrefix, JSD, Strict, TopK, SequenceKL, Span, ALM, SimCT, CrossEntropy,
     XTokenP, XTokenH, ULD, Gold,
 )  # fmt: skip
 OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in _CLASSES}

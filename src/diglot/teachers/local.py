@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError
-from diglot.heads import Head, hidden_at_rows
+from diglot.heads import Branches, Head, hidden_at_rows, hidden_with_branches
 from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
 from diglot.teachers.loading import keeps_its_device
@@ -64,6 +64,13 @@ class LocalTeacher:
     def hidden(self, side: PackedSide) -> Tensor:
         """The hidden state that predicts each scored token, [N_t, H_t], on the teacher's device."""
         return self.at_rows(side.input_ids, side.attention_mask, side.rows)
+
+    @torch.no_grad()
+    def branched(self, side: PackedSide, branches: Branches) -> tuple[Tensor, Tensor]:
+        """The same, and the hidden states behind every token of the branches, `[E, H_t]`."""
+        with self.running() as model:
+            given = (x.to(model.device) for x in (side.input_ids, side.attention_mask, side.rows))
+            return hidden_with_branches(model, *given, branches)
 
     @torch.no_grad()
     def at_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:

@@ -81,7 +81,9 @@ class Rollouts:
     Every process calls each method at the same steps.
     """
 
-    def __init__(self, engine: RolloutEngine, accelerator: Accelerator, metrics: StepMetrics, cap: float | None) -> None:
+    def __init__(
+        self, engine: RolloutEngine, accelerator: Accelerator, metrics: StepMetrics, cap: float | None
+    ) -> None:
         self.engine, self.accelerator, self.metrics = engine, accelerator, metrics
         self.cap = cap  # largest weight of a token by which the engine is made up for; None: it is not
         self._synced: int | None = None  # the step whose weights the engine has

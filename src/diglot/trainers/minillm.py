@@ -317,9 +317,7 @@ class MiniLLMTrainer(DistillationTrainer):
             return
         held: list[list[HeldBatch]] = [one for one in kept if one is not None]
         batches = [self._restored(of_views) for of_views in zip(*held, strict=True)]
-        known = {
-            (i, k): one.logp_old.to(self.args.device) for k, of_k in enumerate(held) for i, one in enumerate(of_k)
-        }
+        known = {(i, k): one.logp_old.to(self.args.device) for k, of_k in enumerate(held) for i, one in enumerate(of_k)}
         routed = any(c.route is not None for of_k in held for one in of_k for c in one.conversations)
         set_counts(batches, self.items, self.count_over_ranks, routed and len(self.comparisons) > 1)
         self.held = self.rewarded(batches, known)

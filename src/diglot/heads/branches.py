@@ -1,0 +1,145 @@
+"""Hidden states of other continuations of prefixes of a batch, in the same pass: a tree of tokens, not a row.
+
+A branch is a few tokens that follow a prefix of one row of the batch: "the same text so far, but its last bytes cut
+into other tokens". Its tokens stand behind the row and see the prefix and each other only. So a branch costs its own
+tokens, not its prefix once more. Models whose pass cannot take a mask of that form read each branch with its prefix.
+
+Shapes: `B` rows, `T` their length, `N` chosen places, `E` tokens of all branches, in the order of the branches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from diglot.heads.hidden import is_compiled, last_hidden, unwrap
+
+Ints = NDArray[np.int64]
+_known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # does the model take a mask of trees?
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Tokens that follow prefixes of the batch, `[E]` each."""
+
+    ids: Ints
+    after: Ints  # place in the flattened `[B * T]` of the last token of the prefix
+    depth: Ints  # 0 for the first token of a branch, 1 for the next ...
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def hidden_with_branches(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, branches: Branches
+) -> tuple[Tensor, Tensor]:
+    """Hidden states `[N, H]` at `rows` of the flattened `[B * T]`, and behind every token of the branches, `[E, H]`.
+
+    Inputs are padded on the right. Equal, up to rounding, to reading every prefix and branch as a text of its own.
+    """
+    if not len(branches):
+        return last_hidden(model, input_ids, attention_mask).flatten(0, 1)[rows], _nothing(model, rows)
+    if _takes_trees(model) and _no_window(model, input_ids, branches):
+        return _as_tree(model, input_ids, attention_mask, rows, branches)
+    main = last_hidden(model, input_ids, attention_mask).flatten(0, 1)[rows]
+    return main, _one_by_one(model, input_ids, branches)
+
+
+def _nothing(model: nn.Module, rows: Tensor) -> Tensor:
+    weight = unwrap(model).get_input_embeddings().weight
+    return weight.new_zeros(0, unwrap(model).config.get_text_config().hidden_size).to(rows.device)
+
+
+def _as_tree(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, branches: Branches
+) -> tuple[Tensor, Tensor]:
+    device, (count, width) = input_ids.device, input_ids.shape
+    row, place = branches.after // width, branches.after % width
+    number = np.cumsum(branches.depth == 0) - 1
+    slot = np.zeros(len(row), dtype=np.int64)  # behind the row, in order
+    for b in np.unique(row):
+        slot[row == b] = np.arange(int((row == b).sum()))
+    more = int(slot.max()) + 1
+    at_row, at = torch.from_numpy(row).to(device), torch.from_numpy(width + slot).to(device)
+    prefix, depth = torch.from_numpy(place).to(device), torch.from_numpy(branches.depth).to(device)
+    ids = torch.cat([input_ids, input_ids[:, :1].expand(-1, more)], dim=1)
+    ids[at_row, at] = torch.from_numpy(branches.ids).to(device)
+    positions = torch.arange(width + more, device=device).repeat(count, 1)
+    positions[at_row, at] = prefix + 1 + depth
+    sees = torch.zeros(count, width + more, width + more, dtype=torch.bool, device=device)
+    sees[:, :width, :width] = torch.tril(torch.ones(width, width, dtype=torch.bool, device=device))
+    sees[:, :, :width] &= attention_mask.bool()[:, None, :]
+    sees[at_row, at, :width] = torch.arange(width, device=device) <= prefix[:, None]
+    whose = torch.full((count, more), -1, device=device)
+    whose[at_row, at - width] = torch.from_numpy(number).to(device)
+    earlier = torch.tril(torch.ones(more, more, dtype=torch.bool, device=device))
+    sees[:, width:, width:] = (whose[:, :, None] == whose[:, None, :]) & earlier
+    every = torch.arange(width + more, device=device)
+    sees[:, every, every] = True  # padding sees itself, so that no row of the softmax is empty
+    hidden = last_hidden(model, ids, sees[:, None], position_ids=positions)
+    return hidden[:, :width].flatten(0, 1)[rows], hidden[at_row, at]
+
+
+def _one_by_one(model: nn.Module, input_ids: Tensor, branches: Branches) -> Tensor:
+    """Each branch with its prefix, as a batch of its own, a few at a time."""
+    device, width = input_ids.device, input_ids.shape[1]
+    starts = np.flatnonzero(branches.depth == 0)
+    ends = np.append(starts[1:], len(branches))
+    found: list[Tensor] = []
+    for at in range(0, len(starts), 8):
+        texts = []
+        for low, high in zip(starts[at : at + 8], ends[at : at + 8], strict=True):
+            row, place = divmod(int(branches.after[low]), width)
+            tail = torch.from_numpy(branches.ids[low:high]).to(device)
+            texts.append(torch.cat([input_ids[row, : place + 1], tail]))
+        lengths = torch.tensor([len(t) for t in texts], device=device)
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
+        hidden = last_hidden(model, ids, mask)
+        for k, (low, high) in enumerate(zip(starts[at : at + 8], ends[at : at + 8], strict=True)):
+            found.append(hidden[k, int(lengths[k]) - (high - low) : int(lengths[k])])
+    return torch.cat(found)
+
+
+def _no_window(model: nn.Module, input_ids: Tensor, branches: Branches) -> bool:
+    """Is the text short enough that a sliding window sees all of it, so that one mask is right for every layer?"""
+    config = unwrap(model).config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    return not window or input_ids.shape[1] + int(branches.depth.max()) + 1 <= window
+
+
+def _takes_trees(model: nn.Module) -> bool:
+    """Does a tree give this model's own hidden states? Tried once, on a few tokens."""
+    if model not in _known:
+        inner = unwrap(model)
+        try:
+            _known[model] = not is_compiled(model, inner) and _same_on_a_few_tokens(model)
+        except (TypeError, ValueError, NotImplementedError, RuntimeError, AttributeError, KeyError, IndexError):
+            _known[model] = False  # reading every prefix again is always right
+    return _known[model]
+
+
+@torch.no_grad()
+def _same_on_a_few_tokens(model: nn.Module) -> bool:
+    embedding = unwrap(model).get_input_embeddings().weight
+    ids = (torch.arange(12, device=embedding.device).reshape(2, 6) + 2) % len(embedding)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    rows = torch.tensor([0, 5, 6, 9], device=ids.device)
+    branches = Branches(np.array([5, 3, 4, 7]) % len(embedding), np.array([2, 2, 4, 8]), np.array([0, 1, 0, 0]))
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        plain = last_hidden(model, ids, mask).flatten(0, 1)[rows], _one_by_one(model, ids, branches)
+        tree = _as_tree(model, ids, mask, rows, branches)
+    finally:
+        for module in training:
+            module.training = True
+    rounding = max(torch.finfo(plain[0].dtype).eps, torch.finfo(torch.float32).eps)
+    tolerance = 32 * rounding * float(plain[0].abs().max())
+    return all(float((a - b).abs().max()) <= tolerance for a, b in zip(plain, tree, strict=True))

@@ -1,0 +1,133 @@
+"""The covering distribution: what the teacher expects next *given the text so far*, at every student token.
+
+After "2" a teacher that reads "23" as one token has a boundary only if the number ended, so its row there says "no digit
+follows" with certainty, and a student that is compared at such rows alone learns to end its numbers. What the teacher
+means is a mixture: the token "2" ended here, with its mass, or a longer one goes on, with theirs. The mixture is over
+all tokens that cover the last bytes of the text (Phan et al., arXiv 2410.09303; Vieira et al., arXiv 2412.03719), and
+depends on the past alone: where the whole text's reading has no row, the teacher is asked about the text so far.
+
+Shapes: `R` rows, `C` cells of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diglot.batches import Written
+from diglot.errors import ConfigError
+from diglot.objectives.base import Metrics, Pair, PairObjective, Rows, Scores, Values, at_least_float32, check_range
+from diglot.objectives.covering_plan import CoveringPlan, plan_covering
+from diglot.objectives.covering_target import CellMap, Neighbours, Targets, make_targets, read_teacher
+from diglot.objectives.divergences import generalized_jsd
+from diglot.objectives.levels import Level
+from diglot.objectives.masses import FLOOR
+
+
+class Covering(PairObjective):
+    """Generalised JSD between the teacher's covering distribution and the student's, in nats per student token.
+
+    Cells of a row: the student tokens that begin the teacher's likeliest continuations, each with the longer tokens
+    that the teacher would begin alike; the written token apart where it shares its cell; stop; and the rest. What the
+    student's tokenizer would not have written behind the token before gets no mass. Zero, with zero gradient, for a
+    student with the teacher's distribution over texts, up to what docs/objectives.md names.
+
+    Args:
+        beta: in [0, 1]; 0 forward KL(teacher || student), 1 reverse KL(student || teacher).
+        top_k: how many continuations of a row are told apart, those of the teacher's `top_k` likeliest tokens; the
+            others are one cell on both sides. At least 1.
+        canonical: leave out of the target what the student's tokenizer would have cut in another way.
+    """
+
+    name = "covering"
+    needs = Level.HIDDEN
+
+    def __init__(self, pair: Pair, *, beta: float = 0.5, top_k: int = 64, canonical: bool = True) -> None:
+        super().__init__(pair)
+        check_range("beta", beta, 0.0, 1.0)
+        if top_k < 1:
+            raise ConfigError(f"top_k={top_k} of objective 'covering' leaves nothing to compare: choose at least 1.")
+        tables = pair.need_tables(self.name)
+        if tables.encode_s is None or tables.encode_t is None:
+            raise ConfigError(
+                "objective 'covering' needs both tokenizers: use Pair.of(..., encode_s=..., encode_t=...)."
+            )
+        self.beta, self.top_k, self.canonical = beta, top_k, canonical
+        self.student, self.teacher, self.encode_t = tables.student, tables.teacher, tables.encode_t
+        self.cells = CellMap(tables.student, tables.teacher, tables.encode_s, tables.encode_t)
+        self.neighbours = Neighbours(tables.student, tables.encode_s) if canonical else None
+        cell = torch.from_numpy(self.cells.cell)
+        self.moved = ((cell >= 0) & (cell != torch.arange(len(cell)))).nonzero()[:, 0]  # tokens in another one's cell
+        self.cell_of_moved = cell[self.moved]
+        self.has_bytes = torch.from_numpy(tables.teacher.lengths > 0)
+        self.sorted_t = torch.from_numpy(tables.teacher.trie.sorted_ids)
+
+    def plan(self, written: Written) -> CoveringPlan:
+        return plan_covering(written, self.student, self.teacher, self.encode_t)
+
+    def targets(self, plan: CoveringPlan, scores: Scores) -> Targets:
+        """The teacher's side, constant."""
+        written = scores.written
+        rows = read_teacher(
+            scores.teacher_rows(plan.branch),
+            plan,
+            written.teacher.ids,
+            written.teacher.stop,
+            self.pair.stop_t,
+            self.has_bytes,
+            self.sorted_t,
+            self.top_k,
+        )
+        neighbours = self.neighbours
+        return make_targets(plan, rows, self.cells, neighbours, written.student.ids, written.teacher.segment)
+
+    def loss(self, plan: CoveringPlan, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
+        targets, device = self.targets(plan, scores), scores.device
+        written = torch.from_numpy(scores.written.student.ids[plan.student]).to(device)
+        given = {
+            "column": torch.from_numpy(targets.column).to(device),
+            "mass": torch.from_numpy(targets.mass).float().to(device),
+            "stop": torch.from_numpy(targets.stop).float().to(device),
+            "split": torch.from_numpy(targets.own).to(device),
+            "split_mass": torch.from_numpy(targets.own_mass).float().to(device),
+            "written": written,
+        }
+        student = torch.from_numpy(plan.student).to(device)
+        loss, values = scores.rows(self, Rows(student, student), given, share, with_teacher=False)
+        skipped = {
+            f"skipped_{why}": torch.cat([torch.ones(n), torch.zeros(plan.items)]) for why, n in plan.skipped.items()
+        }
+        about = {
+            "canonical": torch.from_numpy(targets.canonical),
+            "longer": torch.from_numpy(targets.longer),
+            "branches": torch.from_numpy(plan.last >= 0).double(),
+        }
+        return loss, {"loss": values.loss, **values.metrics, **about, **skipped}
+
+    def __call__(self, logits_s: Tensor, logits_t: Tensor | None, **given: Tensor) -> Values:
+        """Values `[R]` of the student's logits `[R, V_s]` against what is given of the same rows."""
+        probs = at_least_float32(logits_s).softmax(-1)
+        of_cells = probs
+        if len(self.moved):
+            of_cells = probs.index_add(1, self.cell_of_moved, probs[:, self.moved])
+        column, split = given["column"], given["split"]
+        some = column >= 0
+        of_student = of_cells.gather(1, column.clamp(min=0)).masked_fill(~some, 0.0)
+        of_teacher = given["mass"].to(probs.dtype)
+        apart = split >= 0
+        own_s = probs.gather(1, given["written"][:, None])[:, 0] * apart
+        own_t = given["split_mass"].to(probs.dtype)
+        at = split.clamp(min=0)[:, None]
+        if column.shape[1]:
+            of_student = of_student.scatter_add(1, at, -own_s[:, None])
+            of_teacher = of_teacher.scatter_add(1, at, -own_t[:, None])
+        stop_s = probs[:, self.pair.stop_s].sum(-1)
+        stop_t = given["stop"].to(probs.dtype)
+        rest_s = 1 - of_student.sum(-1) - stop_s - own_s
+        rest_t = 1 - of_teacher.sum(-1) - stop_t - own_t
+        cells_s, cells_t = (
+            torch.cat([known, torch.stack(others, -1)], -1).clamp(min=FLOOR).log()
+            for known, others in ((of_student, (own_s, stop_s, rest_s)), (of_teacher, (own_t, stop_t, rest_t)))
+        )
+        metrics = {"rest_s": rest_s.detach(), "rest_t": rest_t}
+        return Values(generalized_jsd(cells_s, cells_t, self.beta), metrics)
