@@ -31,7 +31,7 @@ import toys
 import torch
 from arms import Arm, Cells, code_digest, markdown, mean_of
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
@@ -122,6 +122,7 @@ class Laboratory:
                 processing_class=self.tokenizers[0],
                 teacher_processing_class=self.tokenizers[1],
             )
+            trainer.remove_callback(PrinterCallback)
             began = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - began

@@ -196,12 +196,13 @@ def tiny_llama(tokenizer: PreTrainedTokenizerBase, seed: int, **config: Any) -> 
 def fit(model: Any, reader: Reader, wanted: Floats, steps: int, seed: int, rate: float = 6e-3) -> None:
     """Fit the canonical tokens of texts to `wanted`, `[prompts, strings]`, by expected cross-entropy.
 
-    A step reads a fifth of all texts, likely ones more often, and divides each by the probability that it was read:
-    the expected gradient is that of all texts.
+    A step reads a fifth of all texts, at least 100, likely ones more often, and divides each by the probability that
+    it was read: the expected gradient is that of all texts.
     """
     target = torch.tensor(wanted / wanted.sum(-1, keepdims=True), dtype=torch.float32)
     often = wanted.mean(0) ** 0.5
-    often = np.minimum(1.0, len(often) / 5 * (0.7 * often / often.sum() + 0.3 / len(often)))
+    share = max(len(often) / 5, 100) * (0.7 * often / often.sum() + 0.3 / len(often))
+    often = np.minimum(1.0, share) if len(often) > 100 else np.ones_like(often)
     draw = np.random.default_rng(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 20) * (1 - i / steps) ** 2)

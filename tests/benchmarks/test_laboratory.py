@@ -17,7 +17,7 @@ SMALL = toys.Texts(length=3, prompts=("aa", "b"))
 
 
 def small(pair: str) -> Laboratory:
-    return Laboratory(pair, SMALL, fit_steps=120)
+    return Laboratory(pair, SMALL, fit_steps=60)
 
 
 @pytest.mark.parametrize("pair", ["finer", "coarser", "overlapping"])
@@ -60,10 +60,10 @@ def test_random_distributions_add_up_and_depend_on_the_last_letters_only() -> No
 
 
 def test_a_perfect_student_knows_the_teachers_distribution_through_other_tokens() -> None:
-    lab = small("finer")
+    lab = Laboratory("finer", SMALL, fit_steps=80)
     _, other, _ = lab.student("other")
     model, perfect, canonical = lab.student("perfect")
-    assert lab.divergences(perfect)["reverse_kl"] < 0.1 < 1 < lab.divergences(other)["reverse_kl"]
+    assert lab.divergences(perfect)["reverse_kl"] < 0.3 < 1.5 < lab.divergences(other)["reverse_kl"]
     assert canonical > 0.9
     assert np.array_equal(lab.reader.distribution(model)[0], perfect)
 
