@@ -32,8 +32,8 @@ import support.tokenizers_zoo as zoo  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
 
+from diglot.checkpoints import durable, saving  # noqa: E402
 from diglot.errors import StoppedError  # noqa: E402
-from diglot.trainers import durable, saving  # noqa: E402
 
 SEED = 20261124
 STEPS = 16

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from diglot.comparisons import Comparison, Term
 from diglot.errors import CheckpointError
+from diglot.options import DistillationConfig
 from diglot.rendering import Renderer
 from diglot.teachers import LocalTeacher, Teacher
 from diglot.teachers.adapter import AdapterOff
 from diglot.teachers.scored import ScoredTeacher
-from diglot.comparisons import Comparison, Term
-from diglot.options import DistillationConfig
 
 logger = logging.getLogger(__name__)
 

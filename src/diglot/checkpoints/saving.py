@@ -36,7 +36,9 @@ _LOADABLE = ("config.json", "adapter_config.json")  # without one of them a fold
 class Checkpoints:
     """Where a run saves, and what it resumes from. All processes call each method at the same step."""
 
-    def __init__(self, accelerator: Accelerator, args: TrainingArguments, identity: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self, accelerator: Accelerator, args: TrainingArguments, identity: Callable[[], dict[str, Any]]
+    ) -> None:
         self.accelerator, self.args, self._identify = accelerator, args, identity
         self.beside: Path | None = None  # where a checkpoint is being written
         self._identity: dict[str, Any] | None = None
@@ -49,7 +51,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def saving(self, run: Path, state: TrainerState) -> Iterator[Path]:
-        """A folder that is checkpoint `state.global_step` of `run` once the block has ended well, and nothing before."""
+        """A folder that becomes checkpoint `state.global_step` of `run` when the block has ended well."""
         step, main = state.global_step, self.args.should_save
         if main:
             durable.tidy(run)

@@ -96,9 +96,7 @@ def kept_teacher(options: TeacherOptions, tokenizer: Any, args: DistillationConf
         raise ConfigError(f"teacher_model_init_kwargs is for weights, and {name} holds scores only. Drop it.")
     if tokenizer is None and options.tokenizer:
         trust = args.teacher_trust_remote_code
-        tokenizer = AutoTokenizer.from_pretrained(
-            options.tokenizer, revision=options.revision, trust_remote_code=trust
-        )
+        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, revision=options.revision, trust_remote_code=trust)
     reading = {
         "score_turns": args.score_turns,
         "system_prompt": options.system_prompt,

@@ -14,12 +14,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from diglot.errors import ConfigError, RolloutError, RolloutsUnavailable, TeacherError
+from diglot.http.client import Client, Purpose, Refused
 from diglot.rendering import Renderer
 from diglot.rollouts.draws import seeds_of_rows
 from diglot.rollouts.engine import Completion, Ids
 from diglot.rollouts.vllm_wire import Sampling, read, request
 from diglot.rollouts.weights import WeightsFolder
-from diglot.http.client import Client, Purpose, Refused
 from diglot.teachers.probe import TEXT
 from diglot.teachers.wire import VLLM, ServerInfo
 

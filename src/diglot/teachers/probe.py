@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diglot.errors import TeacherError
-from diglot.rendering import Renderer
 from diglot.http.client import Client, Refused
+from diglot.rendering import Renderer
 from diglot.teachers.wire import Asking, Ids, TokenScores, Wire
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError
+from diglot.http.client import Client, Refused
 from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
-from diglot.http.client import Client, Refused
 from diglot.teachers.probe import check_server
 from diglot.teachers.wire import Asking, TokenScores, Wire, find_wire
 
