@@ -151,7 +151,7 @@ class Measured:
 
 def measure(trainer: DistillationTrainer, samples: Sequence[Sample]) -> Measured:
     """Bits per byte of the held-out references, and the divergence on fresh samples of two seeds."""
-    evaluator, conversations = trainer.evaluator(trainer.comparisons[0]), [s.conversation for s in samples]
+    evaluator, conversations = trainer.evaluator(), [s.conversation for s in samples]
     length = trainer.args.max_completion_length
     written = tuple(
         evaluator.on_policy(conversations, trainer.sampler, max_new_tokens=length, seed=seed) for seed in (1000, 2000)

@@ -81,7 +81,7 @@ def test_what_is_no_objective_is_refused_with_the_reason(place: str, said: str) 
 
 @pytest.mark.usefixtures("example")
 def test_options_that_it_does_not_take_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no option 'size'.*It knows scale"):
+    with pytest.raises(ConfigError, match=r"no option 'size'.*It knows scale"):
         make_objective(PLACE, None, size=1)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="kd_temperature=2.0 has no part in objective 'chunk_gap'"):
+    with pytest.raises(ConfigError, match=r"kd_temperature=2\.0 has no part in objective 'chunk_gap'"):
         tiny.gkd(tmp_path / "run", zoo.chatml(), zoo.inst(), objective=PLACE, kd_temperature=2.0)

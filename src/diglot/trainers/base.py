@@ -494,10 +494,10 @@ class DistillationTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def evaluator(self, comparison: Comparison) -> Evaluator:
-        """Evaluates the student as it is now, against one teacher."""
-        size = self.args.per_device_eval_batch_size
-        return Evaluator(self.student, comparison.reader, comparison.teacher, comparison.pair, batch_size=size)
+    def evaluator(self, comparison: Comparison | None = None) -> Evaluator:
+        """Evaluates the student as it is now, against one teacher, by default the first."""
+        one, size = comparison or self.comparisons[0], self.args.per_device_eval_batch_size
+        return Evaluator(self.student, one.reader, one.teacher, one.pair, batch_size=size)
 
     def _evaluate_samples(self, comparison: Comparison, samples: list[Sample]) -> dict[str, float]:
         """Metrics over all ranks' samples. Every rank samples with the same seeds at every evaluation."""
