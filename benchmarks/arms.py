@@ -53,7 +53,10 @@ class Arm:
     def names(self, objective: str) -> bool:
         """Is `objective` one of its terms?"""
         terms: Any = self.options.get("objective", [])
-        return any(objective == (term if isinstance(term, str) else term["name"]) for term in ([] if terms == "auto" else terms))
+        return any(
+            objective == (term if isinstance(term, str) else term["name"])
+            for term in ([] if terms == "auto" else terms)
+        )
 
     def trainer(self, student: Any, teacher: Any, common: dict[str, Any], **rest: Any) -> Any:
         """The trainer, with `common` options where the arm says nothing; on-policy if neither says otherwise."""

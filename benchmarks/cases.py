@@ -13,12 +13,11 @@ from measure import BenchError, check_same, demo_trainer, digest, fetch_texts, f
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from diglot.batches import AlignedBatch, PackedSide, PairReader, ReadPair, align_pairs
+from diglot.batches import AlignedBatch, PackedSide, PairReader, ReadPair, align_pairs, pad_id
 from diglot.data import to_sample
 from diglot.heads import Head, last_hidden
 from diglot.objectives import Pair
 from diglot.rendering import Renderer
-from diglot.trainers.base import pad_id
 from diglot.vocabulary import Vocabulary
 
 
@@ -115,7 +114,7 @@ def random_case(
 def demo_case(rows: int) -> Case:
     """The demo pair: its own heads, and the hidden states that its models have for real text."""
     trainer = demo_trainer("strict", rows)
-    batch = prepared_batch(trainer)
+    batch = prepared_batch(trainer).views[0].read
     with torch.no_grad():
         hidden = [
             last_hidden(model, side.input_ids, side.attention_mask)

@@ -147,7 +147,9 @@ def show(results: Sequence[dict[str, Any]]) -> str:
         cells.setdefault((r["arm"], r["start"], r["pair"]), []).append(r)
     start_row = ["before"]
     for start, pair in columns:
-        known = [r["before"]["reverse_kl"] for r in results if (r["start"], r["pair"]) == (start, pair) and "after" in r]
+        known = [
+            r["before"]["reverse_kl"] for r in results if (r["start"], r["pair"]) == (start, pair) and "after" in r
+        ]
         start_row.append(f"{known[0]:.2f}" if known else "–")
     rows = [start_row]
     for label in dict.fromkeys(r["arm"] for r in results):
@@ -224,7 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for pair in options.pairs:
         laboratory = replace(Laboratory(pair), models=cache() / "toys")
         results += measure(laboratory, options.arms, options.seeds, options.starts, cells, **run)
-    print(f"KL(student || teacher), nats per text, after {options.steps} steps\n\n{show(results)}\n\n{show_means(results)}")
+    print(
+        f"KL(student || teacher), nats per text, after {options.steps} steps\n\n{show(results)}\n\n{show_means(results)}"
+    )
     return int(any("error" in result for result in results))
 
 

@@ -2,7 +2,7 @@
 
 Each side runs in a process of its own, so that its peak memory is its own; the processes take turns. TRL's side makes
 whole logits `[B, T, V]` of both models from the hidden states, as its trainer does, and hands them to its `ULDLoss`.
-Our side aligns the texts and asks `BatchScores` for the loss. Both take the gradient of the same leaf `[B, T, H]` and
+Our side aligns the texts and asks the objective for the loss. Both take the gradient of the same leaf `[B, T, H]` and
 of the head's weight.
 """
 
@@ -24,8 +24,8 @@ from cases import Case, TRLSide, check_trl_reading, fingerprint_ours, fingerprin
 from measure import BenchError, PeakMemory, alternate, check_same, resident
 from torch import Tensor
 
+from diglot.comparisons import Answers, ModelScores, Side, terms_of
 from diglot.heads import default_chunk_rows
-from diglot.trainers.terms import BatchScores, Reader, terms_of
 
 Stage = Callable[[], tuple[float, float]]  # value and number of items
 
@@ -41,9 +41,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {"strict": {"beta": 1.0}, "bpm": {}, "go
 def our_stage(case: Case, objective: str, chunk_rows: int | None = None) -> tuple[Stage, str]:
     """The stage of one of our objectives, and what it reads."""
     (term,) = terms_of([{"name": objective, **OBJECTIVES.get(objective, {})}], case.pair, {})
-    readers = [
-        Reader.of(model.head, model.vocabulary, torch.tensor(model.stop_ids)) for model in (case.student, case.teacher)
-    ]
+    sides = [Side(model.head, model.vocabulary, torch.tensor(model.stop_ids)) for model in (case.student, case.teacher)]
     sizes = case.pair.size_s, case.pair.size_t
 
     def rows(few: bool) -> int:
@@ -53,10 +51,12 @@ def our_stage(case: Case, objective: str, chunk_rows: int | None = None) -> tupl
         batch = case.batch()
         leaf = case.student.hidden.requires_grad_()
         hidden_s = leaf.flatten(0, 1)[batch.student.rows]
-        hidden_t = case.teacher.hidden.flatten(0, 1)[batch.teacher.rows]
-        scores = BatchScores(batch, hidden_s, hidden_t, *readers, chunk_rows=rows, temperature=1.0, stop_as_set=True)
-        items = term.count(batch)
-        return _backward(case, scores.loss(term, 1.0 / items, lambda *_: None)), items
+        answers = Answers(None, batch.teacher)
+        answers.hidden = case.teacher.hidden.flatten(0, 1)[batch.teacher.rows]
+        scores = ModelScores(batch, hidden_s, answers, *sides, chunk_rows=rows)
+        plan = term.objective.plan(batch.written)
+        loss, _ = term.objective.loss(plan, scores, 1.0 / plan.items)
+        return _backward(case, loss), float(plan.items)
 
     return stage, fingerprint_ours(case.batch())
 

@@ -26,10 +26,9 @@ from assets import fetch_model, fetch_texts
 from assets import fetch_tokenizer as fetch_tokenizer
 
 from diglot import GKDConfig, GKDTrainer
-from diglot.batches import AlignedBatch
-from diglot.objectives import PathObjective
+from diglot.comparisons import Batch, Term, terms_of
 from diglot.comparisons.projectors import make_projectors
-from diglot.trainers.terms import Term, terms_of
+from diglot.teachers import local
 
 
 class BenchError(RuntimeError):
@@ -109,10 +108,10 @@ def _shown(cell: Any) -> str:
 
 def term_for(trainer: GKDTrainer, name: str, **options: Any) -> Term:
     """The objective as the only term of a trainer's loss."""
-    (term,) = terms_of([{"name": name, **options}], trainer.comparisons[0].pair, {})
-    if not isinstance(term.objective, PathObjective):
-        term.objective.to(trainer.args.device)
-    make_projectors([term], trainer.student_head, trainer.comparisons[0].teacher.head)
+    (compared,) = trainer.comparisons
+    (term,) = terms_of([{"name": name, **options}], compared.pair, {})
+    term.objective.to(trainer.args.device)
+    make_projectors([term], trainer.student_head, local(compared.teacher, "A benchmark").head)
     return term
 
 
@@ -136,7 +135,7 @@ def demo_trainer(objective: Any, rows: int, words: int = 48, **options: Any) -> 
     )
 
 
-def prepared_batch(trainer: GKDTrainer) -> AlignedBatch:
+def prepared_batch(trainer: GKDTrainer) -> Batch:
     """All rows of the trainer's data, read and aligned."""
     data: Any = trainer.train_dataset
     samples = trainer.data_collator([data[i] for i in range(len(data))])

@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diglot import GKDConfig, GKDTrainer
+from diglot.comparisons import Term, scores_of
 from diglot.objectives import OBJECTIVES
-from diglot.trainers.terms import Term
 
 BETA = {name: {"beta": 1.0} for name in ("jsd", "strict", "bpm", "shared_prefix", "byte", "escd")}
 
@@ -36,9 +36,9 @@ BETA = {name: {"beta": 1.0} for name in ("jsd", "strict", "bpm", "shared_prefix"
 def loss_stage(trainer: GKDTrainer, term: Term, hidden: Tensor, batch: Any) -> tuple[float, Tensor]:
     """Value and gradient of the hidden states; the head's gradient is computed as well, and dropped."""
     leaf = hidden.detach().requires_grad_()
-    batch.plans.clear()
-    batch.counts = {term.name: term.count(batch)}
-    loss = trainer.terms_loss([term], leaf, batch)
+    view, objective = batch.views[0], term.objective
+    plan = objective.plan(view.read.written)
+    loss, _ = objective.loss(plan, scores_of(batch, view, leaf, trainer.student_head), 1.0 / max(plan.items, 1))
     loss.backward()
     trainer.model.zero_grad(set_to_none=True)
     return float(loss.detach()), leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
@@ -50,11 +50,10 @@ def costs(rows: int, repeats: int, names: list[str]) -> dict[str, dict[str, floa
     batch = prepared_batch(trainer)
     with torch.no_grad():
         hidden = trainer.hidden_at_rows(trainer.model, batch.student)
-    trainer.teacher_hidden(batch)
+    view = batch.views[0]
+    states = view.answers.hidden  # computed before anything is timed
     terms = {name: term_for(trainer, name) for name in names if name != "jsd"}
-    print(
-        f"{machine()}\n{rows} rows of text, {len(hidden)} student and {len(batch.teacher.rows)} teacher tokens scored"
-    )
+    print(f"{machine()}\n{rows} rows of text, {len(hidden)} student and {len(states)} teacher tokens scored")
     seconds: dict[str, list[float]] = {name: [] for name in terms}
     found: dict[str, dict[str, float]] = {}
     for turn in range(repeats + 1):
@@ -64,7 +63,11 @@ def costs(rows: int, repeats: int, names: list[str]) -> dict[str, dict[str, floa
                 value, _ = loss_stage(trainer, terms[name], hidden, batch)
             if turn:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
-            found[name] = {"loss": value, "items": terms[name].count(batch), "peak_mib": memory.bytes / 2**20}
+            found[name] = {
+                "loss": value,
+                "items": float(terms[name].objective.plan(view.read.written).items),
+                "peak_mib": memory.bytes / 2**20,
+            }
     for name, values in seconds.items():
         found[name]["seconds"] = statistics.median(values)
     return found

@@ -10,13 +10,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from measure import alternate, check_same, digest, term_for
 
 from diglot import GKDTrainer
-from diglot.batches import AlignedBatch
+from diglot.comparisons import Batch
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "strict": {"beta": 1.0},
@@ -27,18 +28,20 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-def floor(trainer: GKDTrainer, batch: AlignedBatch) -> None:
+def floor(trainer: GKDTrainer, batch: Batch) -> None:
     """Both models on the step's own inputs, whole logits, the cheapest loss there is."""
     side = batch.student
     logits = trainer.model(input_ids=side.input_ids, attention_mask=side.attention_mask, use_cache=False).logits
     logits.sum().backward()
     with torch.no_grad():
-        other = batch.teacher
-        trainer.comparisons[0].teacher.model(input_ids=other.input_ids, attention_mask=other.attention_mask, use_cache=False)
+        other = batch.views[0].read.teacher
+        trainer.comparisons[0].teacher.model(
+            input_ids=other.input_ids, attention_mask=other.attention_mask, use_cache=False
+        )
     trainer.model.zero_grad(set_to_none=True)
 
 
-def step(trainer: GKDTrainer) -> tuple[AlignedBatch, float]:
+def step(trainer: GKDTrainer) -> tuple[Batch, float]:
     """One step; the batch, and the seconds of reading and aligning in it."""
     start = time.perf_counter()
     data: Any = trainer.train_dataset
@@ -54,7 +57,8 @@ def compare(trainer: GKDTrainer, objectives: Sequence[str], repeats: int) -> dic
     """Each objective as the trainer's only one, against the floor."""
     found: dict[str, Any] = {}
     for name in objectives:
-        trainer.comparisons[0].terms = [term_for(trainer, name, **OBJECTIVES.get(name, {}))]
+        term = term_for(trainer, name, **OBJECTIVES.get(name, {}))
+        trainer.comparisons = [replace(trainer.comparisons[0], terms=(term,))]
         batch, _ = step(trainer)  # warms up as well
         floor(trainer, batch)
         shares: list[float] = []
@@ -85,5 +89,6 @@ def compare(trainer: GKDTrainer, objectives: Sequence[str], repeats: int) -> dic
     return found
 
 
-def _inputs(batch: AlignedBatch) -> str:
-    return digest(batch.student.input_ids, batch.teacher.input_ids, batch.student.rows, batch.teacher.rows)
+def _inputs(batch: Batch) -> str:
+    own, other = batch.student, batch.views[0].read.teacher
+    return digest(own.input_ids, other.input_ids, own.rows, other.rows)

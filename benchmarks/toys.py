@@ -111,9 +111,7 @@ def path_log_probs(model: Any, prompts: Sequence[Sequence[int]], trie: Trie) -> 
     ids = torch.tensor([[STOP] * (width - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     place = mask.sum(-1, keepdim=True)
-    out = model(
-        input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True
-    )
+    out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True)
     rows, log_probs, size = out.logits[:, -1:].float().log_softmax(-1), torch.zeros(count, 1), 1
     found = [rows[..., STOP]]
     for parents, tokens in trie.levels:
@@ -145,7 +143,9 @@ class Reader:
         canonical = [encode(tokenizer, text) for text in strings]
         self.canonical, self.all = canonical, Trie.of_all(tokenizer, texts)
         self.text_of = np.array([strings[self._spell(path)] for path in self.all.paths])
-        self.is_canonical = np.array([canonical[i] == path for path, i in zip(self.all.paths, self.text_of, strict=True)])
+        self.is_canonical = np.array(
+            [canonical[i] == path for path, i in zip(self.all.paths, self.text_of, strict=True)]
+        )
 
     def _spell(self, path: tuple[int, ...]) -> str:
         return "".join(self.tokenizer.convert_ids_to_tokens(list(path)))

@@ -5,14 +5,17 @@ Names are imported on first use, so that `import diglot` and `diglot --help` do 
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diglot.errors import DiglotError
-    from diglot.objectives import OBJECTIVES, make_objective
+    from diglot.inspection import inspect_pair
+    from diglot.objectives import OBJECTIVES, Level, Objective, make_objective
+    from diglot.options import GKDConfig, MiniLLMConfig
     from diglot.teachers import build_teacher_inputs_from_texts
-    from diglot.trainers import GKDConfig, GKDTrainer, MiniLLMConfig, MiniLLMTrainer
+    from diglot.trainers import GKDTrainer, MiniLLMTrainer
     from diglot.vocabulary import Vocabulary
 
 __version__ = "0.1.0"
@@ -22,20 +25,31 @@ __all__ = [
     "DiglotError",
     "GKDConfig",
     "GKDTrainer",
+    "Level",
     "MiniLLMConfig",
     "MiniLLMTrainer",
+    "Objective",
     "Vocabulary",
     "build_teacher_inputs_from_texts",
+    "inspect_pair",
     "make_objective",
 ]
 
 _HOMES = {
     "DiglotError": "diglot.errors",
+    "GKDConfig": "diglot.options",
+    "Level": "diglot.objectives",
+    "MiniLLMConfig": "diglot.options",
     "OBJECTIVES": "diglot.objectives",
-    "make_objective": "diglot.objectives",
+    "Objective": "diglot.objectives",
     "Vocabulary": "diglot.vocabulary",
     "build_teacher_inputs_from_texts": "diglot.teachers",
+    "inspect_pair": "diglot.inspection",
+    "make_objective": "diglot.objectives",
 }
+
+# bitsandbytes, which transformers imports, warns at its import of a kernel that it can do without.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 
 def __getattr__(name: str) -> Any:
@@ -45,4 +59,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return [*__all__, "__version__"]

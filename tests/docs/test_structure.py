@@ -1,27 +1,84 @@
-"""The house keeps its order: a room imports from the rooms above it, and no file or function grows out of hand."""
+"""The source keeps its order: a package imports from those above it, in no circle, and nothing grows out of hand."""
 
 from __future__ import annotations
 
 import ast
 import re
+from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = re.findall(r"^  (\w+)  ", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), re.M)
-SOURCES = sorted((ROOT / "src" / "diglot").rglob("*.py"))
+PACKAGES = re.findall(r"^  (\w+)  ", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), re.M)
+SOURCE = ROOT / "src" / "diglot"
+SOURCES = sorted(SOURCE.rglob("*.py"))
 
 
-def room(path: Path) -> str:
-    return path.relative_to(ROOT / "src" / "diglot").parts[0].removesuffix(".py")
+def package(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def test_no_room_imports_from_a_room_below_it() -> None:
+def module(path: Path) -> str:
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@lru_cache
+def modules() -> dict[str, Path]:
+    return {module(path): path for path in SOURCES}
+
+
+def imports(path: Path) -> set[str]:
+    """All modules of Diglot that a file names, also inside functions and for type checkers alone."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diglot"):
+            inside = {f"{node.module}.{name.name}" for name in node.names}
+            found |= (inside & modules().keys()) or {str(node.module)}
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names if name.name.startswith("diglot")}
+    return found
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The ways from a module back to itself, one for each module that is first on such a way."""
+    done: set[str] = set()
+    found: list[list[str]] = []
+
+    def visit(name: str, path: list[str]) -> None:
+        if name in path:
+            found.append([*path[path.index(name) :], name])
+        elif name not in done:
+            for other in sorted(graph.get(name, ())):
+                visit(other, [*path, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, [])
+    return found
+
+
+def test_no_package_imports_from_one_below_it() -> None:
     """The order is the list in docs/design.md."""
-    assert set(ROOMS) == {room(p) for p in SOURCES} - {"__init__", "__main__"}
+    assert set(PACKAGES) == {package(p) for p in SOURCES} - {"__init__", "__main__"}
     for path in SOURCES:
-        if room(path) in ROOMS:
-            for other in re.findall(r"from diglot\.(\w+)", path.read_text(encoding="utf-8")):
-                assert ROOMS.index(other) <= ROOMS.index(room(path)), (path.name, other)
+        if package(path) in PACKAGES:
+            for other in {name.split(".")[1] for name in imports(path) if "." in name}:
+                assert PACKAGES.index(other) <= PACKAGES.index(package(path)), (path.name, other)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """A package's `__init__` collects names for those below: modules beside it do not import from it."""
+    graph = {name: imports(path) - {name} for name, path in modules().items() if name not in ("diglot", "diglot.cli")}
+    assert circles(graph) == []
+
+
+def test_a_circle_would_be_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c", "a"]]
+
+
+def test_the_trainers_stay_small() -> None:
+    files = [path for path in SOURCES if package(path) == "trainers"]
+    assert len(files) <= 8 and sum(path.read_text(encoding="utf-8").count("\n") for path in files) <= 1500
 
 
 def test_files_and_functions_stay_readable() -> None:

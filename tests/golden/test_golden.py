@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.beside import load_beside
 
-_spec = importlib.util.spec_from_file_location("record", Path(__file__).with_name("record.py"))
-assert _spec is not None and _spec.loader is not None
-record: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(record)
+record: Any = load_beside(__file__, "record")
 
 
 @pytest.mark.real

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diglot.errors import ConfigError
+from diglot.heads import Head, reduce_rows
 from diglot.objectives import Pair, Path, generalized_jsd, make_objective
 from diglot.objectives.divergences import forward_kl, kl
 from diglot.objectives.jsd import full_jsd
@@ -136,7 +137,7 @@ def test_equal_rows_have_zero_divergence_and_zero_gradient(beta: float) -> None:
 def test_the_gradient_is_the_derivative(beta: float) -> None:
     logits = random_logps(3, 6, 5).requires_grad_()
     teacher = random_logps(3, 6, 6)
-    assert torch.autograd.gradcheck(lambda x: full_jsd(x, teacher, beta, 1.7), (logits,))
+    assert torch.autograd.gradcheck(lambda x: full_jsd(x / 1.7, teacher / 1.7, beta), (logits,))
 
 
 def test_padding_columns_of_the_wider_table_are_removed_before_the_softmax() -> None:
@@ -151,7 +152,11 @@ def test_padding_columns_of_the_wider_table_are_removed_before_the_softmax() -> 
 def test_kd_temperature_divides_both_logits_and_nothing_else() -> None:
     s, t = random_logps(3, 6, 9), random_logps(3, 6, 10)
     expected = generalized_jsd((s / 2.5).log_softmax(-1), (t / 2.5).log_softmax(-1), 0.5)
-    torch.testing.assert_close(make_objective("jsd", pair(6, 6), kd_temperature=2.5)(s, t).loss, expected)
+    head = Head(torch.nn.Identity())
+    rows, weight = torch.arange(3), torch.ones(3)
+    objective = make_objective("jsd", pair(6, 6))
+    _, values = reduce_rows(objective, s, head, t, head, rows, rows, weight, 2, temperature=2.5)
+    torch.testing.assert_close(values.loss, expected)
 
 
 @pytest.mark.parametrize("given", [torch.bfloat16, torch.float16, torch.float32])
@@ -171,7 +176,7 @@ def test_jsd_refuses_two_vocabularies_and_says_what_works() -> None:
 
 @pytest.mark.parametrize(
     ("name", "option", "value"),
-    [("jsd", "beta", 1.2), ("jsd", "kd_temperature", 0.0), ("strict", "beta", -0.1), ("strict", "top_k", -1)],
+    [("jsd", "beta", 1.2), ("strict", "beta", -0.1), ("strict", "top_k", -1)],
 )
 def test_values_that_cannot_work_are_refused(name: str, option: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{option}={value}"):

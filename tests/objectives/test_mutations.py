@@ -7,15 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import test_promises as promises
-import test_references as references
 import torch
+from support.beside import load_beside
 
 from diglot.objectives import RowObjective, byte, divergences, shared_prefix, spanning
 from diglot.objectives.bpm import BPM
 from diglot.objectives.byte import ByteDistribution
 from diglot.objectives.escd import ESCD
 from diglot.objectives.shared_prefix import SharedPrefix
+
+promises, references = (load_beside(__file__, name) for name in ("test_promises", "test_references"))
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 

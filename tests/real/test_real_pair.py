@@ -18,6 +18,7 @@ from support.real_assets import model_folder, tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from diglot import GKDConfig, GKDTrainer, MiniLLMConfig, MiniLLMTrainer, Vocabulary
+from diglot.comparisons import make_batch, scores_of
 from diglot.data import Sample
 from diglot.heads import Head, last_hidden
 from diglot.rendering import Conversation, Renderer
@@ -111,14 +112,17 @@ def test_the_teacher_likes_its_own_language_and_a_wrong_tokenizer_would_show(tmp
     """The signal: per byte the teacher is little surprised by real text; fed the student's ids it reads noise (W9)."""
     made = trainer("gkd", tmp_path)
     text = fetch_texts("passages", "heldout")[1]["text"][:400]
-    pair = made.reader.written(Sample(Conversation(None, text[:80]), text[80:], "held-out"))
-    batch = made.align([pair], on_policy=False)
+    (compared,) = made.comparisons
+    pair = compared.reader.written(Sample(Conversation(None, text[:80]), text[80:], "held-out"))
+    made_of_one = make_batch([compared], [(pair,)], [0], on_policy=False)
+    view, batch = made_of_one.views[0], made_of_one.views[0].read
     scored = len(text[80:].encode())
-    logp_t = made.logps(made.teacher_hidden(batch), batch.teacher, "teacher")
+    hidden = made.hidden_at_rows(made.model, batch.student)
+    logp_t = scores_of(made_of_one, view, hidden, made.student_head).teacher_text(1.0)
     right = -logp_t[~batch.teacher.stop].sum() / scored
     ids = torch.from_numpy(np.minimum(batch.pairs[0].student.ids, 262143))[None]
     with torch.no_grad():
-        logp = made.teacher.model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        logp = compared.teacher.model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
     wrong = -logp[batch.student.rows].sum() / scored
     assert right < 1.0 < 2 * right < wrong
 

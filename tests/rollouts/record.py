@@ -63,9 +63,9 @@ def own_logps(model: PreTrainedModel, prompt: Any, ids: Any) -> list[float]:
 def record_server(model_folder: Path) -> dict[str, Any]:
     import vllm_server
 
+    from diglot.http.client import Client, Refused
     from diglot.rendering import Renderer
     from diglot.rollouts import vllm_server as engines
-    from diglot.http.client import Client, Refused
 
     exchanges: list[dict[str, Any]] = []
 

@@ -15,12 +15,12 @@ import support.tokenizers_zoo as zoo
 from support import tiny
 
 from diglot.errors import ConfigError, RolloutError
+from diglot.http.client import Refused
 from diglot.rollouts import vllm_server
 from diglot.rollouts.vllm_colocate import ColocatedVLLM
 from diglot.rollouts.vllm_server import VLLMServer
 from diglot.rollouts.vllm_wire import Sampling
 from diglot.rollouts.weights import WeightsFolder
-from diglot.http.client import Refused
 
 RECORDED = Path(__file__).parent / "recorded"
 STOP, LENGTH, SEEDS = 2, 24, (3, 2**63 - 1, 11)

@@ -29,11 +29,11 @@ os.environ.setdefault("DIGLOT_TABLES", "off")
 warnings.filterwarnings("ignore", message=".*multi-threaded.*fork.*")
 
 import support.tokenizers_zoo as zoo  # noqa: E402
-import tiny  # noqa: E402
 import torch  # noqa: E402
+from support import tiny  # noqa: E402
 
+from diglot.checkpoints import durable, saving  # noqa: E402
 from diglot.errors import StoppedError  # noqa: E402
-from diglot.trainers import durable, saving  # noqa: E402
 
 SEED = 20261124
 STEPS = 16

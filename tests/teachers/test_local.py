@@ -30,7 +30,7 @@ CHAT = tiny.CHAT_ROWS
 
 def window(trainer: Any, rows: list[dict[str, Any]]) -> AlignedBatch:
     batch = trainer.data_collator(rows)
-    return trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)[0][0]["batch"]
+    return trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)[0][0]["batch"].views[0].read
 
 
 def options(out: Path, **more: Any) -> dict[str, Any]:
@@ -113,7 +113,9 @@ def plain_scores(trainer: Any, prompts: list[Conversation], replies: list[str], 
         trainer.comparisons[0].teacher.renderer, prompts, replies, completed=stopped, thinking=[False] * len(prompts)
     )
     with torch.no_grad():
-        logps = trainer.comparisons[0].teacher.model(inputs.input_ids, inputs.attention_mask).logits.log_softmax(-1)[:, :-1]
+        logps = (
+            trainer.comparisons[0].teacher.model(inputs.input_ids, inputs.attention_mask).logits.log_softmax(-1)[:, :-1]
+        )
     labels = inputs.labels[:, 1:]
     return logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels >= 0]
 
@@ -197,7 +199,8 @@ def test_quantised_teachers_train_on_the_cpu(tmp_path: Path, bits: int) -> None:
     model: Any = trainer.comparisons[0].teacher.model  # type: ignore[union-attr]
     assert keeps_its_device(model) and model.is_quantized
     batch = window(trainer, CHAT[:4])
-    said = trainer.comparisons[0].teacher.head(trainer.teacher_hidden(batch)).softmax(-1)  # type: ignore[union-attr]
+    model_hidden = trainer.comparisons[0].teacher.hidden(batch.teacher)  # type: ignore[union-attr]
+    said = trainer.comparisons[0].teacher.head(model_hidden).softmax(-1)  # type: ignore[union-attr]
     with torch.no_grad():
         own = whole(batch.teacher.input_ids, batch.teacher.attention_mask).logits.flatten(0, 1)[batch.teacher.rows]
     distance = float((said - own.softmax(-1)).abs().sum(-1).mean())

@@ -21,8 +21,8 @@ from support import tiny
 from support.gguf_file import write_gguf
 
 from diglot.errors import TeacherError
-from diglot.rendering import Renderer
 from diglot.http.client import Client
+from diglot.rendering import Renderer
 from diglot.teachers.loading import load_teacher_model
 from diglot.teachers.served import ServedTeacher
 from diglot.teachers.wire import VLLM, Asking, ServerInfo

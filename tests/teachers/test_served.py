@@ -21,10 +21,11 @@ from support.teacher_server import MANNERS, TeacherServer
 from diglot.batches import PackedSide, pack
 from diglot.errors import ConfigError, TeacherError, TeacherUnavailable
 from diglot.heads import token_logps
-from diglot.rendering import Conversation, Renderer
-from diglot.teachers import LocalTeacher, client, served
+from diglot.http import client
 from diglot.http.address import checked_address
 from diglot.http.client import Client
+from diglot.rendering import Conversation, Renderer
+from diglot.teachers import LocalTeacher, served
 from diglot.teachers.served import ServedTeacher
 
 RENDERER = Renderer(zoo.turns(), name="teacher")

@@ -16,11 +16,11 @@ import support.tokenizers_zoo as zoo
 import torch
 from support import tiny
 
-from diglot.errors import CheckpointError, StoppedError
 from diglot.checkpoints import durable, saving
-from diglot.trainers import GKDConfig
 from diglot.checkpoints.manifest import fingerprint
+from diglot.errors import CheckpointError, StoppedError
 from diglot.options.secrets import is_secret, without_secrets
+from diglot.trainers import GKDConfig
 
 SAVES = dict(save_strategy="steps", save_steps=1, max_steps=2, lmbda=0.0)
 

@@ -132,7 +132,9 @@ def test_equals_the_textbook_jsd_on_equal_vocabularies(tmp_path: Path, beta: flo
     for batch in batches:
         side = batch.student
         with torch.no_grad():
-            q = teacher(batch.views[0].read.teacher.input_ids, attention_mask=batch.views[0].read.teacher.attention_mask).logits.log_softmax(-1)
+            q = teacher(
+                batch.views[0].read.teacher.input_ids, attention_mask=batch.views[0].read.teacher.attention_mask
+            ).logits.log_softmax(-1)
         p = student(side.input_ids, attention_mask=side.attention_mask).logits.log_softmax(-1)
         p, q = p.flatten(0, 1)[side.rows], q.flatten(0, 1)[batch.views[0].read.teacher.rows]
         if beta == 0:

@@ -122,7 +122,9 @@ def test_single_step_part_is_the_exact_reverse_kl_on_equal_vocabularies(tmp_path
     student.zero_grad()
     p = student(side.input_ids, attention_mask=side.attention_mask).logits.log_softmax(-1)
     with torch.no_grad():
-        q = teacher(batch.views[0].read.teacher.input_ids, attention_mask=batch.views[0].read.teacher.attention_mask).logits.log_softmax(-1)
+        q = teacher(
+            batch.views[0].read.teacher.input_ids, attention_mask=batch.views[0].read.teacher.attention_mask
+        ).logits.log_softmax(-1)
     mask = torch.zeros(side.input_ids.shape, dtype=torch.bool)
     for b, pair in enumerate(batch.pairs):  # by hand: the completion's positions, each predicted one position before
         mask[b, pair.prompt_length - 1 : len(pair.student.ids) - 1] = True

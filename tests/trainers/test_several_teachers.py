@@ -10,13 +10,15 @@ import pytest
 import support.tokenizers_zoo as zoo
 import torch
 from support import tiny
+from support.teacher_server import TeacherServer
 from torch import Tensor
 
 from diglot.comparisons import scores_of
-from diglot.errors import ConfigError, DataError
+from diglot.errors import AlignmentError, ConfigError, DataError
 from diglot.objectives import OBJECTIVES
 from diglot.objectives.byte import byte_distribution, smoothed
 from diglot.objectives.divergences import generalized_jsd
+from diglot.teachers import served
 
 ROWS = tiny.CHAT_ROWS[:4]
 BALANCED = {"xtoken_p", "xtoken_h"}
@@ -185,3 +187,72 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
     for rows, said in (([{**ROWS[0], "teacher": "c"}], "'c'; there are a, b"), ([ROUTED[0], ROWS[1]], "no `teacher`")):
         with pytest.raises(DataError, match=said):
             loss_and_gradient(trainer, rows)
+
+
+def blind(order: str, out: Path) -> Any:
+    """One teacher that reads everything and one whose window holds no text."""
+    entries = {
+        "good": {"name": tiny.tiny_model(zoo.turns(), 1), "label": "good"},
+        "blind": {"name": tiny.tiny_model(zoo.turns(), 2), "label": "blind", "max_length": 3},
+    }
+    models = (tiny.tiny_model(zoo.turns(), 0), [entries[name] for name in order.split()])
+    return tiny.gkd(out, zoo.turns(), [zoo.turns()] * 2, ROWS, models=models, lmbda=0.0, min_coverage=0.9)
+
+
+@pytest.mark.parametrize("order", ["good blind", "blind good"])
+def test_a_teacher_that_reads_nothing_stops_the_run_by_name(tmp_path: Path, order: str) -> None:
+    with pytest.raises(AlignmentError, match=r"Only 0\.0% .* those of teacher 'blind'"):
+        blind(order, tmp_path).train()
+
+
+def test_what_each_teacher_could_read_is_logged_and_tokens_count_once(tmp_path: Path) -> None:
+    trainer = blind("blind good", tmp_path)
+    trainer.args.min_coverage = 0.0
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["align/coverage/good"] == 1 and entry["align/coverage/blind"] == 0 and entry["align/coverage"] == 0.5
+    alone = made(tiny.gkd, tmp_path, [("a", 1, 1.0)], [zoo.turns()], lmbda=0.0)
+    alone.train()
+    assert entry["align/dropped_samples"] == 4  # a sample that one teacher cannot hold
+    assert entry["num_tokens"] > 0 and np.isfinite(entry["loss"])
+
+
+@pytest.mark.parametrize(("entry", "said"), [
+    ({"max_length": -5}, "teacher 'a'.*teacher_max_length=-5 cannot work"),
+    ({"max_length": "abc"}, "teacher_max_length"), ({"weight": "much"}, "weight is 'much'"),
+    ({"weight": float("nan")}, "weight is nan"), ({"revision": 3}, "revision=3"),
+    ({"chat_template_kwargs": "{"}, "is no JSON"), ({"init_kwargs": [1]}, "must be a mapping"),
+])  # fmt: skip
+def test_options_of_one_teacher_have_the_checks_of_the_global_ones(
+    tmp_path: Path, entry: dict[str, Any], said: str
+) -> None:
+    models = (tiny.tiny_model(zoo.chatml()), [{"name": tiny.tiny_model(zoo.turns(), 1), "label": "a", **entry}])
+    with pytest.raises(ConfigError, match=said):
+        tiny.gkd(tmp_path, zoo.chatml(), [zoo.turns()], models=models)
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROUTED], ids=["all", "routed"])
+def test_a_served_teacher_beside_a_local_one_trains_the_same_in_either_order(
+    tmp_path: Path, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has the terms that its teacher can give, and the configuration is what it was."""
+    monkeypatch.setattr(served, "STOP_TOLERANCE", 0.0)
+    server = TeacherServer(tiny.tiny_model(zoo.turns(), 2), zoo.turns()).start()
+    try:
+        entries = {
+            "a": {"name": tiny.tiny_model(zoo.turns(), 1), "label": "a"},
+            "b": {"name": server.url, "label": "b"},
+        }
+        found = []
+        for order in ("ab", "ba"):
+            trainer = tiny.minillm(
+                tmp_path, zoo.turns(), [zoo.turns()] * 2, rows, num_iterations=1, min_coverage=0.0,
+                models=(tiny.tiny_model(zoo.turns(), 0), [here, there] if order == "ab" else [there, here]),
+            )  # fmt: skip
+            names = {one.label: [term.name for term in one.terms] for one in trainer.comparisons}
+            assert names == {"a": ["policy_gradient", "single_step"], "b": ["policy_gradient"]}
+            assert trainer.args.single_step_decomposition and trainer.args.teacher_mixed_alpha == 0.2
+            found.append(loss_and_gradient(trainer, rows, 4))
+        agree(*found)
+    finally:
+        server.stop()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diglot.comparisons import Batch, ModelScores, Term, View, check_level, scores_of
 from diglot.errors import ConfigError, TeacherError
-from diglot.objectives import OBJECTIVES, Level, make_objective
+from diglot.objectives import OBJECTIVES, Level, make_objective, options_of
 
 CROSS = sorted(set(OBJECTIVES) - {"jsd"})
 BALANCED = {"xtoken_p", "xtoken_h"}  # scaled to the cross-entropy of each micro-batch: depends on the split
@@ -218,3 +218,51 @@ def test_padding_of_either_embedding_is_no_obstacle(tmp_path: Path, name: str, r
     trainer.train()
     logged = next(e for e in trainer.state.log_history if "loss" in e)
     assert math.isfinite(logged["loss"]) and logged["align/coverage"] == 1
+
+
+BETAS = sorted(name for name in CROSS if "beta" in options_of(name))
+
+
+@pytest.mark.parametrize("name", BETAS)
+def test_beta_reaches_every_objective_that_has_one_unless_its_entry_gives_one(tmp_path: Path, name: str) -> None:
+    def betas(make: Any, objective: Any, **options: Any) -> list[float]:
+        trainer = make(tmp_path, zoo.chatml(), zoo.inst(), objective=objective, min_coverage=0.0, **options)
+        return [term.objective.beta for term in trainer.comparisons[0].terms if hasattr(term.objective, "beta")]
+
+    assert betas(tiny.gkd, [name, {"name": name, "beta": 0.25}], beta=1.0) == [1.0, 0.25]
+    assert betas(tiny.minillm, name) == [1.0]
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"objective": "span", "beta": 1.0}, "beta=1.0 has no part in objective 'span'"),
+    ({"objective": ["span", "bpm"], "strict_top_k": 4}, "strict_top_k=4 has no part in objective 'span', 'bpm'"),
+    ({"objective": "alm", "kd_temperature": 2.0}, "kd_temperature=2.0 has no part in objective 'alm'"),
+])  # fmt: skip
+def test_an_option_that_no_objective_can_use_is_refused_by_name(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), **options)
+
+
+def test_there_is_one_temperature(tmp_path: Path) -> None:
+    """It divides logits once, also of an objective that multiplies by its square; `jsd` has none of its own."""
+    losses = {}
+    for temperature in (1.0, 3.0):
+        for name in ("uld", "jsd", "xtoken_h"):
+            tokenizers = zoo.turns(), zoo.turns()
+            trainer = tiny.gkd(tmp_path, *tokenizers, lmbda=0.0, objective=name, kd_temperature=temperature)
+            losses[name, temperature] = _loss_and_gradient(trainer, _window(trainer, 4))[0]
+            if name == "xtoken_h":
+                assert trainer.comparisons[0].terms[0].objective.kd_temperature == temperature  # type: ignore
+    assert losses["uld", 1.0] != losses["uld", 3.0] and losses["jsd", 1.0] != losses["jsd", 3.0]
+    with pytest.raises(ConfigError, match="no option 'kd_temperature'"):
+        tiny.gkd(tmp_path, zoo.turns(), zoo.turns(), objective=[{"name": "jsd", "kd_temperature": 2.0}])
+
+
+@pytest.mark.parametrize("objective", ["auto", ["auto"], ["auto", {"name": "alm", "weight": 0.1}]])
+def test_auto_is_the_exact_single_step_in_minillm_also_in_a_list(tmp_path: Path, objective: Any) -> None:
+    trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), objective=objective, teacher_mixed_alpha=0.0)
+    gradient, step, *others = trainer.comparisons[0].terms
+    assert gradient.name == "policy_gradient" and step.name == "single_step" and step.objective.is_single_step
+    assert [term.name for term in others] == (["alm"] if len(objective) == 2 else [])

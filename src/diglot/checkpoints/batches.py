@@ -65,7 +65,7 @@ def _plain_pair(pair: ReadPair, prefix: str, tensors: Tensors) -> dict[str, Any]
     sides = {}
     for side, rendered in (("student", pair.student), ("teacher", pair.teacher)):
         for name in _ARRAYS:
-            tensors[f"{prefix}{side}.{name}"] = torch.from_numpy(np.ascontiguousarray(getattr(rendered, name)))
+            tensors[f"{prefix}{side}.{name}"] = torch.from_numpy(np.array(getattr(rendered, name)))
         texts = [text.hex() for text in rendered.segment_bytes]
         sides[side] = {"segment_bytes": texts, "stopped": list(rendered.stopped)}
     return {"conversation": asdict(pair.conversation), **sides}
@@ -104,4 +104,5 @@ def _pair(plain: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]) 
         arrays = {name: tensors[f"{prefix}{side}.{name}"].numpy() for name in _ARRAYS}
         texts = tuple(bytes.fromhex(text) for text in plain[side]["segment_bytes"])
         sides.append(Rendered(**arrays, segment_bytes=texts, stopped=tuple(plain[side]["stopped"])))
-    return ReadPair(conversation_of(plain["conversation"]), *sides, tensors[f"{prefix}noncanonical"].numpy())
+    student, teacher = sides
+    return ReadPair(conversation_of(plain["conversation"]), student, teacher, tensors[f"{prefix}noncanonical"].numpy())

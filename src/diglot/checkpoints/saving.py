@@ -51,7 +51,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def saving(self, run: Path, state: TrainerState) -> Iterator[Path]:
-        """A folder that is checkpoint `state.global_step` of `run` once the block has ended well, and nothing before."""
+        """A folder that becomes checkpoint `state.global_step` of `run` when the block has ended well."""
         step, main = state.global_step, self.args.should_save
         if main:
             durable.tidy(run)

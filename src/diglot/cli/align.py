@@ -29,8 +29,8 @@ def parser() -> Parser:
 def align(arguments: Sequence[str]) -> int:
     """Print the alignment of a text, read as the continuation of something."""
     given = parser().parse_args(arguments)
-    from diglot.cli.pairs import load_input
     from diglot.inspection import align_text
+    from diglot.inspection.load import load_input
     from diglot.report.alignment import print_alignment
     from diglot.vocabulary import ByteEncoder, Vocabulary
 

@@ -51,8 +51,8 @@ def inspect(arguments: Sequence[str]) -> int:
     if given.with_models:
         check_place(given.device, given.dtype)
     from diglot.cli.options import load_options
-    from diglot.cli.pairs import load_input
     from diglot.inspection import inspect_pair
+    from diglot.inspection.load import load_input
 
     samples = _samples(given.data, given.split, given.rows) if given.data else None
     student, teacher = load_input(given.student, "student"), load_input(given.teacher, "teacher")

@@ -85,6 +85,7 @@ def _objective() -> dict[str, Any]:
     """A name or a list of names and of names with weights and options."""
     from diglot.objectives import OBJECTIVES
 
-    name = {"enum": ["auto", *OBJECTIVES]}
+    own = {"type": "string", "pattern": r"^[\w.]+:\w+$"}  # a class of the user's
+    name = {"anyOf": [{"enum": ["auto", *OBJECTIVES]}, own]}
     entry = {"type": "object", "properties": {"name": name, "weight": {"type": "number"}}, "required": ["name"]}
     return {"anyOf": [name, {"type": "array", "items": {"anyOf": [name, entry]}, "minItems": 1}]}

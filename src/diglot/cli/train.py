@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,10 @@ from diglot.cli.script import TrainArguments
 from diglot.data import load_dataset
 from diglot.errors import ConfigError, DiglotError
 from diglot.options.secrets import without_secrets
+<<<<<<< HEAD
 from diglot.teachers.loading import INERT
+=======
+>>>>>>> redesign
 from diglot.trainers import DistillationConfig, GKDConfig, GKDTrainer, MiniLLMConfig, MiniLLMTrainer
 from diglot.trainers.base import DistillationTrainer
 
@@ -94,7 +98,7 @@ def resolved(script: TrainArguments, config: DistillationConfig) -> dict[str, An
 
 def build(script: TrainArguments, config: DistillationConfig) -> DistillationTrainer:
     """The trainer, with models, tokenizers and data loaded."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     data = _data(script, script.dataset_name, script.dataset_train_split)
     wants_eval = str(config.eval_strategy).split(".")[-1].lower() != "no"
@@ -109,16 +113,13 @@ def build(script: TrainArguments, config: DistillationConfig) -> DistillationTra
     options = {"revision": script.model_revision, "trust_remote_code": script.trust_remote_code}
     extra = {"dtype": script.dtype, "attn_implementation": script.attn_implementation}
     extra = {k: v for k, v in extra.items() if v is not None}
-    own, config.model_init_kwargs = config.model_init_kwargs, None
-    init = own if isinstance(own, dict) else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        str(script.model_name_or_path), **{**INERT, **options, **extra, **init}
-    )
+    config = copy.copy(config)  # what the student is loaded with is the run's, not the caller's
+    init = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
+    config.model_init_kwargs = {**options, **extra, **init}
     tokenizer = AutoTokenizer.from_pretrained(script.tokenizer_name_or_path or script.model_name_or_path, **options)
     trainer_class, _ = TRAINERS[script.trainer]
-    trainer = trainer_class(model, None, config, processing_class=tokenizer, peft_config=_peft(script), **keywords)
-    config.model_init_kwargs = own
-    return trainer
+    student = str(script.model_name_or_path)
+    return trainer_class(student, None, config, processing_class=tokenizer, peft_config=_peft(script), **keywords)
 
 
 def _data(script: TrainArguments, name: str | None, split: str) -> Any:

@@ -6,28 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from diglot.batches import AlignedBatch, PairReader, align_pairs
 from diglot.data import Sample
 from diglot.errors import DiglotError, RenderingError
 from diglot.inspection import measure, verdict
 from diglot.inspection.facts import Inspection, Rendering, SideFacts, Stop, Token, Verdict
+from diglot.inspection.load import Input, load_input
 from diglot.inspection.texts import BUILT_IN, CONVERSATION, TEXTS
 from diglot.objectives import Level, Pair
 from diglot.rendering import Conversation, Rendered, Renderer, Role
 
 _FIRST_CHARACTERS = 4000  # of each text: enough to see how it is cut, and one long row must not take minutes
-
-
-@dataclass(frozen=True)
-class Input:
-    """What is known of a model without its weights."""
-
-    name: str
-    tokenizer: PreTrainedTokenizerBase
-    num_embeddings: int | None = None
-    generation_config: GenerationConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -39,8 +29,8 @@ class Side:
 
 
 def inspect_pair(
-    student: Input,
-    teacher: Input,
+    student: Input | str,
+    teacher: Input | str,
     samples: Sequence[Sample] | None = None,
     *,
     data: str | None = None,
@@ -52,11 +42,14 @@ def inspect_pair(
     A pair that cannot be read is no error: its `verdict` says so, and what it does not let us know is None.
 
     Args:
+        student, teacher: model ids or folders, or what is known of them.
         samples: rows of the data; a few built-in texts when not given.
         data: the name of the dataset, for the command that the verdict proposes.
         offered: how much of its distributions the teacher will give; a local model gives hidden states.
         min_coverage: as in the trainers' options.
     """
+    student = load_input(student, "student") if isinstance(student, str) else student
+    teacher = load_input(teacher, "teacher") if isinstance(teacher, str) else teacher
     source = BUILT_IN if samples is None else data or "given rows"
     try:
         sides = Side(student.name, _renderer(student, "student")), Side(teacher.name, _renderer(teacher, "teacher"))

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
 
 from diglot.batches import AlignedBatch
 from diglot.errors import DiglotError
 from diglot.inspection.facts import Agreement, Critical, ObjectiveFacts, Outcome, SideFacts, Verdict
-from diglot.objectives import OBJECTIVES, Level, Pair, PathObjective, SummaryObjective, guide, make_objective
+from diglot.objectives import OBJECTIVES, Level, Objective, Pair, PathObjective, Rows, guide, make_objective
 
 FEW = 0.5  # an objective that reads less than this share of the student's tokens is called weak
 
@@ -37,15 +34,12 @@ def _judge(name: str, pair: Pair, batch: AlignedBatch, offered: Level) -> Object
     return ObjectiveFacts(name, outcome, reason + guide.GUIDE[name].use, needs, share)
 
 
-def _reads(objective: Any, batch: AlignedBatch) -> tuple[int, float | None]:
+def _reads(objective: Objective, batch: AlignedBatch) -> tuple[int, float | None]:
     """Items that an objective averages over, and the share of the student's tokens that it reads, if that has one."""
-    total = max(len(batch.written.student.ids), 1)
-    if isinstance(objective, PathObjective):
-        return int(objective.mask(batch.alignment).sum()), int(batch.written.usable_s.sum()) / total
-    if isinstance(objective, SummaryObjective):
-        return int(objective.plan(batch.written).items), None
-    rows = objective.rows(batch.written)
-    return int(rows.items), len(np.unique(rows.student.numpy())) / total
+    total, plan = max(len(batch.written.student.ids), 1), objective.plan(batch.written)
+    if isinstance(plan, Rows):
+        return plan.items, len(set(plan.student.tolist())) / total
+    return plan.items, int(batch.written.usable_s.sum()) / total if isinstance(objective, PathObjective) else None
 
 
 def choose(same: bool, objectives: Sequence[ObjectiveFacts]) -> str | None:

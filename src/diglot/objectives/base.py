@@ -235,7 +235,7 @@ class Scores(Protocol):
         with_teacher: bool = True,
         temperature: float | None = None,
     ) -> tuple[Tensor, Values]:
-        """`share` times the sum of `compare(logits_s, logits_t, **given)` over rows, with gradient; the values, without.
+        """`share` times the sum of `compare(logits_s, logits_t, **given)` over rows, and their values.
 
         `rows` are on `device`. Without the teacher's rows `logits_t` is None. `temperature` is that of the scores
         when not given.

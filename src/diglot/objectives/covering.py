@@ -1,7 +1,7 @@
 """The covering distribution: what the teacher expects next *given the text so far*, at every student token.
 
-After "2" a teacher that reads "23" as one token has a boundary only if the number ended, so its row there says "no digit
-follows" with certainty, and a student that is compared at such rows alone learns to end its numbers. What the teacher
+After "2" a teacher that reads "23" as one token has a boundary only if the number ended, so its row there says "no
+digit follows" with certainty, and a student that is compared at such rows alone learns to end its numbers. What it
 means is a mixture: the token "2" ended here, with its mass, or a longer one goes on, with theirs. The mixture is over
 all tokens that cover the last bytes of the text (Phan et al., arXiv 2410.09303; Vieira et al., arXiv 2412.03719), and
 depends on the past alone: where the whole text's reading has no row, the teacher is asked about the text so far.
@@ -49,9 +49,7 @@ class Covering(PairObjective):
             raise ConfigError(f"top_k={top_k} of objective 'covering' leaves nothing to compare: choose at least 1.")
         tables = pair.need_tables(self.name)
         if tables.encode_s is None or tables.encode_t is None:
-            raise ConfigError(
-                "objective 'covering' needs both tokenizers: use Pair.of(..., encode_s=..., encode_t=...)."
-            )
+            raise ConfigError("objective 'covering' needs both tokenizers: use Pair.of with encode_s and encode_t.")
         self.beta, self.top_k, self.canonical = beta, top_k, canonical
         self.student, self.teacher, self.encode_t = tables.student, tables.teacher, tables.encode_t
         self.cells = CellMap(tables.student, tables.teacher, tables.encode_s, tables.encode_t)

@@ -30,8 +30,8 @@ from diglot.objectives.uld import ULD
 from diglot.objectives.xtoken import XTokenH, XTokenP
 
 _CLASSES: tuple[type[Objective], ...] = (
-    Covering, BPM, ByteDistribution, DSKD, ESCD, SharedPrefix, JSD, Strict, TopK, SequenceKL, Span, ALM, SimCT, CrossEntropy,
-    XTokenP, XTokenH, ULD, Gold,
+    Covering, BPM, ByteDistribution, DSKD, ESCD, SharedPrefix, JSD, Strict, TopK, SequenceKL, Span, ALM, SimCT,
+    CrossEntropy, XTokenP, XTokenH, ULD, Gold,
 )  # fmt: skip
 OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in _CLASSES}
 

@@ -162,8 +162,9 @@ class DistillationConfig(TrainingArguments):
     # Objective
     objective: str | list[Any] = option(
         "auto",
-        "Name of an objective, or a list of {name, weight, options}; `diglot objectives` lists them. `auto`: GKD takes "
-        "jsd on equal vocabularies, else strict; MiniLLM its own single-step part.",
+        "Name of an objective, or a list of {name, weight, options}; `diglot objectives` lists them, and one of your own "
+        "is package.module:Class. `auto`: GKD takes jsd on equal vocabularies, else strict; MiniLLM its own single-step "
+        "part.",
         "Objective",
     )
     kd_temperature: float = option(1.0, "Temperature of both distributions inside the divergence.", "Objective")
@@ -248,7 +249,7 @@ class GKDConfig(DistillationConfig):
     )
     beta: float = option(
         0.5,
-        "The divergence: 0 is forward KL(teacher || student), 1 is reverse KL(student || teacher), "
+        "The divergence, of every objective that has one: 0 is forward KL(teacher || student), 1 is reverse KL(student || teacher), "
         "between them the generalised Jensen-Shannon divergence.",
         "Objective",
     )

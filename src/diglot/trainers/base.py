@@ -172,6 +172,12 @@ class DistillationTrainer(Trainer):
         """The model in training, without the wrappers of data parallelism."""
         return self.accelerator.unwrap_model(self.model)
 
+    @property
+    def _whole_model(self) -> torch.nn.Module:
+        """The same with them."""
+        assert self.model is not None
+        return self.model
+
     def teacher_models(self) -> list[PreTrainedModel]:
         """The teachers' models that are in this process beside the student's."""
         held = [one.teacher for one in self.comparisons]
@@ -194,7 +200,7 @@ class DistillationTrainer(Trainer):
     # ---- one window: texts, read, aligned, counted ---------------------------------------------------------------
 
     def prepare(self, window: Window) -> list[Batch]:
-        """The micro-batches of one optimizer step: texts as every teacher reads them, and what each term's mean is over.
+        """The micro-batches of one optimizer step: texts as every teacher reads them, and each term's count.
 
         Samples of similar length share a micro-batch where the loss does not depend on it.
         """
@@ -263,7 +269,7 @@ class DistillationTrainer(Trainer):
         batches, step = self.prepare(window), self.state.global_step
         dropped = sum(sum(one.reader.take_dropped().values()) for one in self.comparisons)
         watch_coverage(batches, dropped, self.metrics, step=step, min_coverage=self.args.min_coverage)
-        self.observer.window(batches, self.model, step, self.state.logging_steps)
+        self.observer.window(batches, self._whole_model, step, self.state.logging_steps)
         return [{"batch": batch} for batch in batches], int(sum(batch.scored for batch in batches))
 
     # ---- what the student writes ---------------------------------------------------------------------------------
@@ -488,10 +494,10 @@ class DistillationTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def evaluator(self, comparison: Comparison) -> Evaluator:
-        """Evaluates the student as it is now, against one teacher."""
-        size = self.args.per_device_eval_batch_size
-        return Evaluator(self.student, comparison.reader, comparison.teacher, comparison.pair, batch_size=size)
+    def evaluator(self, comparison: Comparison | None = None) -> Evaluator:
+        """Evaluates the student as it is now, against one teacher, by default the first."""
+        one, size = comparison or self.comparisons[0], self.args.per_device_eval_batch_size
+        return Evaluator(self.student, one.reader, one.teacher, one.pair, batch_size=size)
 
     def _evaluate_samples(self, comparison: Comparison, samples: list[Sample]) -> dict[str, float]:
         """Metrics over all ranks' samples. Every rank samples with the same seeds at every evaluation."""
@@ -519,7 +525,7 @@ class DistillationTrainer(Trainer):
         """A few fixed prompts, before the first step and after the last one."""
         data = self.eval_dataset or self.train_dataset
         evaluator = self.evaluator(self.observer.comparison)
-        self.observer.fixed(phase, self.state.global_step, self.model, data, evaluator, self.sampler)
+        self.observer.fixed(phase, self.state.global_step, self._whole_model, data, evaluator, self.sampler)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's log, with this log interval's own metrics of all ranks."""

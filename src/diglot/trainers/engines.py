@@ -143,8 +143,8 @@ def _refuse(mean: float, step: int) -> None:
     if mean <= FAR:
         return
     raise RolloutError(
-        f"In step {step} the engine's log-probs of its own samples are {mean:.2f} nats a token away from the student's, "
-        f"expected less than {FAR:.0f}: it does not have the student's weights, or reads other tokens. Look at its log "
-        "for weights that were not loaded, at whether another run uses it, and at its --logprobs-mode; restart it with "
-        "the student. The optimizer was not run."
+        f"In step {step} the engine's log-probs of its own samples are {mean:.2f} nats a token away from the "
+        f"student's, expected less than {FAR:.0f}: it does not have the student's weights, or reads other tokens. "
+        "Look at its log for weights that were not loaded, at whether another run uses it, and at its --logprobs-mode; "
+        "restart it with the student. The optimizer was not run."
     )

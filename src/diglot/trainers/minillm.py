@@ -316,13 +316,14 @@ class MiniLLMTrainer(DistillationTrainer):
         if None in kept or self.state.global_step % self.args.num_iterations == 0:
             return
         held: list[list[HeldBatch]] = [one for one in kept if one is not None]
-        batches = [self._restored(of_views) for of_views in zip(*held, strict=True)]
-        known = {(i, k): one.logp_old.to(self.args.device) for k, of_k in enumerate(held) for i, one in enumerate(of_k)}
         routed = any(c.route is not None for of_k in held for one in of_k for c in one.conversations)
-        set_counts(batches, self.items, self.count_over_ranks, routed and len(self.comparisons) > 1)
+        routed &= len(self.comparisons) > 1
+        batches = [self._restored(of_views, routed) for of_views in zip(*held, strict=True)]
+        known = {(i, k): one.logp_old.to(self.args.device) for k, of_k in enumerate(held) for i, one in enumerate(of_k)}
+        set_counts(batches, self.items, self.count_over_ranks, routed)
         self.held = self.rewarded(batches, known)
 
-    def _restored(self, of_views: Sequence[HeldBatch]) -> Batch:
+    def _restored(self, of_views: Sequence[HeldBatch], routed: bool) -> Batch:
         """A micro-batch from what was kept of each view."""
         reads: dict[int, list[ReadPair | None]] = {}
         for k, (one, comparison) in enumerate(zip(of_views, self.comparisons, strict=True)):
@@ -330,7 +331,9 @@ class MiniLLMTrainer(DistillationTrainer):
             for place, conversation, ids in zip(places, one.conversations, one.completions, strict=True):
                 pairs = reads.setdefault(place, [None] * len(self.comparisons))
                 pairs[k] = comparison.reader.sampled(conversation, ids)
-        batch = make_batch(self.comparisons, [tuple(r) for r in reads.values()], list(reads), on_policy=True)
+        order = sorted(reads) if len(self.comparisons) > 1 else list(reads)  # several are never sorted by length
+        rows = [tuple(reads[place]) for place in order]
+        batch = make_batch(self.comparisons, rows, order, on_policy=True, by_all=not routed)
         for view, weight in ((v, h.sampler_weight) for v, h in zip(batch.views, of_views, strict=True)):
             if weight is not None:
                 if batch.sampler_weight is None:

@@ -18,15 +18,12 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from diglot.vocabulary.table import Vocabulary
 
 Ints = NDArray[np.int64]
 Record = dict[str, Any]
@@ -38,9 +35,22 @@ LARGEST = 1 << 30  # bytes of an entry; those of 262,144 pieces take a hundredth
 _INT32 = np.iinfo(np.int32)
 
 
-def cached(
-    kind: str, vocabularies: Sequence[Vocabulary], build: Callable[[], Mapping[str, Ints]]
-) -> Mapping[str, Ints]:
+class Table(Protocol):
+    """What a `Vocabulary` holds of its tokens: their bytes one after the other, and where each one's lie."""
+
+    @property
+    def data(self) -> NDArray[np.uint8]: ...  # [D]
+    @property
+    def offsets(self) -> Ints: ...  # [V + 1]
+    @property
+    def lengths(self) -> Ints: ...  # [V]
+    @property
+    def content_hash(self) -> str: ...
+    def tokens(self) -> Sequence[bytes]: ...
+    def __len__(self) -> int: ...
+
+
+def cached(kind: str, vocabularies: Sequence[Table], build: Callable[[], Mapping[str, Ints]]) -> Mapping[str, Ints]:
     """What `build` gives for these vocabularies, from disk if it was built before.
 
     `build` must be a function of the byte tables, names and sizes of the vocabularies alone, and live in this package:

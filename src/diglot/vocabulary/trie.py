@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from diglot.vocabulary.table import Vocabulary
+from diglot.vocabulary.cache import Table
 
 Ints = NDArray[np.int64]
 
@@ -34,7 +32,7 @@ class ByteTrie:
     edges: Ints  # [P - 1] ascending; edge k = 256 * parent + byte leads to node k + 1
 
     @classmethod
-    def of(cls, vocabulary: Vocabulary, ids: Ints | None = None) -> ByteTrie:
+    def of(cls, vocabulary: Table, ids: Ints | None = None) -> ByteTrie:
         """The trie of the tokens `ids`, by default of all that have bytes."""
         if ids is None:
             ids = np.flatnonzero(vocabulary.lengths > 0)

@@ -173,7 +173,7 @@ def fixed_samples(data: Any) -> list[Sample]:
 
 
 def in_order_of_data(batches: Sequence[Batch], view: int = 0) -> list[ReadPair]:
-    """The pairs of a window as the data have them, whatever micro-batch they went into, as one comparison reads them."""
+    """The pairs of a window in the order of the data, as one comparison reads them."""
     placed = []
     for batch in batches:
         own = batch.views[view]

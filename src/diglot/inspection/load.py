@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from diglot.errors import ConfigError, DiglotError
-from diglot.inspection import Input
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Input:
+    """What is known of a model without its weights."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    num_embeddings: int | None = None
+    generation_config: GenerationConfig | None = None
 
 
 def load_input(name: str, role: str) -> Input:

@@ -1,0 +1,92 @@
+"""A tree of branches off a text gives what reading every prefix and branch as a text of its own gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from diglot.heads import Branches, hidden_with_branches, last_hidden
+from diglot.heads import branches as module
+
+SIZES = dict(
+    vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, eos_token_id=0, bos_token_id=None,
+)  # fmt: skip
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+ROWS = torch.tensor([1, 2, 3, 4, 5, 7, 8, 9])
+BRANCHES = Branches(
+    ids=np.array([20, 21, 22, 23, 24, 25, 26]),
+    after=np.array([2, 2, 2, 4, 7, 7, 9]),
+    depth=np.array([0, 1, 2, 0, 0, 1, 0]),
+)
+
+
+def models() -> dict[str, torch.nn.Module]:
+    torch.manual_seed(0)
+    return {
+        "llama": LlamaForCausalLM(LlamaConfig(**SIZES)).eval(),
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**SIZES)).eval(),
+        "gemma3": Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=32)).eval(),
+        "gemma3 with a short window": Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=4)).eval(),
+    }
+
+
+def alone(model: torch.nn.Module) -> torch.Tensor:
+    """Each branch token behind its own prefix, one text at a time."""
+    found = []
+    for e in range(len(BRANCHES)):
+        first = e - int(BRANCHES.depth[e])
+        row, place = divmod(int(BRANCHES.after[e]), IDS.shape[1])
+        text = [*IDS[row, : place + 1].tolist(), *BRANCHES.ids[first : e + 1].tolist()]
+        found.append(last_hidden(model, torch.tensor([text]), torch.ones(1, len(text), dtype=torch.long))[0, -1])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "gemma3 with a short window"])
+def test_branches_are_read_as_texts_of_their_own(name: str) -> None:
+    model = models()[name]
+    with torch.no_grad():
+        main, branches = hidden_with_branches(model, IDS, MASK, ROWS, BRANCHES)
+        plain = last_hidden(model, IDS, MASK).flatten(0, 1)[ROWS]
+        torch.testing.assert_close(main, plain, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(branches, alone(model), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_takes_no_such_mask_reads_each_prefix_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models()["llama"]
+    monkeypatch.setattr(module, "_takes_trees", lambda model: False)
+    with torch.no_grad():
+        _, branches = hidden_with_branches(model, IDS, MASK, ROWS, BRANCHES)
+        torch.testing.assert_close(branches, alone(model), rtol=1e-4, atol=1e-5)
+
+
+def test_one_pass_reads_text_and_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tree is what is used where it can be: its cost is the branches' own tokens."""
+    model = models()["llama"]
+    seen: list[int] = []
+    model.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    with torch.no_grad():
+        hidden_with_branches(model, IDS, MASK, ROWS, BRANCHES)
+        seen.clear()
+        hidden_with_branches(model, IDS, MASK, ROWS, BRANCHES)
+    assert seen == [2 * (6 + 4)]  # four branch tokens in the first row
+
+
+def test_a_batch_without_branches_is_the_plain_pass() -> None:
+    model, none = models()["llama"], np.zeros(0, dtype=np.int64)
+    with torch.no_grad():
+        main, branches = hidden_with_branches(model, IDS, MASK, ROWS, Branches(none, none, none))
+        torch.testing.assert_close(main, last_hidden(model, IDS, MASK).flatten(0, 1)[ROWS])
+    assert branches.shape == (0, 16)

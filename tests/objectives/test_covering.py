@@ -1,0 +1,240 @@
+"""The covering distribution is what the teacher expects next given the text so far, and nothing of what comes later."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import scored, tiny
+
+from diglot.batches import AlignedBatch, align_pairs, PairReader
+from diglot.comparisons.comparison import Answers
+from diglot.comparisons.scores import ModelScores, Side
+from diglot.data import Sample
+from diglot.heads import Head
+from diglot.objectives import make_objective
+from diglot.objectives.covering import Covering
+from diglot.objectives.covering_plan import CoveringPlan, plan_covering
+from diglot.rendering import Conversation
+from diglot.teachers import LocalTeacher
+
+TEXTS = (
+    "The river had been rising.",
+    "x = 12345 + 67",
+    "unbelievable, unbearable things",
+    "def add(a):\n    return 1234",
+    "",
+)
+PAIRS = [("chatml", "inst"), ("inst", "chatml"), ("chatml", "turns"), ("turns", "chatml")]
+
+
+@lru_cache
+def teacher(name: str) -> LocalTeacher:
+    model = tiny.tiny_model(scored.renderer(name).tokenizer, seed=3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4.0)  # far from uniform, so that a wrong row shows
+    return LocalTeacher(model, scored.renderer(name))
+
+
+def read(student: str, name: str, texts: tuple[str, ...] = TEXTS) -> AlignedBatch:
+    return scored.read(student, name, texts)
+
+
+def scores(batch: AlignedBatch, student: str, name: str) -> ModelScores:
+    held, made = teacher(name), scored.pair(student, name)
+    model = tiny.tiny_model(scored.renderer(student).tokenizer, seed=5)
+    head = Head.of(model)
+    hidden = torch.randn(
+        len(batch.written.student.ids), model.config.hidden_size, generator=torch.Generator().manual_seed(0)
+    )
+    return ModelScores(
+        batch,
+        hidden.requires_grad_(),
+        Answers(held, batch.teacher),
+        Side(head, scored.renderer(student).vocabulary, made.stop_s),
+        Side(held.head, held.renderer.vocabulary, made.stop_t),
+        chunk_rows=lambda few: 64,
+    )
+
+
+class Brute:
+    """Masses of the teacher by running it on every prefix, one by one."""
+
+    def __init__(self, batch: AlignedBatch, name: str, segment: int) -> None:
+        self.held, self.batch = teacher(name), batch
+        self.vocabulary, self.encode = self.held.renderer.vocabulary, self.held.renderer.encoder.encode
+        ids = batch.teacher.input_ids[segment].tolist()
+        first = (
+            int(batch.teacher.rows[np.flatnonzero(batch.teacher.segment == segment)[0]])
+            % batch.teacher.input_ids.shape[1]
+        )
+        self.prompt, self.text = ids[: first + 1], batch.written.texts[segment]
+        self.stop = scored.pair("chatml", name).stop_t.tolist()
+
+    @lru_cache(maxsize=None)
+    def canonical(self, length: int) -> tuple[int, ...]:
+        return tuple(self.encode([self.text[:length].decode()])[0].ids.tolist())
+
+    @lru_cache(maxsize=None)
+    def rows(self, length: int) -> np.ndarray:
+        """Probabilities of each row of the canonical reading of so many bytes, the last one behind it."""
+        ids = [*self.prompt, *self.canonical(length)]
+        with torch.no_grad():
+            logits = self.held.model(input_ids=torch.tensor([ids])).logits[0].double()
+        return logits.softmax(-1)[len(self.prompt) - 1 :].numpy()
+
+    def mass(self, length: int) -> float:
+        rows, ids = self.rows(length), self.canonical(length)
+        return math.prod(float(rows[k, i]) for k, i in enumerate(ids))
+
+    def leaves(self, length: int, boundaries: set[int]) -> tuple[dict[tuple[int, int], float], float]:
+        """Mass of each (teacher token, bytes of it that are written) that may cover the boundary, and of stop."""
+        found: dict[tuple[int, int], float] = {}
+        for a in sorted(boundaries):
+            row, weight, rest = self.rows(a)[-1], self.mass(a), self.text[a:length]
+            for i in range(len(self.vocabulary)):
+                token = self.vocabulary.token(i)
+                if len(token) > len(rest) and token.startswith(rest) and i not in self.stop:
+                    found[i, len(rest)] = weight * float(row[i])
+        return found, self.mass(length) * float(self.rows(length)[-1][self.stop].sum())
+
+    def ends(self, length: int) -> set[int]:
+        return set(np.cumsum([0, *(len(self.vocabulary.token(i)) for i in self.canonical(length))]).tolist())
+
+
+@pytest.mark.parametrize(("student", "name"), PAIRS)
+def test_targets_are_the_masses_that_the_teacher_gives_prefix_by_prefix(student: str, name: str) -> None:
+    batch = read(student, name)
+    objective = make_objective("covering", scored.pair(student, name), top_k=10**6, canonical=False)
+    assert isinstance(objective, Covering)
+    plan = objective.plan(batch.written)
+    targets = objective.targets(plan, scores(batch, student, name))
+    side = batch.written.student
+    main = batch.written.teacher
+    for segment, text in enumerate(batch.written.texts):
+        here = np.flatnonzero(side.segment[plan.student] == segment)
+        brute = Brute(batch, name, segment)
+        own = set(side.start[plan.student[here]].tolist())
+        whole = set(main.start[main.segment == segment].tolist())
+        for r in here.tolist():
+            b = int(side.start[plan.student[r]])
+            boundaries = {a for a in own if a <= b} | (brute.ends(b) & whole)
+            found, stop = brute.leaves(b, boundaries)
+            total = sum(found.values()) + stop
+            cells: dict[int, float] = defaultdict(float)
+            for (token, consumed), mass in found.items():
+                cells[int(objective.cells.of_leaves(np.array([token]), np.array([consumed]))[0])] += mass / total
+            assert targets.stop[r] == pytest.approx(stop / total, abs=1e-4), (text, b)
+            got = {int(c): m for c, m in zip(targets.column[r], targets.mass[r], strict=True) if c >= 0}
+            for cell, mass in cells.items():
+                if cell >= 0:
+                    assert got.get(cell, 0.0) == pytest.approx(mass, abs=2e-4), (text, b, cell)
+
+
+def test_a_target_depends_on_the_past_alone() -> None:
+    """Two texts that part behind a byte have one target up to there, whatever the teacher's tokens for them are."""
+    student, name = "turns", "chatml"
+    texts = ("so 1234 shells", "so 12 shells", "so 123, then")
+    objective: Any = make_objective("covering", scored.pair(student, name))
+    batch = read(student, name, texts)
+    plan: CoveringPlan = objective.plan(batch.written)
+    targets, side = objective.targets(plan, scores(batch, student, name)), batch.written.student
+    seen: dict[bytes, dict[int, float]] = {}
+    shared = 0
+    for r, i in enumerate(plan.student.tolist()):
+        past = batch.written.texts[side.segment[i]][: side.start[i]]
+        cells = {int(c): m for c, m in zip(targets.column[r], targets.mass[r], strict=True) if c >= 0 and m > 1e-3}
+        if past in seen:
+            shared += 1
+            assert cells == pytest.approx(seen[past], abs=1e-4)
+        seen[past] = cells
+    assert shared >= 6
+
+
+def test_masses_are_those_of_a_distribution() -> None:
+    for student, name in PAIRS:
+        batch = read(student, name)
+        objective: Any = make_objective("covering", scored.pair(student, name))
+        targets = objective.targets(objective.plan(batch.written), scores(batch, student, name))
+        total = targets.mass.sum(-1) + targets.stop
+        assert (total <= 1 + 1e-6).all() and (targets.mass >= 0).all()
+        assert (
+            targets.own_mass <= np.take_along_axis(targets.mass, targets.own.clip(0)[:, None], 1)[:, 0] + 1e-9
+        ).all()
+        assert ((targets.canonical > 0) & (targets.canonical <= 1 + 1e-9)).all()
+
+
+def test_what_the_students_tokenizer_would_merge_gets_no_mass() -> None:
+    """Behind a token, no target has a token that its tokenizer would never have written there."""
+    student, name = "chatml", "turns"
+    batch = read(student, name)
+    objective: Any = make_objective("covering", scored.pair(student, name))
+    plan = objective.plan(batch.written)
+    targets, side = objective.targets(plan, scores(batch, student, name)), batch.written.student
+    vocabulary, encode = scored.renderer(student).vocabulary, scored.renderer(student).encoder.encode
+    checked = 0
+    for r, i in enumerate(plan.student.tolist()):
+        if plan.previous[r] < 0:
+            continue
+        before = int(side.ids[plan.previous[r]])
+        for cell, mass in zip(targets.column[r].tolist(), targets.mass[r].tolist(), strict=True):
+            if cell < 0 or mass < 1e-3 or objective.cells.size[cell] > 1:
+                continue
+            text = vocabulary.token(before) + vocabulary.token(cell)
+            assert encode([text.decode()])[0].ids.tolist() == [before, cell]
+            checked += 1
+    assert checked > 20
+    assert targets.canonical.min() < 0.999  # something was left out
+
+
+def test_the_gradient_is_that_of_the_plain_formula() -> None:
+    """Blocks, cells and the split token change nothing: autograd through the whole rows says the same."""
+    student, name = "chatml", "inst"
+    batch = read(student, name)
+    objective: Any = make_objective("covering", scored.pair(student, name), beta=0.3)
+    made = scores(batch, student, name)
+    plan = objective.plan(batch.written)
+    loss, metrics = objective.loss(plan, made, 0.5)
+    (found,) = torch.autograd.grad(loss, [made.hidden_s])
+    targets = objective.targets(plan, made)
+    hidden = made.hidden_s.detach().double().requires_grad_()
+    weight = made.student.head.parameters[0].detach().double()
+    total = torch.zeros((), dtype=torch.float64)
+    for r, i in enumerate(plan.student.tolist()):
+        p = (hidden[i] @ weight.T).softmax(-1)
+        groups: list[tuple[Any, float]] = []
+        own = int(batch.written.student.ids[i])
+        rest_p, rest_t = torch.ones((), dtype=torch.float64), 1.0
+        pieces = [(p[objective.pair.stop_s].sum(), float(targets.stop[r]))]
+        for c, (cell, mass) in enumerate(zip(targets.column[r].tolist(), targets.mass[r].tolist(), strict=True)):
+            if cell < 0:
+                continue
+            members = np.flatnonzero(objective.cells.cell == cell).tolist()
+            split = targets.own[r] == c
+            kept = [m for m in members if not (split and m == own)]
+            pieces.append((p[kept].sum(), mass - (float(targets.own_mass[r]) if split else 0.0)))
+            if split:
+                pieces.append((p[own], float(targets.own_mass[r])))
+        rest_p, rest_t = 1 - sum(x for x, _ in pieces), 1 - sum(m for _, m in pieces)
+        for x, m in [*pieces, (rest_p, rest_t)]:
+            t, x = torch.tensor(max(m, 1e-8), dtype=torch.float64), x.clamp(min=1e-8)
+            mixed = 0.3 * t + 0.7 * x
+            total = total + 0.3 * t * (t / mixed).log() + 0.7 * x * (x / mixed).log()
+    (wanted,) = torch.autograd.grad(0.5 * total, [hidden])
+    assert float(loss) == pytest.approx(0.5 * float(total), rel=1e-4)
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-3, atol=1e-6)
+    assert len(metrics["loss"]) == plan.items
+
+
+def test_every_student_token_of_an_exact_text_is_compared() -> None:
+    batch = read("chatml", "turns", ("x = 12345 and unbelievable",))
+    made = scored.pair("chatml", "turns")
+    plan = plan_covering(batch.written, made.tables.student, made.tables.teacher, made.tables.encode_t)
+    assert len(plan.student) == len(batch.written.student.ids) and plan.skipped == {"character": 0}
+    assert (plan.last >= 0).any()  # somewhere the teacher had to be asked about the text so far
