@@ -16,10 +16,6 @@ from diglot.cli.script import TrainArguments
 from diglot.data import load_dataset
 from diglot.errors import ConfigError, DiglotError
 from diglot.options.secrets import without_secrets
-<<<<<<< HEAD
-from diglot.teachers.loading import INERT
-=======
->>>>>>> redesign
 from diglot.trainers import DistillationConfig, GKDConfig, GKDTrainer, MiniLLMConfig, MiniLLMTrainer
 from diglot.trainers.base import DistillationTrainer
 
