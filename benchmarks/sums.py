@@ -14,9 +14,7 @@ Everything is made from scratch. Models are kept under `DIGLOT_CACHE`, cells in 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import inspect
-import json
+import functools
 import logging
 import math
 import os
@@ -27,7 +25,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +32,7 @@ import torch
 from arms import Arm, Cells, code_digest, markdown, mean_of
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from toys import STOP
+from toys import STOP, recipe_digest
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -48,7 +45,7 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 from assets import cache
 
-THINGS = "apples pears books coins cards stamps".split()
+THINGS = ["apples", "pears", "books", "coins", "cards", "stamps"]
 LONGEST = 20  # tokens of a completion
 
 
@@ -102,6 +99,12 @@ class Sums:
             if len(ids_of(tokenizer, str(number))) != (1 if whole else len(str(number))):
                 raise ValueError(f"the tokenizer cuts {number} into {tokenizer.tokenize(str(number))}")
         return tokenizer
+
+
+@functools.cache
+def tokenizer_of(task: Sums, whole: bool) -> PreTrainedTokenizerFast:
+    """The task's tokenizer, trained once."""
+    return task.tokenizer(whole)
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -230,23 +233,22 @@ class Numbers:
     width: int = 64
     layers: int = 3
     steps: int = 2000
-    student_steps: int = 1000
+    student_steps: int = 600
     models: Path | None = None
 
-    @cached_property
+    @functools.cached_property
     def tokenizers(self) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
         """The student's and the teacher's."""
         whole = self.direction == "coarser"
-        return self.task.tokenizer(whole), self.task.tokenizer(not whole)
+        return tokenizer_of(self.task, whole), tokenizer_of(self.task, not whole)
 
     def model(self, whole: bool, right: bool) -> Any:
         """A model that has learnt right sums, or wrong ones; from disk if it was made before."""
         steps, seed = (self.steps, 1) if right else (self.student_steps, 2)
-        tokenizer = self.task.tokenizer(whole)
+        tokenizer = tokenizer_of(self.task, whole)
         model = llama(tokenizer, self.width, self.layers, seed)
-        code = "".join(map(inspect.getsource, (learn, llama, Sums)))
-        recipe = [repr(self.task), whole, right, self.width, self.layers, steps, seed, code]
-        name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:24]
+        recipe = [repr(self.task), whole, right, self.width, self.layers, steps, seed]
+        name = recipe_digest(recipe, learn, llama, Sums)
         place = self.models / f"{name}.pt" if self.models else None
         if place and place.exists():
             model.load_state_dict(torch.load(place, weights_only=True))
@@ -341,18 +343,19 @@ def show(results: Sequence[dict[str, Any]]) -> str:
         title = f"{direction}, `{label}`, {policy}-policy"
         ran = [r for r in group if "after" in r]
         if not ran:
-            rows.append([title, group[0]["error"].partition(":")[0], *["–"] * 5])
+            rows.append([title, group[0]["error"].partition(":")[0], *["-"] * 5])
             continue
         start, control = ran[0]["before"], Arm.parse(label).names("jsd")
         if (direction, control) not in begun:
             begun.add((direction, control))
             shown = [f"{start[key]:.3f}" for key in ("accuracy", "bits_per_byte", "reverse_kl")]
             name = f"{direction}, before{', equal tokenizers' if control else ''}"
-            rows.append([name, *shown, "–", f"“{start['samples'][0].strip()}”", "–"])
+            rows.append([name, *shown, "-", f"“{start['samples'][0].strip()}”", "-"])
         values = [mean_of([r["after"][key] for r in ran], 3) for key in ("accuracy", "bits_per_byte", "reverse_kl")]
         shares = [f"{share:.2f}" for share in ran[0]["one_to_one"] if share is not None]
         said = f"“{ran[0]['after']['samples'][0].strip()}”"
-        rows.append([title, *values, " ".join(shares) or "–", said, mean_of([sum(r["seconds"] for r in ran) / len(ran)], 0)])
+        seconds = sum(r["seconds"] for r in ran) / len(ran)
+        rows.append([title, *values, " ".join(shares) or "-", said, f"{seconds:.0f}"])
     return markdown(head, rows)
 
 
@@ -373,7 +376,8 @@ def measure(
                 except Exception as error:  # one arm's failure ends no table
                     result = {**setting, "error": f"{type(error).__name__}: {error}"}
                 results.append(result)
-                end = result.get("error") or "accuracy {accuracy:.3f}, {reverse_kl:.3f} nats/byte".format(**result["after"])
+                shown = "accuracy {accuracy:.3f}, {reverse_kl:.3f} nats/byte"
+                end = result.get("error") or shown.format(**result["after"])
                 print(f"{bench.direction} {arm.label} {policy} seed {seed}: {end}", file=sys.stderr, flush=True)
     return results
 

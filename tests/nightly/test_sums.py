@@ -13,7 +13,8 @@ from sums import Numbers, Sums
 @pytest.mark.nightly
 def test_equal_tokenizers_learn_the_sums_and_off_policy_training_ruins_nothing(tmp_path: Path) -> None:
     """The control gains accuracy. `span` with unlike tokenizers keeps the sentences whole: it gains bits per byte."""
-    bench = Numbers("finer", Sums((68, 76), (30, 36)), width=48, layers=2, steps=1500, student_steps=300, models=tmp_path)
+    task = Sums((68, 76), (30, 36))
+    bench = Numbers("finer", task, width=48, layers=2, steps=1500, student_steps=300, models=tmp_path)
     run = dict(steps=60, batch=32, rate=1e-3, count=60)
     cells = Cells(tmp_path / "cells", "code")
     (control,) = sums.measure(bench, [Arm.parse("jsd")], ["on"], [0], cells, **run)
