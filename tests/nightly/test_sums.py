@@ -18,7 +18,7 @@ def test_equal_tokenizers_learn_the_sums_and_off_policy_training_ruins_nothing(t
     run = dict(steps=100, batch=32, rate=4e-3, count=60)
     cells = Cells(tmp_path / "cells", "code")
     (control,) = sums.measure(bench, [Arm.parse("jsd")], ["on"], [0], cells, **run)
-    assert control["after"]["accuracy"] > control["before"]["accuracy"] + 0.2
+    assert control["after"]["accuracy"] > control["before"]["accuracy"] + 0.1
     assert control["after"]["bits_per_byte"] < control["before"]["bits_per_byte"]
     (unlike,) = sums.measure(bench, [Arm.parse("bpm")], ["off"], [0], cells, **run)
     assert unlike["after"]["bits_per_byte"] < unlike["before"]["bits_per_byte"]
