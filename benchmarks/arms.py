@@ -53,10 +53,14 @@ class Arm:
     def names(self, objective: str) -> bool:
         """Is `objective` one of its terms?"""
         terms: Any = self.options.get("objective", [])
+<<<<<<< HEAD
         return any(
             objective == (term if isinstance(term, str) else term["name"])
             for term in ([] if terms == "auto" else terms)
         )
+=======
+        return terms != "auto" and objective in [term if isinstance(term, str) else term["name"] for term in terms]
+>>>>>>> numbers
 
     def trainer(self, student: Any, teacher: Any, common: dict[str, Any], **rest: Any) -> Any:
         """The trainer, with `common` options where the arm says nothing; on-policy if neither says otherwise."""
@@ -122,7 +126,7 @@ class Cells:
 def mean_of(values: Sequence[float], digits: int = 2) -> str:
     """The mean, and each value beside it if there are several."""
     if not values:
-        return "–"
+        return "-"
     each = ", ".join(f"{value:.{digits}f}" for value in values)
     return each if len(values) == 1 else f"**{statistics.fmean(values):.{digits}f}** ({each})"
 

@@ -27,8 +27,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import toys
 import torch
+import toys
 from arms import Arm, Cells, code_digest, markdown, mean_of
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback
@@ -46,6 +46,7 @@ MERGES = {  # of the student, of the teacher
     "equal": (SOME, SOME),
 }
 PAIRS, STARTS = tuple(MERGES), ("other", "perfect")
+TEXTS = toys.Texts()
 STUDENT, TEACHER = 2, 8  # seeds of the distributions, 4.06 nats apart
 
 
@@ -54,7 +55,7 @@ class Laboratory:
     """A pair of tokenizers with fitted models; `models` is the folder that keeps them, if any."""
 
     pair: str
-    texts: toys.Texts = toys.Texts()
+    texts: toys.Texts = TEXTS
     fit_steps: int = 600
     models: Path | None = None
 
@@ -147,10 +148,15 @@ def show(results: Sequence[dict[str, Any]]) -> str:
         cells.setdefault((r["arm"], r["start"], r["pair"]), []).append(r)
     start_row = ["before"]
     for start, pair in columns:
+<<<<<<< HEAD
         known = [
             r["before"]["reverse_kl"] for r in results if (r["start"], r["pair"]) == (start, pair) and "after" in r
         ]
         start_row.append(f"{known[0]:.2f}" if known else "–")
+=======
+        column = [r for r in results if (r["start"], r["pair"]) == (start, pair) and "after" in r]
+        start_row.append(f"{column[0]['before']['reverse_kl']:.2f}" if column else "-")
+>>>>>>> numbers
     rows = [start_row]
     for label in dict.fromkeys(r["arm"] for r in results):
         rows.append([f"`{label}`", *(_cell(cells.get((label, *column), [])) for column in columns)])
@@ -226,9 +232,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for pair in options.pairs:
         laboratory = replace(Laboratory(pair), models=cache() / "toys")
         results += measure(laboratory, options.arms, options.seeds, options.starts, cells, **run)
+<<<<<<< HEAD
     print(
         f"KL(student || teacher), nats per text, after {options.steps} steps\n\n{show(results)}\n\n{show_means(results)}"
     )
+=======
+    print(f"KL(student || teacher), nats per text, after {options.steps} steps\n\n{show(results)}\n")
+    print(show_means(results))
+>>>>>>> numbers
     return int(any("error" in result for result in results))
 
 

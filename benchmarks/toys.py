@@ -7,11 +7,13 @@ paths of a text, canonical or not, that is the model's distribution over texts. 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import itertools
 import json
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,6 +221,12 @@ def fit(model: Any, reader: Reader, wanted: Floats, steps: int, seed: int, rate:
     model.eval()
 
 
+def recipe_digest(recipe: Any, *made_by: Any) -> str:
+    """A name for what is made from `recipe` (JSON) by these functions and classes; their layout does not matter."""
+    code = [ast.dump(ast.parse(textwrap.dedent(inspect.getsource(maker)))) for maker in made_by]
+    return hashlib.sha256(json.dumps([recipe, code]).encode()).hexdigest()[:24]
+
+
 def fitted(
     tokenizer: PreTrainedTokenizerBase, texts: Texts, wanted: Floats, steps: int, seed: int, folder: Path | None
 ) -> tuple[LlamaForCausalLM, Floats, float]:
@@ -226,8 +234,7 @@ def fitted(
     name that holds everything it was made from."""
     reader = Reader(tokenizer, texts)
     recipe = (tokenizer.backend_tokenizer.to_str(), repr(texts), wanted.tobytes().hex(), steps, seed)
-    code = "".join(map(inspect.getsource, (fit, tiny_llama, path_log_probs, Trie)))
-    name = hashlib.sha256(json.dumps([recipe, code]).encode()).hexdigest()[:24]
+    name = recipe_digest(recipe, fit, tiny_llama, path_log_probs, Trie)
     model = tiny_llama(tokenizer, seed)
     place = folder / f"{name}.pt" if folder else None
     if place and place.exists():

@@ -117,11 +117,11 @@ def test_arms_are_read_from_their_names() -> None:
     mixed = Arm.parse("minillm:gamma=1.0+bpm")
     assert mixed.minillm and mixed.options == {"gamma": 1.0, "objective": ["bpm"]}
     for wrong in ("", "strict:beta", "strict+"):
-        with pytest.raises(ValueError, match="should be key=value|names no objective"):
+        with pytest.raises(ValueError, match=r"should be key=value|names no objective"):
             Arm.parse(wrong)
 
 
 def test_tables_and_digests() -> None:
-    assert mean_of([1.0, 2.0]) == "**1.50** (1.00, 2.00)" and mean_of([1.0]) == "1.00" and mean_of([]) == "–"
+    assert mean_of([1.0, 2.0]) == "**1.50** (1.00, 2.00)" and mean_of([1.0]) == "1.00" and mean_of([]) == "-"
     assert markdown(["a", "b"], [["c", "d"]]).splitlines() == ["| a | b |", "| --- | ---: |", "| c | d |"]
     assert code_digest() != code_digest(Path(laboratory.__file__))

@@ -38,7 +38,7 @@ def teacher(name: str) -> LocalTeacher:
     model = tiny.tiny_model(scored.renderer(name).tokenizer, seed=3)
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(4.0)  # far from uniform, so that a wrong row shows
+            p.mul_(2.0)  # far from uniform, so that a wrong row shows
     return LocalTeacher(model, scored.renderer(name))
 
 
@@ -126,7 +126,7 @@ def test_targets_are_the_masses_that_the_teacher_gives_prefix_by_prefix(student:
             b = int(side.start[plan.student[r]])
             boundaries = {a for a in own if a <= b} | (brute.ends(b) & whole)
             found, stop = brute.leaves(b, boundaries)
-            total = sum(found.values()) + stop
+            total = sum(m for (_, consumed), m in found.items() if consumed) + brute.mass(b)
             cells: dict[int, float] = defaultdict(float)
             for (token, consumed), mass in found.items():
                 cells[int(objective.cells.of_leaves(np.array([token]), np.array([consumed]))[0])] += mass / total
@@ -182,13 +182,16 @@ def test_what_the_students_tokenizer_would_merge_gets_no_mass() -> None:
     for r, i in enumerate(plan.student.tolist()):
         if plan.previous[r] < 0:
             continue
-        before = int(side.ids[plan.previous[r]])
+        before, merged = int(side.ids[plan.previous[r]]), 0.0
         for cell, mass in zip(targets.column[r].tolist(), targets.mass[r].tolist(), strict=True):
             if cell < 0 or mass < 1e-3 or objective.cells.size[cell] > 1:
                 continue
-            text = vocabulary.token(before) + vocabulary.token(cell)
-            assert encode([text.decode()])[0].ids.tolist() == [before, cell]
+            text = (vocabulary.token(before) + vocabulary.token(cell)).decode(errors="replace")
+            if "\ufffd" not in text and encode([text])[0].ids.tolist() != [before, cell]:
+                merged += mass
             checked += 1
+        # Where nothing else is expected, what was written cannot be gone on with canonically at all.
+        assert merged == 0 or targets.canonical[r] == 1.0 and merged > 0.9
     assert checked > 20
     assert targets.canonical.min() < 0.999  # something was left out
 
@@ -227,7 +230,7 @@ def test_the_gradient_is_that_of_the_plain_formula() -> None:
             mixed = 0.3 * t + 0.7 * x
             total = total + 0.3 * t * (t / mixed).log() + 0.7 * x * (x / mixed).log()
     (wanted,) = torch.autograd.grad(0.5 * total, [hidden])
-    assert float(loss) == pytest.approx(0.5 * float(total), rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(0.5 * float(total.detach()), rel=1e-4)
     torch.testing.assert_close(found.double(), wanted, rtol=2e-3, atol=1e-6)
     assert len(metrics["loss"]) == plan.items
 
