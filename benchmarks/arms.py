@@ -53,14 +53,7 @@ class Arm:
     def names(self, objective: str) -> bool:
         """Is `objective` one of its terms?"""
         terms: Any = self.options.get("objective", [])
-<<<<<<< HEAD
-        return any(
-            objective == (term if isinstance(term, str) else term["name"])
-            for term in ([] if terms == "auto" else terms)
-        )
-=======
         return terms != "auto" and objective in [term if isinstance(term, str) else term["name"] for term in terms]
->>>>>>> numbers
 
     def trainer(self, student: Any, teacher: Any, common: dict[str, Any], **rest: Any) -> Any:
         """The trainer, with `common` options where the arm says nothing; on-policy if neither says otherwise."""

@@ -148,15 +148,8 @@ def show(results: Sequence[dict[str, Any]]) -> str:
         cells.setdefault((r["arm"], r["start"], r["pair"]), []).append(r)
     start_row = ["before"]
     for start, pair in columns:
-<<<<<<< HEAD
-        known = [
-            r["before"]["reverse_kl"] for r in results if (r["start"], r["pair"]) == (start, pair) and "after" in r
-        ]
-        start_row.append(f"{known[0]:.2f}" if known else "–")
-=======
         column = [r for r in results if (r["start"], r["pair"]) == (start, pair) and "after" in r]
         start_row.append(f"{column[0]['before']['reverse_kl']:.2f}" if column else "-")
->>>>>>> numbers
     rows = [start_row]
     for label in dict.fromkeys(r["arm"] for r in results):
         rows.append([f"`{label}`", *(_cell(cells.get((label, *column), [])) for column in columns)])
@@ -232,14 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for pair in options.pairs:
         laboratory = replace(Laboratory(pair), models=cache() / "toys")
         results += measure(laboratory, options.arms, options.seeds, options.starts, cells, **run)
-<<<<<<< HEAD
-    print(
-        f"KL(student || teacher), nats per text, after {options.steps} steps\n\n{show(results)}\n\n{show_means(results)}"
-    )
-=======
     print(f"KL(student || teacher), nats per text, after {options.steps} steps\n\n{show(results)}\n")
     print(show_means(results))
->>>>>>> numbers
     return int(any("error" in result for result in results))
 
 
