@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,15 +12,13 @@ import pytest
 import torch
 from support import scored, tiny
 
-from diglot.batches import AlignedBatch, align_pairs, PairReader
+from diglot.batches import AlignedBatch
 from diglot.comparisons.comparison import Answers
 from diglot.comparisons.scores import ModelScores, Side
-from diglot.data import Sample
 from diglot.heads import Head
 from diglot.objectives import make_objective
 from diglot.objectives.covering import Covering
 from diglot.objectives.covering_plan import CoveringPlan, plan_covering
-from diglot.rendering import Conversation
 from diglot.teachers import LocalTeacher
 
 TEXTS = (
@@ -77,11 +75,11 @@ class Brute:
         self.prompt, self.text = ids[: first + 1], batch.written.texts[segment]
         self.stop = scored.pair("chatml", name).stop_t.tolist()
 
-    @lru_cache(maxsize=None)
+    @cache
     def canonical(self, length: int) -> tuple[int, ...]:
         return tuple(self.encode([self.text[:length].decode()])[0].ids.tolist())
 
-    @lru_cache(maxsize=None)
+    @cache
     def rows(self, length: int) -> np.ndarray:
         """Probabilities of each row of the canonical reading of so many bytes, the last one behind it."""
         ids = [*self.prompt, *self.canonical(length)]
@@ -178,21 +176,22 @@ def test_what_the_students_tokenizer_would_merge_gets_no_mass() -> None:
     plan = objective.plan(batch.written)
     targets, side = objective.targets(plan, scores(batch, student, name)), batch.written.student
     vocabulary, encode = scored.renderer(student).vocabulary, scored.renderer(student).encoder.encode
-    checked = 0
+    checked = lost = 0
     for r, i in enumerate(plan.student.tolist()):
         if plan.previous[r] < 0:
             continue
         before, merged = int(side.ids[plan.previous[r]]), 0.0
         for cell, mass in zip(targets.column[r].tolist(), targets.mass[r].tolist(), strict=True):
-            if cell < 0 or mass < 1e-3 or objective.cells.size[cell] > 1:
+            if cell < 0 or mass < 2e-3 or objective.cells.size[cell] > 1:
                 continue
             text = (vocabulary.token(before) + vocabulary.token(cell)).decode(errors="replace")
             if "\ufffd" not in text and encode([text])[0].ids.tolist() != [before, cell]:
                 merged += mass
             checked += 1
-        # Where nothing else is expected, what was written cannot be gone on with canonically at all.
-        assert merged == 0 or targets.canonical[r] == 1.0 and merged > 0.9
-    assert checked > 20
+        # Where all that is expected would be merged, the written tokens cannot be gone on with canonically at all.
+        assert merged == 0 or targets.canonical[r] == 1.0
+        lost += merged > 0
+    assert checked > 20 and lost < len(plan.student) / 4
     assert targets.canonical.min() < 0.999  # something was left out
 
 
