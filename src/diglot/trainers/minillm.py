@@ -151,7 +151,7 @@ class MiniLLMTrainer(DistillationTrainer):
         tokens, terms = float(view.read.written.usable_s.sum()), view.comparison.terms
         return {**view.items(), **{t.name: tokens for t in terms if t.objective.is_single_step}}
 
-    def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler | None:
+    def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler[int] | None:
         """Each window of data comes `num_iterations` times in a row: an inner epoch is one optimizer step."""
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         if dataset is None or not hasattr(dataset, "__len__"):
