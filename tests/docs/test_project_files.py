@@ -120,3 +120,9 @@ def test_a_release_is_refused_until_all_agree(
         (tmp_path / name).write_text(text.replace(before, after) if name == file else text, encoding="utf-8")
     found = release.problems(tmp_path, "v1.2.0")
     assert any(problem in one for one in found) if problem else found == []
+
+
+def test_the_index_for_language_models_names_every_page_and_no_other() -> None:
+    linked = set(re.findall(r"^- \[.+?\]\((.+?)\)", (ROOT / "llms.txt").read_text(encoding="utf-8"), re.M))
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    assert linked == pages | {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"}
