@@ -12,9 +12,8 @@ COPY --from=wheel /wheels /wheels
 RUN python -m venv /opt/diglot \
     && /opt/diglot/bin/python -m pip install --no-cache-dir --constraint /opt/constraints.txt torch
 RUN set -- /wheels/*.whl \
-    && /opt/diglot/bin/python -m pip install --no-cache-dir --constraint /opt/constraints.txt "$1[gguf,peft,report,server]" \
-    && useradd --create-home --uid 1000 diglot \
-    && install --directory --owner diglot /work
+    && /opt/diglot/bin/python -m pip install --no-cache-dir --constraint /opt/constraints.txt "$1[gguf,peft,report,server]"
+RUN useradd --create-home --uid 1000 diglot && install --directory --owner diglot /work
 ENV PATH="/opt/diglot/bin:$PATH"
 USER 1000
 WORKDIR /work
