@@ -77,12 +77,12 @@ docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # What pip gives a user, without .venv, so that any PYTHON can be tried. setuptools would pack again what an earlier
-# build left in build/lib, deleted modules included.
+# build left in build/lib, deleted modules included. -I: pip would count a diglot on PYTHONPATH as installed.
 smoke:
 	rm -rf build/smoke build/lib build/bdist.*
 	$(PYTHON) -m venv build/smoke/env
-	build/smoke/env/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/smoke .
-	build/smoke/env/bin/python -m pip install --quiet build/smoke/*.whl
+	build/smoke/env/bin/python -I -m pip wheel --quiet --no-deps --wheel-dir build/smoke .
+	build/smoke/env/bin/python -I -m pip install --quiet build/smoke/*.whl
 	cd build/smoke && env/bin/python -I $(CURDIR)/tests/support/smoke.py
 
 dist:
