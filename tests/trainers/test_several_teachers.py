@@ -239,10 +239,7 @@ def test_a_served_teacher_beside_a_local_one_trains_the_same_in_either_order(
     monkeypatch.setattr(served, "STOP_TOLERANCE", 0.0)
     server = TeacherServer(tiny.tiny_model(zoo.turns(), 2), zoo.turns()).start()
     try:
-        entries = {
-            "a": {"name": tiny.tiny_model(zoo.turns(), 1), "label": "a"},
-            "b": {"name": server.url, "label": "b"},
-        }
+        here, there = {"name": tiny.tiny_model(zoo.turns(), 1), "label": "a"}, {"name": server.url, "label": "b"}
         found = []
         for order in ("ab", "ba"):
             trainer = tiny.minillm(

@@ -85,7 +85,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             text = file.read(_LARGEST_MANIFEST + 1)
         if len(text) > _LARGEST_MANIFEST:
             raise ValueError(f"it is larger than {_LARGEST_MANIFEST} bytes")
-        found = json.loads(text)
+        found: dict[str, Any] = json.loads(text)
         files = found["files"]
         sizes = {str(name): int(entry["size"]) for name, entry in files.items()}
     except FileNotFoundError:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +65,7 @@ def load_held(folder: Path, rank: int | str) -> list[HeldBatch] | None:
     return batches
 
 
-def conversation_of(row: dict) -> Conversation:
+def conversation_of(row: dict[str, Any]) -> Conversation:
     """What `dataclasses.asdict` and JSON made of a conversation, as one again."""
     if row.get("teacher_view") is not None:
         row = {**row, "teacher_view": conversation_of(row["teacher_view"])}

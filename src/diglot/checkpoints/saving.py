@@ -47,7 +47,8 @@ class Checkpoints:
         """All that a manifest says about the run besides its files."""
         if self._identity is None:  # once, before training: the Trainer itself changes configurations when it starts
             self._identity = self._identify()
-        return json.loads(json.dumps({**self._identity, **run_facts(self.args)}, default=str))
+        plain: dict[str, Any] = json.loads(json.dumps({**self._identity, **run_facts(self.args)}, default=str))
+        return plain
 
     @contextlib.contextmanager
     def saving(self, run: Path, state: TrainerState) -> Iterator[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     there = torch.tensor([float(p.grad is not None) for p in parameters], device=grads[0].device)
     whole = torch.cat([there, *(g.float().flatten() for g in grads)])
     dist.all_reduce(whole)
-    found = (whole[len(there) :] / dist.get_world_size()).split([g.numel() for g in grads])
+    found = (whole[len(there) :] / dist.get_world_size()).split([g.numel() for g in grads])  # type: ignore[no-untyped-call]
     for parameter, grad, count in zip(parameters, found, whole[: len(there)].tolist(), strict=True):
         parameter.grad = grad.view_as(parameter).to(parameter.dtype) if count else None
 
@@ -96,5 +96,5 @@ def _weight(head: Head) -> Tensor:
     return weight
 
 
-def _shapes(tensors: dict) -> dict[str, tuple[int, ...]]:
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in sorted(tensors.items())}

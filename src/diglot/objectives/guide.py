@@ -31,11 +31,17 @@ GUIDE: dict[str, About] = {
         "V_s + V_t",
         "equal vocabularies: the textbook form, and GKD's default",
     ),
+    "covering": About(
+        "the teacher's k likeliest continuations of the text so far, at every student token",
+        "equal distributions over texts, up to what a lookahead would tell",
+        "V_s + V_t + branches",
+        "any pair: GKD's default across tokenizers",
+    ),
     "strict": About(
         "the student's k likeliest shared tokens, at one-to-one rows",
         "distributions equal on the chosen tokens (with residual: and outside)",
         "V_s + 2k",
-        "any pair whose tokens mostly agree: the cheapest, and GKD's default across tokenizers",
+        "to compare with the published form: its rows are chosen by how the text went on, which can destroy numbers",
     ),
     "top_k": About(
         "the teacher's k likeliest tokens and the rest, at one-to-one rows",

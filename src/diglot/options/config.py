@@ -162,9 +162,9 @@ class DistillationConfig(TrainingArguments):
     # Objective
     objective: str | list[Any] = option(
         "auto",
-        "Name of an objective, or a list of {name, weight, options}; `diglot objectives` lists them, and one of your own "
-        "is package.module:Class. `auto`: GKD takes jsd on equal vocabularies, else strict; MiniLLM its own single-step "
-        "part.",
+        "Name of an objective, or a list of {name, weight, options}; `diglot objectives` lists them, and one of your "
+        "own is package.module:Class. `auto`: GKD takes jsd on equal vocabularies, else covering; MiniLLM its own "
+        "single-step part.",
         "Objective",
     )
     kd_temperature: float = option(1.0, "Temperature of both distributions inside the divergence.", "Objective")
@@ -212,8 +212,8 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         check_ranges(vars(self))
         check_texts(vars(self))
-        super().__post_init__()
-        for name in _MAPPINGS:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        for name in {one.name for one in fields(self)}.intersection(_MAPPINGS):  # older transformers have fewer
             setattr(self, name, as_mapping(name, getattr(self, name)))
         self._check_server()
         self._check_vllm()
@@ -249,8 +249,8 @@ class GKDConfig(DistillationConfig):
     )
     beta: float = option(
         0.5,
-        "The divergence, of every objective that has one: 0 is forward KL(teacher || student), 1 is reverse KL(student || teacher), "
-        "between them the generalised Jensen-Shannon divergence.",
+        "The divergence, of every objective that has one: 0 is forward KL(teacher || student), 1 is reverse "
+        "KL(student || teacher), between them the generalised Jensen-Shannon divergence.",
         "Objective",
     )
     teacher_cache_dir: str | None = option(

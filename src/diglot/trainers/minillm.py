@@ -41,7 +41,7 @@ from diglot.options import MiniLLMConfig
 from diglot.rendering import Conversation, Rendered
 from diglot.rollouts import TeacherMixture, continue_prefixes, mixture_weight, write_prefixes
 from diglot.teachers import local
-from diglot.trainers.base import DistillationTrainer, Ids, Texts, Window, auto_objective
+from diglot.trainers.base import DistillationTrainer, Ids, Texts, Window
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class MiniLLMTrainer(DistillationTrainer):
             if entry["name"] != "auto":
                 named.append(entry)
             elif self._has_single_step(comparison):
-                weight, auto = float(entry.get("weight", 1.0)), auto_objective(comparison)
+                weight, auto = float(entry.get("weight", 1.0)), _single_step(comparison)
                 # All shared tokens and one bin for the rest: nothing of the single step is ignored.
                 exact: dict[str, Any] = {} if auto == "jsd" else {"top_k": None, "residual": True}
                 found.append(Term("single_step", weight, make_objective(auto, comparison.pair, beta=1.0, **exact)))
@@ -151,7 +151,7 @@ class MiniLLMTrainer(DistillationTrainer):
         tokens, terms = float(view.read.written.usable_s.sum()), view.comparison.terms
         return {**view.items(), **{t.name: tokens for t in terms if t.objective.is_single_step}}
 
-    def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler | None:
+    def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler[int] | None:
         """Each window of data comes `num_iterations` times in a row: an inner epoch is one optimizer step."""
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         if dataset is None or not hasattr(dataset, "__len__"):
@@ -358,3 +358,8 @@ def held_of(batch: Batch, k: int) -> HeldBatch:
     places = batch.places if view.texts is None else [batch.places[i] for i in view.texts]
     own = None if weight is None else view.of_own(weight)
     return HeldBatch([pair.conversation for pair in pairs], completions, view.rollout.logp_old, places, own)
+
+
+def _single_step(comparison: Comparison) -> str:
+    """The objective whose rows are the exact single step of one-to-one tokens, which the policy gradient leaves out."""
+    return "jsd" if comparison.reader.same_vocabulary else "strict"
