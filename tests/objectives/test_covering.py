@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -73,19 +73,20 @@ class Brute:
             % batch.teacher.input_ids.shape[1]
         )
         self.prompt, self.text = ids[: first + 1], batch.written.texts[segment]
+        self.seen: dict[int, np.ndarray] = {}
         self.stop = scored.pair("chatml", name).stop_t.tolist()
 
-    @cache
     def canonical(self, length: int) -> tuple[int, ...]:
         return tuple(self.encode([self.text[:length].decode()])[0].ids.tolist())
 
-    @cache
     def rows(self, length: int) -> np.ndarray:
         """Probabilities of each row of the canonical reading of so many bytes, the last one behind it."""
-        ids = [*self.prompt, *self.canonical(length)]
-        with torch.no_grad():
-            logits = self.held.model(input_ids=torch.tensor([ids])).logits[0].double()
-        return logits.softmax(-1)[len(self.prompt) - 1 :].numpy()
+        if length not in self.seen:
+            ids = [*self.prompt, *self.canonical(length)]
+            with torch.no_grad():
+                logits = self.held.model(input_ids=torch.tensor([ids])).logits[0].double()
+            self.seen[length] = logits.softmax(-1)[len(self.prompt) - 1 :].numpy()
+        return self.seen[length]
 
     def mass(self, length: int) -> float:
         rows, ids = self.rows(length), self.canonical(length)
@@ -177,7 +178,7 @@ def test_what_the_students_tokenizer_would_merge_gets_no_mass() -> None:
     targets, side = objective.targets(plan, scores(batch, student, name)), batch.written.student
     vocabulary, encode = scored.renderer(student).vocabulary, scored.renderer(student).encoder.encode
     checked = lost = 0
-    for r, i in enumerate(plan.student.tolist()):
+    for r in range(plan.items):
         if plan.previous[r] < 0:
             continue
         before, merged = int(side.ids[plan.previous[r]]), 0.0
@@ -210,9 +211,7 @@ def test_the_gradient_is_that_of_the_plain_formula() -> None:
     total = torch.zeros((), dtype=torch.float64)
     for r, i in enumerate(plan.student.tolist()):
         p = (hidden[i] @ weight.T).softmax(-1)
-        groups: list[tuple[Any, float]] = []
         own = int(batch.written.student.ids[i])
-        rest_p, rest_t = torch.ones((), dtype=torch.float64), 1.0
         pieces = [(p[objective.pair.stop_s].sum(), float(targets.stop[r]))]
         for c, (cell, mass) in enumerate(zip(targets.column[r].tolist(), targets.mass[r].tolist(), strict=True)):
             if cell < 0:

@@ -109,7 +109,7 @@ def _warnings(student: SideFacts, teacher: SideFacts, agreement: Agreement, crit
         if one.places and one.one_to_one < FEW:
             found.append(
                 f"{one.name}: {one.one_to_one:.0%} of the student's tokens there are one token on both sides, "
-                f"{one.aligned:.0%} lie in chunks; objectives that read one-to-one rows alone teach little there, or the wrong thing."
+                f"{one.aligned:.0%} lie in chunks; objectives of one-to-one rows teach little or the wrong thing there."
             )
     return found
 

@@ -37,6 +37,19 @@ class TailTokens:
 
 
 @dataclass(frozen=True)
+class EarlierRows:
+    """Rows of earlier boundaries that have tokens which run past a later one, `[Q]` each."""
+
+    row: Ints
+    main: Ints  # as in the plan, of the row's own boundary
+    last: Ints
+    to: Ints  # the later boundary
+    low: Ints  # sorted_ids[low:high] are the tokens that run past it
+    high: Ints
+    consumed: Ints  # how many bytes of them lie before it
+
+
+@dataclass(frozen=True)
 class CoveringPlan:
     """Rows `0 .. N_t - 1` predict the teacher's tokens, row `N_t + e` follows branch token `e`."""
 
@@ -47,13 +60,7 @@ class CoveringPlan:
     branch: TailTokens
     last: Ints  # [R] the branch's last token, -1: the boundary is one of the teacher's own
     main: Ints  # [R] the teacher token that starts at the boundary, or in whose place the branch begins
-    pair_row: Ints  # [Q] the earlier row
-    pair_main: Ints  # [Q] as `main`, of the boundary of that row
-    pair_last: Ints  # [Q] as `last`
-    pair_to: Ints  # [Q] the boundary that its tokens run past
-    low: Ints  # [Q] sorted_ids[low:high] are the tokens that do
-    high: Ints  # [Q]
-    consumed: Ints  # [Q] how many bytes of them lie before the boundary
+    earlier: EarlierRows
     skipped: dict[str, int]  # why boundaries are not compared -> how many
 
     @property
@@ -91,10 +98,10 @@ def plan_covering(written: Written, student: Vocabulary, teacher: Vocabulary, en
     text_end = s.stop[wanted] | (s.end[wanted] > _at(lengths, s.segment[wanted]))
     following = np.where(text_end, -1, row_at[np.minimum(end, len(row_at) - 1)])
 
-    pairs = _pairs(_Sources(key, own, main, last), main_at, row_at, data, lengths, offset, main, last, teacher, t.start)
-    return CoveringPlan(
-        wanted, np.where(same, wanted - 1, -1), following, own, branch, last, main, *pairs, skipped={"character": why}
-    )
+    sources = _Sources(key, own, main, last)
+    earlier = _pairs(sources, main_at, row_at, data, lengths, offset, teacher, t.start)
+    previous = np.where(same, wanted - 1, -1)
+    return CoveringPlan(wanted, previous, following, own, branch, last, main, earlier, {"character": why})
 
 
 def _at(lengths: Ints, segment: Ints) -> Ints:
@@ -168,12 +175,11 @@ def _pairs(
     data: NDArray[np.uint8],
     lengths: Ints,
     offset: Ints,
-    main: Ints,
-    last: Ints,
     teacher: Vocabulary,
     start_t: Ints,
-) -> tuple[Ints, ...]:
+) -> EarlierRows:
     """Which earlier rows have tokens that run past which boundaries: walks of the teacher's trie from all of them."""
+    main, last = boundaries.main, boundaries.last
     own_key = np.flatnonzero(main_at >= 0)
     own_key = own_key[row_at[own_key] < 0]  # the teacher's boundaries that are none of the student's
     key = np.concatenate([boundaries.key, own_key])
@@ -182,8 +188,9 @@ def _pairs(
     only_teacher = np.arange(len(key)) >= len(boundaries.key)
     segment = np.searchsorted(offset, key, side="right") - 1
     begin = key - segment  # `data` has no place for the ends of segments
-    trie, parts = teacher.trie, []
-    for on, depth, node in trie.walk(data, begin, begin - (key - offset[segment]) + lengths[segment]):
+    end = offset[segment] - segment + lengths[segment]
+    trie, parts = teacher.trie, [(np.zeros(0, dtype=np.int64),) * 7]
+    for on, depth, node in trie.walk(data, begin, end):
         to = row_at[key[on] + depth]
         hit = to >= 0
         # A boundary of the whole text's reading belongs to that of the text so far up to where the two part.
@@ -197,7 +204,6 @@ def _pairs(
             )
             low += ends_here
         some = low < high
-        parts.append((row[on], at_main[on], at_last[on], to, low, high, np.full(len(on), depth)))
-        parts[-1] = tuple(x[some] for x in parts[-1])
-    empty = np.zeros(0, dtype=np.int64)
-    return tuple(np.concatenate(x) for x in zip(*parts, strict=True)) if parts else (empty,) * 7
+        found = row[on], at_main[on], at_last[on], to, low, high, np.full(len(on), depth)
+        parts.append(tuple(x[some] for x in found))
+    return EarlierRows(*(np.concatenate(x) for x in zip(*parts, strict=True)))

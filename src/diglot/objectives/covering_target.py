@@ -111,12 +111,12 @@ def read_teacher(
     count = len(text_ids)
     query_row = np.concatenate([np.arange(count), plan.branch.row])
     query_id = np.concatenate([text_ids, plan.branch.ids])
-    order, by_row = np.argsort(query_row, kind="stable"), np.argsort(plan.pair_row, kind="stable")
-    sorted_query, sorted_pair = query_row[order], plan.pair_row[by_row]
+    order, by_row = np.argsort(query_row, kind="stable"), np.argsort(plan.earlier.row, kind="stable")
+    sorted_query, sorted_pair = query_row[order], plan.earlier.row[by_row]
     found = np.zeros(len(query_row))
     stop, top_ids, top = [], [], []
     leaf_pair, leaf_id, leaf = [], [], []
-    total = np.full(len(plan.pair_row), -np.inf)
+    total = np.full(len(plan.earlier.row), -np.inf)
     silent = torch.zeros(len(has_bytes), dtype=torch.float32, device=has_bytes.device).masked_fill(
         ~has_bytes, -torch.inf
     )
@@ -134,10 +134,10 @@ def read_teacher(
         low, high = np.searchsorted(sorted_pair, [rows.start, rows.stop])
         if high > low:
             pair = by_row[low:high]
-            bounds = [torch.from_numpy(x[pair]).to(device) for x in (plan.low, plan.high)]
+            bounds = [torch.from_numpy(x[pair]).to(device) for x in (plan.earlier.low, plan.earlier.high)]
             place, owner = ragged(*bounds)
             token = sorted_ids.to(device)[place]
-            row = torch.from_numpy(plan.pair_row[pair] - rows.start).to(device)[owner]
+            row = torch.from_numpy(plan.earlier.row[pair] - rows.start).to(device)[owner]
             value = logp[row, token].double()
             most = torch.full((len(pair),), -torch.inf, dtype=torch.float64, device=device)
             most.scatter_reduce_(0, owner, value, "amax")
@@ -182,19 +182,19 @@ def make_targets(
     """Mix the rows of each boundary, drop what the student's tokenizer could not have written, and sum by cells."""
     count = len(plan.student)
     reach = _reach(plan, rows, segment_t)
-    own, earlier = reach(plan.main, plan.last), reach(plan.pair_main, plan.pair_last) + rows.range_total
-    most = np.maximum(own, _grouped_max(earlier, plan.pair_to, count))
-    whole = np.exp(own - most) + np.bincount(plan.pair_to, np.exp(earlier - most[plan.pair_to]), minlength=count)
+    own, earlier = reach(plan.main, plan.last), reach(plan.earlier.main, plan.earlier.last) + rows.range_total
+    most = np.maximum(own, _grouped_max(earlier, plan.earlier.to, count))
+    whole = np.exp(own - most) + np.bincount(plan.earlier.to, np.exp(earlier - most[plan.earlier.to]), minlength=count)
     log_prefix = most + np.log(whole)  # [R] of all texts that begin with what is written up to here
     weight = np.exp(own - log_prefix)
 
-    to_pair = plan.pair_to[rows.leaf_pair]
+    to_pair = plan.earlier.to[rows.leaf_pair]
     start = earlier - rows.range_total
     of_pair = np.exp(start[rows.leaf_pair] + rows.leaf - log_prefix[to_pair])
     top = np.exp(rows.top[plan.own]) * weight[:, None]
     boundary = np.concatenate([np.repeat(np.arange(count), top.shape[1]), to_pair])
     token = np.concatenate([rows.top_ids[plan.own].ravel(), rows.leaf_id])
-    consumed = np.concatenate([np.zeros(top.size, dtype=np.int64), plan.consumed[rows.leaf_pair]])
+    consumed = np.concatenate([np.zeros(top.size, dtype=np.int64), plan.earlier.consumed[rows.leaf_pair]])
     mass = np.concatenate([top.ravel(), of_pair])
     stop = np.exp(rows.stop[plan.own]) * weight
     some = mass > 1e-9
@@ -243,7 +243,8 @@ def _grouped_max(values: Floats, group: Ints, count: int) -> Floats:
 def _summed(boundary: Ints, cell: Ints, mass: Floats, width: int) -> tuple[Ints, Ints, Floats]:
     """Masses of equal cells of a boundary added up, in order of boundary and cell."""
     key, place = np.unique(boundary * width + cell, return_inverse=True)
-    return key // width, key % width, np.bincount(place, mass, minlength=len(key))
+    sums = np.bincount(place, mass, minlength=len(key)).astype(np.float64)
+    return key // width, key % width, sums
 
 
 def _refused(

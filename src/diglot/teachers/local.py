@@ -69,8 +69,8 @@ class LocalTeacher:
     def branched(self, side: PackedSide, branches: Branches) -> tuple[Tensor, Tensor]:
         """The same, and the hidden states behind every token of the branches, `[E, H_t]`."""
         with self.running() as model:
-            given = (x.to(model.device) for x in (side.input_ids, side.attention_mask, side.rows))
-            return hidden_with_branches(model, *given, branches)
+            ids, mask, rows = (x.to(model.device) for x in (side.input_ids, side.attention_mask, side.rows))
+            return hidden_with_branches(model, ids, mask, rows, branches)
 
     @torch.no_grad()
     def at_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
