@@ -21,7 +21,9 @@ def test_each_objective_knows_its_name_and_what_it_needs(name: str) -> None:
 
 
 def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"no objective is called 'strickt'; did you mean 'strict'\?.*ce, covering, dskd"):
+    with pytest.raises(
+        ConfigError, match=r"no objective is called 'strickt'; did you mean 'strict'\?.*ce, covering, dskd"
+    ):
         make_objective("strickt", PAIR)
 
 

@@ -18,7 +18,7 @@ from diglot.batches import Written
 from diglot.errors import ConfigError
 from diglot.objectives.base import Metrics, Pair, PairObjective, Rows, Scores, Values, at_least_float32, check_range
 from diglot.objectives.covering_plan import CoveringPlan, plan_covering
-from diglot.objectives.covering_target import CellMap, Neighbours, Targets, make_targets, read_teacher
+from diglot.objectives.covering_target import CellMap, Continued, Neighbours, Targets, make_targets, read_teacher
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.levels import Level
 from diglot.objectives.masses import FLOOR
@@ -53,6 +53,7 @@ class Covering(PairObjective):
         self.beta, self.top_k, self.canonical = beta, top_k, canonical
         self.student, self.teacher, self.encode_t = tables.student, tables.teacher, tables.encode_t
         self.cells = CellMap(tables.student, tables.teacher, tables.encode_s, tables.encode_t)
+        self.continued = Continued(self.cells, tables.encode_t)
         self.neighbours = Neighbours(tables.student, tables.encode_s) if canonical else None
         cell = torch.from_numpy(self.cells.cell)
         self.moved = ((cell >= 0) & (cell != torch.arange(len(cell)))).nonzero()[:, 0]  # tokens in another one's cell
@@ -77,13 +78,15 @@ class Covering(PairObjective):
             self.top_k,
         )
         neighbours = self.neighbours
-        return make_targets(plan, rows, self.cells, neighbours, written.student.ids, written.teacher.segment)
+        ids_s, segment_t = written.student.ids, written.teacher.segment
+        return make_targets(plan, rows, self.cells, self.continued, neighbours, ids_s, segment_t)
 
     def loss(self, plan: CoveringPlan, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
         targets, device = self.targets(plan, scores), scores.device
         written = torch.from_numpy(scores.written.student.ids[plan.student]).to(device)
         given = {
             "column": torch.from_numpy(targets.column).to(device),
+            "group": torch.from_numpy(targets.group).to(device),
             "mass": torch.from_numpy(targets.mass).float().to(device),
             "stop": torch.from_numpy(targets.stop).float().to(device),
             "split": torch.from_numpy(targets.own).to(device),
@@ -111,6 +114,7 @@ class Covering(PairObjective):
         column, split = given["column"], given["split"]
         some = column >= 0
         of_student = of_cells.gather(1, column.clamp(min=0)).masked_fill(~some, 0.0)
+        of_student = torch.zeros_like(of_student).scatter_add(1, given["group"], of_student)
         of_teacher = given["mass"].to(probs.dtype)
         apart = split >= 0
         own_s = probs.gather(1, given["written"][:, None])[:, 0] * apart

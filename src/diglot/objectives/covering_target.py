@@ -7,6 +7,7 @@ that its tokens run past, `L` leaves (a teacher token that may come next, at one
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,8 @@ from diglot.vocabulary.maps import first_tokens, greedy_tokens
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 _NEGLIGIBLE = 1e-4  # of the mass of a range, or of a boundary: a leaf that is not looked at by itself
+_LONGER = 64  # student tokens that begin with the rest of a teacher token, at most so many, the shortest first
+_UNSURE = 1e-3  # of the mass of a boundary: below it, what a rest may turn into is not looked at
 _MEMBERS = 8  # of a cell, at most so many are tried before it is given up as not canonical
 
 
@@ -56,6 +59,47 @@ class CellMap:
         at = np.minimum(self.teacher.offsets[token] + consumed, len(self.rest) - 1)
         first = np.where(consumed > 0, self.rest[at], self.first[token])
         return np.where(first >= 0, self.cell[np.maximum(first, 0)], -1)
+
+
+class Continued:
+    """Which cells the rest of a teacher token may turn out to belong to, once more of the text is known.
+
+    Behind "b" the rest "a" of the teacher's "ba" is the student's "a", unless a "b" follows and its tokenizer writes
+    "ab". Then the two cells cannot be told apart yet, and are compared as one.
+    """
+
+    def __init__(self, cells: CellMap, encode_t: Encode) -> None:
+        self.cells, self.encode = cells, encode_t
+        self._known: dict[tuple[int, int], Ints] = {}
+
+    def cells_of(self, token: int, consumed: int) -> Ints:
+        """Cells of the longer student tokens that the teacher would write as this token and more."""
+        key = (token, consumed)
+        if key not in self._known:
+            self._known[key] = self._find(token, consumed)
+        return self._known[key]
+
+    def _find(self, token: int, consumed: int) -> Ints:
+        cells, student = self.cells, self.cells.student
+        whole = cells.teacher.token(token)
+        rest = np.frombuffer(whole[consumed:], dtype=np.uint8)
+        node = -1
+        for _, depth, nodes in student.trie.walk(rest, np.zeros(1, np.int64), np.array([len(rest)])):
+            node = int(nodes[0]) if depth == len(rest) else -1
+        if node < 0:
+            return np.zeros(0, dtype=np.int64)
+        longer = student.trie.sorted_ids[student.trie.low[node] : student.trie.high[node]]
+        longer = longer[student.lengths[longer] > len(rest)]
+        longer = longer[np.argsort(student.lengths[longer], kind="stable")][:_LONGER]
+        texts, ids = [], []
+        for i in longer.tolist():
+            with suppress(UnicodeDecodeError):
+                texts.append((whole[:consumed] + student.token(i)).decode("utf-8"))
+                ids.append(i)
+        read = self.encode(texts) if texts else ()
+        ids = [i for i, e in zip(ids, read, strict=True) if len(e.ids) > 1 and e.ids[0] == token]
+        found = cells.cell[np.array(ids, dtype=np.int64)]
+        return np.unique(found[found >= 0])
 
 
 class Neighbours:
@@ -169,6 +213,7 @@ class Targets:
 
     column: Ints  # [R, C] a student token that names its cell; -1 for padding
     mass: Floats  # [R, C] in [0, 1]
+    group: Ints  # [R, C] the first of the columns that are compared as one; its mass is theirs
     stop: Floats  # [R]
     own: Ints  # [R] the column of the cell that is split: the written token apart; -1: none is
     own_mass: Floats  # [R] of the written token, at most its cell's
@@ -177,7 +222,13 @@ class Targets:
 
 
 def make_targets(
-    plan: CoveringPlan, rows: TeacherRows, cells: CellMap, neighbours: Neighbours | None, ids_s: Ints, segment_t: Ints
+    plan: CoveringPlan,
+    rows: TeacherRows,
+    cells: CellMap,
+    continued: Continued,
+    neighbours: Neighbours | None,
+    ids_s: Ints,
+    segment_t: Ints,
 ) -> Targets:
     """Mix the rows of each boundary, drop what the student's tokenizer could not have written, and sum by cells."""
     count = len(plan.student)
@@ -200,7 +251,11 @@ def make_targets(
     some = mass > 1e-9
     boundary, mass = boundary[some], mass[some]
     cell = cells.of_leaves(token[some], consumed[some])
-    boundary, cell, mass = _summed(boundary[cell >= 0], cell[cell >= 0], mass[cell >= 0], len(cells.cell))
+    unsure = _unsure(boundary, token[some], consumed[some], cell, mass, continued)
+    known = cell >= 0
+    boundary = np.concatenate([boundary[known], unsure[:, 0]])
+    cell, mass = np.concatenate([cell[known], unsure[:, 2]]), np.concatenate([mass[known], np.zeros(len(unsure))])
+    boundary, cell, mass = _summed(boundary, cell, mass, len(cells.cell))
 
     refused = np.zeros(len(cell), dtype=np.bool_)
     if neighbours is not None:
@@ -216,8 +271,34 @@ def make_targets(
     column = np.full((count, int(place.max(initial=-1)) + 1), -1, dtype=np.int64)
     dense = np.zeros(column.shape)
     column[boundary, place], dense[boundary, place] = cell, mass
-    split, own_mass = _written_token(plan, cells, ids_s, column, dense, log_prefix + np.log(canonical))
-    return Targets(column, dense, stop, split, own_mass, canonical, 1 - weight)
+    group = _as_one(column, dense, unsure)
+    split, own_mass = _written_token(plan, cells, ids_s, column, dense, group, log_prefix + np.log(canonical))
+    return Targets(column, dense, group, stop, split, own_mass, canonical, 1 - weight)
+
+
+def _unsure(boundary: Ints, token: Ints, consumed: Ints, cell: Ints, mass: Floats, continued: Continued) -> Ints:
+    """Pairs of cells that cannot be told apart yet, `[pairs, 3]`: boundary, cell, other cell."""
+    found = []
+    for k in np.flatnonzero((consumed > 0) & (cell >= 0) & (mass > _UNSURE)).tolist():
+        for other in continued.cells_of(int(token[k]), int(consumed[k])).tolist():
+            if other != cell[k]:
+                found.append((boundary[k], cell[k], other))
+    return np.array(found, dtype=np.int64).reshape(-1, 3)
+
+
+def _as_one(column: Ints, mass: Floats, unsure: Ints) -> Ints:
+    """The column that stands for each one's group, `[R, C]`; moves the masses there."""
+    group = np.tile(np.arange(column.shape[1]), (len(column), 1))
+    for boundary, one, other in unsure.tolist():
+        places = [np.flatnonzero(column[boundary] == cell) for cell in (one, other)]
+        if all(len(place) for place in places):
+            first, second = sorted(int(group[boundary, place[0]]) for place in places)
+            group[boundary, group[boundary] == second] = first
+    rows = np.arange(len(column))[:, None]
+    sums = np.zeros_like(mass)
+    np.add.at(sums, (rows, group), mass)
+    mass[:] = sums
+    return group
 
 
 def _reach(plan: CoveringPlan, rows: TeacherRows, segment_t: Ints) -> Callable[[Ints, Ints], Floats]:
@@ -271,7 +352,7 @@ def _refused(
 
 
 def _written_token(
-    plan: CoveringPlan, cells: CellMap, ids_s: Ints, column: Ints, mass: Floats, log_prefix: Floats
+    plan: CoveringPlan, cells: CellMap, ids_s: Ints, column: Ints, mass: Floats, group: Ints, log_prefix: Floats
 ) -> tuple[Ints, Floats]:
     """Where the written token shares its cell: the column of the cell, and the token's own mass, from the row after it.
 
@@ -280,13 +361,13 @@ def _written_token(
     """
     count = len(plan.student)
     written = ids_s[plan.student]
-    shared = (plan.following >= 0) & (cells.cell[written] >= 0)
-    shared &= cells.size[np.maximum(cells.cell[written], 0)] > 1
+    followed = (plan.following >= 0) & (cells.cell[written] >= 0)
     split, own = np.full(count, -1, dtype=np.int64), np.zeros(count)
-    for r in np.flatnonzero(shared).tolist():
-        at = np.flatnonzero(column[r] == cells.cell[written[r]])
-        if len(at):
-            split[r] = at[0]
+    for r in np.flatnonzero(followed).tolist():
+        cell = cells.cell[written[r]]
+        at = np.flatnonzero(column[r] == cell)
+        if len(at) and (cells.size[cell] > 1 or (group[r] == group[r, at[0]]).sum() > 1):
+            split[r] = group[r, at[0]]
             ratio = np.exp(min(log_prefix[plan.following[r]] - log_prefix[r], 0.0))
-            own[r] = min(ratio, mass[r, at[0]])
+            own[r] = min(ratio, mass[r, split[r]])
     return split, own
