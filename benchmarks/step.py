@@ -20,6 +20,7 @@ from diglot import GKDTrainer
 from diglot.comparisons import Batch
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
+    "covering": {},
     "strict": {"beta": 1.0},
     "span": {},
     "bpm": {},

@@ -85,7 +85,7 @@ class Continued:
         rest = np.frombuffer(whole[consumed:], dtype=np.uint8)
         node = -1
         for _, depth, nodes in student.trie.walk(rest, np.zeros(1, np.int64), np.array([len(rest)])):
-            node = int(nodes[0]) if depth == len(rest) else -1
+            node = int(nodes[0]) if len(nodes) and depth == len(rest) else -1
         if node < 0:
             return np.zeros(0, dtype=np.int64)
         longer = student.trie.sorted_ids[student.trie.low[node] : student.trie.high[node]]
