@@ -31,6 +31,7 @@ class Projected:
     valid: NDArray[np.bool_]  # [n] was it sampled, and does the teacher say something about it?
     chunk: Ints  # [n] the chunk of each valid token, ascending; -1 for the others
     sampled: NDArray[np.bool_]  # [n] was it sampled as part of a text that can be scored, stop included?
+    one_to_one: NDArray[np.bool_]  # [n] is its chunk one token on either side? Then its log-prob is no share
     likeliest: Likeliest | None = None  # of the rows of `at`
     at: Ints | None = None  # [R] ids that open a chunk, ascending: both sides predict them from the same bytes
 
@@ -204,4 +205,6 @@ def _spread(reading: Reading, inside: NDArray[np.bool_], values: NDArray[np.floa
     place = reading.place_s[inside]
     logps[place], valid[place], chunk[place] = values, True, reading.alignment.chunk_s[inside]
     sampled[reading.place_s] = True
-    return Projected(logps, valid, chunk, sampled)
+    single = np.zeros(count, dtype=bool)
+    single[reading.place_s[reading.alignment.pair_s]] = True
+    return Projected(logps, valid, chunk, sampled, single)
