@@ -69,6 +69,15 @@ def test_sglangs_form_gives_the_same(url: str) -> None:
     assert [row[1] for row in later] == ids[LENGTH:]
 
 
+def test_vllms_form_for_ids_alone_gives_the_same_with_the_written_id_first(url: str) -> None:
+    """As prime-rl asks and reads it: the first value of each entry."""
+    ids = context()
+    body = {"model": "teacher", "token_ids": ids, "sampling_params": {"max_tokens": 1, "prompt_logprobs": 4}}
+    entries = httpx.post(f"{url}/inference/v1/generate", json=body, timeout=30).json()["prompt_logprobs"]
+    assert all(next(iter(e)) == str(i) for i, e in zip(ids, entries, strict=True) if e)
+    close([None if e is None else next(iter(e.values()))["logprob"] for e in entries], expected(ids, ASK, LENGTH))
+
+
 def test_several_texts_of_one_request_keep_their_order(url: str) -> None:
     texts = [context("Say hello"), context("one two three " * 5), context("数学", stop=False)]
     found = vllm(url, texts)

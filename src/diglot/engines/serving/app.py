@@ -22,7 +22,9 @@ from diglot.engines.project import Projected
 from diglot.engines.serving.forms import (
     Asked,
     Limits,
+    generate_answer,
     parse_body,
+    read_generate,
     read_sglang,
     read_vllm,
     sglang_answer,
@@ -92,6 +94,7 @@ class Proxy:
                 Route("/metrics", self.guarded(self.show_metrics)),
                 Route("/v1/models", self.guarded(self.models)),
                 Route("/v1/completions", self.guarded(self.completions), methods=["POST"]),
+                Route("/inference/v1/generate", self.guarded(self.inference), methods=["POST"]),
                 Route("/generate", self.guarded(self.generate), methods=["POST"]),
             ],
             lifespan=lifespan,
@@ -128,14 +131,23 @@ class Proxy:
         settings = self.settings
 
         def read(body: dict[str, Any]) -> Asked:
-            if body.get("model") not in (None, settings.model):
-                raise _Refusal(
-                    404, f"The model {str(body['model'])[:100]!r} does not exist: it is {settings.model!r} here."
-                )
+            self._check_model(body)
             return read_vllm(body, settings.limits)
 
         def answer(asked: Asked, found: list[Projected]) -> Any:
             return vllm_answer(asked, found, settings.model, f"cmpl-{uuid.uuid4().hex}", settings.unscored)
+
+        return await self.scored(request, read, answer)
+
+    async def inference(self, request: Request) -> Response:
+        """vLLM's form for ids in and ids out."""
+
+        def read(body: dict[str, Any]) -> Asked:
+            self._check_model(body)
+            return read_generate(body, self.settings.limits)
+
+        def answer(asked: Asked, found: list[Projected]) -> Any:
+            return generate_answer(asked, found, uuid.uuid4().hex, self.settings.unscored)
 
         return await self.scored(request, read, answer)
 
@@ -230,6 +242,11 @@ class Proxy:
             return response
 
         return run
+
+    def _check_model(self, body: dict[str, Any]) -> None:
+        own = self.settings.model
+        if body.get("model") not in (None, own):
+            raise _Refusal(404, f"The model {str(body['model'])[:100]!r} does not exist: it is {own!r} here.")
 
     def _check_key(self, request: Request) -> None:
         key = self.settings.key

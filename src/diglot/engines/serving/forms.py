@@ -1,4 +1,4 @@
-"""The two forms of request and answer: vLLM's completions with `prompt_logprobs`, SGLang's `/generate`.
+"""The forms of request and answer: vLLM's completions and generate with `prompt_logprobs`, SGLang's `/generate`.
 
 A request asks for scores of ids; nothing is generated. What it asks for beside that is refused, by name: an answer that
 left a part of it out would look whole.
@@ -82,6 +82,18 @@ def read_vllm(body: Mapping[str, Any], limits: Limits) -> Asked:
     return Asked(texts, _count(top, "prompt_logprobs", limits.top), single)
 
 
+def read_generate(body: Mapping[str, Any], limits: Limits) -> Asked:
+    """A request to vLLM's `/inference/v1/generate`. Raises `DataError` that names what cannot be done."""
+    _only(body, {"model", "token_ids", "sampling_params", "stream"})
+    sampling = body.get("sampling_params")
+    if not isinstance(sampling, dict):
+        raise DataError(f"sampling_params is {type(sampling).__name__}, expected an object with prompt_logprobs.")
+    asked = read_vllm({**sampling, "prompt": body.get("token_ids"), "stream": body.get("stream")}, limits)
+    if not asked.single:
+        raise DataError("token_ids holds lists, expected the ids of one text.")
+    return asked
+
+
 def read_sglang(body: Mapping[str, Any], limits: Limits) -> Asked:
     """A request to `/generate`. Raises `DataError` that names what cannot be done."""
     _only(
@@ -117,6 +129,17 @@ def vllm_answer(asked: Asked, found: Sequence[Projected], model: str, number: st
         "model": model,
         "choices": choices,
         "usage": _usage(asked),
+        "diglot": _notes(found),
+    }
+
+
+def generate_answer(asked: Asked, found: Sequence[Projected], number: str, unscored: float | None) -> Any:
+    """As vLLM's `/inference/v1/generate` answers."""
+    choice = vllm_answer(asked, found, "", number, unscored)["choices"][0]
+    return {
+        "request_id": number,
+        "choices": [{"index": 0, "logprobs": None, "finish_reason": "length", "token_ids": []}],
+        "prompt_logprobs": choice["prompt_logprobs"],
         "diglot": _notes(found),
     }
 
@@ -179,8 +202,8 @@ def _rows(ids: Ints, found: Projected, top: int) -> list[Row | None]:
 def _vllm_entry(row: Row | None, unscored: float | None, own: int, at: int) -> dict[str, Any] | None:
     if row is None:
         return None if unscored is None or not at else {str(own): _named(unscored, 1)}
-    ranked = sorted(row, key=lambda entry: -entry[1])
-    return {str(i): _named(logp, rank) for rank, (i, logp, _) in enumerate(ranked, start=1)}
+    ranks = {i: rank for rank, (i, *_) in enumerate(sorted(row, key=lambda entry: -entry[1]), start=1)}
+    return {str(i): _named(logp, ranks[i]) for i, logp, _ in row}  # the written id first, as vLLM has it
 
 
 def _named(logp: float, rank: int) -> dict[str, Any]:
