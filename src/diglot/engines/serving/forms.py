@@ -117,8 +117,8 @@ def vllm_answer(asked: Asked, found: Sequence[Projected], model: str, number: st
     """As vLLM answers: for each id a mapping of ids to log-probs, None where nothing is known."""
     choices = []
     for k, (ids, one) in enumerate(zip(asked.texts, found, strict=True)):
-        rows = enumerate(zip(ids.tolist(), _rows(ids, one, asked.top), strict=True))
-        entries = [_vllm_entry(row, unscored, i, at) for at, (i, row) in rows]
+        both = enumerate(zip(ids.tolist(), rows(ids, one, asked.top), strict=True))
+        entries = [_vllm_entry(row, unscored, i, at) for at, (i, row) in both]
         choices.append(
             {"index": k, "text": "", "finish_reason": "length", "logprobs": None, "prompt_logprobs": entries}
         )
@@ -148,10 +148,9 @@ def sglang_answer(asked: Asked, found: Sequence[Projected], number: str, unscore
     """As SGLang answers: rows of [log-prob, id, text], None as log-prob where nothing is known."""
     answers = []
     for ids, one in zip(asked.texts, found, strict=True):
-        rows = _rows(ids, one, asked.top)
         own: list[Any] = []
         top: list[Any] = []
-        for at, (i, row) in enumerate(zip(ids.tolist(), rows, strict=True)):
+        for at, (i, row) in enumerate(zip(ids.tolist(), rows(ids, one, asked.top), strict=True)):
             nothing = unscored if at else None
             own.append([nothing if row is None else row[0][1], i, None])
             named = row if row is None else sorted(row[1:] if row[0][2] else row, key=lambda e: -e[1])
@@ -173,19 +172,19 @@ def sglang_answer(asked: Asked, found: Sequence[Projected], number: str, unscore
 Row = list[tuple[int, float, bool]]  # (id, log-prob, is it there only because it was written?), the written one first
 
 
-def _rows(ids: Ints, found: Projected, top: int) -> list[Row | None]:
+def rows(ids: Ints, found: Projected, top: int) -> list[Row | None]:
     """For each id what is said about it: the id itself, and others where its chunk is one token on either side.
 
     There the written id's own log-prob is one of the distribution that the others are of; elsewhere it is a share.
     """
-    rows: list[Row | None] = [None] * len(ids)
+    made: list[Row | None] = [None] * len(ids)
     for at in np.flatnonzero(found.valid).tolist():
-        rows[at] = [(int(ids[at]), _number(found.logps[at]), True)]
+        made[at] = [(int(ids[at]), _number(found.logps[at]), True)]
     if not top or found.likeliest is None or found.at is None:
-        return rows
+        return made
     named, logps = found.likeliest.ids, found.likeliest.logps
     for k, at in enumerate(found.at.tolist()):
-        row = rows[at]
+        row = made[at]
         if row is None or not found.one_to_one[at]:
             continue
         own, best = (
@@ -193,10 +192,10 @@ def _rows(ids: Ints, found: Projected, top: int) -> list[Row | None]:
             [(i, lp) for i, lp in zip(named[k].tolist(), logps[k].tolist(), strict=True) if i >= 0],
         )
         if any(i == own for i, _ in best[:top]):
-            rows[at] = [(own, row[0][1], False), *((i, _number(lp), False) for i, lp in best[:top] if i != own)]
+            made[at] = [(own, row[0][1], False), *((i, _number(lp), False) for i, lp in best[:top] if i != own)]
         else:
             row += [(i, _number(lp), False) for i, lp in best[:top]]
-    return rows
+    return made
 
 
 def _vllm_entry(row: Row | None, unscored: float | None, own: int, at: int) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from diglot.engines.project import Projected, Projector
 from diglot.engines.scores import TeacherScores
@@ -38,8 +39,12 @@ class Scorer:
         self._asking = asyncio.Semaphore(concurrency)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="diglot-project")
 
-    async def score(self, ids: Ints, top: int) -> Projected:
+    async def score(self, ids: Ints, top: int = 0, *, student_logps: Any = None) -> Projected:
         """Scores of one context in the student's ids.
+
+        Args:
+            top: how many of the teacher's likeliest ids of each row.
+            student_logps: `[n]` nats, for credit "gap".
 
         Raises:
             DataError: ids in which the turns are not sure.
@@ -55,7 +60,8 @@ class Scorer:
         else:
             scores = TeacherScores.of([0.0] * len(reading.teacher_ids))  # nothing is scored, so none of them is read
         return await loop.run_in_executor(
-            self._threads, lambda: self.projector.project(reading, scores, credit=self.credit)
+            self._threads,
+            lambda: self.projector.project(reading, scores, credit=self.credit, student_logps=student_logps),
         )
 
     async def close(self) -> None:
