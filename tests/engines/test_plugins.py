@@ -20,11 +20,11 @@ from support.teacher_server import TeacherServer
 from support.tiny import tiny_model
 
 from diglot.engines import Projector
-from diglot.engines.plugins import prime_rl, slime, tinker
+from diglot.engines.plugins import prime_rl, slime, tinker, verl
 from diglot.engines.plugins.connect import connect
 from diglot.engines.serving.scorer import Scorer
 from diglot.engines.serving.upstream import LocalUpstream
-from diglot.errors import ConfigError, DataError
+from diglot.errors import ConfigError, DataError, TeacherError
 
 ASK = "Well?"
 LENGTH = len(STUDENT.prompt_ids(made.Conversation(({"role": "user", "content": ASK},))))
@@ -126,9 +126,14 @@ def test_prime_rl_gets_a_number_for_each_id_in_both_of_its_forms(pair: dict[str,
         scorer = connect(pair["student"], pair["teacher"], pair["url"])
         return await prime_rl.compute_teacher_logprobs(scorer, [sample, sample])
 
-    told = asyncio.run(run())
-    assert len(told) == 2 and told[0] == told[1] and len(told[0]) == len(ids) and told[0][:LENGTH] == [0.0] * LENGTH
-    sums_agree(told[0][LENGTH:], ids)
+    result = asyncio.run(run())
+    assert (
+        len(result) == 2
+        and result[0] == result[1]
+        and len(result[0]) == len(ids)
+        and result[0][:LENGTH] == [0.0] * LENGTH
+    )
+    sums_agree(result[0][LENGTH:], ids)
 
 
 # ---- tinker --------------------------------------------------------------------------------------------------------
@@ -266,3 +271,58 @@ def test_the_worker_for_trl_says_what_ended_it() -> None:
         worker.check_health(100.0)
     assert "the engine is gone" in str(error.value.__cause__)
     worker.stop()
+
+
+# ---- verl ----------------------------------------------------------------------------------------------------------
+
+
+class VerlManager:
+    """As verl's `AsyncTeacherLLMServerManager` (main, 2026-09): row `t` is about id `t + 1`, the last about none."""
+
+    shift = 1
+
+    async def compute_teacher_logprobs_single(
+        self, sequence_ids: list[int], multi_modal_data: Any = None, routing_key: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.tensor(sequence_ids)
+        with torch.no_grad():
+            rows = MODEL(ids[None]).logits[0].log_softmax(-1)
+        following = torch.cat([ids[self.shift :], ids[: self.shift]])
+        return following[:, None].to(torch.int32), rows.gather(-1, following[:, None])
+
+
+def verl_rows(ids: list[int], manager: type = VerlManager) -> tuple[torch.Tensor, torch.Tensor]:
+    teacher = verl.cross_tokenizer(manager, Projector(STUDENT, TEACHER))()
+    return asyncio.run(teacher.compute_teacher_logprobs_single(sequence_ids=ids, routing_key="math"))
+
+
+def test_verl_gets_rows_about_the_following_id_and_not_a_number_where_nothing_is_known() -> None:
+    ids = context()
+    names, logps = verl_rows(ids)
+    assert names.dtype == torch.int32 and names.shape == logps.shape == (len(ids), 1)
+    assert names[:-1, 0].tolist() == ids[1:]
+    right = [r for r in expected(ids, ASK, LENGTH) if r is not None]
+    assert logps[LENGTH - 1 : -1, 0].tolist() == [pytest.approx(r, abs=2e-4) for r in right]
+    assert logps[: LENGTH - 1].isnan().all() and logps[-1].isnan()
+
+
+def test_verl_whose_rows_stand_elsewhere_is_refused() -> None:
+    class Unshifted(VerlManager):
+        shift = 0
+
+    with pytest.raises(TeacherError, match="Row 0 of verl's teacher is about id"):
+        verl_rows(context(), Unshifted)
+    with pytest.raises(ConfigError, match="reads text alone"):
+        teacher = verl.cross_tokenizer(VerlManager, Projector(STUDENT, TEACHER))()
+        asyncio.run(teacher.compute_teacher_logprobs_single([1], multi_modal_data={"images": [1]}))
+
+
+def test_the_loss_for_verl_is_the_difference_where_the_teacher_speaks_and_nothing_elsewhere() -> None:
+    student = torch.tensor([[-1.0, -2.0, -0.5]], requires_grad=True)
+    teacher = torch.tensor([[[-0.5], [float("nan")], [-1.0]]])
+    data = {"teacher_logprobs": teacher, "response_mask": torch.tensor([[1, 1, 0]])}
+    loss = verl.make_loss(lambda value, data: value, float)
+    losses, metrics = loss(None, None, {"log_probs": student}, data)
+    losses.sum().backward()
+    assert losses.tolist() == [[-0.5, 0.0, 0.5]] and student.grad is not None and student.grad.tolist() == [[1, 0, 1]]
+    assert metrics == {"distillation/abs_loss": 0.25, "distillation/coverage": 0.5}

@@ -52,13 +52,13 @@ def test_the_sum_over_every_chunk_is_the_teachers(student: Renderer, teacher: Re
     reading = projector.read(Transcript.of_completion(ASK, ids))
     scores = scores_of(reading)
     own = -np.random.default_rng(1).exponential(0.7, len(ids))
-    found = projector.project(reading, scores, credit=credit, student_logps=own)
+    result = projector.project(reading, scores, credit=credit, student_logps=own)
     theirs = reading.teacher_ids[reading.first_scored :]
     ends_s, ends_t = ends_by_hand(student, ids), ends_by_hand(teacher, theirs)
     cuts = sorted({0} | (set(ends_s) & set(ends_t)))
-    assert cuts[-1] == len((TEXT * 20).encode()) + 1 and len(cuts) > 50 and found.valid.all()
+    assert cuts[-1] == len((TEXT * 20).encode()) + 1 and len(cuts) > 50 and result.valid.all()
     for low, high in pairwise(cuts):
-        mine = sum(lp for lp, end in zip(found.logps, ends_s, strict=True) if low < end <= high)
+        mine = sum(lp for lp, end in zip(result.logps, ends_s, strict=True) if low < end <= high)
         other = zip(scores.logps[reading.first_scored :], ends_t, strict=True)
         assert abs(mine - math.fsum(lp for lp, end in other if low < end <= high)) < 1e-12
 
@@ -72,9 +72,9 @@ def test_one_to_one_tokens_have_the_teachers_own_log_prob_under_every_rule() -> 
     twins = {int(s): int(t) for s, t in zip(reading.alignment.pair_s, reading.alignment.pair_t, strict=True)}
     own = np.full(len(ids), -1.0)
     for credit in RULES:
-        found = projector.project(reading, scores, credit=credit, student_logps=own)
+        result = projector.project(reading, scores, credit=credit, student_logps=own)
         for i in np.flatnonzero(alone.valid):
-            assert found.logps[i] == pytest.approx(scores.logps[reading.place_t[twins[int(i)]]], abs=1e-12)
+            assert result.logps[i] == pytest.approx(scores.logps[reading.place_t[twins[int(i)]]], abs=1e-12)
 
 
 def test_rules_differ_as_they_say_inside_a_chunk() -> None:
@@ -103,8 +103,8 @@ def test_the_same_tokenizer_gives_the_teachers_numbers_back_even_for_tokens_that
     reading = projector.read(Transcript.of_completion(ASK, ids))
     scores = scores_of(reading)
     assert reading.teacher_ids[reading.first_scored :].tolist() == ids.tolist()
-    found = projector.project(reading, scores)
-    assert found.valid.all() and found.logps.tolist() == scores.logps[reading.first_scored :].tolist()
+    result = projector.project(reading, scores)
+    assert result.valid.all() and result.logps.tolist() == scores.logps[reading.first_scored :].tolist()
 
 
 def test_the_end_of_a_turn_is_one_event_whatever_either_side_writes_for_it() -> None:
@@ -120,11 +120,11 @@ def test_the_end_of_a_turn_is_one_event_whatever_either_side_writes_for_it() -> 
     top_ids[at], top_logps[at] = [TURNS.stop_id, other], np.log([0.5, 0.25])
     logps = np.full(count, -1.0)
     logps[at] = math.log(0.5)
-    found = projector.project(reading, TeacherScores(logps, top_ids, top_logps))
-    assert found.logps[-1] == pytest.approx(math.log(0.75))
-    assert found.likeliest is not None and found.at is not None and found.at[-1] == len(ids) - 1
-    assert found.likeliest.ids[-1].tolist() == [CHATML.stop_id, -1]
-    assert found.likeliest.residual[-1] == pytest.approx(0.25)
+    result = projector.project(reading, TeacherScores(logps, top_ids, top_logps))
+    assert result.logps[-1] == pytest.approx(math.log(0.75))
+    assert result.likeliest is not None and result.at is not None and result.at[-1] == len(ids) - 1
+    assert result.likeliest.ids[-1].tolist() == [CHATML.stop_id, -1]
+    assert result.likeliest.residual[-1] == pytest.approx(0.25)
 
 
 def test_of_several_turns_with_tools_and_reasoning_only_what_was_sampled_is_scored() -> None:
@@ -146,9 +146,9 @@ def test_of_several_turns_with_tools_and_reasoning_only_what_was_sampled_is_scor
     text = zoo.turns().decode(reading.teacher_ids)
     assert all(turn in text for turn in turns) and "13023" in text and "not looked at" not in text
     scores = scores_of(reading)
-    found = projector.project(reading, scores)
-    assert found.valid.tolist() == (mask == 1).tolist() and np.isnan(found.logps[mask == 0]).all()
-    assert found.logps[mask == 1].sum() == pytest.approx(scores.logps[reading.place_t].sum(), abs=1e-12)
+    result = projector.project(reading, scores)
+    assert result.valid.tolist() == (mask == 1).tolist() and np.isnan(result.logps[mask == 0]).all()
+    assert result.logps[mask == 1].sum() == pytest.approx(scores.logps[reading.place_t].sum(), abs=1e-12)
     spelt = TURNS.vocabulary.bytes_of(reading.teacher_ids[reading.place_t[~reading.stop_t]])
     assert spelt.decode() == "".join(turns)
 
@@ -162,10 +162,10 @@ def _conversation(messages: list[dict[str, Any]]) -> Any:
 def test_an_earlier_assistant_message_that_was_not_sampled_is_only_read() -> None:
     messages = [*ASK, {"role": "assistant", "content": "Hello."}, *ASK, {"role": "assistant", "content": ""}]
     ids = sampled(CHATML, "Hi there")
-    found = project_teacher_scores(
-        CHATML, INST, messages, ids, lambda asked: np.full(len(asked), -0.5), sampled=np.ones(len(ids))
+    result = project_teacher_scores(
+        CHATML, INST, messages, ids, lambda query: np.full(len(query), -0.5), sampled=np.ones(len(ids))
     )
-    assert found.valid.all()
+    assert result.valid.all()
 
 
 def test_a_turn_without_text_is_no_segment_and_the_others_keep_their_own_scores() -> None:
@@ -174,8 +174,8 @@ def test_a_turn_without_text_is_no_segment_and_the_others_keep_their_own_scores(
     ids = np.concatenate([[CHATML.stop_id], CHATML.prompt_ids(_conversation(ASK)), second])
     mask = np.ones(len(ids))
     mask[1 : -len(second)] = 0
-    found = project_teacher_scores(CHATML, INST, messages, ids, lambda asked: np.full(len(asked), -0.5), sampled=mask)
-    assert not found.valid[0] and found.valid[-len(second) :].all() and not found.valid[: -len(second)].any()
+    result = project_teacher_scores(CHATML, INST, messages, ids, lambda query: np.full(len(query), -0.5), sampled=mask)
+    assert not result.valid[0] and result.valid[-len(second) :].all() and not result.valid[: -len(second)].any()
 
 
 def test_what_no_other_model_can_read_is_not_valid_and_never_a_number() -> None:
@@ -184,9 +184,9 @@ def test_what_no_other_model_can_read_is_not_valid_and_never_a_number() -> None:
     half = next(i for i in range(len(table)) if table.token(i) == "数".encode()[:1])
     good = sampled(CHATML, "Say hello", stop=False)
     ids = np.concatenate([good, [half], sampled(CHATML, "more")])
-    found = project_teacher_scores(CHATML, INST, ASK, ids, lambda asked: np.full(len(asked), -0.5))
-    assert found.valid.tolist() == [True] * len(good) + [False] * (len(ids) - len(good))
-    assert np.isnan(found.logps[len(good) :]).all() and found.filled(-9.0)[len(good) :].tolist() == [-9.0] * (
+    result = project_teacher_scores(CHATML, INST, ASK, ids, lambda query: np.full(len(query), -0.5))
+    assert result.valid.tolist() == [True] * len(good) + [False] * (len(ids) - len(good))
+    assert np.isnan(result.logps[len(good) :]).all() and result.filled(-9.0)[len(good) :].tolist() == [-9.0] * (
         len(ids) - len(good)
     )
 
@@ -202,9 +202,9 @@ def test_what_lies_beyond_the_teachers_window_is_not_valid() -> None:
     whole = Projector(CHATML, INST).read(Transcript.of_completion(ASK, sampled(CHATML, TEXT)))
     projector = Projector(CHATML, INST, teacher_max_length=len(whole.teacher_ids) - 10)
     reading = projector.read(Transcript.of_completion(ASK, sampled(CHATML, TEXT)))
-    found = projector.project(reading, scores_of(reading))
-    assert len(reading.teacher_ids) == len(whole.teacher_ids) - 10 and 0.5 < found.coverage < 1.0
-    assert found.valid[: int(found.valid.sum())].all() and not found.valid[-1]
+    result = projector.project(reading, scores_of(reading))
+    assert len(reading.teacher_ids) == len(whole.teacher_ids) - 10 and 0.5 < result.coverage < 1.0
+    assert result.valid[: int(result.valid.sum())].all() and not result.valid[-1]
 
 
 def test_likeliest_ids_keep_their_mass_where_the_student_has_the_same_bytes_and_lose_it_to_the_rest() -> None:
@@ -217,13 +217,13 @@ def test_likeliest_ids_keep_their_mass_where_the_student_has_the_same_bytes_and_
     top_ids = np.concatenate([[[-1] * 12], best.indices.numpy()])
     top_logps = np.concatenate([[[-np.inf] * 12], best.values.numpy()])
     logps = np.append(0.0, rows[:-1].gather(-1, torch.from_numpy(reading.teacher_ids[1:, None]))[:, 0].numpy())
-    found = projector.project(reading, TeacherScores(logps, top_ids, top_logps))
-    assert found.likeliest is not None and found.at is not None
-    opens = np.flatnonzero(np.diff(found.chunk, prepend=-1) != 0)
-    assert found.at.tolist() == opens.tolist()
+    result = projector.project(reading, TeacherScores(logps, top_ids, top_logps))
+    assert result.likeliest is not None and result.at is not None
+    opens = np.flatnonzero(np.diff(result.chunk, prepend=-1) != 0)
+    assert result.at.tolist() == opens.tolist()
     ends_s = [0, *ends_by_hand(CHATML, ids)]
     ends_t = [0, *ends_by_hand(INST, reading.teacher_ids[reading.first_scored :])]
-    for row, at in enumerate(found.at):
+    for row, at in enumerate(result.at):
         place = reading.first_scored + ends_t.index(ends_s[at])  # the teacher's token that starts at the same byte
         named = {}
         for token, logp in zip(top_ids[place].tolist(), top_logps[place].tolist(), strict=True):
@@ -231,23 +231,23 @@ def test_likeliest_ids_keep_their_mass_where_the_student_has_the_same_bytes_and_
             named[spelt] = np.logaddexp(named.get(spelt, -np.inf), logp)
         mine = {
             "stop" if i in CHATML.stop_ids else CHATML.vocabulary.token(i): logp
-            for i, logp in zip(found.likeliest.ids[row].tolist(), found.likeliest.logps[row].tolist(), strict=True)
+            for i, logp in zip(result.likeliest.ids[row].tolist(), result.likeliest.logps[row].tolist(), strict=True)
             if i >= 0
         }
         assert all(named[spelt] == pytest.approx(logp) for spelt, logp in mine.items())
         own = {CHATML.vocabulary.token(i) for i in range(len(CHATML.vocabulary))} - {b""}
         ambiguous = len(named) - len([spelt for spelt in named if spelt == "stop" or spelt in own])
         assert len(mine) == len(named) - ambiguous
-        assert found.likeliest.residual[row] == pytest.approx(1 - sum(map(math.exp, mine.values())))
+        assert result.likeliest.residual[row] == pytest.approx(1 - sum(map(math.exp, mine.values())))
 
 
 def test_hidden_states_give_the_scores_of_the_models_own_logits() -> None:
     model = tiny_model(zoo.inst(), seed=3)
     ids = Projector(CHATML, INST).read(Transcript.of_completion(ASK, sampled(CHATML, TEXT * 5))).teacher_ids
     with torch.no_grad():
-        found = model(torch.from_numpy(ids)[None], output_hidden_states=True)
-        rows = found.logits[0].log_softmax(-1)
-    scores = score_hidden(found.hidden_states[-1][0], model.lm_head, ids, top=4)
+        result = model(torch.from_numpy(ids)[None], output_hidden_states=True)
+        rows = result.logits[0].log_softmax(-1)
+    scores = score_hidden(result.hidden_states[-1][0], model.lm_head, ids, top=4)
     assert len(ids) > 256 and scores.top_ids is not None
     expected = rows[:-1].gather(-1, torch.from_numpy(ids[1:, None]))[:, 0]
     torch.testing.assert_close(torch.from_numpy(scores.logps[1:]).float(), expected, atol=1e-5, rtol=0)
@@ -256,28 +256,28 @@ def test_hidden_states_give_the_scores_of_the_models_own_logits() -> None:
 
 def test_tensors_lists_and_arrays_are_the_same_to_it() -> None:
     ids = sampled(CHATML, TEXT)
-    asked: list[Any] = []
+    query: list[Any] = []
 
     def ask(teacher_ids: NDArray[np.int64]) -> Any:
-        asked.append(teacher_ids)
+        query.append(teacher_ids)
         return torch.linspace(-2, -0.1, len(teacher_ids), dtype=torch.float64)
 
     own = np.linspace(-1, -0.5, len(ids))
     one = project_teacher_scores(CHATML, INST, ASK, ids, ask, credit="gap", student_logps=own)
-    logps = ask(asked[0])
+    logps = ask(query[0])
     many: list[tuple[Any, Any, Any]] = [
         (torch.from_numpy(ids), logps, torch.from_numpy(own)),
         (ids.tolist(), logps.tolist(), own.tolist()),
         (ids.astype(np.int32), TeacherScores.of(logps), own),
     ]
-    for given, scores, mine in many:
-        other = project_teacher_scores(CHATML, INST, ASK, given, scores, credit="gap", student_logps=mine)
+    for inputs, scores, mine in many:
+        other = project_teacher_scores(CHATML, INST, ASK, inputs, scores, credit="gap", student_logps=mine)
         assert other.logps.tolist() == one.logps.tolist() and other.valid.tolist() == one.valid.tolist()
 
 
 def test_bare_tokenizers_do_as_well_as_renderers() -> None:
     ids = sampled(CHATML, TEXT)
-    logps = lambda asked: -np.arange(len(asked)) / 7  # noqa: E731
+    logps = lambda query: -np.arange(len(query)) / 7  # noqa: E731
     one = project_teacher_scores(zoo.chatml(), zoo.inst(), ASK, ids, logps)
     assert one.logps.tolist() == project_teacher_scores(CHATML, INST, ASK, ids, logps).logps.tolist()
 
@@ -290,8 +290,8 @@ def test_a_projector_pickles_and_threads_share_it() -> None:
 
     def run(transcript: Transcript) -> list[Any]:
         reading = projector.read(transcript)
-        found = projector.project(reading, scores_of(reading))
-        return [reading.teacher_ids.tolist(), found.filled(1.0).tolist()]
+        result = projector.project(reading, scores_of(reading))
+        return [reading.teacher_ids.tolist(), result.filled(1.0).tolist()]
 
     alone = [run(t) for t in transcripts]
     with ThreadPoolExecutor(8) as pool:
@@ -318,8 +318,8 @@ def test_a_long_text_costs_at_most_20_microseconds_a_token() -> None:
     ("change", "error", "message"),
     [
         ({"scores": np.zeros(3)}, TeacherError, "reads .* tokens and there are 3 log-probs"),
-        ({"scores": lambda asked: np.full(len(asked), np.nan)}, TeacherError, "log-prob of token 1 .* is nan"),
-        ({"scores": lambda asked: np.full(len(asked), 0.5)}, TeacherError, "is 0.5, expected a number of at most 0"),
+        ({"scores": lambda query: np.full(len(query), np.nan)}, TeacherError, "log-prob of token 1 .* is nan"),
+        ({"scores": lambda query: np.full(len(query), 0.5)}, TeacherError, "is 0.5, expected a number of at most 0"),
         ({"scores": np.zeros((2, 3))}, TeacherError, "shape .2, 3., expected"),
         ({"credit": "best"}, ConfigError, "no credit rule 'best': choose one of shared"),
         ({"credit": "gap"}, ConfigError, "give the student's log-probs"),
@@ -334,10 +334,10 @@ def test_a_long_text_costs_at_most_20_microseconds_a_token() -> None:
 def test_what_does_not_belong_together_is_refused_with_both_values(
     change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    given: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         "conversation": ASK,
         "ids": sampled(CHATML, TEXT),
-        "scores": lambda asked: np.full(len(asked), -1.0),
+        "scores": lambda query: np.full(len(query), -1.0),
     }
     with pytest.raises(error, match=message):
-        project_teacher_scores(CHATML, INST, **{**given, **change})
+        project_teacher_scores(CHATML, INST, **{**inputs, **change})

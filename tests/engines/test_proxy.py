@@ -28,8 +28,8 @@ LENGTH = len(STUDENT.prompt_ids(made.Conversation(({"role": "user", "content": A
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with listening(made.proxy()) as found:
-        yield found
+    with listening(made.proxy()) as result:
+        yield result
 
 
 def vllm(url: str, prompt: Any, top: int = 0, **more: Any) -> httpx.Response:
@@ -47,9 +47,9 @@ def own_logps(response: httpx.Response, ids: list[int], choice: int = 0) -> list
     return [None if e is None else e[str(i)]["logprob"] for i, e in zip(ids, entries, strict=True)]
 
 
-def close(found: list[float | None], right: list[float | None]) -> None:
-    assert [f is None for f in found] == [r is None for r in right]
-    assert found == [r if r is None else pytest.approx(r, abs=2e-4) for r in right]
+def close(result: list[float | None], right: list[float | None]) -> None:
+    assert [f is None for f in result] == [r is None for r in right]
+    assert result == [r if r is None else pytest.approx(r, abs=2e-4) for r in right]
 
 
 def test_vllms_form_gives_the_teachers_numbers_for_the_students_tokens(url: str) -> None:
@@ -80,10 +80,10 @@ def test_vllms_form_for_ids_alone_gives_the_same_with_the_written_id_first(url: 
 
 def test_several_texts_of_one_request_keep_their_order(url: str) -> None:
     texts = [context("Say hello"), context("one two three " * 5), context("数学", stop=False)]
-    found = vllm(url, texts)
-    assert [choice["index"] for choice in found.json()["choices"]] == [0, 1, 2]
+    result = vllm(url, texts)
+    assert [choice["index"] for choice in result.json()["choices"]] == [0, 1, 2]
     for k, ids in enumerate(texts):
-        close(own_logps(found, ids, k), expected(ids, ASK, LENGTH))
+        close(own_logps(result, ids, k), expected(ids, ASK, LENGTH))
     answers = sglang(url, texts).json()
     assert [len(a["meta_info"]["input_token_logprobs"]) for a in answers] == [len(ids) for ids in texts]
 
@@ -106,8 +106,8 @@ def test_a_context_of_several_turns_is_scored_in_all_of_them(url: str) -> None:
     second = STUDENT.encoder.encode_markup("\n<|im_start|>user\nMore?<|im_end|>\n<|im_start|>assistant\n").tolist()
     reply = STUDENT.encoder.encode(["Yes."])[0].ids.tolist()
     first = context()
-    found = own_logps(vllm(url, ids := [*first, *second, *reply, STUDENT.stop_id]), ids)
-    valid = [i for i, logp in enumerate(found) if logp is not None]
+    result = own_logps(vllm(url, ids := [*first, *second, *reply, STUDENT.stop_id]), ids)
+    valid = [i for i, logp in enumerate(result) if logp is not None]
     assert valid == [*range(LENGTH, len(first)), *range(len(first) + len(second), len(ids))]
 
 
@@ -173,8 +173,8 @@ def test_a_hostile_or_mistaken_body_is_refused_with_a_reason(
 ) -> None:
     import re
 
-    found = httpx.post(url + path, content=body)
-    assert found.status_code == status and re.search(message, found.json()["error"]["message"]), found.text
+    result = httpx.post(url + path, content=body)
+    assert result.status_code == status and re.search(message, result.json()["error"]["message"]), result.text
     ids = context()
     close(own_logps(vllm(url, ids), ids), expected(ids, ASK, LENGTH))
 

@@ -42,18 +42,18 @@ def process(log: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes
     with log.open("wb") as out:
         started = subprocess.Popen(command, stderr=out, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     try:
-        while (found := re.search(r"listening on (http://\S+)", log.read_text("utf-8"))) is None:
+        while (result := re.search(r"listening on (http://\S+)", log.read_text("utf-8"))) is None:
             assert started.poll() is None, log.read_text("utf-8")
             time.sleep(0.05)
-        yield started, found.group(1)
+        yield started, result.group(1)
     finally:
         started.kill()
         started.wait()
 
 
 def check(entries: list[Any], ids: list[int]) -> None:
-    found = [None if e is None else e[str(i)]["logprob"] for i, e in zip(ids, entries, strict=True)]
-    assert found == [r if r is None else pytest.approx(r, abs=2e-4) for r in expected(ids, ASK, LENGTH)]
+    result = [None if e is None else e[str(i)]["logprob"] for i, e in zip(ids, entries, strict=True)]
+    assert result == [r if r is None else pytest.approx(r, abs=2e-4) for r in expected(ids, ASK, LENGTH)]
 
 
 def test_trls_own_client_gets_the_teachers_numbers(
@@ -66,11 +66,11 @@ def test_trls_own_client_gets_the_teachers_numbers(
     with process(tmp_path / "log", *pair) as (_, url):
         client = client_module.VLLMClient(base_url=url, connection_timeout=10.0)
         texts = [context(), context("one two three, as you asked.")]
-        found = client.get_sequence_logprobs(texts, [LENGTH, LENGTH], top_logprobs=4)
+        result = client.get_sequence_logprobs(texts, [LENGTH, LENGTH], top_logprobs=4)
         for k, ids in enumerate(texts):
-            actual = [one[0] for one in found["actual_logprobs"][k]]
+            actual = [one[0] for one in result["actual_logprobs"][k]]
             assert actual == [pytest.approx(r, abs=2e-4) for r in expected(ids, ASK, LENGTH)[LENGTH:]]
-            assert [one[0] for one in found["actual_token_ids"][k]] == ids[LENGTH:]
+            assert [one[0] for one in result["actual_token_ids"][k]] == ids[LENGTH:]
 
 
 def test_what_was_accepted_is_answered_after_sigterm(folders: dict[str, str], tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ def ids_of(
 def test_all_turns_are_found_where_they_are(renderer: Renderer, stop: bool) -> None:
     talk = TALK[0 if renderer is CHATML else 1 :]
     ids, turns = ids_of(renderer, talk, stop)
-    found = TurnFinder(renderer).find(ids)
-    assert list(found.turns) == turns and found.ids.tolist() == ids
-    between = [[(m["role"], m["content"]) for m in before] for before in found.messages]
+    result = TurnFinder(renderer).find(ids)
+    assert list(result.turns) == turns and result.ids.tolist() == ids
+    between = [[(m["role"], m["content"]) for m in before] for before in result.messages]
     assert between == [[m for m in talk[:-2] if m[0] != "assistant"], [talk[-2]]]
 
 
@@ -60,8 +60,8 @@ def test_one_turn_of_a_template_that_trims_is_found() -> None:
 def test_results_of_tools_are_messages_of_their_own() -> None:
     talk = [TALK[1], ("assistant", "<tool_call>\n{}\n</tool_call>"), ("tool", "13,023"), ("assistant", "It is that.")]
     ids, turns = ids_of(CHATML, talk)
-    found = TurnFinder(CHATML).find(ids)
-    assert list(found.turns) == turns and found.messages[1] == ({"role": "tool", "content": "13,023"},)
+    result = TurnFinder(CHATML).find(ids)
+    assert list(result.turns) == turns and result.messages[1] == ({"role": "tool", "content": "13,023"},)
 
 
 def test_a_turn_keeps_the_tokens_that_were_sampled_whatever_they_spell() -> None:
@@ -91,8 +91,8 @@ def test_a_student_that_thinks_first_has_its_last_turn_found() -> None:
     think = Renderer(tokenizer, name="student")
     head = think.prompt_ids(Conversation(({"role": "user", "content": "Hi"},))).tolist()
     reply = think.encoder.encode(["so\n</think>\nHello"])[0].ids.tolist()
-    found = TurnFinder(think).find([*head, *reply, think.stop_id])
-    assert found.turns == ((len(head), len(head) + len(reply) + 1),)
+    result = TurnFinder(think).find([*head, *reply, think.stop_id])
+    assert result.turns == ((len(head), len(head) + len(reply) + 1),)
 
 
 def spoilt(change: str) -> list[int]:
@@ -147,10 +147,10 @@ def test_any_single_token_changed_outside_the_turns_is_noticed_or_changes_what_i
         if changed == ids:
             continue
         try:
-            found = finder.find(changed)
+            result = finder.find(changed)
         except DataError:
             continue
-        assert (found.messages, found.turns) != (whole.messages, whole.turns), at
+        assert (result.messages, result.turns) != (whole.messages, whole.turns), at
 
 
 def test_a_student_without_a_template_is_told_what_to_use() -> None:

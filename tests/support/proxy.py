@@ -40,9 +40,9 @@ def expected(ids: list[int], question: str, length: int) -> list[float | None]:
     own = rows[:-1].gather(-1, torch.from_numpy(reading.teacher_ids[1:, None]))[:, 0].double().numpy()
     from diglot.engines import TeacherScores
 
-    found = projector.project(reading, TeacherScores(np.append(0.0, own)))
-    assert found.valid.all()
-    return [None] * length + found.logps.tolist()
+    result = projector.project(reading, TeacherScores(np.append(0.0, own)))
+    assert result.valid.all()
+    return [None] * length + result.logps.tolist()
 
 
 def proxy(upstream: Any = None, settings: Settings | None = None, **scorer: Any) -> Proxy:

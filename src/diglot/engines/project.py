@@ -121,8 +121,8 @@ class Projector:
         opens_t = np.flatnonzero(_opens(reading.alignment.chunk_t))
         chunks_t = reading.alignment.chunk_t[opens_t]
         rows = reading.place_t[opens_t[np.searchsorted(chunks_t, reading.alignment.chunk_s[opens_s])]]
-        found = self._ids.likeliest_on_student(scores.top_ids[rows], scores.top_logps[rows])
-        return found, reading.place_s[opens_s]
+        result = self._ids.likeliest_on_student(scores.top_ids[rows], scores.top_logps[rows])
+        return result, reading.place_s[opens_s]
 
     @cached_property
     def _ids(self) -> IdMap:
@@ -180,10 +180,10 @@ def project_teacher_scores(
         transcript = Transcript.of_completion(conversation, ids, tools)
     projector = Projector(student, teacher)
     reading = projector.read(transcript)
-    found = scores(reading.teacher_ids) if callable(scores) else scores
-    if not isinstance(found, TeacherScores):
-        found = TeacherScores.of(found)
-    return projector.project(reading, found, credit=credit, student_logps=student_logps)
+    result = scores(reading.teacher_ids) if callable(scores) else scores
+    if not isinstance(result, TeacherScores):
+        result = TeacherScores.of(result)
+    return projector.project(reading, result, credit=credit, student_logps=student_logps)
 
 
 def _renderer(side: Side, name: str) -> Renderer:

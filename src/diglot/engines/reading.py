@@ -84,10 +84,10 @@ def _teacher_side(
             "turns one at a time."
         )
     many = segments > 1
-    found = teacher.render(
+    result = teacher.render(
         conversation, written[-1], stopped=turns[-1].stopped[0], thinking=thinking, score="all" if many else "last"
     )
-    return _last_segments(found, segments)
+    return _last_segments(result, segments)
 
 
 def _last_segments(rendered: Rendered, count: int) -> Rendered:
@@ -122,10 +122,10 @@ def _with_own_tokens(theirs: Rendered, turns: list[Rendered]) -> Rendered:
 
 def _cut(rendered: Rendered, at: slice | Ints, segment: int | None = None) -> dict[str, NDArray]:
     """Some tokens of a rendering, all of one segment if it is named."""
-    found = {name: getattr(rendered, name)[at] for name in ("ids", "roles", "segment", "end", "exact")}
+    result = {name: getattr(rendered, name)[at] for name in ("ids", "roles", "segment", "end", "exact")}
     if segment is not None:
-        found["segment"] = np.full_like(found["segment"], segment)
-    return found
+        result["segment"] = np.full_like(result["segment"], segment)
+    return result
 
 
 def _aligned(transcript: Transcript, turns: list[tuple[int, Rendered]], theirs: Rendered) -> Reading:

@@ -75,10 +75,10 @@ def as_ids(values: Any) -> Ints:
     """Ids of a list, an array or a tensor, `[n]`."""
     if hasattr(values, "detach"):
         values = values.detach().cpu().numpy()
-    found = np.asarray(values)
-    if found.size and not np.issubdtype(found.dtype, np.integer):
-        raise DataError(f"Token ids are {found.dtype}, expected whole numbers: give the ids as they were sampled.")
-    return found.astype(np.int64).reshape(-1)
+    result = np.asarray(values)
+    if result.size and not np.issubdtype(result.dtype, np.integer):
+        raise DataError(f"Token ids are {result.dtype}, expected whole numbers: give the ids as they were sampled.")
+    return result.astype(np.int64).reshape(-1)
 
 
 def _tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[Mapping[str, Any], ...] | None:

@@ -127,24 +127,24 @@ class TurnFinder:
                     return between, turns
                 between.append([])
                 low = ends[last - 2] if last >= 2 else 0
-                found = self._starting(raw, low, role)
-                if found is None:
+                result = self._starting(raw, low, role)
+                if result is None:
                     raise DataError(
                         f"Position {last - 1}: behind the assistant's turn that ends with "
                         f"{self._shown(ids, last - 1)} the student's template writes something else than what was sent "
                         f"({self._shown(ids, last)} comes next)."
                     )
-                at, role = low + len(found.mark), found.role
+                at, role = low + len(result.mark), result.role
                 continue
-            place, found = self._next(raw, at, role)
-            if found is None:
+            place, result = self._next(raw, at, role)
+            if result is None:
                 token = int(np.searchsorted(ends, at, side="right"))
                 raise DataError(
                     f"Position {min(token, len(ids) - 1)}: no assistant turn begins after this {role} message. Send "
                     "the prompt as the student's template writes it, generation prompt included."
                 )
             between[-1].append({"role": role, "content": self._content(raw[at:place], role, ends, at)})
-            at, role = place + len(found.mark), found.role
+            at, role = place + len(result.mark), result.role
 
     def _head(self, raw: bytes, ids: Ints) -> tuple[int, str]:
         fitting = [head for head in self._heads if raw.startswith(head)]

@@ -30,5 +30,5 @@ async def _one(scorer: Scorer, sample: Any) -> list[float]:
     else:
         ids = [*sample.prompt_ids, *sample.completion_ids]
         own = np.asarray([*([0.0] * len(sample.prompt_ids)), *sample.completion_logprobs], dtype=np.float64)
-    found = await scorer.score(np.asarray(ids), student_logps=own)
-    return [float(logp) for logp in found.filled(own)]
+    result = await scorer.score(np.asarray(ids), student_logps=own)
+    return [float(logp) for logp in result.filled(own)]

@@ -40,12 +40,12 @@ async def reward_func(args: Any, sample: Any, **_: Any) -> dict[str, Any]:
     student = np.zeros(len(sample.tokens))
     if length:
         student[-length:] = own
-    found = await scorer.score(np.asarray(sample.tokens), student_logps=student)
+    result = await scorer.score(np.asarray(sample.tokens), student_logps=student)
     first = len(sample.tokens) - length
     return {
-        "teacher_log_probs": found.filled(student)[first:].tolist(),
-        "valid": found.valid[first:].tolist(),
-        "coverage": found.coverage,
+        "teacher_log_probs": result.filled(student)[first:].tolist(),
+        "valid": result.valid[first:].tolist(),
+        "coverage": result.coverage,
     }
 
 

@@ -29,8 +29,8 @@ class TinkerTeacher:
     async def logps(self, ids: Sequence[int], student: NDArray[np.float64]) -> NDArray[np.float64]:
         """The teacher's log-prob of each of the student's ids `[n]`; the student's own where it says nothing."""
         reading = self.projector.read(self.finder.find(ids))
-        told = await self.client.compute_logprobs_async(self.model_input(reading.teacher_ids.tolist()))
-        scores = TeacherScores.of([0.0, *told[1:]])  # the first has none
+        result = await self.client.compute_logprobs_async(self.model_input(reading.teacher_ids.tolist()))
+        scores = TeacherScores.of([0.0, *result[1:]])  # the first has none
         return self.projector.project(reading, scores, credit="gap", student_logps=student).filled(student)
 
 
@@ -54,12 +54,12 @@ async def incorporate_kl_penalty(
         inputs = datum.loss_fn_inputs
         ids = [*datum.model_input.to_ints(), int(inputs["target_tokens"].to_torch()[-1])]
         own = inputs["logprobs"].to_torch().double()
-        told = await teacher.logps(ids, np.append(0.0, own.numpy()))
-        return (own - torch.from_numpy(told[1:])) * (inputs["mask"].to_torch() > 0)
+        result = await teacher.logps(ids, np.append(0.0, own.numpy()))
+        return (own - torch.from_numpy(result[1:])) * (inputs["mask"].to_torch() > 0)
 
-    found = await asyncio.gather(*(difference(*one) for one in zip(data, teachers, strict=True)))
+    result = await asyncio.gather(*(difference(*one) for one in zip(data, teachers, strict=True)))
     count = sum(float((datum.loss_fn_inputs["mask"].to_torch() > 0).sum()) for datum in data)
-    for datum, gap in zip(data, found, strict=True):
+    for datum, gap in zip(data, result, strict=True):
         advantages = datum.loss_fn_inputs["advantages"].to_torch()
         datum.loss_fn_inputs["advantages"] = tensor_data(advantages - kl_penalty_coef * gap.to(advantages.dtype))
-    return {"teacher_kl": sum(float(gap.sum()) for gap in found) / max(count, 1.0)}
+    return {"teacher_kl": sum(float(gap.sum()) for gap in result) / max(count, 1.0)}

@@ -123,12 +123,12 @@ class RolloutWorker:
         )
         completion = await self.sample(list(prompt))
         ids = np.asarray([*prompt, *completion], dtype=np.int64)
-        found = await self.scorer.score(ids, self.top)
+        result = await self.scorer.score(ids, self.top)
         names, logps = np.full((len(ids), self.top + 1), -1), np.full((len(ids), self.top + 1), -np.inf, np.float32)
-        for at, entry in enumerate(rows(ids, found, self.top)):
+        for at, entry in enumerate(rows(ids, result, self.top)):
             for k, (token, logp, _) in enumerate(sorted(entry or [], key=lambda one: -one[1])):
                 names[at, k], logps[at, k] = token, logp
-        self.metrics_queue.put({"rollout/coverage": (float(found.valid.sum()), float(max(found.sampled.sum(), 1)))})
+        self.metrics_queue.put({"rollout/coverage": (float(result.valid.sum()), float(max(result.sampled.sum(), 1)))})
         text = self.tokenizer.decode(completion, skip_special_tokens=False)
         return RolloutSample(
             prompt=messages,

@@ -20,8 +20,8 @@ from starlette.routing import Route
 
 from diglot.engines.project import Projected
 from diglot.engines.serving.forms import (
-    Asked,
     Limits,
+    Query,
     generate_answer,
     parse_body,
     read_generate,
@@ -130,37 +130,37 @@ class Proxy:
         """vLLM's form."""
         settings = self.settings
 
-        def read(body: dict[str, Any]) -> Asked:
+        def read(body: dict[str, Any]) -> Query:
             self._check_model(body)
             return read_vllm(body, settings.limits)
 
-        def answer(asked: Asked, found: list[Projected]) -> Any:
-            return vllm_answer(asked, found, settings.model, f"cmpl-{uuid.uuid4().hex}", settings.unscored)
+        def answer(query: Query, result: list[Projected]) -> Any:
+            return vllm_answer(query, result, settings.model, f"cmpl-{uuid.uuid4().hex}", settings.unscored)
 
         return await self.scored(request, read, answer)
 
     async def inference(self, request: Request) -> Response:
         """vLLM's form for ids in and ids out."""
 
-        def read(body: dict[str, Any]) -> Asked:
+        def read(body: dict[str, Any]) -> Query:
             self._check_model(body)
             return read_generate(body, self.settings.limits)
 
-        def answer(asked: Asked, found: list[Projected]) -> Any:
-            return generate_answer(asked, found, uuid.uuid4().hex, self.settings.unscored)
+        def answer(query: Query, result: list[Projected]) -> Any:
+            return generate_answer(query, result, uuid.uuid4().hex, self.settings.unscored)
 
         return await self.scored(request, read, answer)
 
     async def generate(self, request: Request) -> Response:
         """SGLang's form."""
 
-        def answer(asked: Asked, found: list[Projected]) -> Any:
-            return sglang_answer(asked, found, uuid.uuid4().hex, self.settings.unscored)
+        def answer(query: Query, result: list[Projected]) -> Any:
+            return sglang_answer(query, result, uuid.uuid4().hex, self.settings.unscored)
 
         return await self.scored(request, lambda body: read_sglang(body, self.settings.limits), answer)
 
     async def scored(
-        self, request: Request, read: Callable[[dict[str, Any]], Asked], answer: Callable[[Asked, list[Projected]], Any]
+        self, request: Request, read: Callable[[dict[str, Any]], Query], answer: Callable[[Query, list[Projected]], Any]
     ) -> Response:
         """One request from its body to its answer. What is accepted is answered, whatever the teacher does."""
         held = _Held()
@@ -172,11 +172,11 @@ class Proxy:
             body = await self._body(request, held)
             began = time.monotonic()
             loop = asyncio.get_running_loop()
-            asked = await loop.run_in_executor(None, lambda: read(parse_body(body)))
-            found = await asyncio.gather(*(self.scorer.score(ids, asked.top) for ids in asked.texts))
-            text = await loop.run_in_executor(None, lambda: json.dumps(answer(asked, found), allow_nan=False))
+            query = await loop.run_in_executor(None, lambda: read(parse_body(body)))
+            result = await asyncio.gather(*(self.scorer.score(ids, query.top) for ids in query.texts))
+            text = await loop.run_in_executor(None, lambda: json.dumps(answer(query, result), allow_nan=False))
             self.metrics.seconds.observe(time.monotonic() - began)
-            for one in found:
+            for one in result:
                 self.metrics.sampled.inc(int(one.sampled.sum()))
                 self.metrics.scored.inc(int(one.valid.sum()))
             return Response(text, media_type="application/json")

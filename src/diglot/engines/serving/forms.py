@@ -40,7 +40,7 @@ _IDLE = frozenset(
 
 
 @dataclass(frozen=True)
-class Asked:
+class Query:
     """Texts to score and how many of the likeliest ids of each row."""
 
     texts: tuple[Ints, ...]
@@ -61,15 +61,15 @@ class Limits:
 def parse_body(body: bytes) -> dict[str, Any]:
     """The JSON object of a body. `DataError` for anything else."""
     try:
-        found = json.loads(body)
+        result = json.loads(body)
     except (ValueError, RecursionError):  # a number too long, or too deep a nest, are of these too
         raise DataError(f"The body of {len(body)} bytes is no JSON that can be read. Send one JSON object.") from None
-    if not isinstance(found, dict):
-        raise DataError(f"The body is a JSON {type(found).__name__}, expected an object.")
-    return found
+    if not isinstance(result, dict):
+        raise DataError(f"The body is a JSON {type(result).__name__}, expected an object.")
+    return result
 
 
-def read_vllm(body: Mapping[str, Any], limits: Limits) -> Asked:
+def read_vllm(body: Mapping[str, Any], limits: Limits) -> Query:
     """A request to `/v1/completions`. Raises `DataError` that names what cannot be done."""
     _only(body, {"model", "prompt", "max_tokens", "prompt_logprobs", "n", "stream", "logprobs", "echo"})
     _scores_only(body.get("max_tokens", 1), "max_tokens")
@@ -79,22 +79,22 @@ def read_vllm(body: Mapping[str, Any], limits: Limits) -> Asked:
     if top is None:
         raise DataError("prompt_logprobs is missing: this server scores texts and generates nothing. Send 0 or more.")
     texts, single = _texts(body.get("prompt"), "prompt", limits)
-    return Asked(texts, _count(top, "prompt_logprobs", limits.top), single)
+    return Query(texts, _count(top, "prompt_logprobs", limits.top), single)
 
 
-def read_generate(body: Mapping[str, Any], limits: Limits) -> Asked:
+def read_generate(body: Mapping[str, Any], limits: Limits) -> Query:
     """A request to vLLM's `/inference/v1/generate`. Raises `DataError` that names what cannot be done."""
     _only(body, {"model", "token_ids", "sampling_params", "stream"})
     sampling = body.get("sampling_params")
     if not isinstance(sampling, dict):
         raise DataError(f"sampling_params is {type(sampling).__name__}, expected an object with prompt_logprobs.")
-    asked = read_vllm({**sampling, "prompt": body.get("token_ids"), "stream": body.get("stream")}, limits)
-    if not asked.single:
+    query = read_vllm({**sampling, "prompt": body.get("token_ids"), "stream": body.get("stream")}, limits)
+    if not query.single:
         raise DataError("token_ids holds lists, expected the ids of one text.")
-    return asked
+    return query
 
 
-def read_sglang(body: Mapping[str, Any], limits: Limits) -> Asked:
+def read_sglang(body: Mapping[str, Any], limits: Limits) -> Query:
     """A request to `/generate`. Raises `DataError` that names what cannot be done."""
     _only(
         body,
@@ -110,14 +110,14 @@ def read_sglang(body: Mapping[str, Any], limits: Limits) -> Asked:
     texts, single = _texts(body.get("input_ids"), "input_ids", limits)
     top = _count(body.get("top_logprobs_num") or 0, "top_logprobs_num", limits.top)
     start = _count(body.get("logprob_start_len") or 0, "logprob_start_len", limits.tokens)
-    return Asked(texts, top, single, start)
+    return Query(texts, top, single, start)
 
 
-def vllm_answer(asked: Asked, found: Sequence[Projected], model: str, number: str, unscored: float | None) -> Any:
+def vllm_answer(query: Query, result: Sequence[Projected], model: str, number: str, unscored: float | None) -> Any:
     """As vLLM answers: for each id a mapping of ids to log-probs, None where nothing is known."""
     choices = []
-    for k, (ids, one) in enumerate(zip(asked.texts, found, strict=True)):
-        both = enumerate(zip(ids.tolist(), rows(ids, one, asked.top), strict=True))
+    for k, (ids, one) in enumerate(zip(query.texts, result, strict=True)):
+        both = enumerate(zip(ids.tolist(), rows(ids, one, query.top), strict=True))
         entries = [_vllm_entry(row, unscored, i, at) for at, (i, row) in both]
         choices.append(
             {"index": k, "text": "", "finish_reason": "length", "logprobs": None, "prompt_logprobs": entries}
@@ -128,64 +128,64 @@ def vllm_answer(asked: Asked, found: Sequence[Projected], model: str, number: st
         "created": 0,
         "model": model,
         "choices": choices,
-        "usage": _usage(asked),
-        "diglot": _notes(found),
+        "usage": _usage(query),
+        "diglot": _notes(result),
     }
 
 
-def generate_answer(asked: Asked, found: Sequence[Projected], number: str, unscored: float | None) -> Any:
+def generate_answer(query: Query, result: Sequence[Projected], number: str, unscored: float | None) -> Any:
     """As vLLM's `/inference/v1/generate` answers."""
-    choice = vllm_answer(asked, found, "", number, unscored)["choices"][0]
+    choice = vllm_answer(query, result, "", number, unscored)["choices"][0]
     return {
         "request_id": number,
         "choices": [{"index": 0, "logprobs": None, "finish_reason": "length", "token_ids": []}],
         "prompt_logprobs": choice["prompt_logprobs"],
-        "diglot": _notes(found),
+        "diglot": _notes(result),
     }
 
 
-def sglang_answer(asked: Asked, found: Sequence[Projected], number: str, unscored: float | None) -> Any:
+def sglang_answer(query: Query, result: Sequence[Projected], number: str, unscored: float | None) -> Any:
     """As SGLang answers: rows of [log-prob, id, text], None as log-prob where nothing is known."""
     answers = []
-    for ids, one in zip(asked.texts, found, strict=True):
+    for ids, one in zip(query.texts, result, strict=True):
         own: list[Any] = []
         top: list[Any] = []
-        for at, (i, row) in enumerate(zip(ids.tolist(), rows(ids, one, asked.top), strict=True)):
+        for at, (i, row) in enumerate(zip(ids.tolist(), rows(ids, one, query.top), strict=True)):
             nothing = unscored if at else None
             own.append([nothing if row is None else row[0][1], i, None])
             named = row if row is None else sorted(row[1:] if row[0][2] else row, key=lambda e: -e[1])
-            top.append([[logp, j, None] for j, logp, _ in named[: asked.top]] if named and asked.top else None)
+            top.append([[logp, j, None] for j, logp, _ in named[: query.top]] if named and query.top else None)
         meta = {
             "id": number,
             "finish_reason": {"type": "length", "length": 0},
             "prompt_tokens": len(ids),
             "completion_tokens": 0,
-            "input_token_logprobs": own[asked.start :],
+            "input_token_logprobs": own[query.start :],
             "output_token_logprobs": [],
-            **({"input_top_logprobs": top[asked.start :], "output_top_logprobs": []} if asked.top else {}),
+            **({"input_top_logprobs": top[query.start :], "output_top_logprobs": []} if query.top else {}),
             "diglot": _notes([one]),
         }
         answers.append({"text": "", "output_ids": [], "meta_info": meta})
-    return answers[0] if asked.single else answers
+    return answers[0] if query.single else answers
 
 
 Row = list[tuple[int, float, bool]]  # (id, log-prob, is it there only because it was written?), the written one first
 
 
-def rows(ids: Ints, found: Projected, top: int) -> list[Row | None]:
+def rows(ids: Ints, result: Projected, top: int) -> list[Row | None]:
     """For each id what is said about it: the id itself, and others where its chunk is one token on either side.
 
     There the written id's own log-prob is one of the distribution that the others are of; elsewhere it is a share.
     """
     made: list[Row | None] = [None] * len(ids)
-    for at in np.flatnonzero(found.valid).tolist():
-        made[at] = [(int(ids[at]), _number(found.logps[at]), True)]
-    if not top or found.likeliest is None or found.at is None:
+    for at in np.flatnonzero(result.valid).tolist():
+        made[at] = [(int(ids[at]), _number(result.logps[at]), True)]
+    if not top or result.likeliest is None or result.at is None:
         return made
-    named, logps = found.likeliest.ids, found.likeliest.logps
-    for k, at in enumerate(found.at.tolist()):
+    named, logps = result.likeliest.ids, result.likeliest.logps
+    for k, at in enumerate(result.at.tolist()):
         row = made[at]
-        if row is None or not found.one_to_one[at]:
+        if row is None or not result.one_to_one[at]:
             continue
         own, best = (
             int(ids[at]),
@@ -214,14 +214,14 @@ def _number(logp: float) -> float:
     return float(logp) if math.isfinite(logp) else -9999.0
 
 
-def _usage(asked: Asked) -> dict[str, int]:
-    count = sum(len(ids) for ids in asked.texts)
+def _usage(query: Query) -> dict[str, int]:
+    count = sum(len(ids) for ids in query.texts)
     return {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count}
 
 
-def _notes(found: Sequence[Projected]) -> dict[str, Any]:
+def _notes(result: Sequence[Projected]) -> dict[str, Any]:
     """How much of what was sampled is scored: a field of its own, which clients of either form pass over."""
-    sampled, valid = (sum(int(getattr(one, name).sum()) for one in found) for name in ("sampled", "valid"))
+    sampled, valid = (sum(int(getattr(one, name).sum()) for one in result) for name in ("sampled", "valid"))
     return {"sampled_tokens": sampled, "scored_tokens": valid}
 
 

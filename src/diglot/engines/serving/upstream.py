@@ -66,9 +66,9 @@ class LocalUpstream:
 
         from diglot.heads import last_hidden
 
-        given = torch.from_numpy(ids)[None].to(self.model.device)
+        inputs = torch.from_numpy(ids)[None].to(self.model.device)
         with torch.no_grad():
-            hidden = last_hidden(self.model, given, torch.ones_like(given))[0]
+            hidden = last_hidden(self.model, inputs, torch.ones_like(inputs))[0]
         return score_hidden(hidden, self.head, ids, top)
 
     async def ready(self) -> bool:
@@ -161,8 +161,8 @@ class ServedUpstream:
         return await loop.run_in_executor(self._readers, self._read, response, ids, asking)
 
     def _read(self, response: httpx.Response, ids: Ints, asking: Any) -> TeacherScores:
-        found = self.wire.read(response.json(), ids.tolist(), asking)
-        return TeacherScores(found.logps, found.top_ids, found.top_logps)
+        result = self.wire.read(response.json(), ids.tolist(), asking)
+        return TeacherScores(result.logps, result.top_ids, result.top_logps)
 
     async def _answer(self, path: str, body: dict[str, Any]) -> httpx.Response:
         began, attempt = time.monotonic(), 0
