@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import support.tokenizers_zoo as zoo
 import torch
-import uvicorn
 from support.tiny import tiny_model
 
 from diglot.engines import Projector, Transcript
 from diglot.engines.serving.app import Proxy, Settings
+from diglot.engines.serving.run import make_server
 from diglot.engines.serving.scorer import Scorer
 from diglot.engines.serving.upstream import LocalUpstream, ServedUpstream
 from diglot.rendering import Conversation, Renderer
@@ -59,8 +59,8 @@ def served(url: str, budget: float = 20.0) -> ServedUpstream:
 @contextmanager
 def listening(one: Proxy) -> Iterator[str]:
     """Its address, while it answers."""
-    config = uvicorn.Config(one.app(), host="127.0.0.1", port=0, log_level="error", access_log=False)
-    socket, server = config.bind_socket(), uvicorn.Server(config)
+    server = make_server(one, "127.0.0.1", 0)
+    socket = server.config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
     thread.start()
     try:

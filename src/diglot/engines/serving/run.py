@@ -6,10 +6,13 @@ import ipaddress
 import os
 from collections.abc import Callable
 
+import uvicorn
+
 from diglot.engines.serving.app import Proxy
 from diglot.errors import ConfigError
 
 KEY_VARIABLE = "DIGLOT_PROXY_API_KEY"
+_IDLE_SECONDS = 120
 
 
 def check_host(host: str, key: str | None) -> None:
@@ -34,6 +37,25 @@ def key_for_clients() -> str | None:
     return key or None
 
 
+def make_server(proxy: Proxy, host: str, port: int) -> uvicorn.Server:
+    """The server, not yet listening.
+
+    It waits without a bound for what was accepted, as each step of that has one. Idle connections stay open for longer
+    than clients keep theirs (5 s in httpx and uvicorn alike): a request that meets a closing one would be lost.
+    """
+    config = uvicorn.Config(
+        proxy.app(),
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        backlog=4096,
+        timeout_keep_alive=_IDLE_SECONDS,
+    )
+    return uvicorn.Server(config)
+
+
 def serve(proxy: Proxy, host: str, port: int, listening: Callable[[str], None]) -> None:
     """Answer until SIGTERM or SIGINT, then take nothing new, finish what was accepted, and return.
 
@@ -41,13 +63,8 @@ def serve(proxy: Proxy, host: str, port: int, listening: Callable[[str], None]) 
         port: 0 takes a free one.
         listening: called with the address once requests can be sent.
     """
-    import uvicorn
-
-    # No bound on the wait for what was accepted: each of its steps has one.
-    config = uvicorn.Config(
-        proxy.app(), host=host, port=port, log_level="warning", access_log=False, server_header=False, backlog=4096
-    )
-    socket = config.bind_socket()
+    server = make_server(proxy, host, port)
+    socket = server.config.bind_socket()
     shown = f"[{host}]" if ":" in host else host
     listening(f"http://{shown}:{socket.getsockname()[1]}")
-    uvicorn.Server(config).run(sockets=[socket])
+    server.run(sockets=[socket])
