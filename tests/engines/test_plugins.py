@@ -255,6 +255,41 @@ def test_trls_asynchronous_trainer_trains_on_what_the_worker_brings(
     assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
 
 
+def test_trls_server_trainer_trains_with_the_proxy_as_its_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL 1.16.0's own trainer and client; its student writes much that is no text, so not each step has a loss."""
+    pytest.importorskip("trl.experimental.server_distillation", reason="needs TRL, which wants Python 3.11")
+    from trl.experimental.server_distillation import ServerDistillationConfig, ServerDistillationTrainer
+
+    monkeypatch.setattr("trl.generation.vllm_client.is_vllm_available", lambda: True)
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": f"Say {k}."}]} for k in range(8)])
+    one = made.proxy()
+    with made.listening(one) as url:
+        args = ServerDistillationConfig(
+            output_dir=str(tmp_path),
+            teacher_model_server_url=url,
+            beta=0.0,
+            loss_top_k=4,
+            max_steps=2,
+            per_device_train_batch_size=4,
+            max_completion_length=8,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+        )
+        model = tiny_model(zoo.chatml())
+        trainer = ServerDistillationTrainer(model=model, args=args, train_dataset=rows, processing_class=zoo.chatml())
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and max(losses) > 0 and all(loss >= 0 for loss in losses)
+    assert b'status="200"} 2.0' in one.metrics.text()
+
+
 def test_the_worker_for_trl_says_what_ended_it() -> None:
     pytest.importorskip("trl.experimental.async_distillation", reason="needs TRL, which wants Python 3.11")
     from diglot.engines.plugins.trl import RolloutWorker
