@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,17 @@ def test_any_single_token_changed_outside_the_turns_is_noticed_or_changes_what_i
         except DataError:
             continue
         assert (result.messages, result.turns) != (whole.messages, whole.turns), at
+
+
+def test_a_context_of_very_many_messages_is_refused_in_time() -> None:
+    """Work must not grow with the square of what somebody sends."""
+    ids, turns = ids_of(CHATML, [("user", "a"), ("assistant", "b"), ("user", "a"), ("assistant", "b")])
+    once = ids[turns[0][0] : turns[1][0]]
+    many = [*ids[: turns[0][0]], *once * 4000, *ids[turns[1][0] :]]
+    began = time.process_time()
+    with pytest.raises(DataError, match="more than 2000 messages"):
+        TurnFinder(CHATML).find(many)
+    assert time.process_time() - began < 5.0
 
 
 def test_a_student_without_a_template_is_told_what_to_use() -> None:

@@ -28,6 +28,7 @@ _PROBES = (
     ("user", "assistant", "tool"),
 )
 _SENTINEL = "SENTINELmark"
+_MOST_MESSAGES = 2000  # of one context: rendering them again takes time that grows with their square
 _OPEN, _CLOSE = b"\xff", b"\xfe"  # around the id of a control token: bytes that no text in UTF-8 has
 
 
@@ -57,6 +58,12 @@ class TurnFinder:
             )
         for roles in _PROBES:
             self._learn(roles)
+        self._of_mark = {role: {j.mark: j for j in joins if j.mark} for role, joins in self._joins.items()}
+        self._patterns = {
+            role: re.compile(b"|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True)))
+            for role, marks in self._of_mark.items()
+            if marks
+        }
         if not any(join.role == "assistant" for join in self._joins["user"]):
             raise RenderingError("The student's chat template renders none of the probes by which its turns are found.")
 
@@ -102,31 +109,32 @@ class TurnFinder:
             if mark not in (join.mark for join in self._joins[role]):  # a user's stays a user's
                 self._joins[role].append(_Join(mark, following))
 
-    def _spell(self, ids: Ints) -> tuple[bytes, list[int]]:
+    def _spell(self, ids: Ints) -> tuple[bytes, Ints]:
         """All ids as bytes, a control token as its number between two marks; and where each ends."""
         vocabulary: Vocabulary = self.renderer.vocabulary
         control = vocabulary.control
         parts = [
             _OPEN + int(i).to_bytes(4, "big") + _CLOSE if control[i] else vocabulary.token(i) for i in ids.tolist()
         ]
-        return b"".join(parts), np.cumsum([len(p) for p in parts], dtype=np.int64).tolist()
+        return b"".join(parts), np.cumsum([len(p) for p in parts], dtype=np.int64)
 
     # ---- cutting -----------------------------------------------------------------------------------------------
 
     def _cut(self, ids: Ints) -> tuple[list[list[dict[str, str]]], list[tuple[int, int]]]:
         """Messages before each turn, and the turns as [first, last + 1)."""
         raw, ends = self._spell(ids)
+        stops = np.flatnonzero(np.isin(ids, self.renderer.stop_ids))
         at, role = self._head(raw, ids)
         between: list[list[dict[str, str]]] = [[]]
         turns: list[tuple[int, int]] = []
-        while True:
+        for _ in range(_MOST_MESSAGES):
             if role == "assistant":
-                turns.append(self._turn(ids, at, ends))
+                turns.append(self._turn(at, ends, stops))
                 last = turns[-1][1]
                 if last == len(ids) or self._is_tail(raw[ends[last - 1] :], ids[last - 1]):
                     return between, turns
                 between.append([])
-                low = ends[last - 2] if last >= 2 else 0
+                low = int(ends[last - 2]) if last >= 2 else 0
                 result = self._starting(raw, low, role)
                 if result is None:
                     raise DataError(
@@ -145,6 +153,9 @@ class TurnFinder:
                 )
             between[-1].append({"role": role, "content": self._content(raw[at:place], role, ends, at)})
             at, role = place + len(result.mark), result.role
+        raise DataError(
+            f"There are more than {_MOST_MESSAGES} messages in {len(ids)} ids: score them in several parts."
+        )
 
     def _head(self, raw: bytes, ids: Ints) -> tuple[int, str]:
         fitting = [head for head in self._heads if raw.startswith(head)]
@@ -159,31 +170,26 @@ class TurnFinder:
         return len(longest), self._heads[longest]
 
     def _next(self, raw: bytes, at: int, role: str) -> tuple[int, _Join | None]:
-        """The first mark at or after `at`, the longest of several that start there."""
-        places = [
-            (place, -len(j.mark), j) for j in self._joins[role] if j.mark and (place := raw.find(j.mark, at)) >= 0
-        ]
-        if not places:
-            return len(raw), None
-        place, _, join = min(places)
-        return place, join
+        """The first mark at or after `at`, the longest of several that start there. One pass, whatever is in `raw`."""
+        match = self._patterns[role].search(raw, at) if role in self._patterns else None
+        return (len(raw), None) if match is None else (match.start(), self._of_mark[role][match.group()])
 
     def _starting(self, raw: bytes, at: int, role: str) -> _Join | None:
         fitting = [j for j in self._joins[role] if j.mark and raw.startswith(j.mark, at)]
         return max(fitting, key=lambda j: len(j.mark), default=None)
 
-    def _turn(self, ids: Ints, at: int, ends: list[int]) -> tuple[int, int]:
+    def _turn(self, at: int, ends: Ints, stops: Ints) -> tuple[int, int]:
         """From the token that starts at byte `at` to the next stop, or to the end."""
-        first = int(np.searchsorted([0, *ends], at))
-        stops = np.flatnonzero(np.isin(ids[first:], self.renderer.stop_ids))
-        return first, first + int(stops[0]) + 1 if len(stops) else len(ids)
+        first = int(np.searchsorted(ends, at, side="right"))  # tokens that end at or before `at`
+        later = int(np.searchsorted(stops, first))
+        return first, int(stops[later]) + 1 if later < len(stops) else len(ends)
 
     def _is_tail(self, rest: bytes, stop: int) -> bool:
         """Is `rest` no more than what the template writes between a stop and what comes next?"""
         mark = self._spell(np.array([stop]))[0]
         return any(j.mark.startswith(mark + rest) for j in self._joins["assistant"])
 
-    def _content(self, raw: bytes, role: str, ends: list[int], at: int) -> str:
+    def _content(self, raw: bytes, role: str, ends: Ints, at: int) -> str:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
