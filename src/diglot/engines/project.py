@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from diglot.engines.credit import find_rule
 from diglot.engines.likeliest import IdMap, Likeliest
 from diglot.engines.reading import Reading, read
-from diglot.engines.scores import TeacherScores, _array
+from diglot.engines.scores import TeacherScores, as_array
 from diglot.engines.transcript import Ints, Transcript
 from diglot.errors import DataError
 from diglot.rendering import Renderer
@@ -45,7 +45,7 @@ class Projected:
 
         With the student's own a token that the teacher says nothing about has no difference, so no reward.
         """
-        return np.where(self.valid, self.logps, _array(otherwise, np.float64))
+        return np.where(self.valid, self.logps, as_array(otherwise, np.float64))
 
 
 class Projector:
@@ -88,7 +88,7 @@ class Projector:
         chunk = aligned.chunk_s[inside]
         own = None
         if student_logps is not None:
-            own = _array(student_logps, np.float64)
+            own = as_array(student_logps, np.float64)
             if own.shape != reading.student_ids.shape:
                 raise DataError(
                     f"There are {len(reading.student_ids)} ids and student log-probs of shape {own.shape}: one each."

@@ -32,9 +32,9 @@ class TeacherScores:
         Raises `TeacherError` for shapes that do not fit each other.
         """
         made = cls(
-            _array(logps, np.float64),
-            None if top_ids is None else _array(top_ids, np.int64),
-            None if top_logps is None else _array(top_logps, np.float64),
+            as_array(logps, np.float64),
+            None if top_ids is None else as_array(top_ids, np.int64),
+            None if top_logps is None else as_array(top_logps, np.float64),
         )
         if made.logps.ndim != 1:
             raise TeacherError(f"The teacher's log-probs have shape {made.logps.shape}, expected [T] of one text.")
@@ -93,7 +93,7 @@ def score_hidden(hidden: Any, head: Callable[[Any], Any], ids: NDArray[np.int64]
     return TeacherScores(logps, top_ids, top_logps) if top else TeacherScores(logps)
 
 
-def _array(values: Any, dtype: type) -> NDArray:
+def as_array(values: Any, dtype: type) -> NDArray:
     """A numpy array of a list, an array or a tensor."""
     if hasattr(values, "detach"):
         values = values.detach().to("cpu")
