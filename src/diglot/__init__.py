@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diglot.engines import project_teacher_scores
     from diglot.errors import DiglotError
     from diglot.objectives import OBJECTIVES, make_objective
     from diglot.teachers import build_teacher_inputs_from_texts
@@ -27,12 +28,14 @@ __all__ = [
     "Vocabulary",
     "build_teacher_inputs_from_texts",
     "make_objective",
+    "project_teacher_scores",
 ]
 
 _HOMES = {
     "DiglotError": "diglot.errors",
     "OBJECTIVES": "diglot.objectives",
     "make_objective": "diglot.objectives",
+    "project_teacher_scores": "diglot.engines",
     "Vocabulary": "diglot.vocabulary",
     "build_teacher_inputs_from_texts": "diglot.teachers",
 }
