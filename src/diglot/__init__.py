@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diglot.engines import project_teacher_scores
     from diglot.errors import DiglotError
     from diglot.inspection import inspect_pair
     from diglot.objectives import OBJECTIVES, Level, Objective, make_objective
@@ -33,6 +34,7 @@ __all__ = [
     "build_teacher_inputs_from_texts",
     "inspect_pair",
     "make_objective",
+    "project_teacher_scores",
 ]
 
 _HOMES = {
@@ -42,6 +44,7 @@ _HOMES = {
     "MiniLLMConfig": "diglot.options",
     "OBJECTIVES": "diglot.objectives",
     "Objective": "diglot.objectives",
+    "project_teacher_scores": "diglot.engines",
     "Vocabulary": "diglot.vocabulary",
     "build_teacher_inputs_from_texts": "diglot.teachers",
     "inspect_pair": "diglot.inspection",

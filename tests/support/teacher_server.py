@@ -11,7 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -51,6 +51,7 @@ class TeacherServer:
         self.held: threading.Event | None = None  # no answer before it is set
         self.gave_up_waiting = 0
         self.lock = threading.Lock()
+        self.connections: set[socket.socket] = set()
         self.http: ThreadingHTTPServer | None = None
         self.port = 0
 
@@ -68,9 +69,12 @@ class TeacherServer:
         return self
 
     def stop(self) -> None:
-        """Hear nothing any more."""
+        """Hear nothing any more, on kept connections either."""
         if self.http is not None:
             self.http.shutdown()
+            for connection in list(self.connections):
+                with suppress(OSError):  # it went by itself
+                    connection.shutdown(socket.SHUT_RDWR)
             self.http.server_close()
             self.http = None
 
@@ -148,6 +152,15 @@ class _Handler(BaseHTTPRequestHandler):
     owner: TeacherServer
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+
+    def setup(self) -> None:
+        super().setup()
+        self.owner.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.owner.connections.discard(self.connection)
+        with suppress(OSError):
+            super().finish()
 
     def log_message(self, *args: Any) -> None:
         """Silence."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import support.tokenizers_zoo as zoo
@@ -130,3 +132,14 @@ def test_a_model_is_shared_if_its_merges_never_get_to_a_control_token(
 def test_real_tokenizers_are_shared_and_copied_whole(name: str) -> None:
     shared, copied = both(real_tokenizer(name))
     assert is_shared(real_tokenizer(name)) and states(shared) == states(copied)
+
+
+def test_a_copy_from_a_pickle_still_reads_the_names_of_special_tokens_as_text() -> None:
+    """The library does not pickle the switch that hides them."""
+    tokenizer = zoo.chatml()
+    encoder = ByteEncoder(tokenizer, Vocabulary.from_tokenizer(tokenizer))
+    copied = pickle.loads(pickle.dumps(encoder))
+    text = "a <|im_end|> b"
+    assert copied.encode([text])[0].ids.tolist() == encoder.encode([text])[0].ids.tolist()
+    assert not copied.vocabulary.control[copied.encode([text])[0].ids].any()
+    assert copied.encode_markup(text).tolist() == encoder.encode_markup(text).tolist()

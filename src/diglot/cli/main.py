@@ -17,6 +17,7 @@ commands:
   inspect        look at a pair of models before training
   align          both tokenisations of a text under each other
   objectives     which objective for what: a table
+  serve-teacher  a teacher's log-probs for other engines, in the ids of their student
   score          let a teacher score fixed texts once, for any student to train from
   eval           how good is a student: numbers that do not depend on a tokenizer
   report         what a run did, or two: one HTML file
@@ -58,6 +59,7 @@ COMMANDS = {
     "inspect": ("diglot.cli.inspect", "inspect"),
     "align": ("diglot.cli.align", "align"),
     "objectives": ("diglot.cli.objectives", "show"),
+    "serve-teacher": ("diglot.cli.serve_teacher", "serve_teacher"),
     "score": ("diglot.cli.score", "score"),
     "eval": ("diglot.cli.evaluate", "evaluate"),
     "report": ("diglot.cli.report", "report"),

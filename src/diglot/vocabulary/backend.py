@@ -52,8 +52,13 @@ class BackendEncoder:
             hidden = _reachable(spec["model"], names)
             self._plain = _build(_without_specials(spec, names, hidden))
         self._plain.encode_special_tokens = True
-        # Where the two copies would differ by one switch only, the second costs nothing.
-        self._with_specials = _build(spec, model) if hidden or _gains_specials(spec, names) else None
+        # A copy of its own, though often one switch is all the difference: another thread may be encoding meanwhile.
+        self._with_specials = _build(spec, model)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a pickle, where the library loses the switch: texts that spell special tokens would be read as those."""
+        self.__dict__.update(state)
+        self._plain.encode_special_tokens = True
 
     def spans(self, texts: Sequence[str]) -> list[Spans]:
         """Encode as text, special tokens spelt out."""
@@ -65,13 +70,7 @@ class BackendEncoder:
 
     def markup(self, text: str) -> list[int]:
         """Encode with special tokens recognised and nothing added."""
-        if self._with_specials is not None:
-            return self._with_specials.encode(text, add_special_tokens=False).ids
-        self._plain.encode_special_tokens = False
-        try:
-            return self._plain.encode(text, add_special_tokens=False).ids
-        finally:
-            self._plain.encode_special_tokens = True
+        return self._with_specials.encode(text, add_special_tokens=False).ids
 
     def bos_ids(self) -> list[int]:
         """The ids that the tokenizer's own post-processor puts before plain text."""
@@ -172,11 +171,6 @@ def _without_specials(spec: Part, names: Mapping[int, str], hidden: dict[str, st
         for token in spec["added_tokens"]
     ]
     return {**spec, "added_tokens": added, "model": _rename(spec["model"], hidden) if hidden else spec["model"]}
-
-
-def _gains_specials(spec: Part, names: Mapping[int, str]) -> bool:
-    """Whether control tokens exist that the tokenizer itself does not mark as special."""
-    return any(token["id"] in names and not token["special"] for token in spec["added_tokens"])
 
 
 def _reachable(model: Part, names: Mapping[int, str]) -> dict[str, str]:

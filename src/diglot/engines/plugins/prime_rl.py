@@ -1,0 +1,34 @@
+"""prime-rl: `compute_teacher_logprobs` of its orchestrator, for a teacher with another tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from diglot.engines.serving.scorer import Scorer
+
+
+async def compute_teacher_logprobs(scorer: Scorer, samples: Sequence[Any]) -> list[list[float]]:
+    """The teacher's log-prob of each of a sample's ids, in nats, one list for each sample.
+
+    Args:
+        scorer: of `diglot.engines.plugins.connect.connect`.
+        samples: with `token_ids`, `mask` and `logprobs`, or, as older versions have them, `prompt_ids`,
+            `completion_ids` and `completion_logprobs`.
+
+    Where the teacher says nothing stands the sampler's own log-prob: no difference, so no reward. In prompts that is 0.
+    """
+    return list(await asyncio.gather(*(_one(scorer, sample) for sample in samples)))
+
+
+async def _one(scorer: Scorer, sample: Any) -> list[float]:
+    if hasattr(sample, "token_ids"):
+        ids, own = sample.token_ids, np.asarray(sample.logprobs, dtype=np.float64)
+    else:
+        ids = [*sample.prompt_ids, *sample.completion_ids]
+        own = np.asarray([*([0.0] * len(sample.prompt_ids)), *sample.completion_logprobs], dtype=np.float64)
+    result = await scorer.score(np.asarray(ids), student_logps=own)
+    return [float(logp) for logp in result.filled(own)]

@@ -1,0 +1,210 @@
+"""A teacher's scores of its own reading, as scores of the tokens that a student sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from diglot.engines.credit import find_rule
+from diglot.engines.likeliest import IdMap, Likeliest
+from diglot.engines.reading import Reading, read
+from diglot.engines.scores import TeacherScores, as_array
+from diglot.engines.transcript import Ints, Transcript
+from diglot.errors import DataError
+from diglot.rendering import Renderer
+
+Side = Renderer | PreTrainedTokenizerBase
+Ask = Callable[[Ints], TeacherScores]
+
+
+@dataclass(frozen=True)
+class Projected:
+    """One entry for each of the student's ids that were given, `[n]`. What is not valid is NaN, never a number."""
+
+    logps: NDArray[np.float64]  # [n] nats: the teacher's, by the credit rule; the sum over a chunk is the teacher's
+    valid: NDArray[np.bool_]  # [n] was it sampled, and does the teacher say something about it?
+    chunk: Ints  # [n] the chunk of each valid token, ascending; -1 for the others
+    sampled: NDArray[np.bool_]  # [n] was it sampled as part of a text that can be scored, stop included?
+    one_to_one: NDArray[np.bool_]  # [n] is its chunk one token on either side? Then its log-prob is no share
+    likeliest: Likeliest | None = None  # of the rows of `at`
+    at: Ints | None = None  # [R] ids that open a chunk, ascending: both sides predict them from the same bytes
+
+    @property
+    def coverage(self) -> float:
+        """Share in [0, 1] of the sampled tokens that are valid; 1 if none was sampled."""
+        return float(self.valid.sum() / self.sampled.sum()) if self.sampled.any() else 1.0
+
+    def filled(self, otherwise: Any) -> NDArray[np.float64]:
+        """Log-probs with `otherwise` (a number, or `[n]` such as the student's own log-probs) where not valid.
+
+        With the student's own a token that the teacher says nothing about has no difference, so no reward.
+        """
+        return np.where(self.valid, self.logps, as_array(otherwise, np.float64))
+
+
+class Projector:
+    """A pair of models that read the same text each in its own way. Immutable: threads may share it, and it pickles.
+
+    Args:
+        student: its renderer, or its tokenizer.
+        teacher: likewise.
+        teacher_max_length: longest input of the teacher in its tokens; what is beyond is cut and not valid.
+    """
+
+    def __init__(self, student: Side, teacher: Side, *, teacher_max_length: int | None = None) -> None:
+        self.student, self.teacher = _renderer(student, "student"), _renderer(teacher, "teacher")
+        self.teacher_max_length = teacher_max_length
+
+    def read(self, transcript: Transcript) -> Reading:
+        """What the teacher is to score: `teacher_ids` of the result. Errors: see `diglot.engines.reading.read`."""
+        return read(transcript, self.student, self.teacher, self.teacher_max_length)
+
+    def project(
+        self, reading: Reading, scores: TeacherScores, *, credit: str = "shared", student_logps: Any = None
+    ) -> Projected:
+        """Scores of `reading.teacher_ids` as scores of `reading.student_ids`.
+
+        Args:
+            credit: a name of `diglot.engines.credit.RULES`.
+            student_logps: `[n]` nats, the student's own, for credit "gap".
+
+        Raises:
+            TeacherError: scores of another number of tokens, or NaN.
+            ConfigError: no such rule, or "gap" without the student's log-probs.
+        """
+        rule = find_rule(credit)
+        aligned = reading.alignment
+        teacher = self._teacher_logps(reading, scores.checked(reading.teacher_ids))
+        inside = aligned.in_exact_chunk(aligned.chunk_s)
+        if credit == "pairs":
+            inside = np.zeros_like(inside)
+            inside[aligned.pair_s] = True
+        chunk = aligned.chunk_s[inside]
+        own = None
+        if student_logps is not None:
+            own = as_array(student_logps, np.float64)
+            if own.shape != reading.student_ids.shape:
+                raise DataError(
+                    f"There are {len(reading.student_ids)} ids and student log-probs of shape {own.shape}: one each."
+                )
+            own = own[reading.place_s[inside]]
+        with_chunk = aligned.chunk_t >= 0
+        sums = np.bincount(aligned.chunk_t[with_chunk], teacher[with_chunk], minlength=aligned.num_chunks).astype(float)
+        values = rule(sums, chunk, aligned.count_s, own) if len(chunk) else np.zeros(0)
+        likeliest, at = self._likeliest(reading, scores, inside)
+        return replace(_spread(reading, inside, values), likeliest=likeliest, at=at)
+
+    def _teacher_logps(self, reading: Reading, scores: TeacherScores) -> NDArray[np.float64]:
+        """Log-probs of the teacher's scored tokens; stop as one event, as far as its ids are among the likeliest."""
+        logps = scores.logps[reading.place_t]
+        if scores.top_ids is None or scores.top_logps is None:
+            return np.minimum(logps, 0.0)
+        for i in np.flatnonzero(reading.stop_t):
+            at = reading.place_t[i]
+            ids = scores.top_ids[at]
+            others = np.isin(ids, self.teacher.stop_ids) & (ids != reading.teacher_ids[at])
+            logps[i] = np.logaddexp.reduce([logps[i], *scores.top_logps[at][others]])
+        return np.minimum(logps, 0.0)
+
+    def _likeliest(
+        self, reading: Reading, scores: TeacherScores, inside: NDArray[np.bool_]
+    ) -> tuple[Likeliest | None, Ints | None]:
+        if scores.top_ids is None or scores.top_logps is None:
+            return None, None
+        opens_s = np.flatnonzero(inside & _opens(reading.alignment.chunk_s))
+        opens_t = np.flatnonzero(_opens(reading.alignment.chunk_t))
+        chunks_t = reading.alignment.chunk_t[opens_t]
+        rows = reading.place_t[opens_t[np.searchsorted(chunks_t, reading.alignment.chunk_s[opens_s])]]
+        result = self._ids.likeliest_on_student(scores.top_ids[rows], scores.top_logps[rows])
+        return result, reading.place_s[opens_s]
+
+    @cached_property
+    def _ids(self) -> IdMap:
+        return IdMap(self.student, self.teacher)
+
+
+def project_teacher_scores(
+    student: Side,
+    teacher: Side,
+    conversation: Sequence[Mapping[str, Any]] | Transcript,
+    ids: Any = None,
+    scores: TeacherScores | Ask | Any = None,
+    *,
+    sampled: Any = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    credit: str = "shared",
+    student_logps: Any = None,
+) -> Projected:
+    """What a teacher with any tokenizer says about each token that a student sampled.
+
+    The teacher reads the conversation in its own template and tokens. Both sides' tokens are aligned on bytes; a chunk
+    is the shortest run of bytes at whose ends both have a token boundary. The log-prob of a chunk is the teacher's,
+    exactly; `credit` says how the chunk's tokens share it. A turn's end is one event, whatever either side writes for
+    it. Only what the student sampled is scored.
+
+    Needs no trainer, no process group and no device. A `Projector` does the same in two steps, `read` and `project`,
+    for engines that ask the teacher elsewhere in between. Renderers take a moment to make: make them once.
+
+    Args:
+        student: its `Renderer` (reused, which is fast) or its tokenizer.
+        teacher: likewise.
+        conversation: messages before the completion; with `sampled` the whole conversation; or a `Transcript`.
+        ids: `[n]` the completion as it was sampled; with `sampled` the whole context.
+        scores: what the teacher says about its own reading, or a function of its ids `[T]` that returns it: a
+            `TeacherScores`, or log-probs `[T]` alone. Entry t is about token t; the first is not read.
+        sampled: `[n]` mask of what the student wrote, for several turns.
+        tools: as the chat templates take them.
+        credit: "shared", "gap", "first", "last" or "pairs", see `diglot.engines.credit`.
+        student_logps: `[n]` nats, for credit "gap".
+
+    Returns:
+        Log-probs in nats and a valid mask, one entry for each of `ids`; with likeliest ids, also the distribution at
+        the ids that open a chunk.
+
+    Raises:
+        DataError: ids, mask and messages that do not belong together.
+        RenderingError: the teacher's template refuses the conversation.
+        TeacherError: scores that are not of the teacher's reading.
+    """
+    if isinstance(conversation, Transcript):
+        transcript = conversation
+    elif sampled is not None:
+        transcript = Transcript.of_mask(conversation, ids, sampled, tools)
+    else:
+        transcript = Transcript.of_completion(conversation, ids, tools)
+    projector = Projector(student, teacher)
+    reading = projector.read(transcript)
+    result = scores(reading.teacher_ids) if callable(scores) else scores
+    if not isinstance(result, TeacherScores):
+        result = TeacherScores.of(result)
+    return projector.project(reading, result, credit=credit, student_logps=student_logps)
+
+
+def _renderer(side: Side, name: str) -> Renderer:
+    return side if isinstance(side, Renderer) else Renderer(side, name=name)
+
+
+def _opens(chunk: Ints) -> NDArray[np.bool_]:
+    """Which tokens are the first of their chunk. Chunks ascend."""
+    opens = chunk >= 0
+    opens[1:] &= chunk[1:] != chunk[:-1]
+    return opens
+
+
+def _spread(reading: Reading, inside: NDArray[np.bool_], values: NDArray[np.float64]) -> Projected:
+    """Values of the packed tokens `inside` at their places among all ids."""
+    count = len(reading.student_ids)
+    logps, chunk = np.full(count, np.nan), np.full(count, -1, dtype=np.int64)
+    valid, sampled = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
+    place = reading.place_s[inside]
+    logps[place], valid[place], chunk[place] = values, True, reading.alignment.chunk_s[inside]
+    sampled[reading.place_s] = True
+    single = np.zeros(count, dtype=bool)
+    single[reading.place_s[reading.alignment.pair_s]] = True
+    return Projected(logps, valid, chunk, sampled, single)

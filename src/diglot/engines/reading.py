@@ -1,0 +1,153 @@
+"""One transcript as both models read it: the student's ids as they stand, the teacher's own rendering, aligned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diglot.alignment import Alignment, Side, align, check_bytes
+from diglot.engines.transcript import Ints, Transcript
+from diglot.errors import RenderingError
+from diglot.rendering import Conversation, Rendered, Renderer, Role, truncate
+
+_NOTHING = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which token of which side is where. Scored tokens are packed: `[N_s]` of the student, `[N_t]` of the teacher."""
+
+    student_ids: Ints  # [n] of the transcript
+    teacher_ids: Ints  # [T] what the teacher is to score
+    place_s: Ints  # [N_s] where in `student_ids`
+    place_t: Ints  # [N_t] where in `teacher_ids`
+    stop_s: NDArray[np.bool_]  # [N_s] is it the stop event?
+    stop_t: NDArray[np.bool_]  # [N_t]
+    alignment: Alignment[NDArray]
+    num_bytes: int  # of the turns that are scored
+
+    @property
+    def first_scored(self) -> int:
+        """The first place of `teacher_ids` whose log-prob is read; `len(teacher_ids)` if none is."""
+        return int(self.place_t[0]) if len(self.place_t) else len(self.teacher_ids)
+
+
+def read(
+    transcript: Transcript, student: Renderer, teacher: Renderer, teacher_max_length: int | None = None
+) -> Reading:
+    """Both sides of a transcript.
+
+    Raises:
+        DataError: the teacher's prompt alone fills `teacher_max_length`.
+        RenderingError: the teacher's template refuses the conversation, or drops a sampled turn.
+        VocabularyError: an id that is not the student's.
+    """
+    rendered = [_turn(student, transcript.ids[low:high]) for low, high in transcript.turns]
+    texts = [r.segment_bytes[0] for r in rendered]
+    last = len(rendered) - 1
+    segment_of = [k for k, text in enumerate(texts) if text or k == last]  # a turn without text is no segment
+    theirs = _teacher_side(transcript, rendered, student, teacher, len(segment_of))
+    if student.vocabulary.same_as(teacher.vocabulary):
+        theirs = _with_own_tokens(theirs, [rendered[k] for k in segment_of])
+    if teacher_max_length is not None:
+        theirs = truncate(theirs, teacher_max_length)
+    for k, text in zip(segment_of, theirs.segment_bytes, strict=True):
+        shared = min(len(texts[k]), len(text))
+        check_bytes(texts[k][:shared], text[:shared], where=f"turn {k}")
+    return _aligned(transcript, [(k, rendered[k]) for k in segment_of], theirs)
+
+
+def _turn(student: Renderer, ids: Ints) -> Rendered:
+    """A sampled run by itself: one segment, no prompt."""
+    return student.from_sampled(Conversation(None), ids, prompt_ids=_NOTHING, thinking=False)
+
+
+def _teacher_side(
+    transcript: Transcript, turns: list[Rendered], student: Renderer, teacher: Renderer, segments: int
+) -> Rendered:
+    """The teacher's rendering, with only the sampled turns as segments."""
+    written = [r.segment_bytes[0].decode("utf-8") for r in turns]
+    messages: list[dict] = []
+    for k, between in enumerate(transcript.messages):
+        messages += [dict(m) for m in between]
+        if k < len(written) - 1:
+            messages.append({"role": "assistant", "content": written[k]})
+    conversation = Conversation(tuple(messages), tools=transcript.tools)  # type: ignore[arg-type]
+    thinking = student.opens_thinking(conversation)
+    if thinking and len(turns) > 1:
+        raise RenderingError(
+            f"The student's template opens a think block before each of the {len(turns)} sampled turns, expected one "
+            "turn or none opened: earlier turns would begin in the middle of a thought for the teacher. Project the "
+            "turns one at a time."
+        )
+    many = segments > 1
+    result = teacher.render(
+        conversation, written[-1], stopped=turns[-1].stopped[0], thinking=thinking, score="all" if many else "last"
+    )
+    return _last_segments(result, segments)
+
+
+def _last_segments(rendered: Rendered, count: int) -> Rendered:
+    """The same with its last `count` segments: turns before them were not sampled."""
+    first = len(rendered.segment_bytes) - count
+    if not first:
+        return rendered
+    segment = np.where(rendered.segment >= first, rendered.segment - first, -1).astype(np.int32)
+    return replace(
+        rendered,
+        segment=segment,
+        end=np.where(segment >= 0, rendered.end, 0),
+        segment_bytes=rendered.segment_bytes[first:],
+        stopped=rendered.stopped[first:],
+    )
+
+
+def _with_own_tokens(theirs: Rendered, turns: list[Rendered]) -> Rendered:
+    """The teacher's rendering with the student's very tokens as content: with equal vocabularies it can read them."""
+    low, parts = 0, []
+    for number, own in enumerate(turns):
+        content = np.flatnonzero((theirs.segment == number) & (theirs.roles != Role.STOP))
+        mine = np.flatnonzero((own.segment >= 0) & (own.roles != Role.STOP))
+        if not len(content):
+            continue
+        parts += [_cut(theirs, slice(low, int(content[0]))), _cut(own, mine, number)]
+        low = int(content[-1]) + 1
+    parts.append(_cut(theirs, slice(low, None)))
+    joined: Any = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return replace(theirs, **joined)
+
+
+def _cut(rendered: Rendered, at: slice | Ints, segment: int | None = None) -> dict[str, NDArray]:
+    """Some tokens of a rendering, all of one segment if it is named."""
+    result = {name: getattr(rendered, name)[at] for name in ("ids", "roles", "segment", "end", "exact")}
+    if segment is not None:
+        result["segment"] = np.full_like(result["segment"], segment)
+    return result
+
+
+def _aligned(transcript: Transcript, turns: list[tuple[int, Rendered]], theirs: Rendered) -> Reading:
+    places, ends, segments, exact, stops = [], [], [], [], []
+    for number, (k, own) in enumerate(turns):
+        scored = np.flatnonzero(own.segment >= 0)
+        places.append(scored + transcript.turns[k][0])
+        ends.append(own.end[scored])
+        segments.append(np.full(len(scored), number, dtype=np.int64))
+        exact.append(own.exact[scored])
+        stops.append(own.roles[scored] == Role.STOP)
+    mine = Side(np.concatenate(ends), np.concatenate(segments), np.concatenate(exact), np.concatenate(stops))
+    place_t = np.flatnonzero(theirs.segment >= 0)
+    stop_t = theirs.roles[place_t] == Role.STOP
+    other = Side(theirs.end[place_t], theirs.segment[place_t].astype(np.int64), theirs.exact[place_t], stop_t)
+    return Reading(
+        student_ids=transcript.ids,
+        teacher_ids=theirs.ids,
+        place_s=np.concatenate(places),
+        place_t=place_t,
+        stop_s=mine.stop,
+        stop_t=stop_t,
+        alignment=align(mine, other, len(turns)),
+        num_bytes=sum(len(own.segment_bytes[0]) for _, own in turns),
+    )

@@ -1,0 +1,343 @@
+"""A teacher's scores of its own reading, carried over to the tokens that a student sampled."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import support.tokenizers_zoo as zoo
+import torch
+from numpy.typing import NDArray
+from support.tiny import tiny_model
+
+from diglot.engines import RULES, Projector, Reading, TeacherScores, Transcript, project_teacher_scores, score_hidden
+from diglot.errors import ConfigError, DataError, RenderingError, TeacherError
+from diglot.rendering import Renderer
+
+CHATML, INST, TURNS = (Renderer(make(), name=make.__name__) for make in (zoo.chatml, zoo.inst, zoo.turns))
+ASK = [{"role": "user", "content": "Say hello to the children."}]
+TEXT = "The river had been rising, naïve 数学 👩‍🚀 since dawn:\n  x = 12345; done."
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def sampled(student: Renderer, text: str, stop: bool = True) -> NDArray[np.int64]:
+    ids = student.encoder.encode([text])[0].ids
+    return np.append(ids, student.stop_id) if stop else ids
+
+
+def scores_of(reading: Reading, seed: int = 0) -> TeacherScores:
+    return TeacherScores(-np.random.default_rng(seed).exponential(0.7, len(reading.teacher_ids)))
+
+
+def ends_by_hand(renderer: Renderer, ids: NDArray[np.int64]) -> list[int]:
+    """The byte at which each token ends, stop one further: from the table of bytes alone."""
+    ends, at = [], 0
+    for token in ids.tolist():
+        at += 1 if token in renderer.stop_ids else len(renderer.vocabulary.token(token))
+        ends.append(at)
+    return ends
+
+
+@pytest.mark.parametrize("credit", sorted(RULES.keys() - {"pairs"}))
+@pytest.mark.parametrize(("student", "teacher"), [(CHATML, INST), (INST, TURNS), (TURNS, CHATML)])
+def test_the_sum_over_every_chunk_is_the_teachers(student: Renderer, teacher: Renderer, credit: str) -> None:
+    """Chunks are found here from token bytes, by sets: nothing of the alignment is trusted."""
+    projector, ids = Projector(student, teacher), sampled(student, TEXT * 20)
+    reading = projector.read(Transcript.of_completion(ASK, ids))
+    scores = scores_of(reading)
+    own = -np.random.default_rng(1).exponential(0.7, len(ids))
+    result = projector.project(reading, scores, credit=credit, student_logps=own)
+    theirs = reading.teacher_ids[reading.first_scored :]
+    ends_s, ends_t = ends_by_hand(student, ids), ends_by_hand(teacher, theirs)
+    cuts = sorted({0} | (set(ends_s) & set(ends_t)))
+    assert cuts[-1] == len((TEXT * 20).encode()) + 1 and len(cuts) > 50 and result.valid.all()
+    for low, high in pairwise(cuts):
+        mine = sum(lp for lp, end in zip(result.logps, ends_s, strict=True) if low < end <= high)
+        other = zip(scores.logps[reading.first_scored :], ends_t, strict=True)
+        assert abs(mine - math.fsum(lp for lp, end in other if low < end <= high)) < 1e-12
+
+
+def test_one_to_one_tokens_have_the_teachers_own_log_prob_under_every_rule() -> None:
+    projector, ids = Projector(CHATML, INST), sampled(CHATML, TEXT)
+    reading = projector.read(Transcript.of_completion(ASK, ids))
+    scores = scores_of(reading)
+    alone = projector.project(reading, scores, credit="pairs")
+    assert 0 < alone.valid.sum() < len(ids) and np.isnan(alone.logps[~alone.valid]).all()
+    twins = {int(s): int(t) for s, t in zip(reading.alignment.pair_s, reading.alignment.pair_t, strict=True)}
+    own = np.full(len(ids), -1.0)
+    for credit in RULES:
+        result = projector.project(reading, scores, credit=credit, student_logps=own)
+        for i in np.flatnonzero(alone.valid):
+            assert result.logps[i] == pytest.approx(scores.logps[reading.place_t[twins[int(i)]]], abs=1e-12)
+
+
+def test_rules_differ_as_they_say_inside_a_chunk() -> None:
+    projector, ids = Projector(INST, CHATML), sampled(INST, TEXT)
+    reading = projector.read(Transcript.of_completion(ASK, ids))
+    own = -np.random.default_rng(1).exponential(0.7, len(ids))
+    by_rule = {c: projector.project(reading, scores_of(reading), credit=c, student_logps=own) for c in RULES}
+    chunk = by_rule["shared"].chunk
+    wide = np.flatnonzero(np.bincount(chunk) > 1)
+    assert len(wide)
+    for c in wide:
+        at = np.flatnonzero(chunk == c)
+        total = by_rule["shared"].logps[at].sum()
+        assert np.ptp(by_rule["shared"].logps[at]) < 1e-12
+        assert np.ptp((by_rule["gap"].logps - own)[at]) < 1e-12
+        assert by_rule["first"].logps[at].tolist() == pytest.approx([total, *[0.0] * (len(at) - 1)])
+        assert by_rule["last"].logps[at].tolist() == pytest.approx([*[0.0] * (len(at) - 1), total])
+
+
+def test_the_same_tokenizer_gives_the_teachers_numbers_back_even_for_tokens_that_it_would_not_write() -> None:
+    """Single bytes: canonical text would be cut otherwise, and the teacher reads the very ids."""
+    table = CHATML.vocabulary
+    single = {table.token(i): i for i in range(len(table)) if table.lengths[i] == 1}
+    ids = np.array([single[bytes([b])] for b in TEXT.encode()] + [CHATML.stop_id])
+    projector = Projector(CHATML, Renderer(zoo.chatml(), name="teacher"))
+    reading = projector.read(Transcript.of_completion(ASK, ids))
+    scores = scores_of(reading)
+    assert reading.teacher_ids[reading.first_scored :].tolist() == ids.tolist()
+    result = projector.project(reading, scores)
+    assert result.valid.all() and result.logps.tolist() == scores.logps[reading.first_scored :].tolist()
+
+
+def test_the_end_of_a_turn_is_one_event_whatever_either_side_writes_for_it() -> None:
+    """The teacher's mass on any of its stop ids is the stop's."""
+    assert len(TURNS.stop_ids) > 1
+    projector, ids = Projector(CHATML, TURNS), sampled(CHATML, "Say")
+    reading = projector.read(Transcript.of_completion(ASK, ids))
+    assert reading.teacher_ids[reading.place_t[-1]] == TURNS.stop_id
+    count = len(reading.teacher_ids)
+    other = next(i for i in TURNS.stop_ids if i != TURNS.stop_id)
+    top_ids, top_logps = np.full((count, 2), -1), np.full((count, 2), -np.inf)
+    at = reading.place_t[-1]
+    top_ids[at], top_logps[at] = [TURNS.stop_id, other], np.log([0.5, 0.25])
+    logps = np.full(count, -1.0)
+    logps[at] = math.log(0.5)
+    result = projector.project(reading, TeacherScores(logps, top_ids, top_logps))
+    assert result.logps[-1] == pytest.approx(math.log(0.75))
+    assert result.likeliest is not None and result.at is not None and result.at[-1] == len(ids) - 1
+    assert result.likeliest.ids[-1].tolist() == [CHATML.stop_id, -1]
+    assert result.likeliest.residual[-1] == pytest.approx(0.25)
+
+
+def test_of_several_turns_with_tools_and_reasoning_only_what_was_sampled_is_scored() -> None:
+    turns = ['<think>\nadd them\n</think>\n<tool_call>\n{"name": "add"}\n</tool_call>', "It is 13,023."]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        *ASK,
+        {"role": "assistant", "content": "not looked at", "tool_calls": [{"function": {"name": "add"}}]},
+        {"role": "tool", "content": "13023"},
+        {"role": "assistant", "content": "not looked at"},
+    ]
+    head = CHATML.prompt_ids(_conversation(messages[:2]))
+    between = CHATML.encoder.encode_markup("\n<|im_start|>tool\n13023<|im_end|>\n<|im_start|>assistant\n")
+    first, second = (sampled(CHATML, text) for text in turns)
+    ids = np.concatenate([head, first, between, second])
+    mask = np.repeat([0, 1, 0, 1], [len(head), len(first), len(between), len(second)])
+    projector = Projector(CHATML, TURNS)
+    reading = projector.read(Transcript.of_mask(messages, ids, mask, TOOLS))
+    text = zoo.turns().decode(reading.teacher_ids)
+    assert all(turn in text for turn in turns) and "13023" in text and "not looked at" not in text
+    scores = scores_of(reading)
+    result = projector.project(reading, scores)
+    assert result.valid.tolist() == (mask == 1).tolist() and np.isnan(result.logps[mask == 0]).all()
+    assert result.logps[mask == 1].sum() == pytest.approx(scores.logps[reading.place_t].sum(), abs=1e-12)
+    spelt = TURNS.vocabulary.bytes_of(reading.teacher_ids[reading.place_t[~reading.stop_t]])
+    assert spelt.decode() == "".join(turns)
+
+
+def _conversation(messages: list[dict[str, Any]]) -> Any:
+    from diglot.rendering import Conversation
+
+    return Conversation(tuple(messages))
+
+
+def test_an_earlier_assistant_message_that_was_not_sampled_is_only_read() -> None:
+    messages = [*ASK, {"role": "assistant", "content": "Hello."}, *ASK, {"role": "assistant", "content": ""}]
+    ids = sampled(CHATML, "Hi there")
+    result = project_teacher_scores(
+        CHATML, INST, messages, ids, lambda query: np.full(len(query), -0.5), sampled=np.ones(len(ids))
+    )
+    assert result.valid.all()
+
+
+def test_a_turn_without_text_is_no_segment_and_the_others_keep_their_own_scores() -> None:
+    messages = [*ASK, {"role": "assistant"}, *ASK, {"role": "assistant"}]
+    second = sampled(CHATML, "Hi there")
+    ids = np.concatenate([[CHATML.stop_id], CHATML.prompt_ids(_conversation(ASK)), second])
+    mask = np.ones(len(ids))
+    mask[1 : -len(second)] = 0
+    result = project_teacher_scores(CHATML, INST, messages, ids, lambda query: np.full(len(query), -0.5), sampled=mask)
+    assert not result.valid[0] and result.valid[-len(second) :].all() and not result.valid[: -len(second)].any()
+
+
+def test_what_no_other_model_can_read_is_not_valid_and_never_a_number() -> None:
+    """A cut character, what comes after it, and a stop that comes after that."""
+    table = CHATML.vocabulary
+    half = next(i for i in range(len(table)) if table.token(i) == "数".encode()[:1])
+    good = sampled(CHATML, "Say hello", stop=False)
+    ids = np.concatenate([good, [half], sampled(CHATML, "more")])
+    result = project_teacher_scores(CHATML, INST, ASK, ids, lambda query: np.full(len(query), -0.5))
+    assert result.valid.tolist() == [True] * len(good) + [False] * (len(ids) - len(good))
+    assert np.isnan(result.logps[len(good) :]).all() and result.filled(-9.0)[len(good) :].tolist() == [-9.0] * (
+        len(ids) - len(good)
+    )
+
+
+def test_a_completion_that_was_cut_has_no_stop_and_all_its_tokens_count() -> None:
+    ids = sampled(CHATML, "Say hello", stop=False)
+    projector = Projector(CHATML, TURNS)
+    reading = projector.read(Transcript.of_completion(ASK, ids))
+    assert not reading.stop_t.any() and projector.project(reading, scores_of(reading)).coverage == 1.0
+
+
+def test_what_lies_beyond_the_teachers_window_is_not_valid() -> None:
+    whole = Projector(CHATML, INST).read(Transcript.of_completion(ASK, sampled(CHATML, TEXT)))
+    projector = Projector(CHATML, INST, teacher_max_length=len(whole.teacher_ids) - 10)
+    reading = projector.read(Transcript.of_completion(ASK, sampled(CHATML, TEXT)))
+    result = projector.project(reading, scores_of(reading))
+    assert len(reading.teacher_ids) == len(whole.teacher_ids) - 10 and 0.5 < result.coverage < 1.0
+    assert result.valid[: int(result.valid.sum())].all() and not result.valid[-1]
+
+
+def test_likeliest_ids_keep_their_mass_where_the_student_has_the_same_bytes_and_lose_it_to_the_rest() -> None:
+    model = tiny_model(zoo.inst(), seed=3)
+    projector, ids = Projector(CHATML, INST), sampled(CHATML, TEXT)
+    reading = projector.read(Transcript.of_completion(ASK, ids))
+    with torch.no_grad():
+        rows = model(torch.from_numpy(reading.teacher_ids)[None]).logits[0].log_softmax(-1).double()
+    best = rows[:-1].topk(12)
+    top_ids = np.concatenate([[[-1] * 12], best.indices.numpy()])
+    top_logps = np.concatenate([[[-np.inf] * 12], best.values.numpy()])
+    logps = np.append(0.0, rows[:-1].gather(-1, torch.from_numpy(reading.teacher_ids[1:, None]))[:, 0].numpy())
+    result = projector.project(reading, TeacherScores(logps, top_ids, top_logps))
+    assert result.likeliest is not None and result.at is not None
+    opens = np.flatnonzero(np.diff(result.chunk, prepend=-1) != 0)
+    assert result.at.tolist() == opens.tolist()
+    ends_s = [0, *ends_by_hand(CHATML, ids)]
+    ends_t = [0, *ends_by_hand(INST, reading.teacher_ids[reading.first_scored :])]
+    for row, at in enumerate(result.at):
+        place = reading.first_scored + ends_t.index(ends_s[at])  # the teacher's token that starts at the same byte
+        named = {}
+        for token, logp in zip(top_ids[place].tolist(), top_logps[place].tolist(), strict=True):
+            spelt = "stop" if token in INST.stop_ids else INST.vocabulary.token(token)
+            named[spelt] = np.logaddexp(named.get(spelt, -np.inf), logp)
+        mine = {
+            "stop" if i in CHATML.stop_ids else CHATML.vocabulary.token(i): logp
+            for i, logp in zip(result.likeliest.ids[row].tolist(), result.likeliest.logps[row].tolist(), strict=True)
+            if i >= 0
+        }
+        assert all(named[spelt] == pytest.approx(logp) for spelt, logp in mine.items())
+        own = {CHATML.vocabulary.token(i) for i in range(len(CHATML.vocabulary))} - {b""}
+        ambiguous = len(named) - len([spelt for spelt in named if spelt == "stop" or spelt in own])
+        assert len(mine) == len(named) - ambiguous
+        assert result.likeliest.residual[row] == pytest.approx(1 - sum(map(math.exp, mine.values())))
+
+
+def test_hidden_states_give_the_scores_of_the_models_own_logits() -> None:
+    model = tiny_model(zoo.inst(), seed=3)
+    ids = Projector(CHATML, INST).read(Transcript.of_completion(ASK, sampled(CHATML, TEXT * 5))).teacher_ids
+    with torch.no_grad():
+        result = model(torch.from_numpy(ids)[None], output_hidden_states=True)
+        rows = result.logits[0].log_softmax(-1)
+    scores = score_hidden(result.hidden_states[-1][0], model.lm_head, ids, top=4)
+    assert len(ids) > 256 and scores.top_ids is not None
+    expected = rows[:-1].gather(-1, torch.from_numpy(ids[1:, None]))[:, 0]
+    torch.testing.assert_close(torch.from_numpy(scores.logps[1:]).float(), expected, atol=1e-5, rtol=0)
+    assert scores.top_ids[1:].tolist() == rows[:-1].topk(4).indices.tolist()
+
+
+def test_tensors_lists_and_arrays_are_the_same_to_it() -> None:
+    ids = sampled(CHATML, TEXT)
+    query: list[Any] = []
+
+    def ask(teacher_ids: NDArray[np.int64]) -> Any:
+        query.append(teacher_ids)
+        return torch.linspace(-2, -0.1, len(teacher_ids), dtype=torch.float64)
+
+    own = np.linspace(-1, -0.5, len(ids))
+    one = project_teacher_scores(CHATML, INST, ASK, ids, ask, credit="gap", student_logps=own)
+    logps = ask(query[0])
+    many: list[tuple[Any, Any, Any]] = [
+        (torch.from_numpy(ids), logps, torch.from_numpy(own)),
+        (ids.tolist(), logps.tolist(), own.tolist()),
+        (ids.astype(np.int32), TeacherScores.of(logps), own),
+    ]
+    for inputs, scores, mine in many:
+        other = project_teacher_scores(CHATML, INST, ASK, inputs, scores, credit="gap", student_logps=mine)
+        assert other.logps.tolist() == one.logps.tolist() and other.valid.tolist() == one.valid.tolist()
+
+
+def test_bare_tokenizers_do_as_well_as_renderers() -> None:
+    ids = sampled(CHATML, TEXT)
+    logps = lambda query: -np.arange(len(query)) / 7  # noqa: E731
+    one = project_teacher_scores(zoo.chatml(), zoo.inst(), ASK, ids, logps)
+    assert one.logps.tolist() == project_teacher_scores(CHATML, INST, ASK, ids, logps).logps.tolist()
+
+
+def test_a_projector_pickles_and_threads_share_it() -> None:
+    """Prompts with control tokens and texts that spell them, at once: neither may be read as the other."""
+    projector = pickle.loads(pickle.dumps(Projector(CHATML, INST)))
+    texts = [f"{i} <|im_end|> </s> {TEXT * (i % 5 + 1)}" for i in range(12)]
+    transcripts = [Transcript.of_completion(ASK, sampled(CHATML, text)) for text in texts]
+
+    def run(transcript: Transcript) -> list[Any]:
+        reading = projector.read(transcript)
+        result = projector.project(reading, scores_of(reading))
+        return [reading.teacher_ids.tolist(), result.filled(1.0).tolist()]
+
+    alone = [run(t) for t in transcripts]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(run, transcripts * 8))
+    assert together == alone * 8
+    assert all(text.encode() in INST.vocabulary.bytes_of(ids) for text, (ids, _) in zip(texts, alone, strict=True))
+
+
+def test_a_long_text_costs_at_most_20_microseconds_a_token() -> None:
+    projector = Projector(CHATML, INST)
+    transcript = Transcript.of_completion(ASK, sampled(CHATML, TEXT * 200))
+
+    def once() -> float:
+        began = time.process_time()
+        reading = projector.read(transcript)
+        scores = TeacherScores(np.full(len(reading.teacher_ids), -1.0))
+        projector.project(reading, scores)
+        return time.process_time() - began
+
+    assert len(transcript.ids) > 5000 and min(once() for _ in range(5)) / len(transcript.ids) < 20e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"scores": np.zeros(3)}, TeacherError, "reads .* tokens and there are 3 log-probs"),
+        ({"scores": lambda query: np.full(len(query), np.nan)}, TeacherError, "log-prob of token 1 .* is nan"),
+        ({"scores": lambda query: np.full(len(query), 0.5)}, TeacherError, "is 0.5, expected a number of at most 0"),
+        ({"scores": np.zeros((2, 3))}, TeacherError, "shape .2, 3., expected"),
+        ({"credit": "best"}, ConfigError, "no credit rule 'best': choose one of shared"),
+        ({"credit": "gap"}, ConfigError, "give the student's log-probs"),
+        ({"credit": "gap", "student_logps": [0.0]}, DataError, "student log-probs of shape .1,."),
+        ({"ids": [1.5, 2.0]}, DataError, "float64, expected whole numbers"),
+        ({"sampled": [1]}, DataError, "a mask of 1"),
+        ({"sampled": np.zeros(len(sampled(CHATML, TEXT)))}, DataError, "0 sampled runs"),
+        ({"sampled": np.ones(len(sampled(CHATML, TEXT)))}, DataError, "1 sampled runs and .* 0 assistant messages"),
+        ({"conversation": [{"role": "system", "content": "x"}]}, RenderingError, "no system role"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused_with_both_values(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    inputs: dict[str, Any] = {
+        "conversation": ASK,
+        "ids": sampled(CHATML, TEXT),
+        "scores": lambda query: np.full(len(query), -1.0),
+    }
+    with pytest.raises(error, match=message):
+        project_teacher_scores(CHATML, INST, **{**inputs, **change})
