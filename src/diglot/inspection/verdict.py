@@ -46,7 +46,7 @@ def choose(same: bool, objectives: Sequence[ObjectiveFacts]) -> str | None:
     """The objective to start with: what the trainers take by themselves, if it works, else whole distributions, else
     any."""
     works = [one.name for one in objectives if one.outcome == "works"]
-    preferred = ["jsd" if same else "covering", "bpm", "shared_prefix", *works]
+    preferred = ["jsd" if same else "strict", "bpm", "shared_prefix", *works]
     return next((name for name in preferred if name in works), None)
 
 
@@ -115,7 +115,7 @@ def _warnings(student: SideFacts, teacher: SideFacts, agreement: Agreement, crit
 
 
 def _command(student: str, teacher: str, same: bool, objective: str, data: str | None) -> str:
-    chosen = [] if objective == ("jsd" if same else "covering") else ["--objective", objective]
+    chosen = [] if objective == ("jsd" if same else "strict") else ["--objective", objective]
     words = [
         "diglot", "train", "--model_name_or_path", student, "--teacher_model_name_or_path", teacher,
         "--dataset_name", data or "prompts.jsonl", *chosen, "--lmbda", "1.0", "--output_dir", "runs/first",

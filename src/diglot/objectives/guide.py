@@ -35,13 +35,13 @@ GUIDE: dict[str, About] = {
         "the teacher's k likeliest continuations of the text so far, at every student token",
         "equal distributions over texts, up to what a lookahead would tell",
         "V_s + V_t + branches",
-        "any pair: GKD's default across tokenizers",
+        "any pair, above all one whose sides cut numbers or words differently",
     ),
     "strict": About(
         "the student's k likeliest shared tokens, at one-to-one rows",
         "distributions equal on the chosen tokens (with residual: and outside)",
         "V_s + 2k",
-        "to compare with the published form: its rows are chosen by how the text went on, which can destroy numbers",
+        "GKD's default across tokenizers: the cheapest; its rows are chosen by how the text went on, which can destroy numbers",
     ),
     "top_k": About(
         "the teacher's k likeliest tokens and the rest, at one-to-one rows",

@@ -163,7 +163,7 @@ class DistillationConfig(TrainingArguments):
     objective: str | list[Any] = option(
         "auto",
         "Name of an objective, or a list of {name, weight, options}; `diglot objectives` lists them, and one of your "
-        "own is package.module:Class. `auto`: GKD takes jsd on equal vocabularies, else covering; MiniLLM its own "
+        "own is package.module:Class. `auto`: GKD takes jsd on equal vocabularies, else strict; MiniLLM its own "
         "single-step part.",
         "Objective",
     )

@@ -576,4 +576,4 @@ def auto_objective(comparison: Comparison) -> str:
     """The objective that `auto` stands for."""
     if comparison.teacher.level < Level.HIDDEN:
         return "top_k" if comparison.teacher.level >= Level.TOP_K else "alm"
-    return "jsd" if comparison.reader.same_vocabulary else "covering"
+    return "jsd" if comparison.reader.same_vocabulary else "strict"
