@@ -41,7 +41,8 @@ GUIDE: dict[str, About] = {
         "the student's k likeliest shared tokens, at one-to-one rows",
         "distributions equal on the chosen tokens (with residual: and outside)",
         "V_s + 2k",
-        "GKD's default across tokenizers: the cheapest; its rows are chosen by how the text went on, which can destroy numbers",
+        "GKD's default across tokenizers: the cheapest; its rows are chosen by how the text went on, which can destroy "
+        "numbers",
     ),
     "top_k": About(
         "the teacher's k likeliest tokens and the rest, at one-to-one rows",
