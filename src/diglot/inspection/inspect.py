@@ -42,7 +42,8 @@ def inspect_pair(
     A pair that cannot be read is no error: its `verdict` says so, and what it does not let us know is None.
 
     Args:
-        student, teacher: model ids or folders, or what is known of them.
+        student: a model id or folder, or what is known of it.
+        teacher: the same of the teacher.
         samples: rows of the data; a few built-in texts when not given.
         data: the name of the dataset, for the command that the verdict proposes.
         offered: how much of its distributions the teacher will give; a local model gives hidden states.

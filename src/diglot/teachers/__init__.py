@@ -1,6 +1,5 @@
 """What does the teacher say about these bytes?"""
 
-from diglot.objectives.levels import Level
 from diglot.teachers.cache import CachedTeacher
 from diglot.teachers.inputs import TeacherInputs, build_teacher_inputs_from_texts
 from diglot.teachers.local import LocalTeacher, find_teacher_tokenizer
@@ -8,7 +7,6 @@ from diglot.teachers.teacher import Teacher, local
 
 __all__ = [
     "CachedTeacher",
-    "Level",
     "LocalTeacher",
     "Teacher",
     "TeacherInputs",
