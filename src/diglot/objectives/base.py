@@ -496,8 +496,9 @@ class PathObjective(Objective):
         return False
 
     def mask(self, alignment: Alignment[Tensor]) -> Tensor:
-        """Which of the values count, bool: here the student tokens that lie in a chunk, `[N_s]`."""
-        return alignment.chunk_s >= 0
+        """Which of the values count, bool: here the student tokens that lie in an exact chunk, `[N_s]`."""
+        inside: Tensor = alignment.in_exact_chunk(alignment.chunk_s)
+        return inside
 
     @abstractmethod
     def __call__(self, path: Path, alignment: Alignment[Tensor]) -> tuple[Values, Tensor]:

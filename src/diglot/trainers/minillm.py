@@ -198,7 +198,8 @@ class MiniLLMTrainer(DistillationTrainer):
                 logp_t = scores.teacher_text(temperature)  # the student first: a served teacher answers meanwhile
                 weight = None
                 if alpha > 0:
-                    longest = self.args.max_completion_length if view.comparison.stop_as_set else None
+                    by_token = view.comparison.reader.same_vocabulary
+                    longest = None if by_token else self.args.max_completion_length
                     weight = mixture_weight(logp_old, logp_t, view.read.alignment, alpha, longest)
                 batch.views[k] = replace(view, rollout=Rollout(logp_old, logp_t, weight))
         self._set_advantages(batches)
@@ -280,7 +281,9 @@ class MiniLLMTrainer(DistillationTrainer):
         teacher = local(one.teacher, "teacher_mixed_alpha")
         if one.reader.same_vocabulary:
             own, pad = one.teacher_prompts(conversations), pad_id(teacher.renderer)
-            mixture = TeacherMixture(teacher.model, own, pad, alpha, teacher.running)
+            student_stops = self.student_renderer.stop_ids
+            stops = student_stops, teacher.renderer.stop_ids
+            mixture = TeacherMixture(teacher.model, own, pad, alpha, teacher.running, stops)
             return self.sampler(student, prompts, max_new_tokens=longest, seed=seeds, processors=[mixture])
         with teacher.running() as model:
             prefixes = write_prefixes(
