@@ -326,6 +326,11 @@ class DistillationTrainer(Trainer):
         """The student's sampler."""
         return self.sampler_for(self.student_renderer)
 
+    @property
+    def own_sampler(self) -> TransformersSampler:
+        """The same without temperature, nucleus and top-k: only from its own draws a divergence can be estimated."""
+        return TransformersSampler(self.student_renderer.stop_ids, pad_id(self.student_renderer))
+
     # ---- chance and ranks ----------------------------------------------------------------------------------------
 
     def draw(self, what: str) -> float:
@@ -479,6 +484,8 @@ class DistillationTrainer(Trainer):
     ) -> dict[str, float]:
         """Bits per byte of the completions in the data, and the divergence on completions that the student writes now.
 
+        It writes from its own distribution, whatever `temperature`, `top_p` and `top_k` training samples with.
+
         `eval_loss` is the reverse KL in nats per byte of the student's own text: one meaning for both trainers and all
         objectives.
         """
@@ -512,7 +519,7 @@ class DistillationTrainer(Trainer):
             return reference_metrics(self._totals(columns))
         written = evaluator.on_policy(
             [s.conversation for s in samples],
-            self.sampler,
+            self.own_sampler,
             max_new_tokens=self.args.max_completion_length,
             seed=self.args.seed,
         )
@@ -529,7 +536,7 @@ class DistillationTrainer(Trainer):
         """A few fixed prompts, before the first step and after the last one."""
         data = self.eval_dataset or self.train_dataset
         evaluator = self.evaluator(self.observer.comparison)
-        self.observer.fixed(phase, self.state.global_step, self._whole_model, data, evaluator, self.sampler)
+        self.observer.fixed(phase, self.state.global_step, self._whole_model, data, evaluator, self.own_sampler)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's log, with this log interval's own metrics of all ranks."""

@@ -54,6 +54,7 @@ class Observer:
         whole = [k for k, one in enumerate(comparisons) if one.teacher.level >= Level.HIDDEN]
         self._number, self.can_score = (whole[0], True) if whole else (0, False)
         self.comparison = comparisons[self._number]
+        self.own_draws = args.temperature == args.top_p == 1 and not args.top_k  # is what it writes its distribution?
         self._is_main, self._folder = args.process_index == 0, Path(str(args.output_dir))
 
     # ---- during the run ----------------------------------------------------------------------------------------
@@ -90,7 +91,8 @@ class Observer:
         columns = {name: float(values.sum()) for name, values in compare(batch, *facts).items()}
         add = self.metrics.add_mean
         if batch.on_policy:
-            add("rollouts/kl_nats_per_byte", columns["gap"], columns["num_bytes"])
+            name = "kl_nats_per_byte" if self.own_draws else "log_ratio_nats_per_byte"
+            add(f"rollouts/{name}", columns["gap"], columns["num_bytes"])
         add("rollouts/stop_agreement", columns["stop_common"], columns["stop_either"])
         markup = torch.from_numpy(np.isin(batch.teacher.role, [Role.STOP, Role.MARKUP]))
         add("rollouts/teacher_markup_surprisal", -float(facts[1].logp[markup].sum()), float(markup.sum()))
