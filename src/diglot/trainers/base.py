@@ -149,7 +149,7 @@ class DistillationTrainer(Trainer):
         self.finite = FiniteSteps(self.accelerator, args, self.metrics)
         self.checkpoints = Checkpoints(self.accelerator, args, self.identity)
         self.observer = Observer(args, self.comparisons, self.student_head, self.metrics, self.accelerator.autocast)
-        self.add_callback(RecordCallback(self._observe))
+        self.add_callback(RecordCallback(self._observe, lambda: self.observer.drift.history))
         with_numbers(self)
         for one in self.comparisons if self.is_world_process_zero() else ():
             logger.info("%s: %s", one.label, describe(one))
@@ -271,6 +271,8 @@ class DistillationTrainer(Trainer):
         dropped = sum(sum(one.reader.take_dropped().values()) for one in self.comparisons)
         watch_coverage(batches, dropped, self.metrics, step=step, min_coverage=self.args.min_coverage)
         self.observer.window(batches, self._whole_model, step, self.state.logging_steps)
+        data = self.eval_dataset or self.train_dataset
+        self.observer.drifts(batches, step, self.state.logging_steps, data, self.evaluator(self.observer.comparison))
         return [{"batch": batch} for batch in batches], int(sum(batch.scored for batch in batches))
 
     # ---- what the student writes ---------------------------------------------------------------------------------
