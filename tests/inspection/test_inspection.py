@@ -118,7 +118,7 @@ def test_a_think_block_on_one_side_only_is_told() -> None:
 @pytest.mark.parametrize("name", CRITICAL)
 def test_critical_places_are_found_and_their_tokens_counted(name: str) -> None:
     """Recounted with a loop over tokens and bytes."""
-    texts = ["x = 12345 + 67\n    return  数学 and 99", "no such thing", "数学は 12\n\t\ty -= 1 한국"]
+    texts = ["x = 12345 + 67\n    return  数学 and 99", "no such thing", "数学は 12\n\t\ty -= 1 한국 max_value: Привет"]
     written = read("chatml", "inst", texts).written
     found = next(c for c in critical(written) if c.name == name)
     places = sum(len(CRITICAL[name].findall(text)) for text in texts)
@@ -133,6 +133,16 @@ def test_critical_places_are_found_and_their_tokens_counted(name: str) -> None:
             touched += int(segment == k and bool(marked & set(range(start, end))))
     assert (found.places, found.tokens_student) == (places, touched) and places > 0
     assert 0 <= found.one_to_one <= found.aligned <= 1
+    marked_bytes = sum(len(m.encode()) for text in texts for m in CRITICAL[name].findall(text))
+    spans = [align_text(renderer("chatml").encoder, renderer("inst").encoder, text) for text in texts]
+    alike = 0
+    for text, cut in zip(texts, spans, strict=True):
+        for match in CRITICAL[name].finditer(text):
+            low = len(text[: match.start()].encode())
+            inside = range(low, low + len(match.group().encode()))
+            alike += sum(len(set(inside) & set(range(one.start, one.end))) for one in cut if one.one_to_one)
+    assert found.num_bytes == marked_bytes
+    assert found.cut_unlike == pytest.approx(1 - alike / marked_bytes)
     mine, theirs = found.example or (("a",), ("a",))
     assert found.example is None or (mine != theirs and all(mine) and all(theirs))
 

@@ -126,9 +126,9 @@ def selection(history: History) -> Advice | None:
     For a history of steps (`diglot.watching.drift`), not of logs, which may come too rarely and be of too little text.
 
     Rows that exist only where the text happens to end a token on both sides teach "stop here": of "23" and "2" only the
-    second has one, so numbers and words that the teacher reads whole become shorter (docs/objectives.md). The
-    share of one-to-one rows rises by a quarter of the rest or more, and with them digits run shorter, text takes more or fewer tokens per
-    byte, or fixed texts that nobody trains towards become less likely.
+    second has one, so numbers and words that the teacher reads whole become shorter (docs/objectives.md). The share of
+    one-to-one rows rises by a quarter of the rest or more, and with them digits run shorter, text takes more or fewer
+    tokens per byte, or fixed texts that nobody trains towards become less likely.
     """
     ends = _ends(history, "align/one_to_one")
     if ends is None or ends[1] < ends[0] + max(0.03, (1 - ends[0]) / 4):

@@ -27,7 +27,8 @@ from diglot.batches import PackedSide, pad_id
 from diglot.batches.lengths import as_read, by_length
 from diglot.checkpoints.manifest import describe_run
 from diglot.checkpoints.saving import Checkpoints, StopOnSignal, write_options
-from diglot.comparisons import Batch, Comparison, Read, Term, View, check_options, make_batch, scores_of
+from diglot.comparisons import Batch, Comparison, Read, Term, View, check_options, entries_of, make_batch, scores_of
+from diglot.comparisons.auto import auto_objective
 from diglot.comparisons.build import complete, describe, load_student, mean_metrics, prepare_comparisons, routes
 from diglot.comparisons.counts import set_counts
 from diglot.comparisons.projectors import (
@@ -153,6 +154,9 @@ class DistillationTrainer(Trainer):
         with_numbers(self)
         for one in self.comparisons if self.is_world_process_zero() else ():
             logger.info("%s: %s", one.label, describe(one))
+            if any(entry["name"] == "auto" for entry in entries_of(args.objective)):
+                auto = auto_objective(one)
+                logger.info("%s: objective auto is %s: %s.", one.label, auto.name, auto.reason)
 
     def _to_device(self) -> dict[str, torch.nn.Parameter]:
         """Bring what the comparisons hold to where the student is; the objectives' trainable parameters by name."""
@@ -579,10 +583,3 @@ class DistillationTrainer(Trainer):
             tags=[tags] if isinstance(tags, str) else tags,
         )
         card.save(Path(str(self.args.output_dir)) / "README.md")
-
-
-def auto_objective(comparison: Comparison) -> str:
-    """The objective that `auto` stands for."""
-    if comparison.teacher.level < Level.HIDDEN:
-        return "top_k" if comparison.teacher.level >= Level.TOP_K else "alm"
-    return "jsd" if comparison.reader.same_vocabulary else "strict"

@@ -30,6 +30,7 @@ from diglot.batches import ReadPair, pad_id
 from diglot.batches.windows import RepeatedWindows
 from diglot.checkpoints.held import HeldBatch, load_held, save_held
 from diglot.comparisons import Batch, Comparison, Term, View, defaults_of, entries_of, make_batch, scores_of, terms_of
+from diglot.comparisons.auto import auto_objective
 from diglot.comparisons.counts import set_counts
 from diglot.comparisons.scores import check_temperature
 from diglot.data import to_sample
@@ -41,7 +42,7 @@ from diglot.options import MiniLLMConfig
 from diglot.rendering import Conversation, Rendered
 from diglot.rollouts import TeacherMixture, continue_prefixes, mixture_weight, write_prefixes
 from diglot.teachers import local
-from diglot.trainers.base import DistillationTrainer, Ids, Texts, Window, auto_objective
+from diglot.trainers.base import DistillationTrainer, Ids, Texts, Window
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class MiniLLMTrainer(DistillationTrainer):
             if entry["name"] != "auto":
                 named.append(entry)
             elif self._has_single_step(comparison):
-                weight, auto = float(entry.get("weight", 1.0)), auto_objective(comparison)
+                weight, auto = float(entry.get("weight", 1.0)), auto_objective(comparison).name
                 # All shared tokens and one bin for the rest: nothing of the single step is ignored.
                 exact: dict[str, Any] = {} if auto == "jsd" else {"top_k": None, "residual": True}
                 found.append(Term("single_step", weight, make_objective(auto, comparison.pair, beta=1.0, **exact)))
