@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from diglot.data import Sample, to_sample
 from diglot.inspection import Input, Inspection, align_text, inspect_pair
+from diglot.inspection.facts import ObjectiveFacts
 from diglot.inspection.measure import CRITICAL, agreement, critical
 from diglot.inspection.texts import TEXTS
+from diglot.inspection.verdict import SMALL, choose, unlike_share
 from diglot.objectives import OBJECTIVES, Level
 from diglot.trainers import DistillationConfig
 
@@ -241,3 +243,27 @@ def test_spans_cover_the_text_in_order_and_exact_ones_spell_it(text: str, teache
         if span.exact:
             assert b"".join(span.student) == b"".join(span.teacher) == text.encode()[span.start : span.end]
     assert at in (len(text.encode()), -1) or not spans
+
+
+def facts(*working: str) -> list[ObjectiveFacts]:
+    return [ObjectiveFacts(name, "works", "", "hidden states", 1.0) for name in working]
+
+
+def test_one_to_one_rows_are_recommended_only_where_hardly_anything_is_cut_differently() -> None:
+    every = facts("strict", "bpm", "covering")
+    assert choose(False, 0.0, every) == choose(False, SMALL, every) == "strict"
+    assert choose(False, 2 * SMALL, every) == "covering"
+    assert choose(False, 2 * SMALL, facts("strict", "span")) == "strict", "if nothing else works"
+    assert choose(True, 0.0, [*every, *facts("jsd")]) == "jsd"
+
+
+def test_little_text_of_much_meaning_decides_like_much_text() -> None:
+    """One number in a long text of words that both sides cut alike."""
+    found = on([{"text": "the " * 300 + "1234567"}], "chatml", "inst")
+    assert found.agreement is not None
+    digits = next(one for one in found.critical if one.name == "digits")
+    assert digits.num_bytes == 7
+    expected = max(found.agreement.bytes_cut_unlike, digits.cut_unlike)
+    assert unlike_share(found.agreement, found.critical) == pytest.approx(expected)
+    warned = any("digits" in one and "cut differently" in one for one in found.verdict.warnings)
+    assert warned == (digits.cut_unlike > SMALL)

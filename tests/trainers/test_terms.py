@@ -287,3 +287,12 @@ def test_auto_is_the_exact_single_step_in_minillm_also_in_a_list(tmp_path: Path,
     gradient, step, *others = trainer.comparisons[0].terms
     assert gradient.name == "policy_gradient" and step.name == "single_step" and step.objective.is_single_step
     assert [term.name for term in others] == (["alm"] if len(objective) == 2 else [])
+
+
+def test_auto_says_what_it_took_and_why(tmp_path: Path) -> None:
+    for teacher, words in (("chatml", ("jsd", "one table of ids")), ("turns", ("vocabularies differ", "shared"))):
+        (line,) = tiny.gkd(tmp_path, zoo.chatml(), zoo.ALL[teacher](), objective="auto").explain_auto()
+        assert all(word in line for word in words)
+        trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.ALL[teacher](), objective="auto")
+        assert trainer.comparisons[0].terms[0].name in line
+    assert tiny.gkd(tmp_path, zoo.chatml(), zoo.turns(), objective="alm").explain_auto() == []

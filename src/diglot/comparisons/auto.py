@@ -26,6 +26,6 @@ def auto_objective(comparison: Comparison) -> Choice:
     if level < Level.HIDDEN:
         return Choice("top_k", f"{comparison.teacher.name} gives its likeliest ids and no whole rows")
     if comparison.reader.same_vocabulary:
-        return Choice("jsd", "one table of ids on both sides, so whole distributions are compared id by id")
+        return Choice("jsd", "both sides have one table of ids, so whole distributions are compared")
     shared = len(comparison.pair.shared_s)
     return Choice(ACROSS, f"the vocabularies differ, {shared:,} tokens are shared, and the teacher gives whole rows")

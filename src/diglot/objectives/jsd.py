@@ -41,7 +41,7 @@ def jsd_with_stop(logits_s: Tensor, logits_t: Tensor, stop_s: Tensor, stop_t: Te
         strange = torch.logaddexp(logp[..., other].logsumexp(-1, keepdim=True), floor) if len(other) else floor
         found = torch.cat([logp[..., text], logp[..., stop].logsumexp(-1, keepdim=True), strange], dim=-1)
         events.append(found.log_softmax(-1))
-    return generalized_jsd(*events, beta)
+    return generalized_jsd(events[0], events[1], beta)
 
 
 class JSD(RowObjective):

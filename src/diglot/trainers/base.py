@@ -154,9 +154,6 @@ class DistillationTrainer(Trainer):
         with_numbers(self)
         for one in self.comparisons if self.is_world_process_zero() else ():
             logger.info("%s: %s", one.label, describe(one))
-            if any(entry["name"] == "auto" for entry in entries_of(args.objective)):
-                auto = auto_objective(one)
-                logger.info("%s: objective auto is %s: %s.", one.label, auto.name, auto.reason)
 
     def _to_device(self) -> dict[str, torch.nn.Parameter]:
         """Bring what the comparisons hold to where the student is; the objectives' trainable parameters by name."""
@@ -197,6 +194,17 @@ class DistillationTrainer(Trainer):
     @abstractmethod
     def texts(self, window: Window) -> Texts:
         """Who writes, and what each comparison reads of it."""
+
+    def explain_auto(self) -> list[str]:
+        """What `objective: auto` stands for with each teacher and why; nothing if every objective was named."""
+        if all(entry["name"] != "auto" for entry in entries_of(self.args.objective)):
+            return []
+        several = len(self.comparisons) > 1
+        return [
+            f"Objective{f' with {one.label}' if several else ''}: {auto.name}, because {auto.reason}."
+            for one in self.comparisons
+            for auto in [auto_objective(one)]
+        ]
 
     def items(self, view: View) -> Mapping[str, float]:
         """Over how many items of a micro-batch each term is averaged."""
