@@ -119,6 +119,9 @@ class DistillationTrainer(Trainer):
         terms = [self.terms(one, len(compared)) for one in compared]
         check_options(args, [term for of_one in terms for term in of_one])
         self.comparisons = [complete(one, of_one, own, args) for one, of_one in zip(compared, terms, strict=True)]
+        by_id = all(one.reader.same_vocabulary and one.reads_ids for one in self.comparisons)
+        for one in self.comparisons:
+            one.reader.by_id = by_id  # of all or none: the student is run once, on the same scored tokens for all
         self.imitations: list[Comparison] = []  # of texts that no teacher judges
         student: Any = own
         if peft_config is not None:
