@@ -18,7 +18,16 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 KINDS = ("gkd", "minillm")
-LOGGED = ("loss", "grad_norm", "learning_rate", "num_tokens", "align/", "completions/", "on_policy", "reverse_kl")
+LOGGED = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "num_tokens",
+    "align/",
+    "completions/",
+    "on_policy",
+    "minillm/log_ratio",
+)
 
 
 def path(kind: str) -> Path:

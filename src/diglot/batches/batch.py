@@ -74,7 +74,8 @@ def align_pairs(
         WrittenSide(packed.targets.numpy(), side.end, side.segment, side.exact, side.stop)
         for packed, side in ((student, side_s), (teacher, side_t))
     )
-    written = Written(written_s, written_t, aligned, _common_texts(kept, segments), _contexts(kept, segments))
+    texts, contexts = _common_texts(kept, segments), _contexts(kept, segments)
+    written = Written(written_s, written_t, aligned, texts, contexts, excluded)
     noncanonical = np.concatenate([p.noncanonical for p in kept] or [np.zeros(0, np.bool_)])
     stats["noncanonical"] = float(noncanonical.sum())
     return AlignedBatch(

@@ -63,6 +63,7 @@ class PairReader:
         self.same_vocabulary = same_vocabulary
         self.max_length, self.teacher_max_length = max_length, teacher_max_length
         self.score_turns, self.teacher_system = score_turns, teacher_system
+        self.by_id = False  # with equal vocabularies: score ids that spell no text too, for objectives that read ids
         self.label: str | None = None  # of this teacher, where rows say which of several reads them
         self.dropped: Counter[str] = Counter()  # reason -> samples, since the last `take_dropped`
 
@@ -92,13 +93,17 @@ class PairReader:
         """A completion that the student wrote: its ids stay as they are. None if another teacher is to read it."""
         if self._is_others(conversation):
             return None
-        student = self.student.from_sampled(conversation, completion_ids, prompt_ids=prompt_ids)
+        by_id = self.by_id and self.same_vocabulary
+        student = self.student.from_sampled(conversation, completion_ids, prompt_ids=prompt_ids, by_id=by_id)
         thinking = self.student.opens_thinking(conversation)
         if self.same_vocabulary:
             content = student.ids[(student.segment >= 0) & (student.roles != Role.STOP)]
             ending = [self.teacher.stop_id] if student.stopped[-1] else []
             own = self.teacher.from_sampled(
-                self.teacher_reads(conversation), np.append(content, ending).astype(np.int64), thinking=thinking
+                self.teacher_reads(conversation),
+                np.append(content, ending).astype(np.int64),
+                thinking=thinking,
+                by_id=by_id,
             )
         else:
             text = student.segment_bytes[-1].decode("utf-8")
@@ -113,7 +118,7 @@ class PairReader:
         """
         scored = sampled.segment >= 0
         ids, ends, stop = sampled.ids[scored], sampled.end[scored], sampled.roles[scored] == Role.STOP
-        own = self.student.encoder.encode([sampled.segment_bytes[-1].decode("utf-8")])[0]
+        own = self.student.encoder.encode([_text_of(sampled.segment_bytes[-1])])[0]
         stride = len(self.student.vocabulary) + 1
         starts, own_starts = (np.concatenate([[0], e[:-1]]) if len(e) else e for e in (ends, own.ends))
         # One number for (start, id); the end follows from them where the token is exact.
@@ -168,6 +173,14 @@ class PairReader:
             check_bytes(of_student[:shared], of_teacher[:shared], where="student and teacher")
         kept = int((cut_student.segment >= 0).sum())
         return ReadPair(conversation, cut_student, cut_teacher, noncanonical[:kept])
+
+
+def _text_of(raw: bytes) -> str:
+    """The text up to the first byte that belongs to none."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return raw[: error.start].decode("utf-8")
 
 
 def teacher_reads(conversation: Conversation, system: str | None) -> Conversation:

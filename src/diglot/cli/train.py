@@ -57,6 +57,8 @@ def train(values: dict[str, Any]) -> int:
         out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(resolved(script, config), sort_keys=False, allow_unicode=True)
         (out / RESOLVED).write_text(text, encoding="utf-8")
+        for line in trainer.explain_auto():
+            Console().print(line, highlight=False, markup=False)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.create_model_card(dataset=script.dataset_name)

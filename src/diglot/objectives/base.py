@@ -292,6 +292,8 @@ class Objective(ABC):
     """How many of the teacher's likeliest ids of a row it reads."""
     at_temperature: bool = True
     """Does `kd_temperature` act on what it compares?"""
+    reads_ids: ClassVar[bool] = False
+    """With equal vocabularies: does it compare ids as they are, so that they need not spell a text?"""
     depends_on_split: ClassVar[bool] = False
     """Does the loss depend on which samples share a micro-batch?"""
 
@@ -503,8 +505,9 @@ class PathObjective(Objective):
         return False
 
     def mask(self, alignment: Alignment[Tensor]) -> Tensor:
-        """Which of the values count, bool: here the student tokens that lie in a chunk, `[N_s]`."""
-        return alignment.chunk_s >= 0
+        """Which of the values count, bool: here the student tokens that lie in an exact chunk, `[N_s]`."""
+        inside: Tensor = alignment.in_exact_chunk(alignment.chunk_s)
+        return inside
 
     @abstractmethod
     def __call__(self, path: Path, alignment: Alignment[Tensor]) -> tuple[Values, Tensor]:

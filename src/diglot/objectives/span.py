@@ -77,6 +77,7 @@ class Span(PathObjective):
     """
 
     name = "span"
+    reads_ids = True
 
     def __init__(
         self,

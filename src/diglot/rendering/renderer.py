@@ -200,19 +200,22 @@ class Renderer:
         *,
         prompt_ids: Ids | None = None,
         thinking: bool | None = None,
+        by_id: bool = False,
     ) -> Rendered:
         """A completion as the model sampled it: its ids stay as they are, the text is what they spell.
 
         Ids after the first stop are left out. Scored is the longest run of tokens from the start that are no control
         tokens and whose bytes together are valid UTF-8: what comes after an invalid byte, a cut character or a
         control token has no text that another model could read. The stop is scored only if all before it is.
+
+        `by_id`: a model with the same ids reads it, so every id is scored; control tokens stand in the text by name.
         """
         ids = np.asarray(completion_ids, dtype=np.int64).reshape(-1)
         stops = np.flatnonzero(np.isin(ids, self.stop_ids))
         written = ids[: stops[0]] if len(stops) else ids
-        scored = self._valid_prefix(written)
-        text = self.vocabulary.bytes_of(written[:scored])
-        ends = np.cumsum(self.vocabulary.lengths[written[:scored]])
+        scored = len(written) if by_id else self._valid_prefix(written)
+        spelled = [self._spelled(i) for i in written[:scored].tolist()]
+        text, ends = b"".join(spelled), np.cumsum([len(one) for one in spelled], dtype=np.int64)
         whole = bool(len(stops)) and scored == len(written)
         exact = np.ones(scored, dtype=np.bool_)
         content = self._content(written[:scored], ends, exact, text, whole, self._opened(conversation, thinking))
@@ -222,6 +225,11 @@ class Renderer:
         unscored = [] if whole else [Piece.unscored(rest, self.vocabulary.control[rest])]
         prompt = [Piece.prompt(prompt_ids)] if prompt_ids is not None else self._prompt(conversation, "last", thinking)
         return assemble([*prompt, content, *unscored])
+
+    def _spelled(self, token: int) -> bytes:
+        """The bytes of a token; a control token's name."""
+        own = b"" if self.vocabulary.control[token] else bytes(self.vocabulary.token(token))
+        return own or self.vocabulary.display(token).encode() or b"\xff"
 
     def _valid_prefix(self, ids: Ids) -> int:
         """How many tokens from the start are text: no control token, valid UTF-8, cut at the end of a character."""

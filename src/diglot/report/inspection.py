@@ -128,6 +128,7 @@ def _numbers(found: Inspection) -> Table:
     row("shared tokens, of the tokens in the texts", f"{shared.mass_student:.1%}", f"{shared.mass_teacher:.1%}")
     row("one token on both sides", f"{agreed.one_to_one:.1%}")
     row("in chunks of several tokens", f"{agreed.in_chunks:.1%}")
+    row("bytes that both sides cut differently", f"{agreed.bytes_cut_unlike:.1%}")
     row("not alignable", f"{agreed.unalignable:.1%}")
     row(
         "texts that it cannot write as they are",
@@ -139,9 +140,9 @@ def _numbers(found: Inspection) -> Table:
 
 
 def _critical(rows: Sequence[Critical]) -> Table:
-    table = _table("Where meaning is dense", "", "places", "one to one", "aligned", "a place cut unlike")
+    table = _table("Where meaning is dense", "", "places", "bytes", "cut unlike", "aligned", "a place cut unlike")
     for one in rows:
-        shares = (f"{one.one_to_one:.0%}", f"{one.aligned:.0%}") if one.places else ("", "")
+        shares = (f"{one.num_bytes:,}", f"{one.cut_unlike:.0%}", f"{one.aligned:.0%}") if one.places else ("", "", "")
         table.add_row(one.name, str(one.places), *shares, Text(_cuts(one)))
     return table
 

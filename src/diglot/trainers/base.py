@@ -27,7 +27,8 @@ from diglot.batches import PackedSide, pad_id
 from diglot.batches.lengths import as_read, by_length
 from diglot.checkpoints.manifest import describe_run
 from diglot.checkpoints.saving import Checkpoints, StopOnSignal, write_options
-from diglot.comparisons import Batch, Comparison, Read, Term, View, check_options, make_batch, scores_of
+from diglot.comparisons import Batch, Comparison, Read, Term, View, check_options, entries_of, make_batch, scores_of
+from diglot.comparisons.auto import auto_objective
 from diglot.comparisons.build import complete, describe, load_student, mean_metrics, prepare_comparisons, routes
 from diglot.comparisons.counts import set_counts
 from diglot.comparisons.projectors import (
@@ -118,6 +119,9 @@ class DistillationTrainer(Trainer):
         terms = [self.terms(one, len(compared)) for one in compared]
         check_options(args, [term for of_one in terms for term in of_one])
         self.comparisons = [complete(one, of_one, own, args) for one, of_one in zip(compared, terms, strict=True)]
+        by_id = all(one.reader.same_vocabulary and one.reads_ids for one in self.comparisons)
+        for one in self.comparisons:
+            one.reader.by_id = by_id  # of all or none: the student is run once, on the same scored tokens for all
         self.imitations: list[Comparison] = []  # of texts that no teacher judges
         student: Any = own
         if peft_config is not None:
@@ -149,7 +153,7 @@ class DistillationTrainer(Trainer):
         self.finite = FiniteSteps(self.accelerator, args, self.metrics)
         self.checkpoints = Checkpoints(self.accelerator, args, self.identity)
         self.observer = Observer(args, self.comparisons, self.student_head, self.metrics, self.accelerator.autocast)
-        self.add_callback(RecordCallback(self._observe))
+        self.add_callback(RecordCallback(self._observe, lambda: self.observer.drift.history))
         with_numbers(self)
         for one in self.comparisons if self.is_world_process_zero() else ():
             logger.info("%s: %s", one.label, describe(one))
@@ -193,6 +197,17 @@ class DistillationTrainer(Trainer):
     @abstractmethod
     def texts(self, window: Window) -> Texts:
         """Who writes, and what each comparison reads of it."""
+
+    def explain_auto(self) -> list[str]:
+        """What `objective: auto` stands for with each teacher and why; nothing if every objective was named."""
+        if all(entry["name"] != "auto" for entry in entries_of(self.args.objective)):
+            return []
+        several = len(self.comparisons) > 1
+        return [
+            f"Objective{f' with {one.label}' if several else ''}: {auto.name}, because {auto.reason}."
+            for one in self.comparisons
+            for auto in [auto_objective(one)]
+        ]
 
     def items(self, view: View) -> Mapping[str, float]:
         """Over how many items of a micro-batch each term is averaged."""
@@ -271,6 +286,8 @@ class DistillationTrainer(Trainer):
         dropped = sum(sum(one.reader.take_dropped().values()) for one in self.comparisons)
         watch_coverage(batches, dropped, self.metrics, step=step, min_coverage=self.args.min_coverage)
         self.observer.window(batches, self._whole_model, step, self.state.logging_steps)
+        data = self.eval_dataset or self.train_dataset
+        self.observer.drifts(batches, step, self.state.logging_steps, data, self.evaluator(self.observer.comparison))
         return [{"batch": batch} for batch in batches], int(sum(batch.scored for batch in batches))
 
     # ---- what the student writes ---------------------------------------------------------------------------------
@@ -325,6 +342,11 @@ class DistillationTrainer(Trainer):
     def sampler(self) -> TransformersSampler:
         """The student's sampler."""
         return self.sampler_for(self.student_renderer)
+
+    @property
+    def own_sampler(self) -> TransformersSampler:
+        """The same without temperature, nucleus and top-k: only from its own draws a divergence can be estimated."""
+        return TransformersSampler(self.student_renderer.stop_ids, pad_id(self.student_renderer))
 
     # ---- chance and ranks ----------------------------------------------------------------------------------------
 
@@ -479,6 +501,8 @@ class DistillationTrainer(Trainer):
     ) -> dict[str, float]:
         """Bits per byte of the completions in the data, and the divergence on completions that the student writes now.
 
+        It writes from its own distribution, whatever `temperature`, `top_p` and `top_k` training samples with.
+
         `eval_loss` is the reverse KL in nats per byte of the student's own text: one meaning for both trainers and all
         objectives.
         """
@@ -512,7 +536,7 @@ class DistillationTrainer(Trainer):
             return reference_metrics(self._totals(columns))
         written = evaluator.on_policy(
             [s.conversation for s in samples],
-            self.sampler,
+            self.own_sampler,
             max_new_tokens=self.args.max_completion_length,
             seed=self.args.seed,
         )
@@ -529,7 +553,7 @@ class DistillationTrainer(Trainer):
         """A few fixed prompts, before the first step and after the last one."""
         data = self.eval_dataset or self.train_dataset
         evaluator = self.evaluator(self.observer.comparison)
-        self.observer.fixed(phase, self.state.global_step, self._whole_model, data, evaluator, self.sampler)
+        self.observer.fixed(phase, self.state.global_step, self._whole_model, data, evaluator, self.own_sampler)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's log, with this log interval's own metrics of all ranks."""
@@ -570,10 +594,3 @@ class DistillationTrainer(Trainer):
             tags=[tags] if isinstance(tags, str) else tags,
         )
         card.save(Path(str(self.args.output_dir)) / "README.md")
-
-
-def auto_objective(comparison: Comparison) -> str:
-    """The objective that `auto` stands for."""
-    if comparison.teacher.level < Level.HIDDEN:
-        return "top_k" if comparison.teacher.level >= Level.TOP_K else "alm"
-    return "jsd" if comparison.reader.same_vocabulary else "covering"

@@ -8,13 +8,14 @@ from typing import Any
 
 from diglot.batches import ReadPair
 from diglot.comparisons import Comparison, Read, Term, defaults_of, entries_of, terms_of
+from diglot.comparisons.auto import auto_objective
 from diglot.data import Sample
 from diglot.errors import ConfigError
 from diglot.heads import gathered
 from diglot.options import GKDConfig
 from diglot.teachers import local
 from diglot.teachers.cache import cached
-from diglot.trainers.base import DistillationTrainer, Texts, Window, auto_objective
+from diglot.trainers.base import DistillationTrainer, Texts, Window
 
 
 class GKDTrainer(DistillationTrainer):
@@ -29,7 +30,7 @@ class GKDTrainer(DistillationTrainer):
     config_class = GKDConfig
 
     def terms(self, comparison: Comparison, teachers: int) -> list[Term]:
-        args, auto = self.args, auto_objective(comparison)
+        args, auto = self.args, auto_objective(comparison).name
         if args.seq_kd:
             local(comparison.teacher, "seq_kd (the teacher writes)")
         if args.teacher_cache_dir is not None:

@@ -82,6 +82,7 @@ class MiniLLMTrainer(DistillationTrainer):
         )  # fmt: skip
         self.lm_dataset = lm_dataset
         self.mixed_alpha = self._mixed_alpha()
+        self.observer.own_draws &= self.mixed_alpha == 0
         if lm_dataset is None or self.args.lm_coef == 0:
             return
         if self.is_fsdp_enabled:
@@ -168,9 +169,12 @@ class MiniLLMTrainer(DistillationTrainer):
             self.held = self.rewarded(super().prepare(window))
         if self.imitations:
             self._attach_references(self.held)
+        # Of samples of something else than the student, the mean log-ratio is no divergence: it can be negative.
+        estimates = self.observer.own_draws and self.args.kd_temperature == 1
         for view, rollout in self._views(self.held):
-            gap = float(rollout.logp_old.sum() - rollout.logp_t.sum())
-            self.metrics.add_mean("reverse_kl", gap, len(view.read.pairs))  # nats per completion, one sample each
+            gap = _sum(rollout.logp_old, view.read.written.usable_s) - _sum(rollout.logp_t, view.read.written.usable_t)
+            name = "reverse_kl" if estimates else "minillm/log_ratio"
+            self.metrics.add_mean(name, gap, len(view.read.pairs))  # nats per completion, one sample each
             if rollout.weight is not None:
                 self.metrics.add_mean("minillm/weight", float(rollout.weight.sum()), len(rollout.weight))
         return self.held
@@ -198,7 +202,8 @@ class MiniLLMTrainer(DistillationTrainer):
                 logp_t = scores.teacher_text(temperature)  # the student first: a served teacher answers meanwhile
                 weight = None
                 if alpha > 0:
-                    longest = self.args.max_completion_length if view.comparison.stop_as_set else None
+                    by_token = view.comparison.reader.same_vocabulary
+                    longest = None if by_token else self.args.max_completion_length
                     weight = mixture_weight(logp_old, logp_t, view.read.alignment, alpha, longest)
                 batch.views[k] = replace(view, rollout=Rollout(logp_old, logp_t, weight))
         self._set_advantages(batches)
@@ -280,7 +285,9 @@ class MiniLLMTrainer(DistillationTrainer):
         teacher = local(one.teacher, "teacher_mixed_alpha")
         if one.reader.same_vocabulary:
             own, pad = one.teacher_prompts(conversations), pad_id(teacher.renderer)
-            mixture = TeacherMixture(teacher.model, own, pad, alpha, teacher.running)
+            student_stops = self.student_renderer.stop_ids
+            stops = student_stops, teacher.renderer.stop_ids
+            mixture = TeacherMixture(teacher.model, own, pad, alpha, teacher.running, stops)
             return self.sampler(student, prompts, max_new_tokens=longest, seed=seeds, processors=[mixture])
         with teacher.running() as model:
             prefixes = write_prefixes(
@@ -347,6 +354,10 @@ def _alone(conversation: Conversation, rendered: Rendered) -> ReadPair:
     """A text that only the student reads."""
     scored = int((rendered.segment >= 0).sum())
     return ReadPair(conversation, rendered, rendered, np.zeros(scored, dtype=np.bool_))
+
+
+def _sum(values: Tensor, chosen: np.ndarray) -> float:
+    return float(values[torch.from_numpy(chosen).to(values.device)].double().sum())
 
 
 def held_of(batch: Batch, k: int) -> HeldBatch:
