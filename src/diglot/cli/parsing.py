@@ -62,6 +62,8 @@ def _add(group: argparse._ArgumentGroup, option: Option) -> None:
         group.add_argument(*names, dest=option.name, nargs="?", const="true", metavar="true|false", help=text)
         negated = [n.replace("--", "--no_" if "_" in n or n == names[0] else "--no-", 1) for n in names[:1]]
         group.add_argument(*negated, dest=option.name, action="store_const", const="false", help=argparse.SUPPRESS)
+    elif option.name == "resume_from_checkpoint":
+        group.add_argument(*names, dest=option.name, nargs="?", const="true", metavar="true|FOLDER", help=text)
     else:
         group.add_argument(*names, dest=option.name, metavar=option.kinds[0].upper(), help=text)
 

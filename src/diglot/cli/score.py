@@ -61,7 +61,7 @@ def _mapping(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is no mapping")
     return found

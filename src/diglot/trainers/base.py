@@ -387,7 +387,7 @@ class DistillationTrainer(Trainer):
 
         Raises:
             CheckpointError: see `find_checkpoint`.
-            StoppedError: SIGTERM came; a checkpoint was saved.
+            StoppedError: SIGTERM or SIGINT came; a checkpoint was saved.
             TeacherUnavailable, RolloutsUnavailable: a server is gone; the last whole step was saved.
         """
         self.checkpoints.described()
