@@ -205,7 +205,7 @@ def test_a_run_trains_saves_and_writes_its_resolved_config(
 def test_a_folder_with_a_run_is_not_overwritten(
     folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "resolved_config.yaml").write_text("old")
+    (tmp_path / "config.json").write_text("old")
     assert main(arguments(folders, tmp_path)) == 2
     assert "resume_from_checkpoint" in capsys.readouterr().err
     assert (tmp_path / "resolved_config.yaml").read_text() == "old"

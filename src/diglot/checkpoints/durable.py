@@ -90,9 +90,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         sizes = {str(name): int(entry["size"]) for name, entry in files.items()}
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder} is not a complete checkpoint: it has no {MANIFEST}, which is written last. It was interrupted, or is "
-            "not one of Diglot's. Resume from another one, or give the folder as model_name_or_path to start from its "
-            "weights."
+            f"{folder} is not a complete checkpoint: it has no {MANIFEST}, which is written last. It was interrupted, "
+            "or is not one of Diglot's. Resume from another one, or give the folder as model_name_or_path to start "
+            "from its weights."
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Resume from another checkpoint.") from error

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diglot.cli.loading import check_counts, check_place, load_model
+from diglot.cli.names import check_model_name
 from diglot.cli.parsing import Parser
 from diglot.errors import ConfigError
 
@@ -31,6 +32,10 @@ def evaluate(arguments: Sequence[str]) -> int:
             f"--lm_eval_tasks {given.lm_eval_tasks} needs lm-eval, which is not installed. "
             "Run: pip install 'lm-eval[hf]'."
         )
+    for name in given.models:
+        check_model_name(name, "model", "MODEL")
+    if given.teacher is not None:
+        check_model_name(given.teacher, "teacher", "--teacher")
     found = _measure(given)
     if given.lm_eval_tasks:
         for name, one in found.items():
@@ -46,7 +51,7 @@ def parser() -> Parser:
     """The parser of the command."""
     found = Parser(
         prog="diglot eval",
-        description="Numbers that do not depend on a tokenizer, with 95%% bootstrap intervals over the rows.",
+        description="Numbers that do not depend on a tokenizer, with 95% bootstrap intervals over the rows.",
         epilog="example: diglot eval runs/first --teacher Qwen/Qwen2.5-1.5B-Instruct --data heldout.jsonl",
     )
     found.add_argument("models", nargs="+", metavar="MODEL", help="a model id or a folder; several are compared")

@@ -35,7 +35,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted by Ctrl-C. Nothing was saved after the last checkpoint.", INTERRUPTED
     chain = list(_chain(error))
-    if any(isinstance(one, OSError) and one.errno in _FULL or "os error 28" in str(one) for one in chain):
+    if any((isinstance(one, OSError) and one.errno in _FULL) or "os error 28" in str(one) for one in chain):
         return _with_details(DISK, error), UNEXPECTED
     if any(_is_memory(one) for one in chain):
         return _with_details(MEMORY, error), UNEXPECTED

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diglot.cli.loading import check_counts, check_place, load_model
+from diglot.cli.names import check_model_name
 from diglot.cli.parsing import Parser
 
 EXAMPLE = """exit code: 0 the pair can be trained, 1 it cannot, 2 a wrong argument.
@@ -50,6 +51,8 @@ def inspect(arguments: Sequence[str]) -> int:
     check_counts(given, "rows", "model_rows", "batch_size", "max_completion_length")
     if given.with_models:
         check_place(given.device, given.dtype)
+    check_model_name(given.student, "student", "STUDENT")
+    check_model_name(given.teacher, "teacher", "TEACHER")
     from diglot.cli.options import load_options
     from diglot.inspection import inspect_pair
     from diglot.inspection.load import load_input

@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from diglot.cli.failures import one_line
 from diglot.cli.options import load_options
+from diglot.cli.preflight import check_deepspeed, preflight
 from diglot.cli.script import TrainArguments
 from diglot.data import load_dataset
 from diglot.errors import ConfigError, DiglotError
@@ -42,16 +44,13 @@ def train(values: dict[str, Any]) -> int:
     resume: Any = {"true": True, "false": None}.get(
         str(config.resume_from_checkpoint).lower(), config.resume_from_checkpoint
     )
-    if (out / RESOLVED).exists() and not resume:
-        raise ConfigError(
-            f"{out} holds a run already. Choose another output_dir, or go on with --resume_from_checkpoint."
-        )
+    preflight(script, config, resume)
     try:
         trainer = build(script, config)
     except DiglotError:
         raise
     except (ValueError, TypeError, ImportError) as error:  # of the libraries: a model, an adapter, a tracker
-        raise ConfigError(f"Models, data and options do not go together: {error}") from error
+        raise ConfigError(f"Models, data and options do not go together: {one_line(error)}") from error
     trainer.find_checkpoint(resume)  # before anything of the run that is there is overwritten
     if trainer.is_world_process_zero():
         out.mkdir(parents=True, exist_ok=True)
@@ -77,6 +76,7 @@ def split(values: dict[str, Any]) -> tuple[TrainArguments, DistillationConfig]:
         absent = [k for k in wrong if k in options and script.trainer in options[k].trainers]
         reason = f"the installed transformers {version('transformers')}" if absent else f"--trainer {script.trainer}"
         raise ConfigError(f"{', '.join(absent or wrong)}: no option of {reason}. Drop it, or change the other.")
+    check_deepspeed(values.get("deepspeed"))
     if "output_dir" not in values:
         raise ConfigError("output_dir is not given. Say --output_dir: the student and its configuration go there.")
     try:

@@ -87,8 +87,8 @@ def check_texts(values: Mapping[str, object]) -> None:
         raise ConfigError(f"optim_args={optim_args!r} is not allowed: it must be name=value, with commas between.")
     if isinstance(values.get("parallelism_config"), str):
         raise ConfigError(
-            f"parallelism_config={values['parallelism_config']!r} is not allowed: it must be an object of Accelerate's, "
-            "which only a Python script can give."
+            f"parallelism_config={values['parallelism_config']!r} is not allowed: it must be an object of "
+            "Accelerate's, which only a Python script can give."
         )
 
 
