@@ -207,8 +207,8 @@ def test_a_folder_with_a_run_is_not_overwritten(
 ) -> None:
     (tmp_path / "config.json").write_text("old")
     assert main(arguments(folders, tmp_path)) == 2
-    assert "resume_from_checkpoint" in capsys.readouterr().err
-    assert (tmp_path / "resolved_config.yaml").read_text() == "old"
+    assert "holds a model already" in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_text() == "old"
 
 
 def test_a_run_is_resumed_from_its_last_checkpoint(folders: dict[str, str], tmp_path: Path) -> None:
