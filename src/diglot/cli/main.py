@@ -74,8 +74,12 @@ def _run(command: str, arguments: list[str]) -> int:
         from diglot.cli.parsing import parse_train
 
         values = parse_train(arguments)
-        from diglot.cli.train import train
+        from diglot.cli.screen import show_phases
+        from diglot.phases import phase
 
+        show_phases()
+        with phase("Loading torch and transformers"):
+            from diglot.cli.train import train
         return train(values)
     if command in COMMANDS:
         module, function = COMMANDS[command]

@@ -73,9 +73,9 @@ def check_output(out: Path, resume: str | bool | None) -> None:
     complete = any(durable.problem(one) is None for one in out.glob("checkpoint-*"))
     beside = any(durable.problem(one) is None for one in out.glob(f"{durable.BESIDE}*/checkpoint-*"))
     if resume is True and not complete and not beside:
-        place = "in another output_dir, " if trained else ""
+        elsewhere = "in another output_dir, " if trained else ""
         raise ConfigError(
-            f"There is no complete checkpoint in {out}. Start a new run, {place}without resume_from_checkpoint."
+            f"There is no complete checkpoint in {out}. Start a new run, {elsewhere}without resume_from_checkpoint."
         )
     if resume is None and (complete or beside):
         raise ConfigError(

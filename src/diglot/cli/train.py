@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
+from diglot.cli.blocks import print_end, print_start
 from diglot.cli.failures import one_line
 from diglot.cli.options import load_options
 from diglot.cli.preflight import check_deepspeed, preflight
@@ -18,6 +18,7 @@ from diglot.cli.script import TrainArguments
 from diglot.data import load_dataset
 from diglot.errors import ConfigError, DiglotError
 from diglot.options.secrets import without_secrets
+from diglot.phases import phase
 from diglot.trainers import DistillationConfig, GKDConfig, GKDTrainer, MiniLLMConfig, MiniLLMTrainer
 from diglot.trainers.base import DistillationTrainer
 
@@ -56,11 +57,13 @@ def train(values: dict[str, Any]) -> int:
         out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(resolved(script, config), sort_keys=False, allow_unicode=True)
         (out / RESOLVED).write_text(text, encoding="utf-8")
+        print_start(trainer, script)
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    with phase(f"Saving the student to {out}"):
+        trainer.save_model()
     trainer.create_model_card(dataset=script.dataset_name)
     if trainer.is_world_process_zero():
-        Console().print(f"Student: [bold]{out}[/]")
+        print_end(out, script, config.teacher_model_name_or_path)
     return 0
 
 
@@ -120,7 +123,8 @@ def build(script: TrainArguments, config: DistillationConfig) -> DistillationTra
 
 def _data(script: TrainArguments, name: str | None, split: str) -> Any:
     assert name is not None
-    return load_dataset(name, config=script.dataset_config, split=split, streaming=script.dataset_streaming)
+    with phase(f"Reading the data {name}"):
+        return load_dataset(name, config=script.dataset_config, split=split, streaming=script.dataset_streaming)
 
 
 def _peft(script: TrainArguments) -> Any:

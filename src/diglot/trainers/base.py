@@ -43,6 +43,7 @@ from diglot.evaluation import Evaluator, OnPolicyReport
 from diglot.heads import Head, gathered, hidden_at_rows, keep_after_forward
 from diglot.objectives import Level
 from diglot.options import DistillationConfig
+from diglot.phases import phase as working
 from diglot.rendering import Conversation, Renderer
 from diglot.report import model_card
 from diglot.rollouts import Completion, TransformersSampler
@@ -529,7 +530,8 @@ class DistillationTrainer(Trainer):
         """A few fixed prompts, before the first step and after the last one."""
         data = self.eval_dataset or self.train_dataset
         evaluator = self.evaluator(self.observer.comparison)
-        self.observer.fixed(phase, self.state.global_step, self._whole_model, data, evaluator, self.sampler)
+        with working(f"The student answers fixed prompts, {phase} training"):
+            self.observer.fixed(phase, self.state.global_step, self._whole_model, data, evaluator, self.sampler)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's log, with this log interval's own metrics of all ranks."""
