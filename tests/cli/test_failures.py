@@ -24,6 +24,13 @@ from diglot.errors import ConfigError
 TRAIN = ["train", "--dataset_name", "rows.jsonl", "--use_cpu"]
 
 
+def message_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command ended with, after the phases that came before: no model was loaded."""
+    *phases, message = capsys.readouterr().err.splitlines()
+    assert message.startswith("diglot: ") and all(line.startswith("Loading torch") for line in phases)
+    return message
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     """The folder of a model, as far as it is looked at before loading."""
@@ -48,8 +55,8 @@ def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
     monkeypatch.setattr(preflight, "_installed", lambda module: False)
     sides = ["--model_name_or_path", model, "--teacher_model_name_or_path", model, "--output_dir", str(tmp_path / "o")]
     assert main([*TRAIN, *sides, *given]) == 2
-    said = capsys.readouterr().err
-    assert message in said and "pip install" in said and said.count("\n") == 1
+    said = message_of(capsys)
+    assert message in said and "pip install" in said
     assert not (tmp_path / "o").exists()
 
 
@@ -64,8 +71,7 @@ def test_a_wrong_name_says_whose_it_is_and_by_which_option(
     sides = {"model_name_or_path": model, "teacher_model_name_or_path": model, option: name}
     words = [word for key, value in sides.items() for word in (f"--{key}", value)]
     assert main([*TRAIN, *words, "--output_dir", str(tmp_path / "o")]) == 2
-    said = capsys.readouterr().err
-    assert f"The {side} is {name!r} ({option})" in said and said.count("\n") == 1
+    assert f"The {side} is {name!r} ({option})" in message_of(capsys)
 
 
 def test_a_folder_without_a_model_and_a_file_are_no_models(tmp_path: Path) -> None:

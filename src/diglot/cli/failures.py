@@ -18,7 +18,7 @@ INVALID, UNEXPECTED, INTERRUPTED = 2, 3, 130
 
 MEMORY = (
     "Out of memory. Lower per_device_train_batch_size and raise gradient_accumulation_steps by the same factor (the "
-    "loss stays the same), then max_completion_length and max_length; --gradient_checkpointing, --use_peft and "
+    "loss stays the same), then max_completion_length and max_length; --activation_checkpointing, --use_peft and "
     "--rows_per_chunk take less as well."
 )
 DISK = (

@@ -39,6 +39,8 @@ class DistillationConfig(TrainingArguments):
     """What GKD and MiniLLM have in common. Lengths are in tokens of the side they belong to."""
 
     # Settings of the parent whose defaults would hide something or fit fine-tuning only.
+    output_dir: str | None = option(None, "Where the student, its checkpoints and the logs go.", "Training")
+    max_steps: int = option(-1, "Optimizer steps; -1: as many as `num_train_epochs` makes.", "Training")
     learning_rate: float = option(1e-5, "Peak learning rate.", "Training")
     logging_steps: float = option(10, "Log every so many optimizer steps.", "Logging")
     logging_nan_inf_filter: bool = option(False, "Hide non-finite losses in the log (never on by default).", "Logging")
