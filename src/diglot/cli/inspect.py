@@ -34,6 +34,7 @@ def parser() -> Parser:
     )
     found.add_argument("--split", default="train", help="split of --data (default: train)")
     found.add_argument("--rows", type=int, default=256, help="rows of --data that are read (default: 256)")
+    found.add_argument("--details", action="store_true", help="show what the verdict rests on: about 90 lines")
     found.add_argument("--json", action="store_true", help="everything as JSON")
     weights = found.add_argument_group("with weights")
     weights.add_argument("--with-models", "--with_models", action="store_true", help="load both models and run them")
@@ -68,7 +69,7 @@ def inspect(arguments: Sequence[str]) -> int:
     else:
         from diglot.report.inspection import print_inspection
 
-        print_inspection(found)
+        print_inspection(found, details=given.details)
     return 0 if found.verdict.trainable else 1
 
 
