@@ -9,13 +9,16 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import support.tokenizers_zoo as zoo
 from support import tiny
+from transformers import TrainerCallback
 
 from diglot.checkpoints.saving import last_whole
 from diglot.cli.main import main
+from diglot.errors import StoppedError
 
 FOREVER = 100_000  # steps: no run here gets to its end by itself
 
@@ -101,3 +104,18 @@ def test_ctrl_c_before_training_is_one_line(command: list[str], out: Path) -> No
     run.press_ctrl_c()
     assert run.end() == 130
     assert "Traceback" not in run.printed
+
+
+def test_a_stopped_run_does_not_answer_its_fixed_prompts_once_more(tmp_path: Path) -> None:
+    class CtrlC(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = tiny.gkd(
+        tmp_path, zoo.chatml(), zoo.inst(), max_steps=3, log_rollouts=4, keywords={"callbacks": [CtrlC()]}
+    )
+    with pytest.raises(StoppedError) as stopped:
+        trainer.train()
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    phases = [record["phase"] for record in map(json.loads, lines) if "phase" in record]
+    assert stopped.value.code == 130 and phases == ["before"]

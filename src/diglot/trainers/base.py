@@ -145,6 +145,7 @@ class DistillationTrainer(Trainer):
         self.student_head.verify(self.student)
         self.projectors = self._to_device()
         self.metrics = StepMetrics()
+        self.stopping: StopOnSignal | None = None
         cap = args.vllm_importance_sampling_clip_max if args.vllm_importance_sampling_correction else None
         self.rollouts = Rollouts(engine, self.accelerator, self.metrics, cap)
         self.finite = FiniteSteps(self.accelerator, args, self.metrics)
@@ -394,6 +395,7 @@ class DistillationTrainer(Trainer):
         self.checkpoints.described()
         chosen, watch = self.find_checkpoint(resume_from_checkpoint), StopOnSignal(self.accelerator)
         self.add_callback(watch)
+        self.stopping = watch
         try:
             with watch.listening():
                 done = super().train(chosen, trial, ignore_keys_for_eval)
@@ -528,6 +530,8 @@ class DistillationTrainer(Trainer):
 
     def _observe(self, phase: str) -> None:
         """A few fixed prompts, before the first step and after the last one."""
+        if self.stopping is not None and self.stopping.stopped:  # somebody waits for the end; the run goes on later
+            return
         data = self.eval_dataset or self.train_dataset
         evaluator = self.evaluator(self.observer.comparison)
         with working(f"The student answers fixed prompts, {phase} training"):
