@@ -114,7 +114,7 @@ def test_what_is_not_whole_is_passed_over_and_refused_by_name(
 ) -> None:
     broken(run / "checkpoint-2")
     trainer = tiny.gkd(run, zoo.chatml(), zoo.inst(), **SAVES)
-    assert trainer.find_checkpoint(True) == str(run / "checkpoint-1") and "checkpoint-2 is passed over" in caplog.text
+    assert trainer.find_checkpoint(True) == str(run / "checkpoint-1") and "checkpoint-2 is skipped" in caplog.text
     with pytest.raises(CheckpointError, match="checkpoint-2"):
         trainer.find_checkpoint(str(run / "checkpoint-2"))
 
@@ -260,7 +260,7 @@ def test_a_signal_ends_the_run_with_a_message_that_says_how_to_go_on(tmp_path: P
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), **options, keywords={"callbacks": [Send()]})
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(
-        StoppedError, match=r"behind step 2\. checkpoint-2 in .* is whole: go on with --resume"
+        StoppedError, match=r"after step 2\. checkpoint-2 in .* is complete\. Continue with --resume"
     ) as error:
         trainer.train()
     assert error.value.code == 143 and signal.getsignal(signal.SIGTERM) == before

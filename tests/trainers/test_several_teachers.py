@@ -221,7 +221,7 @@ def test_what_each_teacher_could_read_is_logged_and_tokens_count_once(tmp_path: 
     ({"max_length": -5}, "teacher 'a'.*teacher_max_length=-5 cannot work"),
     ({"max_length": "abc"}, "teacher_max_length"), ({"weight": "much"}, "weight is 'much'"),
     ({"weight": float("nan")}, "weight is nan"), ({"revision": 3}, "revision=3"),
-    ({"chat_template_kwargs": "{"}, "is no JSON"), ({"init_kwargs": [1]}, "must be a mapping"),
+    ({"chat_template_kwargs": "{"}, "is not valid JSON"), ({"init_kwargs": [1]}, "must be a mapping"),
 ])  # fmt: skip
 def test_options_of_one_teacher_have_the_checks_of_the_global_ones(
     tmp_path: Path, entry: dict[str, Any], said: str

@@ -138,8 +138,8 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -
     differing = [d for part in ("student", "teacher", "objective") for d in _differing(part, saved, now)]
     if differing:
         raise CheckpointError(
-            f"{folder} belongs to another run: {'; '.join(differing)}. Resume with what the checkpoint was made with, "
-            "or start a new run from its weights: model_name_or_path and another output_dir."
+            f"{folder} belongs to another run: {'; '.join(differing)}. Resume with the models and options of the "
+            "checkpoint, or start a new run from its weights: model_name_or_path and another output_dir."
         )
     notes = [d for part in ("options", "versions", "world") for d in _differing(part, saved, now)]
     if notes:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diglot.cli.loading import check_counts, check_place, load_model
+from diglot.cli.names import check_model_name
 from diglot.cli.parsing import Parser
 
 EXAMPLE = """exit code: 0 the pair can be trained, 1 it cannot, 2 a wrong argument.
@@ -33,6 +34,7 @@ def parser() -> Parser:
     )
     found.add_argument("--split", default="train", help="split of --data (default: train)")
     found.add_argument("--rows", type=int, default=256, help="rows of --data that are read (default: 256)")
+    found.add_argument("--details", action="store_true", help="show what the verdict rests on: about 90 lines")
     found.add_argument("--json", action="store_true", help="everything as JSON")
     weights = found.add_argument_group("with weights")
     weights.add_argument("--with-models", "--with_models", action="store_true", help="load both models and run them")
@@ -50,6 +52,8 @@ def inspect(arguments: Sequence[str]) -> int:
     check_counts(given, "rows", "model_rows", "batch_size", "max_completion_length")
     if given.with_models:
         check_place(given.device, given.dtype)
+    check_model_name(given.student, "student", "STUDENT")
+    check_model_name(given.teacher, "teacher", "TEACHER")
     from diglot.cli.options import load_options
     from diglot.inspection import inspect_pair
     from diglot.inspection.load import load_input
@@ -65,7 +69,7 @@ def inspect(arguments: Sequence[str]) -> int:
     else:
         from diglot.report.inspection import print_inspection
 
-        print_inspection(found)
+        print_inspection(found, details=given.details)
     return 0 if found.verdict.trainable else 1
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diglot.cli.loading import check_counts
+from diglot.cli.names import check_model_name
 from diglot.cli.parsing import Parser
 
 EXAMPLE = """example:
@@ -61,7 +62,7 @@ def _mapping(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is no mapping")
     return found
@@ -73,6 +74,7 @@ def score(arguments: Sequence[str]) -> int:
     check_counts(options, "k", "batch_size", "shard_texts")
     if options.teacher_max_length is not None:
         check_counts(options, "teacher_max_length")
+    check_model_name(options.teacher, "teacher", "--teacher", options.teacher_model_revision)
     from rich.console import Console
 
     from diglot.data import load_dataset, to_sample

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
+from diglot.cli.blocks import print_end, print_start
+from diglot.cli.failures import one_line
 from diglot.cli.options import load_options
+from diglot.cli.preflight import check_deepspeed, preflight
 from diglot.cli.script import TrainArguments
 from diglot.data import load_dataset
 from diglot.errors import ConfigError, DiglotError
 from diglot.options.secrets import without_secrets
+from diglot.phases import phase
 from diglot.trainers import DistillationConfig, GKDConfig, GKDTrainer, MiniLLMConfig, MiniLLMTrainer
 from diglot.trainers.base import DistillationTrainer
 
@@ -42,28 +45,25 @@ def train(values: dict[str, Any]) -> int:
     resume: Any = {"true": True, "false": None}.get(
         str(config.resume_from_checkpoint).lower(), config.resume_from_checkpoint
     )
-    if (out / RESOLVED).exists() and not resume:
-        raise ConfigError(
-            f"{out} holds a run already. Choose another output_dir, or go on with --resume_from_checkpoint."
-        )
+    preflight(script, config, resume)
     try:
         trainer = build(script, config)
     except DiglotError:
         raise
     except (ValueError, TypeError, ImportError) as error:  # of the libraries: a model, an adapter, a tracker
-        raise ConfigError(f"Models, data and options do not go together: {error}") from error
+        raise ConfigError(f"Models, data and options do not go together: {one_line(error)}") from error
     trainer.find_checkpoint(resume)  # before anything of the run that is there is overwritten
     if trainer.is_world_process_zero():
         out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(resolved(script, config), sort_keys=False, allow_unicode=True)
         (out / RESOLVED).write_text(text, encoding="utf-8")
-        for line in trainer.explain_auto():
-            Console().print(line, highlight=False, markup=False)
+        print_start(trainer, script)
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    with phase(f"Saving the student to {out}"):
+        trainer.save_model()
     trainer.create_model_card(dataset=script.dataset_name)
     if trainer.is_world_process_zero():
-        Console().print(f"Student: [bold]{out}[/]")
+        print_end(out, script, config.teacher_model_name_or_path)
     return 0
 
 
@@ -79,6 +79,7 @@ def split(values: dict[str, Any]) -> tuple[TrainArguments, DistillationConfig]:
         absent = [k for k in wrong if k in options and script.trainer in options[k].trainers]
         reason = f"the installed transformers {version('transformers')}" if absent else f"--trainer {script.trainer}"
         raise ConfigError(f"{', '.join(absent or wrong)}: no option of {reason}. Drop it, or change the other.")
+    check_deepspeed(values.get("deepspeed"))
     if "output_dir" not in values:
         raise ConfigError("output_dir is not given. Say --output_dir: the student and its configuration go there.")
     try:
@@ -122,7 +123,8 @@ def build(script: TrainArguments, config: DistillationConfig) -> DistillationTra
 
 def _data(script: TrainArguments, name: str | None, split: str) -> Any:
     assert name is not None
-    return load_dataset(name, config=script.dataset_config, split=split, streaming=script.dataset_streaming)
+    with phase(f"Reading the data {name}"):
+        return load_dataset(name, config=script.dataset_config, split=split, streaming=script.dataset_streaming)
 
 
 def _peft(script: TrainArguments) -> Any:

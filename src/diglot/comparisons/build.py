@@ -19,6 +19,7 @@ from diglot.data import Sample
 from diglot.errors import ConfigError, DataError
 from diglot.objectives import Level, Pair
 from diglot.options import DistillationConfig, TeacherOptions
+from diglot.phases import phase
 from diglot.rendering import Renderer, Role
 from diglot.teachers import LocalTeacher, Teacher, find_teacher_tokenizer
 from diglot.teachers.adapter import OWN_BASE, AdapterOff
@@ -37,7 +38,8 @@ def load_student(
         VocabularyError: a tokenizer that does not belong to its model, or whose bytes cannot be known.
     """
     if isinstance(student, str):
-        student = AutoModelForCausalLM.from_pretrained(student, **{**INERT, **_kwargs(args.model_init_kwargs)})
+        with phase(f"Loading the student {student}"):
+            student = AutoModelForCausalLM.from_pretrained(student, **{**INERT, **_kwargs(args.model_init_kwargs)})
     elif args.model_init_kwargs:
         raise ConfigError("model_init_kwargs is for a student given by name; this one is already a model. Drop it.")
     for module in student.modules():
@@ -100,9 +102,9 @@ def _compare(
     if frozen is None:
         frozen = _local_teacher(options, tokenizer, args, student, renderer)
     mine, theirs = renderer, frozen.renderer
-    pair = Pair.of(
-        mine.vocabulary, theirs.vocabulary, mine.stop_ids, theirs.stop_ids, mine.encoder.encode, theirs.encoder.encode
-    )
+    with phase("Comparing the vocabularies"):
+        encoders = mine.encoder.encode, theirs.encoder.encode
+        pair = Pair.of(mine.vocabulary, theirs.vocabulary, mine.stop_ids, theirs.stop_ids, *encoders)
     reader = PairReader(
         mine,
         theirs,
@@ -248,7 +250,8 @@ def _load(name: Any, options: TeacherOptions, args: DistillationConfig) -> PreTr
     if name is None:
         raise ConfigError("There is no teacher. Pass teacher_model or set teacher_model_name_or_path.")
     trust = args.teacher_trust_remote_code
-    return load_teacher_model(name, options.init_kwargs or {}, revision=options.revision, trust_remote_code=trust)
+    with phase(f"Loading the teacher {name}"):
+        return load_teacher_model(name, options.init_kwargs or {}, revision=options.revision, trust_remote_code=trust)
 
 
 def _renderer(model: PreTrainedModel, tokenizer: Tokenizer, template_kwargs: Any, name: str) -> Renderer:

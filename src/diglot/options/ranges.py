@@ -63,13 +63,13 @@ def check_ranges(values: Mapping[str, object]) -> None:
     it is off."""
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{name}={value!r} cannot work: it must be a finite number.")
+            raise ConfigError(f"{name}={value!r} is not allowed: it must be a finite number.")
         low, high, rule = RANGES.get(name, (None, None, ""))
         if value is None or not rule:
             continue
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or (low is not None and value < low) or (high is not None and value > high):  # type: ignore[operator]
-            raise ConfigError(f"{name}={value!r} cannot work: it must be {rule}.")
+            raise ConfigError(f"{name}={value!r} is not allowed: it must be {rule}.")
 
 
 def check_texts(values: Mapping[str, object]) -> None:
@@ -84,17 +84,17 @@ def check_texts(values: Mapping[str, object]) -> None:
     _one_of("include_num_input_tokens_seen", str(seen).lower(), {"all", "non_padding", "no", "true", "false"})
     optim_args = values.get("optim_args")
     if optim_args and not all("=" in part for part in str(optim_args).split(",")):
-        raise ConfigError(f"optim_args={optim_args!r} cannot work: it must be name=value, with commas between.")
+        raise ConfigError(f"optim_args={optim_args!r} is not allowed: it must be name=value, with commas between.")
     if isinstance(values.get("parallelism_config"), str):
         raise ConfigError(
-            f"parallelism_config={values['parallelism_config']!r} cannot work: it must be an object of Accelerate's, "
-            "which only a Python script can give."
+            f"parallelism_config={values['parallelism_config']!r} is not allowed: it must be an object of "
+            "Accelerate's, which only a Python script can give."
         )
 
 
 def _one_of(name: str, value: object, known: set[str]) -> None:
     if value not in known:
-        raise ConfigError(f"{name}={value!r} cannot work: it must be one of {', '.join(sorted(known))}.")
+        raise ConfigError(f"{name}={value!r} is not allowed: it must be one of {', '.join(sorted(known))}.")
 
 
 def as_mapping(name: str, value: object) -> dict[str, Any] | None:
@@ -103,7 +103,9 @@ def as_mapping(name: str, value: object) -> dict[str, Any] | None:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{name}={value!r} is no JSON: {error}. Write a mapping, for instance {{}}.") from error
+            raise ConfigError(
+                f"{name}={value!r} is not valid JSON: {error}. Write a mapping, for instance {{}}."
+            ) from error
     if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"{name}={value!r} cannot work: it must be a mapping.")
+        raise ConfigError(f"{name}={value!r} is not allowed: it must be a mapping.")
     return value

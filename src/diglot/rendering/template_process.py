@@ -26,6 +26,7 @@ _START_SECONDS = 300.0  # importing from a cold disk is slow, and not the templa
 
 _ENVIRONMENT = ("PATH", "HOME", "TZ", "LANG", "LC_ALL")
 _ENTRY = (
+    "import signal; [signal.signal(one, signal.SIG_IGN) for one in (signal.SIGINT, signal.SIGTERM)]; "
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import runpy; "
     "runpy.run_path(sys.argv[2])['serve'](*map(int, sys.argv[3:]))"
 )
@@ -81,6 +82,7 @@ class TemplateProcess:
             [sys.executable, "-I", "-c", _ENTRY, json.dumps(sys.path), str(server), *numbers],
             pass_fds=(theirs_in, theirs_out),
             stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the run, which needs templates until its step has ended
             env={**{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}, "OMP_NUM_THREADS": "1"},
         )
         os.close(theirs_in)

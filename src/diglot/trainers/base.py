@@ -27,8 +27,7 @@ from diglot.batches import PackedSide, pad_id
 from diglot.batches.lengths import as_read, by_length
 from diglot.checkpoints.manifest import describe_run
 from diglot.checkpoints.saving import Checkpoints, StopOnSignal, write_options
-from diglot.comparisons import Batch, Comparison, Read, Term, View, check_options, entries_of, make_batch, scores_of
-from diglot.comparisons.auto import auto_objective
+from diglot.comparisons import Batch, Comparison, Read, Term, View, check_options, make_batch, scores_of
 from diglot.comparisons.build import complete, describe, load_student, mean_metrics, prepare_comparisons, routes
 from diglot.comparisons.counts import set_counts
 from diglot.comparisons.projectors import (
@@ -44,6 +43,7 @@ from diglot.evaluation import Evaluator, OnPolicyReport
 from diglot.heads import Head, gathered, hidden_at_rows, keep_after_forward
 from diglot.objectives import Level
 from diglot.options import DistillationConfig
+from diglot.phases import phase as working
 from diglot.rendering import Conversation, Renderer
 from diglot.report import model_card
 from diglot.rollouts import Completion, TransformersSampler
@@ -148,6 +148,7 @@ class DistillationTrainer(Trainer):
         self.student_head.verify(self.student)
         self.projectors = self._to_device()
         self.metrics = StepMetrics()
+        self.stopping: StopOnSignal | None = None
         cap = args.vllm_importance_sampling_clip_max if args.vllm_importance_sampling_correction else None
         self.rollouts = Rollouts(engine, self.accelerator, self.metrics, cap)
         self.finite = FiniteSteps(self.accelerator, args, self.metrics)
@@ -197,17 +198,6 @@ class DistillationTrainer(Trainer):
     @abstractmethod
     def texts(self, window: Window) -> Texts:
         """Who writes, and what each comparison reads of it."""
-
-    def explain_auto(self) -> list[str]:
-        """What `objective: auto` stands for with each teacher and why; nothing if every objective was named."""
-        if all(entry["name"] != "auto" for entry in entries_of(self.args.objective)):
-            return []
-        several = len(self.comparisons) > 1
-        return [
-            f"Objective{f' with {one.label}' if several else ''}: {auto.name}, because {auto.reason}."
-            for one in self.comparisons
-            for auto in [auto_objective(one)]
-        ]
 
     def items(self, view: View) -> Mapping[str, float]:
         """Over how many items of a micro-batch each term is averaged."""
@@ -409,12 +399,13 @@ class DistillationTrainer(Trainer):
 
         Raises:
             CheckpointError: see `find_checkpoint`.
-            StoppedError: SIGTERM came; a checkpoint was saved.
+            StoppedError: SIGTERM or SIGINT came; a checkpoint was saved.
             TeacherUnavailable, RolloutsUnavailable: a server is gone; the last whole step was saved.
         """
         self.checkpoints.described()
         chosen, watch = self.find_checkpoint(resume_from_checkpoint), StopOnSignal(self.accelerator)
         self.add_callback(watch)
+        self.stopping = watch
         try:
             with watch.listening():
                 done = super().train(chosen, trial, ignore_keys_for_eval)
@@ -551,9 +542,12 @@ class DistillationTrainer(Trainer):
 
     def _observe(self, phase: str) -> None:
         """A few fixed prompts, before the first step and after the last one."""
+        if self.stopping is not None and self.stopping.stopped:  # somebody waits for the end; the run goes on later
+            return
         data = self.eval_dataset or self.train_dataset
         evaluator = self.evaluator(self.observer.comparison)
-        self.observer.fixed(phase, self.state.global_step, self._whole_model, data, evaluator, self.own_sampler)
+        with working(f"The student answers fixed prompts, {phase} training"):
+            self.observer.fixed(phase, self.state.global_step, self._whole_model, data, evaluator, self.own_sampler)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's log, with this log interval's own metrics of all ranks."""
