@@ -51,6 +51,7 @@ from diglot.teachers.adapter import AdapterOff
 from diglot.teachers.scored import ScoredTeacher
 from diglot.trainers.engines import Rollouts, make_engine
 from diglot.trainers.finite import FiniteSteps
+from diglot.trainers.precision import check_trainable
 from diglot.trainers.ranks import check_wrapping, place_frozen, row_places, row_seed, sum_over_ranks, with_all_names
 from diglot.watching.coverage import watch_coverage
 from diglot.watching.metrics import StepMetrics, evaluation_metrics, reference_metrics
@@ -112,7 +113,7 @@ class DistillationTrainer(Trainer):
     ) -> None:
         # Before the Trainer's own setup, which makes the output folder: what cannot work leaves nothing behind.
         self.args = args = args if args is not None else self.config_class(output_dir="diglot-output")
-        own, self.student_renderer = load_student(model, processing_class, args)
+        own, self.student_renderer = load_student(model, processing_class, args, frozen=peft_config is not None)
         compared = prepare_comparisons(own, self.student_renderer, teacher_model, teacher_processing_class, args)
         engine = make_engine(args, self.student_renderer, self.sampler_for(self.student_renderer))
         terms = [self.terms(one, len(compared)) for one in compared]
@@ -124,6 +125,7 @@ class DistillationTrainer(Trainer):
             from peft import get_peft_model
 
             student = get_peft_model(student, peft_config)
+        check_trainable(student, args, optimizers[0])
         for one in self.comparisons:
             if isinstance(one.teacher, AdapterOff):
                 one.teacher.follow(student)
