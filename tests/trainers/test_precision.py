@@ -10,19 +10,25 @@ import pytest
 import support.tokenizers_zoo as zoo
 import torch
 import yaml
+from datasets import Dataset
 from peft import LoraConfig
 from support import tiny
 
 from diglot.cli.recipes import load_recipes
 from diglot.cli.train import build, split
 from diglot.errors import ConfigError
+from diglot.objectives import policy_gradient
+from diglot.objectives.span import clipped_policy_gradient
+from diglot.rollouts import TransformersSampler
+from diglot.teachers import LocalTeacher
 
 RECIPES = load_recipes()
 HERE = {  # what of a recipe is about machines, servers or sizes
     "teacher_model_init_kwargs": {"dtype": "bfloat16"}, "use_vllm": False, "fsdp": "", "fsdp_config": None,
     "max_length": 256, "max_completion_length": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
-    "max_steps": 3, "warmup_steps": 0, "log_rollouts": 0, "lr_scheduler_type": "constant", "use_cpu": True, "disable_tqdm": True,
-    "chat_template_kwargs": None, "teacher_chat_template_kwargs": None, "teacher_tokenizer_name_or_path": None,
+    "max_steps": 3, "warmup_steps": 0, "log_rollouts": 0, "lr_scheduler_type": "constant", "use_cpu": True,
+    "disable_tqdm": True, "chat_template_kwargs": None,
+    "teacher_chat_template_kwargs": None, "teacher_tokenizer_name_or_path": None,
     "save_strategy": "no", "min_coverage": 0.0,
 }  # fmt: skip
 
@@ -96,3 +102,43 @@ def test_plain_adamw_of_the_callers_own_is_refused_too(tmp_path: Path) -> None:
     own = {"optimizers": (torch.optim.AdamW(student.parameters()), None)}
     with pytest.raises(ConfigError, match="16 bits"):
         tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), models=(student, tiny.tiny_model(zoo.inst(), 1)), keywords=own)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_ratio_of_the_first_inner_step_is_one(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probs are scored as they are trained: clipping starts from what the policy was."""
+    seen: list[float] = []
+
+    def watched(logp: torch.Tensor, logp_old: torch.Tensor, *others: Any) -> Any:
+        seen.append(float((logp - logp_old).detach().abs().max()))
+        return clipped_policy_gradient(logp, logp_old, *others)
+
+    monkeypatch.setattr(policy_gradient, "clipped_policy_gradient", watched)
+    options = {"num_iterations": 2, "max_steps": 2, "learning_rate": 1e-2, "bf16": dtype == "bf16"}
+    tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), **options, teacher_mixed_alpha=0.0).train()
+    first, second = seen
+    assert first < 1e-6 < second
+
+
+def test_whoever_reads_a_model_reads_it_under_the_autocast_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training, rewards, observed completions and evaluation ask the teacher and let the student write in one type."""
+    seen: dict[str, set[bool]] = {}
+
+    def watch(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def run(*given: Any, **keywords: Any) -> Any:
+            seen.setdefault(name, set()).add(torch.is_autocast_enabled("cpu"))
+            return plain(*given, **keywords)
+
+        monkeypatch.setattr(owner, name, run)
+
+    watch(LocalTeacher, "at_rows")
+    watch(TransformersSampler, "__call__")
+    options = {"bf16": True, "log_rollouts": 2, "max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    data = {"eval_dataset": Dataset.from_list(tiny.CHAT_ROWS[:3])}
+    tiny.minillm(tmp_path / "a", zoo.chatml(), zoo.inst(), **options, keywords=data).train()
+    tiny.gkd(tmp_path / "b", zoo.chatml(), zoo.inst(), **options, lmbda=1.0, keywords=data).train()
+    assert seen == {"at_rows": {True}, "__call__": {True}}

@@ -269,7 +269,9 @@ class DistillationTrainer(Trainer):
         self.finite.rows = [sample.where for batch in window for sample in batch]
         for projector in self.projectors.values():
             projector.grad = None  # the Trainer clears the gradients of its model only
-        batches, step = self.prepare(window), self.state.global_step
+        step = self.state.global_step
+        with self.accelerator.autocast():  # who writes and who rewards is the model in training
+            batches = self.prepare(window)
         dropped = sum(sum(one.reader.take_dropped().values()) for one in self.comparisons)
         watch_coverage(batches, dropped, self.metrics, step=step, min_coverage=self.args.min_coverage)
         self.observer.window(batches, self._whole_model, step, self.state.logging_steps)
@@ -493,7 +495,7 @@ class DistillationTrainer(Trainer):
         rank, world = self.args.process_index, self.args.world_size
         rows: Any = data
         samples = [to_sample(rows[i], where=f"evaluation row {i}") for i in range(rank, len(rows), world)]
-        with gathered(self.student, *self.teacher_models()):
+        with gathered(self.student, *self.teacher_models()), self.accelerator.autocast():
             measured = [(one.weight, self._evaluate_samples(one, samples)) for one in self.comparisons]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in mean_metrics(measured).items()}
         self.log(metrics)
@@ -531,7 +533,8 @@ class DistillationTrainer(Trainer):
         """A few fixed prompts, before the first step and after the last one."""
         data = self.eval_dataset or self.train_dataset
         evaluator = self.evaluator(self.observer.comparison)
-        self.observer.fixed(phase, self.state.global_step, self._whole_model, data, evaluator, self.sampler)
+        with self.accelerator.autocast():
+            self.observer.fixed(phase, self.state.global_step, self._whole_model, data, evaluator, self.sampler)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's log, with this log interval's own metrics of all ranks."""
