@@ -123,7 +123,7 @@ def _compare(
         1.0,
         reader,
         frozen,
-        pair.to(args.device),
+        pair,
         temperature=args.kd_temperature,
         rows_per_chunk=args.rows_per_chunk,
         unscored_roles=frozenset(role for role, scored in unscored.items() if not scored),

@@ -234,19 +234,22 @@ class ModelScores:
     def part(self, part: Part, tokens: Tensor, share: float) -> tuple[Tensor, Values]:
         own = self.student.head
         heads = {"student": own, "frozen_student": own.as_frozen(), "teacher": self.teacher.head}
-        return reduce_rows(
+        there = heads[part.left_head].device or part.left.device  # hidden states travel, logits never
+        total, values = reduce_rows(
             part.compare,
-            part.left,
+            part.left.to(there),
             heads[part.left_head],
             part.right,
             heads[part.right_head],
-            part.rows_left,
+            part.rows_left.to(there),
             part.rows_right,
-            self._weights(tokens, share),
+            self._weights(tokens, share).to(there),
             self.chunk_rows(False),
             temperature=self.temperature,
-            given=part.given,
+            given={name: value.to(there) for name, value in part.given.items()},
         )
+        metrics = {name: metric.to(self.device) for name, metric in values.metrics.items()}
+        return total.to(self.device), Values(values.loss.to(self.device), metrics)
 
     def _weights(self, tokens: Tensor, share: float) -> Tensor:
         weight = torch.full((len(tokens),), share, dtype=torch.float64, device=tokens.device)

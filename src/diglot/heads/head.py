@@ -76,6 +76,12 @@ class Head:
         return self.finished(self.raw(hidden, parameters))
 
     @property
+    def device(self) -> torch.device | None:
+        """Where the module is; None if it has no parameters."""
+        first = next(self.module.parameters(), None)
+        return None if first is None else first.device
+
+    @property
     def is_linear(self) -> bool:
         """Can single columns be computed? Not where an adapter sits on the head."""
         return type(self.module) is nn.Linear
@@ -142,7 +148,7 @@ class Head:
         ids = torch.arange(2, 10, device=size.device)[None] % len(size)
         with torch.no_grad(), evaluating(model):
             hidden, own = run_with_hidden(model, ids, torch.ones_like(ids), all_logits=True)
-            logits = self(hidden)
+            logits = self(hidden.to(self.device or hidden.device))
         rounding = max(torch.finfo(hidden.dtype).eps, torch.finfo(own.dtype).eps)
         tolerance = 8 * rounding * float(own.abs().max())
         difference = float((logits - own.to(logits)).abs().max()) if logits.shape == own.shape else float("inf")

@@ -50,7 +50,8 @@ def hidden_at_rows(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     """
     plan = _plan(model, input_ids, rows)
     if plan is None:
-        return last_hidden(model, input_ids, attention_mask).flatten(0, 1)[rows]
+        hidden = last_hidden(model, input_ids, attention_mask).flatten(0, 1)
+        return hidden[rows.to(hidden.device)]
     return read_once(model, input_ids, rows, plan)
 
 

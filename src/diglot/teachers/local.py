@@ -62,14 +62,15 @@ class LocalTeacher:
 
     @torch.no_grad()
     def hidden(self, side: PackedSide) -> Tensor:
-        """The hidden state that predicts each scored token, [N_t, H_t], on the teacher's device."""
+        """The hidden state that predicts each scored token, [N_t, H_t], on the device of the teacher's head."""
         return self.at_rows(side.input_ids, side.attention_mask, side.rows)
 
     @torch.no_grad()
     def at_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
         """The hidden states at `rows` of the flattened `[B * T]`; inputs are padded on the right."""
         with self.running() as model:
-            return hidden_at_rows(model, *(x.to(model.device) for x in (input_ids, attention_mask, rows)))
+            found = hidden_at_rows(model, *(x.to(model.device) for x in (input_ids, attention_mask, rows)))
+        return found.to(self.head.device or found.device)  # of a model on several devices they are elsewhere
 
 
 def find_teacher_tokenizer(

@@ -8,10 +8,11 @@ averaged are counted, over all ranks. What is left for `compute_loss` is a forwa
 from __future__ import annotations
 
 import logging
+import os
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,15 @@ from diglot.teachers.scored import ScoredTeacher
 from diglot.trainers.engines import Rollouts, make_engine
 from diglot.trainers.finite import FiniteSteps
 from diglot.trainers.precision import check_trainable
-from diglot.trainers.ranks import check_wrapping, place_frozen, row_places, row_seed, sum_over_ranks, with_all_names
+from diglot.trainers.ranks import (
+    check_devices,
+    check_wrapping,
+    place_frozen,
+    row_places,
+    row_seed,
+    sum_over_ranks,
+    with_all_names,
+)
 from diglot.watching.coverage import watch_coverage
 from diglot.watching.metrics import StepMetrics, evaluation_metrics, reference_metrics
 from diglot.watching.observing import Observer
@@ -113,6 +122,7 @@ class DistillationTrainer(Trainer):
     ) -> None:
         # Before the Trainer's own setup, which makes the output folder: what cannot work leaves nothing behind.
         self.args = args = args if args is not None else self.config_class(output_dir="diglot-output")
+        check_devices(args, sharded=bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true")
         own, self.student_renderer = load_student(model, processing_class, args, frozen=peft_config is not None)
         compared = prepare_comparisons(own, self.student_renderer, teacher_model, teacher_processing_class, args)
         engine = make_engine(args, self.student_renderer, self.sampler_for(self.student_renderer))
@@ -159,6 +169,7 @@ class DistillationTrainer(Trainer):
     def _to_device(self) -> dict[str, torch.nn.Parameter]:
         """Bring what the comparisons hold to where the student is; the objectives' trainable parameters by name."""
         found: dict[str, torch.nn.Parameter] = {}
+        self.comparisons = [replace(one, pair=one.pair.to(self.args.device)) for one in self.comparisons]
         for one in self.comparisons:
             for held in (one.teacher, *(one.references or ())):
                 place_frozen(held, self.accelerator)
