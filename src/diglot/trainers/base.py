@@ -267,7 +267,8 @@ class DistillationTrainer(Trainer):
 
     def hidden_at_rows(self, model: torch.nn.Module, side: PackedSide) -> Tensor:
         """The student's hidden state that predicts each scored token, [N_s, H_s], with gradient."""
-        return hidden_at_rows(model, side.input_ids, side.attention_mask, side.rows)
+        host = side.host_ids, side.host_rows
+        return hidden_at_rows(model, side.input_ids, side.attention_mask, side.rows, host)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
