@@ -26,12 +26,7 @@ OTHERS = [
 ]  # fmt: skip
 BUDGET = 5
 """Waits per micro-batch for the loss, its backward pass aside."""
-MORE = {
-    "gkd-bpm": 32.5, "gkd-byte": 32, "gkd-dskd": 17, "gkd-escd": 54.5, "gkd-shared_prefix": 8, "gkd-jsd": 8,
-    "gkd-strict": 12, "gkd-top_k": 13, "gkd-sequence_kl": 15, "gkd-span": 18, "gkd-alm": 15, "gkd-simct": 27,
-    "gkd-xtoken_p": 13, "gkd-xtoken_h": 13, "gkd-uld": 8, "gkd-gold": 21, "gkd-data": 12, "minillm": 15,
-    "minillm-bpm": 44,
-}  # fmt: skip
+MORE = {"gkd-bpm": 10, "gkd-byte": 10, "gkd-escd": 27, "minillm-bpm": 15, "gkd-generations": 52}
 """Budgets of what does not keep to it yet. They only ever go down."""
 
 
@@ -54,7 +49,9 @@ def test_every_tensor_is_where_its_operation_is(case: str, done: dict[str, dict[
     assert values and all(0 < value < 100 for value in values)
 
 
-@pytest.mark.parametrize("case", [*(f"gkd-{name}" for name in OBJECTIVES), "gkd-data", "minillm", "minillm-bpm"])
+@pytest.mark.parametrize(
+    "case", [*(f"gkd-{name}" for name in OBJECTIVES), "gkd-data", "gkd-generations", "minillm", "minillm-bpm"]
+)
 def test_the_host_waits_no_more_often_than_allowed(case: str, done: dict[str, dict[str, Any]]) -> None:
     assert done[case]["waits"]["loss"] <= MORE.get(case, BUDGET), done[case]["table"]
 
@@ -63,6 +60,17 @@ def test_a_token_costs_few_waits(done: dict[str, dict[str, Any]]) -> None:
     """Eight tokens a completion: whether all rows have ended, and a draw for each."""
     assert done["gkd-strict"]["waits"]["generation"] <= 26
     assert done["gkd-data"]["waits"]["generation"] == 0
+
+
+@pytest.mark.parametrize("case", ["gkd-jsd", "gkd-strict", "gkd-data", "minillm"])
+def test_the_loss_of_the_usual_objectives_waits_for_nothing(case: str, done: dict[str, dict[str, Any]]) -> None:
+    assert done[case]["waits"]["loss"] == 0, done[case]["table"]
+
+
+@pytest.mark.parametrize("case", ["gkd-strict", "minillm"])
+def test_a_window_is_prepared_with_few_waits(case: str, done: dict[str, dict[str, Any]]) -> None:
+    """The alignment of the texts is still copied array by array."""
+    assert done[case]["waits"]["window"] <= 13.5
 
 
 def test_a_teacher_on_another_device_changes_nothing(done: dict[str, dict[str, Any]]) -> None:

@@ -3,8 +3,8 @@
 torch lets Python stand in for a backend of its own (`PrivateUse1`). A tensor of the device `standin:i` is a subclass
 that holds an ordinary CPU tensor; every operation runs there with the CPU's own kernels, so values are the CPU's.
 Before it runs, CUDA's rules are applied: no two devices in one operation, but for scalars of the CPU; no numpy of a
-device tensor; an index of the CPU into a device tensor is a hidden copy. Where CUDA would make the host wait (an item, a
-blocking copy, a size that depends on values), that is counted under the phase of the run and the innermost line of
+device tensor; an index of the CPU into a device tensor is a hidden copy. Where CUDA would make the host wait (an item,
+a blocking copy, a size that depends on values), that is counted under the phase of the run and the innermost line of
 Diglot.
 
 Not seen here: the numerics of kernels, streams and their races, memory, several processes.

@@ -70,7 +70,8 @@ class LocalTeacher:
     def at_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, host: Host | None = None) -> Tensor:
         """The hidden states at `rows` of the flattened `[B * T]`; inputs are padded on the right."""
         with self.running() as model:
-            found = hidden_at_rows(model, *(x.to(model.device) for x in (input_ids, attention_mask, rows)), host)
+            ids, mask, at = (x.to(model.device) for x in (input_ids, attention_mask, rows))
+            found = hidden_at_rows(model, ids, mask, at, host)
         return found.to(self.head.device or found.device)  # of a model on several devices they are elsewhere
 
 
