@@ -31,6 +31,7 @@ from diglot.checkpoints.saving import Checkpoints, StopOnSignal, write_options
 from diglot.comparisons import Batch, Comparison, Read, Term, View, check_options, make_batch, scores_of
 from diglot.comparisons.build import complete, describe, load_student, mean_metrics, prepare_comparisons, routes
 from diglot.comparisons.counts import set_counts
+from diglot.comparisons.precision import check_trainable
 from diglot.comparisons.projectors import (
     add_to_optimizer,
     load_projectors,
@@ -52,7 +53,6 @@ from diglot.teachers.adapter import AdapterOff
 from diglot.teachers.scored import ScoredTeacher
 from diglot.trainers.engines import Rollouts, make_engine
 from diglot.trainers.finite import FiniteSteps
-from diglot.trainers.precision import check_trainable
 from diglot.trainers.ranks import (
     check_devices,
     check_wrapping,
