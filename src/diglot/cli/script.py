@@ -19,7 +19,7 @@ class TrainArguments:
     tokenizer_name_or_path: str | None = option(None, "The student's tokenizer, if not beside its weights.", "Student")
     dtype: str | None = option(
         None,
-        "Number type in which the student's weights are loaded; by default the file's own.",
+        "Number type in which the student's weights are loaded; by default float32, under an adapter the file's own.",
         "Student",
         choices=["auto", "bfloat16", "float16", "float32"],
     )

@@ -29,17 +29,22 @@ Tokenizer = PreTrainedTokenizerBase
 
 
 def load_student(
-    student: PreTrainedModel | str, tokenizer: Tokenizer | None, args: DistillationConfig
+    student: PreTrainedModel | str, tokenizer: Tokenizer | None, args: DistillationConfig, *, frozen: bool = False
 ) -> tuple[PreTrainedModel, Renderer]:
     """The student and what it reads; its tokenizer is by default the one beside its weights.
+
+    Given by name it is loaded in float32, whatever its file holds, unless `args.model_init_kwargs` say otherwise; a
+    `frozen` one, below an adapter, in the file's own number type.
 
     Raises:
         ConfigError: arguments for loading a model that is loaded already.
         VocabularyError: a tokenizer that does not belong to its model, or whose bytes cannot be known.
     """
     if isinstance(student, str):
+        init = _kwargs(args.model_init_kwargs)
+        default = {} if {"dtype", "torch_dtype"} & init.keys() else {"dtype": "auto" if frozen else torch.float32}
         with phase(f"Loading the student {student}"):
-            student = AutoModelForCausalLM.from_pretrained(student, **{**INERT, **_kwargs(args.model_init_kwargs)})
+            student = AutoModelForCausalLM.from_pretrained(student, **{**INERT, **default, **init})
     elif args.model_init_kwargs:
         raise ConfigError("model_init_kwargs is for a student given by name; this one is already a model. Drop it.")
     for module in student.modules():
@@ -120,7 +125,7 @@ def _compare(
         1.0,
         reader,
         frozen,
-        pair.to(args.device),
+        pair,
         temperature=args.kd_temperature,
         rows_per_chunk=args.rows_per_chunk,
         unscored_roles=frozenset(role for role, scored in unscored.items() if not scored),

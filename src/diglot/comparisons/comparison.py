@@ -36,7 +36,7 @@ class Comparison:
     weight: float  # of its loss; those of all comparisons add up to 1
     reader: PairReader
     teacher: Teacher
-    pair: Pair  # on the training device
+    pair: Pair  # on the training device, once the terms are made: objectives are built of host arrays
     terms: tuple[Term, ...] = ()
     references: tuple[LocalTeacher, LocalTeacher] | None = None  # student before training, reference teacher
     cache: CachedTeacher | None = None  # of what the teacher says about texts of the data

@@ -258,7 +258,7 @@ class _Scorer:
         assert isinstance(self.teacher, LocalTeacher)
         size, stop_ids = len(self.teacher.renderer.vocabulary), self.stop.to(hidden.device)
         found = []
-        chunk_rows = default_chunk_rows(size, size, hidden.device)
+        chunk_rows, side = default_chunk_rows(size, size, hidden.device), side.to(hidden.device)
         for rows, logits in logits_by_parts(hidden, self.teacher.head, chunk_rows):
             logps = logits.log_softmax(-1)
             written = logps.gather(-1, side.targets[rows, None])[:, 0]

@@ -8,10 +8,11 @@ averaged are counted, over all ranks. What is left for `compute_loss` is a forwa
 from __future__ import annotations
 
 import logging
+import os
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from diglot.checkpoints.saving import Checkpoints, StopOnSignal, write_options
 from diglot.comparisons import Batch, Comparison, Read, Term, View, check_options, make_batch, scores_of
 from diglot.comparisons.build import complete, describe, load_student, mean_metrics, prepare_comparisons, routes
 from diglot.comparisons.counts import set_counts
+from diglot.comparisons.precision import check_trainable
 from diglot.comparisons.projectors import (
     add_to_optimizer,
     load_projectors,
@@ -52,7 +54,15 @@ from diglot.teachers.adapter import AdapterOff
 from diglot.teachers.scored import ScoredTeacher
 from diglot.trainers.engines import Rollouts, make_engine
 from diglot.trainers.finite import FiniteSteps
-from diglot.trainers.ranks import check_wrapping, place_frozen, row_places, row_seed, sum_over_ranks, with_all_names
+from diglot.trainers.ranks import (
+    check_devices,
+    check_wrapping,
+    place_frozen,
+    row_places,
+    row_seed,
+    sum_over_ranks,
+    with_all_names,
+)
 from diglot.watching.coverage import watch_coverage
 from diglot.watching.metrics import StepMetrics, evaluation_metrics, reference_metrics
 from diglot.watching.observing import Observer
@@ -113,7 +123,8 @@ class DistillationTrainer(Trainer):
     ) -> None:
         # Before the Trainer's own setup, which makes the output folder: what cannot work leaves nothing behind.
         self.args = args = args if args is not None else self.config_class(output_dir="diglot-output")
-        own, self.student_renderer = load_student(model, processing_class, args)
+        check_devices(args, sharded=bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true")
+        own, self.student_renderer = load_student(model, processing_class, args, frozen=peft_config is not None)
         compared = prepare_comparisons(own, self.student_renderer, teacher_model, teacher_processing_class, args)
         engine = make_engine(args, self.student_renderer, self.sampler_for(self.student_renderer))
         terms = [self.terms(one, len(compared)) for one in compared]
@@ -128,6 +139,7 @@ class DistillationTrainer(Trainer):
             from peft import get_peft_model
 
             student = get_peft_model(student, peft_config)
+        check_trainable(student, args, optimizers[0])
         for one in self.comparisons:
             if isinstance(one.teacher, AdapterOff):
                 one.teacher.follow(student)
@@ -162,6 +174,7 @@ class DistillationTrainer(Trainer):
     def _to_device(self) -> dict[str, torch.nn.Parameter]:
         """Bring what the comparisons hold to where the student is; the objectives' trainable parameters by name."""
         found: dict[str, torch.nn.Parameter] = {}
+        self.comparisons = [replace(one, pair=one.pair.to(self.args.device)) for one in self.comparisons]
         for one in self.comparisons:
             for held in (one.teacher, *(one.references or ())):
                 place_frozen(held, self.accelerator)
@@ -259,7 +272,8 @@ class DistillationTrainer(Trainer):
 
     def hidden_at_rows(self, model: torch.nn.Module, side: PackedSide) -> Tensor:
         """The student's hidden state that predicts each scored token, [N_s, H_s], with gradient."""
-        return hidden_at_rows(model, side.input_ids, side.attention_mask, side.rows)
+        host = side.host_ids, side.host_rows
+        return hidden_at_rows(model, side.input_ids, side.attention_mask, side.rows, host)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -272,7 +286,9 @@ class DistillationTrainer(Trainer):
         self.finite.rows = [sample.where for batch in window for sample in batch]
         for projector in self.projectors.values():
             projector.grad = None  # the Trainer clears the gradients of its model only
-        batches, step = self.prepare(window), self.state.global_step
+        step = self.state.global_step
+        with self.accelerator.autocast():  # who writes and who rewards is the model in training
+            batches = self.prepare(window)
         dropped = sum(sum(one.reader.take_dropped().values()) for one in self.comparisons)
         watch_coverage(batches, dropped, self.metrics, step=step, min_coverage=self.args.min_coverage)
         self.observer.window(batches, self._whole_model, step, self.state.logging_steps)
@@ -506,7 +522,7 @@ class DistillationTrainer(Trainer):
         rank, world = self.args.process_index, self.args.world_size
         rows: Any = data
         samples = [to_sample(rows[i], where=f"evaluation row {i}") for i in range(rank, len(rows), world)]
-        with gathered(self.student, *self.teacher_models()):
+        with gathered(self.student, *self.teacher_models()), self.accelerator.autocast():
             measured = [(one.weight, self._evaluate_samples(one, samples)) for one in self.comparisons]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in mean_metrics(measured).items()}
         self.log(metrics)
@@ -546,7 +562,7 @@ class DistillationTrainer(Trainer):
             return
         data = self.eval_dataset or self.train_dataset
         evaluator = self.evaluator(self.observer.comparison)
-        with working(f"The student answers fixed prompts, {phase} training"):
+        with working(f"The student answers fixed prompts, {phase} training"), self.accelerator.autocast():
             self.observer.fixed(phase, self.state.global_step, self._whole_model, data, evaluator, self.own_sampler)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -186,12 +186,17 @@ class MiniLLMTrainer(DistillationTrainer):
     def _views(batches: Sequence[Batch]) -> list[tuple[View, Rollout]]:
         return [(view, view.rollout) for batch in batches for view in batch.views if view.rollout is not None]
 
-    @torch.no_grad()
     def rewarded(self, batches: list[Batch], known: Mapping[tuple[int, int], Tensor] | None = None) -> list[Batch]:
         """Log-probs of the completions under both models as they are now, weights of sampling, and advantages.
 
+        Under the autocast of training: the ratio of the first inner step is one.
+
         `known`: the student's log-probs of batch and view, where they were kept from when it wrote.
         """
+        with self.accelerator.autocast(), torch.no_grad():
+            return self._rewarded(batches, known)
+
+    def _rewarded(self, batches: list[Batch], known: Mapping[tuple[int, int], Tensor] | None) -> list[Batch]:
         temperature, alpha = self.args.kd_temperature, self.mixed_alpha
         for i, batch in enumerate(batches):
             hidden = self.hidden_at_rows(self.student, batch.student)

@@ -158,7 +158,9 @@ class Observer:
         batch, teacher = comparison.align(pairs, on_policy), local(comparison.teacher, "A record of completions")
         side, rows = batch.student, comparison.chunk_rows()
         with evaluating(model), self.autocast():
-            hidden_s = hidden_at_rows(model, side.input_ids, side.attention_mask, side.rows)
+            hidden_s = hidden_at_rows(
+                model, side.input_ids, side.attention_mask, side.rows, (side.host_ids, side.host_rows)
+            )
             hidden_t = teacher.hidden(batch.teacher)
         student = row_facts(hidden_s, side, self.head, stops[0], rows, top)
         return batch, (student, row_facts(hidden_t, batch.teacher, teacher.head, stops[1], rows, top))
