@@ -32,6 +32,12 @@ def parser() -> Parser:
         "--data", metavar="NAME", help="texts to measure on, as --dataset_name of train; else built-in ones"
     )
     found.add_argument("--split", default="train", help="split of --data (default: train)")
+    found.add_argument(
+        "--dataset_format", metavar="NAME", default=None, help="how other programs write such rows, as in train"
+    )
+    found.add_argument(
+        "--dataset_columns", metavar="NAME=COLUMN,...", default=None, help="which columns are read, as in train"
+    )
     found.add_argument("--rows", type=int, default=256, help="rows of --data that are read (default: 256)")
     found.add_argument("--json", action="store_true", help="everything as JSON")
     weights = found.add_argument_group("with weights")
@@ -54,7 +60,7 @@ def inspect(arguments: Sequence[str]) -> int:
     from diglot.cli.pairs import load_input
     from diglot.inspection import inspect_pair
 
-    samples = _samples(given.data, given.split, given.rows) if given.data else None
+    samples = _samples(given) if given.data else None
     student, teacher = load_input(given.student, "student"), load_input(given.teacher, "teacher")
     floor = float(load_options()["min_coverage"].default)
     found = inspect_pair(student, teacher, samples, data=given.data, min_coverage=floor)
@@ -69,11 +75,11 @@ def inspect(arguments: Sequence[str]) -> int:
     return 0 if found.verdict.trainable else 1
 
 
-def _samples(name: str, split: str, rows: int) -> list[Any]:
+def _samples(given: Any) -> list[Any]:
     from diglot.data import load_dataset, to_sample
 
-    data = load_dataset(name, split=split)
-    return [to_sample(row, f"{name} row {i}") for i, row in enumerate(itertools.islice(data, rows))]
+    data = load_dataset(given.data, split=given.split, format=given.dataset_format, columns=given.dataset_columns)
+    return [to_sample(row, f"{given.data} row {i}") for i, row in enumerate(itertools.islice(data, given.rows))]
 
 
 def _with_models(given: Any, student: Any, teacher: Any, samples: list[Any] | None) -> Any:

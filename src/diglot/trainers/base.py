@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from diglot.batches import AlignedBatch, PackedSide, ReadPair, align_pairs
@@ -53,6 +54,7 @@ from diglot.trainers.projectors import (
 )
 from diglot.trainers.ranks import check_wrapping, place_frozen, row_places, row_seed, with_all_names
 from diglot.trainers.recording import RecordCallback, with_numbers
+from diglot.trainers.rows import checked_rows
 from diglot.trainers.scored import ScoredBatch
 from diglot.trainers.served import prepare_served
 from diglot.trainers.sides import describe, load_references, reference_logps
@@ -117,6 +119,7 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         for lane in self.lanes:
             if isinstance(lane.teacher, AdapterOff):
                 lane.teacher.follow(student)
+        train_dataset, eval_dataset = checked_rows(self, train_dataset, eval_dataset)
         self._metrics = StepMetrics()
         super().__init__(
             model=student,
@@ -164,6 +167,7 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         """The model in training, without the wrappers of data parallelism."""
         return self.accelerator.unwrap_model(self.model)
 
+    needs_replies: str | None = None  # why every row must have a completion, for a message
     reads_rewards = False  # are log-probs of the text read at `kd_temperature`, whatever the terms are?
 
     @abstractmethod
@@ -171,6 +175,13 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         """Set `terms` from `args`, `pair` and `teacher`; called before the Trainer's own setup."""
 
     # ---- one window: sample, read, align, count ----------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's own. Streamed rows are read by every rank, which takes its own: samples are no tensors that
+        one rank could send to the others."""
+        if isinstance(self.train_dataset, IterableDataset):
+            self.accelerator.dataloader_config.dispatch_batches = False
+        return super().get_train_dataloader()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device

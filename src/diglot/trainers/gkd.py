@@ -46,6 +46,16 @@ class GKDTrainer(DistillationTrainer):
         auto = auto_objective(self.teacher, self.same_vocabulary)
         self.terms = self.requested_terms(auto, beta=self.args.beta)
 
+    @property
+    def needs_replies(self) -> str | None:  # type: ignore[override]
+        """On steps that are not on-policy the completions of the data are read."""
+        if self.args.lmbda == 1 or self.args.seq_kd:
+            return None
+        return (
+            f"lmbda={self.args.lmbda} trains on completions of the data in {1 - self.args.lmbda:.0%} of the steps: give "
+            "one, train on-policy alone (lmbda: 1), or let the teacher write (seq_kd)"
+        )
+
     # ---- the window --------------------------------------------------------------------------------------------
 
     def prepare_window(self, window: Window) -> list[AlignedBatch]:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from diglot.batches import AlignedBatch, pack
 from diglot.data import to_sample
@@ -38,7 +39,7 @@ from diglot.trainers.held import HeldBatch, load_held, save_held
 from diglot.trainers.lanes import Lane
 from diglot.trainers.served import auto_objective
 from diglot.trainers.terms import Term
-from diglot.trainers.windows import RepeatedWindows
+from diglot.trainers.windows import RepeatedWindows, repeated_stream
 
 logger = logging.getLogger(__name__)
 
@@ -102,14 +103,31 @@ class MiniLLMTrainer(DistillationTrainer):
             args.teacher_mixed_alpha = 0.0
             logger.warning("teacher_mixed_alpha is 0: the teacher cannot write, it is %s.", gives)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Of a stream, too, each window comes `num_iterations` times in a row."""
+        stream = self.train_dataset
+        if not isinstance(stream, IterableDataset):
+            return super().get_train_dataloader()
+        logger.warning("A stream is read in windows of %d rows; those behind the last whole one are not.", self._window)
+        self.train_dataset = repeated_stream(stream, self._window, self.args.num_iterations)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = stream
+
+    @property
+    def _window(self) -> int:
+        """Rows of an optimizer step, of all ranks."""
+        args = self.args
+        return args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+
     def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler | None:
         """Each window of data comes `num_iterations` times in a row: an inner epoch is one optimizer step."""
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         if dataset is None or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
         args = self.args
-        window = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
-        return RepeatedWindows(len(dataset), window, args.num_iterations, seed=args.data_seed or args.seed)
+        return RepeatedWindows(len(dataset), self._window, args.num_iterations, seed=args.data_seed or args.seed)
 
     # ---- the window --------------------------------------------------------------------------------------------
 

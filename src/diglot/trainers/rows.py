@@ -1,0 +1,68 @@
+"""The rows of a trainer's datasets, each read once on both sides before anything is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diglot.batches import PairReader
+from diglot.data import Sample, usable_rows
+from diglot.data.survey import Read
+from diglot.errors import DataError
+from diglot.rendering import Renderer
+
+
+def checked_rows(trainer: Any, train: Any, evaluation: Any) -> tuple[Any, Any]:
+    """Both datasets with the rows that can be used; see `usable_rows`."""
+    replies = trainer.needs_replies
+    found = None if train is None else _checked(trainer, train, "train", replies)
+    if isinstance(evaluation, dict):
+        return found, {name: _checked(trainer, one, f"eval ({name})", None) for name, one in evaluation.items()}
+    return found, None if evaluation is None else _checked(trainer, evaluation, "eval", None)
+
+
+def _checked(trainer: Any, data: Any, name: str, replies: str | None) -> Any:
+    args = trainer.args
+    readers = [lane.reader for lane in trainer.lanes]
+    room = args.max_completion_length
+    with args.main_process_first(local=False):  # the others find what it kept
+        return usable_rows(
+            data,
+            reads(readers, replies, room),
+            name=name,
+            about={"sides": [_about(reader) for reader in readers], "replies": replies, "room": room},
+            on_bad_row=args.on_bad_row,
+            templates=all(side.has_template for r in readers for side in (r.student, r.teacher)),
+        )
+
+
+def reads(readers: list[PairReader], replies: str | None, room: int) -> Read:
+    """How a row is read: with its reply where training reads that, else its prompt alone.
+
+    Args:
+        replies: why a row must have a reply; None if it need not.
+        room: tokens that a prompt must leave for what the student writes.
+    """
+
+    def read(sample: Sample) -> bool:
+        if replies and sample.reply is None:
+            raise DataError(f"{sample.where} has no completion, and {replies}.")
+        for reader in readers:
+            if replies:
+                reader.written(sample)
+            else:
+                conversation = sample.conversation
+                reader.prompt_ids(conversation, room)
+                inside = reader.student.opens_thinking(conversation)
+                reader.teacher.prompt_ids(reader.teacher_reads(conversation), thinking=inside)
+        return not sum(sum(reader.take_dropped().values()) for reader in readers)
+
+    return read
+
+
+def _about(reader: PairReader) -> list[Any]:
+    limits = [reader.max_length, reader.teacher_max_length, reader.score_turns, reader.teacher_system, reader.label]
+    return [*limits, *(_described(side) for side in (reader.student, reader.teacher))]
+
+
+def _described(side: Renderer) -> list[Any]:
+    return [side.vocabulary.content_hash, getattr(side.tokenizer, "chat_template", None), side.template.kwargs]
