@@ -31,11 +31,10 @@ def check_place(device: str | None, dtype: str) -> None:
 
 
 def load_model(name: str, device: str | None, dtype: str, trust_remote_code: bool = False) -> Any:
-    """A causal language model in evaluation mode; by default on the GPU if there is one."""
+    """A language model in evaluation mode; by default on the GPU if there is one."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from diglot.teachers.loading import INERT
+    from diglot.teachers.loading import INERT, load_language_model
 
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **INERT)
+    model: Any = load_language_model(name, dtype=dtype, trust_remote_code=trust_remote_code, **INERT)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()

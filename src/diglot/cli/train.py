@@ -14,7 +14,7 @@ from diglot.cli.options import load_options
 from diglot.cli.script import TrainArguments
 from diglot.data import hold_out, load_sources
 from diglot.errors import ConfigError, DiglotError
-from diglot.teachers.loading import INERT
+from diglot.teachers.loading import INERT, copy_processor, load_language_model
 from diglot.trainers import DistillationConfig, GKDConfig, GKDTrainer, MiniLLMConfig, MiniLLMTrainer
 from diglot.trainers.base import DistillationTrainer
 from diglot.trainers.secrets import without_secrets
@@ -61,6 +61,7 @@ def train(values: dict[str, Any]) -> int:
     trainer.save_model()
     trainer.create_model_card(dataset=_names(script.dataset_name))
     if trainer.is_world_process_zero():
+        copy_processor(str(script.model_name_or_path), out, revision=script.model_revision)
         Console().print(f"Student: [bold]{out}[/]")
     return 0
 
@@ -101,7 +102,7 @@ def resolved(script: TrainArguments, config: DistillationConfig) -> dict[str, An
 
 def build(script: TrainArguments, config: DistillationConfig) -> DistillationTrainer:
     """The trainer, with models, tokenizers and data loaded."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     train_data, eval_data = datasets_of(script, config)
     keywords: dict[str, Any] = {"train_dataset": train_data, "eval_dataset": eval_data}
@@ -114,9 +115,7 @@ def build(script: TrainArguments, config: DistillationConfig) -> DistillationTra
     extra = {k: v for k, v in extra.items() if v is not None}
     own, config.model_init_kwargs = config.model_init_kwargs, None
     init = own if isinstance(own, dict) else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        str(script.model_name_or_path), **{**INERT, **options, **extra, **init}
-    )
+    model = load_language_model(str(script.model_name_or_path), **{**INERT, **options, **extra, **init})
     tokenizer = AutoTokenizer.from_pretrained(script.tokenizer_name_or_path or script.model_name_or_path, **options)
     trainer_class, _ = TRAINERS[script.trainer]
     trainer = trainer_class(model, None, config, processing_class=tokenizer, peft_config=_peft(script), **keywords)
@@ -134,7 +133,9 @@ def datasets_of(script: TrainArguments, config: DistillationConfig) -> tuple[Any
     own = {n: getattr(script, n) for n in ("eval_dataset_name", "dataset_test_size") if getattr(script, n) is not None}
     wants_eval = str(config.eval_strategy).split(".")[-1].lower() != "no"
     if own and not wants_eval:
-        raise ConfigError(f"{', '.join(own)} is given, and eval_strategy is 'no': nothing is evaluated. Set it to steps.")
+        raise ConfigError(
+            f"{', '.join(own)} is given, and eval_strategy is 'no': nothing is evaluated. Set it to steps."
+        )
     if len(own) > 1:
         raise ConfigError(f"{' and '.join(own)} both say what to evaluate on. Give one of them.")
     data = _data(script, config, script.dataset_name, script.dataset_train_split)

@@ -48,8 +48,8 @@ def _own_columns(row: Mapping[str, Any], where: str) -> Sample:
         raise DataError(f"{where}: {row[BAD]}")
     if media := [name for name in MEDIA if row.get(name)]:
         raise DataError(
-            f"{where} has something in `{media[0]}`: only text can be compared. Leave such rows out (on_bad_row: skip), "
-            "or read their text alone (dataset_columns names the columns to read)."
+            f"{where} has something in `{media[0]}`: only text can be compared. Leave such rows out (on_bad_row: "
+            "skip), or read their text alone (dataset_columns names the columns to read)."
         )
     _check_size(row, where)
     tools = _tools(row.get("tools"), where)

@@ -104,8 +104,8 @@ def _tell(found: Survey, rows: int, name: str, on_bad_row: str, templates: bool)
     if bad:
         first = "\n".join(list(found.bad.values())[:_NAMED])
         if on_bad_row == "stop" or bad == rows:
-            advice = "" if bad == rows else " Mend them, or leave them out: --on_bad_row skip."
-            raise DataError(f"{bad} of {rows} rows of {name} cannot be used, the first of them:\n{first}\n{advice}".rstrip())
+            advice = "" if bad == rows else "\nMend them, or leave them out: on_bad_row: skip."
+            raise DataError(f"{bad} of {rows} rows of {name} cannot be used. The first:\n{first}{advice}")
         logger.warning("%d of %d rows of %s cannot be used and are left out (on_bad_row):\n%s", bad, rows, name, first)
     if long and bad + long == rows:
         raise DataError(

@@ -52,8 +52,8 @@ class GKDTrainer(DistillationTrainer):
         if self.args.lmbda == 1 or self.args.seq_kd:
             return None
         return (
-            f"lmbda={self.args.lmbda} trains on completions of the data in {1 - self.args.lmbda:.0%} of the steps: give "
-            "one, train on-policy alone (lmbda: 1), or let the teacher write (seq_kd)"
+            f"lmbda={self.args.lmbda} takes the completions of the data in {1 - self.args.lmbda:.0%} of the steps: "
+            "give one, train on-policy alone (lmbda: 1), or let the teacher write (seq_kd)"
         )
 
     # ---- the window --------------------------------------------------------------------------------------------

@@ -36,9 +36,9 @@ RANGES: Mapping[str, Range] = {
     ),
     **dict.fromkeys(
         (
-            "adam_epsilon", "dataset_test_size", "epsilon", "eval_steps", "kd_temperature", "logging_steps", "num_train_epochs",
+            "adam_epsilon", "epsilon", "eval_steps", "kd_temperature", "logging_steps", "num_train_epochs",
             "reward_clip", "save_steps", "teacher_server_retry_seconds", "teacher_server_timeout", "temperature",
-            "vllm_importance_sampling_clip_max", "vllm_server_timeout",
+            "vllm_importance_sampling_clip_max", "vllm_server_timeout", "dataset_test_size",
         ),
         _POSITIVE,
     ),

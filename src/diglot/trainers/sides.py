@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from diglot.batches import AlignedBatch, PairReader
 from diglot.errors import ConfigError
@@ -17,7 +17,7 @@ from diglot.objectives import Pair, PathObjective
 from diglot.rendering import Renderer
 from diglot.teachers import LocalTeacher, Teacher, find_teacher_tokenizer
 from diglot.teachers.adapter import OWN_BASE, AdapterOff
-from diglot.teachers.loading import INERT, load_teacher_model, split_gguf
+from diglot.teachers.loading import INERT, load_language_model, load_teacher_model, split_gguf
 from diglot.trainers.config import DistillationConfig
 from diglot.trainers.connect import connect_teacher
 from diglot.trainers.scored import kept_teacher
@@ -137,7 +137,7 @@ def load_references(
         )
     own = _load_teacher(name, args)
     renderers = sides.renderer, sides.teacher.renderer
-    models = AutoModelForCausalLM.from_pretrained(start, **{**INERT, **_kwargs(args.model_init_kwargs)}), own
+    models = load_language_model(start, **{**INERT, **_kwargs(args.model_init_kwargs)}), own
     for model, renderer, option in zip(
         models, renderers, ("reference_model_name_or_path", "reference_teacher_model_name_or_path"), strict=True
     ):
@@ -176,7 +176,7 @@ def describe(sides: Sides) -> str:
 
 def _load_student(student: PreTrainedModel | str, args: DistillationConfig) -> PreTrainedModel:
     if isinstance(student, str):
-        student = AutoModelForCausalLM.from_pretrained(student, **{**INERT, **_kwargs(args.model_init_kwargs)})
+        student = load_language_model(student, **{**INERT, **_kwargs(args.model_init_kwargs)})
     elif args.model_init_kwargs:
         raise ConfigError("model_init_kwargs is for a student given by name; this one is already a model. Drop it.")
     if args.disable_dropout:

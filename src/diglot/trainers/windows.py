@@ -41,9 +41,7 @@ class RepeatedWindows(Sampler[int]):
 def repeated_stream(rows: IterableDataset, window: int, repeats: int) -> IterableDataset:
     """Streamed rows in windows of `window`, each `repeats` times in a row; a last window that is not whole is left
     out."""
-    return rows.map(
-        _repeated, batched=True, batch_size=window, drop_last_batch=True, fn_kwargs={"repeats": repeats}
-    )
+    return rows.map(_repeated, batched=True, batch_size=window, drop_last_batch=True, fn_kwargs={"repeats": repeats})
 
 
 def _repeated(columns: dict[str, list[Any]], repeats: int) -> dict[str, list[Any]]:
