@@ -109,7 +109,9 @@ def build(script: TrainArguments, config: DistillationConfig) -> DistillationTra
     if script.lm_dataset_name is not None:
         if script.trainer != "minillm":
             raise ConfigError(f"lm_dataset_name={script.lm_dataset_name!r} is for --trainer minillm. Drop it.")
-        keywords["lm_dataset"] = _data(script, config, script.lm_dataset_name, script.dataset_train_split)
+        keywords["lm_dataset"] = _data(
+            script, config, script.lm_dataset_name, script.dataset_train_split, streaming=False
+        )
     options = {"revision": script.model_revision, "trust_remote_code": script.trust_remote_code}
     extra = {"dtype": script.dtype, "attn_implementation": script.attn_implementation}
     extra = {k: v for k, v in extra.items() if v is not None}

@@ -35,6 +35,26 @@ def check_columns(columns: Sequence[str], row: Mapping[str, Any], where: str) ->
     return sorted(set(columns) - _read(row) - {*MEDIA, "__row__", "__bad__"})
 
 
+def check_routes(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], labels: Sequence[str], where: str) -> None:
+    """Raise DataError where a column that nothing reads names teachers by their labels, row for row.
+
+    Args:
+        rows: the first of the dataset.
+        labels: of several teachers.
+    """
+    if "teacher" in columns or not rows:
+        return
+    for name in sorted(set(columns) - _read(rows[0])):
+        values = {str(row.get(name)) for row in rows}
+        if values <= set(labels):
+            own = ",".join(one for one in OWN if one in columns and rows[0].get(one) is not None)
+            option = f"--dataset_columns {own},teacher={name}"
+            raise DataError(
+                f"{where} names the teachers {', '.join(sorted(values))} in `{name}`, which nothing reads: every "
+                f"teacher would read every row. Give {option}{_in_python(option)}, or call the column otherwise."
+            )
+
+
 def _suggestion(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
     """What the columns look like, and the option to give; None where they are Diglot's own or unknown."""
     return _of_conversations(columns, row) or _of_answers(columns, row) or _of_system(columns, row)

@@ -22,13 +22,14 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from diglot.data.loading import with_row_numbers
-from diglot.data.recognise import check_columns
+from diglot.data.recognise import check_columns, check_routes
 from diglot.data.samples import Sample, to_sample
 from diglot.errors import DataError, DiglotError
 
 logger = logging.getLogger(__name__)
 
 LEAST = 1000  # rows from which on the result is kept: below that, reading them takes a second or two
+_ROUTED = 100  # rows that say whether a column names teachers
 _NAMED = 5  # rows that a message names
 _CODE = ("data", "vocabulary", "rendering", "batches")  # packages that decide what can be read
 
@@ -45,7 +46,16 @@ class Survey:
     plain_prompts: int = 0  # prompts that are text, not messages
 
 
-def usable_rows(data: Any, read: Read, *, name: str, about: Mapping[str, Any], on_bad_row: str, templates: bool) -> Any:
+def usable_rows(
+    data: Any,
+    read: Read,
+    *,
+    name: str,
+    about: Mapping[str, Any],
+    on_bad_row: str,
+    templates: bool = False,
+    labels: Sequence[str] = (),
+) -> Any:
     """The rows that can be trained on, and a word about the others.
 
     Of a stream only the first row is read; with `on_bad_row="skip"` rows of a shape that is not understood are left out
@@ -56,6 +66,7 @@ def usable_rows(data: Any, read: Read, *, name: str, about: Mapping[str, Any], o
         about: what reads the rows, as plain values: part of the key under which the result is kept.
         on_bad_row: "stop" or "skip".
         templates: have both models a chat template?
+        labels: of several teachers, to which rows may be routed.
 
     Raises:
         DataError: the columns are not understood; a row cannot be used and `on_bad_row` is "stop"; no row is left.
@@ -65,7 +76,10 @@ def usable_rows(data: Any, read: Read, *, name: str, about: Mapping[str, Any], o
     if len(data) == 0:
         raise DataError(f"{name} has no rows.")
     if isinstance(data, Dataset):
-        check_columns(data.column_names, data[0], name)
+        unread = check_columns(data.column_names, data[0], name)
+        if unread and "__row__" not in data.column_names:  # else `load_dataset` said so
+            logger.warning("%s: nothing reads the columns %s.", name, ", ".join(unread))
+        check_routes(data.column_names, [data[i] for i in range(min(len(data), _ROUTED))], labels, name)
         data = with_row_numbers(data)
     found = _kept(data, read, name, about)
     _tell(found, len(data), name, on_bad_row, templates)

@@ -15,23 +15,31 @@ def checked_rows(trainer: Any, train: Any, evaluation: Any) -> tuple[Any, Any]:
     """Both datasets with the rows that can be used; see `usable_rows`."""
     replies = trainer.needs_replies
     found = None if train is None else _checked(trainer, train, "train", replies)
+    texts = getattr(trainer, "lm_dataset", None)
+    if texts is not None:
+        trainer.lm_dataset = _usable(trainer, texts, "lm_dataset", _reads_texts(trainer.lanes[0].reader), "a reference")
     if isinstance(evaluation, dict):
         return found, {name: _checked(trainer, one, f"eval ({name})", None) for name, one in evaluation.items()}
     return found, None if evaluation is None else _checked(trainer, evaluation, "eval", None)
 
 
 def _checked(trainer: Any, data: Any, name: str, replies: str | None) -> Any:
-    args = trainer.args
     readers = [lane.reader for lane in trainer.lanes]
-    room = args.max_completion_length
+    return _usable(trainer, data, name, reads(readers, replies, trainer.args.max_completion_length), replies)
+
+
+def _usable(trainer: Any, data: Any, name: str, read: Read, replies: str | None) -> Any:
+    args, lanes = trainer.args, trainer.lanes
+    readers = [lane.reader for lane in lanes]
     with args.main_process_first(local=False):  # the others find what it kept
         return usable_rows(
             data,
-            reads(readers, replies, room),
+            read,
             name=name,
-            about={"sides": [_about(reader) for reader in readers], "replies": replies, "room": room},
+            about={"sides": [_about(r) for r in readers], "replies": replies, "room": args.max_completion_length},
             on_bad_row=args.on_bad_row,
             templates=all(side.has_template for r in readers for side in (r.student, r.teacher)),
+            labels=[lane.label for lane in lanes] if len(lanes) > 1 else [],
         )
 
 
@@ -55,6 +63,16 @@ def reads(readers: list[PairReader], replies: str | None, room: int) -> Read:
                 inside = reader.student.opens_thinking(conversation)
                 reader.teacher.prompt_ids(reader.teacher_reads(conversation), thinking=inside)
         return not sum(sum(reader.take_dropped().values()) for reader in readers)
+
+    return read
+
+
+def _reads_texts(reader: PairReader) -> Read:
+    """How a text to imitate is read: by the student alone."""
+
+    def read(sample: Sample) -> bool:
+        reader.reference(sample)
+        return not sum(reader.take_dropped().values())
 
     return read
 
