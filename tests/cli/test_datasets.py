@@ -88,9 +88,8 @@ def test_options_that_would_do_nothing_are_refused(
 
 
 def test_a_stream_trains(folders: dict[str, str], tmp_path: Path) -> None:
-    assert (
-        train(folders, tmp_path / "out", folders["turns"], "--dataset_streaming", "--dataset_format", "sharegpt") == 0
-    )
+    options = ["--dataset_streaming", "--dataset_format", "sharegpt"]
+    assert train(folders, tmp_path / "out", folders["turns"], *options) == 0
     assert logged(tmp_path / "out", "loss")[0] > 0
 
 

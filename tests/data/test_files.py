@@ -46,7 +46,7 @@ def test_a_broken_line_of_a_packed_file_is_named(suffix: str, tmp_path: Path) ->
 def test_what_is_only_called_packed_cannot_be_unpacked(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(JSONL)
-    with pytest.raises(DataError, match="rows.jsonl.gz cannot be"):
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz cannot be"):
         load_dataset(str(path))
 
 

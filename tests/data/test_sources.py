@@ -57,7 +57,8 @@ def test_streams_are_drawn_from_by_their_weights(names: tuple[str, str]) -> None
 
 
 @pytest.mark.parametrize(("given", "said"), [
-    ([], "list of datasets is empty"), ([{"nam": "x"}], "nam: no key of a dataset"), ([{"weight": 1}], "expected a `name`"),
+    ([], "list of datasets is empty"), ([{"nam": "x"}], "nam: no key of a dataset"),
+    ([{"weight": 1}], "expected a `name`"),
     ([{"name": "x", "weight": 0}], "greater than 0"), ([{"name": "x", "weight": "much"}], "greater than 0"),
 ])  # fmt: skip
 def test_a_list_that_cannot_be_right_is_refused(given: list[Any], said: str) -> None:

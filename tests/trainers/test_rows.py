@@ -44,7 +44,7 @@ def test_rows_without_completion_will_do_where_none_is_read(tmp_path: Path) -> N
 
 def test_rows_to_evaluate_on_and_to_imitate_are_read_too(tmp_path: Path) -> None:
     both = {"keywords": {"eval_dataset": Dataset.from_list([SYSTEM])}}
-    with pytest.raises(DataError, match="eval row 0.*no system role"):
+    with pytest.raises(DataError, match=r"eval row 0.*no system role"):
         tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), **both)
     unanswered = [{"prompt": "x", "completion": "y"}, {"prompt": "x", "completion": None}]
     texts = {"keywords": {"lm_dataset": Dataset.from_list(unanswered)}}
