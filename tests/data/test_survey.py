@@ -33,8 +33,9 @@ def usable(reading: Reading, rows: list[dict[str, Any]] = ROWS, on_bad_row: str 
 
 
 def test_bad_rows_stop_with_their_names_and_number() -> None:
-    with pytest.raises(DataError, match=r"2 of 6 rows of train.*\n.*train row 1: the template refuses it\n.*row 4"):
-        usable(Reading(bad=("p1", "p4")))
+    said = r"3 of 7 rows of train.*\ntrain row 1: the template refuses it \(and 1 more\)\ntrain row 6: `prompt` is"
+    with pytest.raises(DataError, match=said):
+        usable(Reading(bad=("p1", "p4")), [*ROWS, {"prompt": "", "completion": "c"}])
 
 
 def test_bad_rows_are_skipped_and_counted_and_the_others_keep_their_numbers(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from datasets.utils import tqdm
 
 from diglot.data.loading import with_row_numbers
 from diglot.data.recognise import check_columns, check_routes
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 LEAST = 1000  # rows from which on the result is kept: below that, reading them takes a second or two
 _ROUTED = 100  # rows that say whether a column names teachers
-_NAMED = 5  # rows that a message names
+_NAMED = 5  # reasons that a message gives
 _CODE = ("data", "vocabulary", "rendering", "batches")  # packages that decide what can be read
 
 Read = Callable[[Sample], bool]
@@ -116,7 +118,7 @@ def _tell(found: Survey, rows: int, name: str, on_bad_row: str, templates: bool)
     """Say what was found; raise where nothing can follow from it."""
     bad, long = len(found.bad), len(found.too_long)
     if bad:
-        first = "\n".join(list(found.bad.values())[:_NAMED])
+        first = _reasons(found.bad, name)
         if on_bad_row == "stop" or bad == rows:
             advice = "" if bad == rows else "\nMend them, or leave them out: on_bad_row: skip."
             raise DataError(f"{bad} of {rows} rows of {name} cannot be used. The first:\n{first}{advice}")
@@ -136,6 +138,15 @@ def _tell(found: Survey, rows: int, name: str, on_bad_row: str, templates: bool)
             rows,
             name,
         )
+
+
+def _reasons(bad: Mapping[int, str], name: str) -> str:
+    """Each reason once, a line each, with the first row that it is true of and how many others."""
+    grouped: dict[str, list[str]] = {}
+    for message in bad.values():
+        grouped.setdefault(re.sub(rf"^{re.escape(name)} row \d+( of [^ :]+)?", "", message), []).append(message)
+    lines = [f"{rows[0]} (and {len(rows) - 1} more)" if len(rows) > 1 else rows[0] for rows in grouped.values()]
+    return "\n".join([*lines[:_NAMED], *([f"and {len(lines) - _NAMED} reasons more"] if len(lines) > _NAMED else [])])
 
 
 # ---- streams -----------------------------------------------------------------------------------------------------
@@ -174,8 +185,7 @@ def _kept(data: Any, read: Read, name: str, about: Mapping[str, Any]) -> Survey:
     with contextlib.suppress(OSError, ValueError, TypeError):
         kept = json.loads(path.read_text(encoding="utf-8"))
         return Survey(**{**kept, "bad": {int(i): why for i, why in kept["bad"].items()}})
-    logger.info("Reading the %d rows of %s once on both sides.", len(data), name)
-    found = survey(rows, read, name)
+    found = survey(tqdm(rows, desc=f"Reading {name} on both sides", total=len(data), delay=2), read, name)
     _write(path, asdict(found))
     return found
 
