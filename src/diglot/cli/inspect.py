@@ -72,27 +72,27 @@ def inspect(arguments: Sequence[str]) -> int:
     return 0 if found.verdict.trainable else 1
 
 
-def _samples(given: Any) -> list[Any]:
+def _samples(options: Any) -> list[Any]:
     from diglot.data import load_dataset, to_sample
 
-    data = load_dataset(given.data, split=given.split, **data_options(given))
-    return [to_sample(row, f"{given.data} row {i}") for i, row in enumerate(itertools.islice(data, given.rows))]
+    data = load_dataset(options.data, split=options.split, **data_options(options))
+    return [to_sample(row, f"{options.data} row {i}") for i, row in enumerate(itertools.islice(data, options.rows))]
 
 
-def _with_data(found: Any, given: Any, samples: list[Any]) -> Any:
+def _with_data(inspection: Any, options: Any, samples: list[Any]) -> Any:
     """The verdict with what the data adds to it: options for the command, prompts that no template is used for."""
-    verdict = found.verdict
-    options = [f"--{n} {shlex.quote(v)}" for n in ("dataset_format", "dataset_columns") if (v := getattr(given, n))]
-    if verdict.command is not None and options:
-        verdict = dataclasses.replace(verdict, command=" ".join([verdict.command, *options]))
+    verdict = inspection.verdict
+    words = [f"--{n} {shlex.quote(v)}" for n in ("dataset_format", "dataset_columns") if (v := getattr(options, n))]
+    if verdict.command is not None and words:
+        verdict = dataclasses.replace(verdict, command=" ".join([verdict.command, *words]))
     plain = sum(sample.conversation.messages is None and bool(sample.conversation.text) for sample in samples)
-    sides = (found.student, found.teacher)
+    sides = (inspection.student, inspection.teacher)
     if plain and all(side is not None and side.has_template for side in sides):
-        said = (
+        warning = (
             f"{plain} of {len(samples)} rows have prompts of plain text, and both models have chat templates: neither "
             "is used. If they are questions to an assistant, give --dataset_columns user=prompt,assistant=completion."
         )
-        verdict = dataclasses.replace(verdict, warnings=(*verdict.warnings, said))
+        verdict = dataclasses.replace(verdict, warnings=(*verdict.warnings, warning))
     return verdict
 
 

@@ -66,11 +66,11 @@ def train(values: dict[str, Any]) -> int:
     return 0
 
 
-def _names(given: Any) -> str | list[str]:
+def _names(names: Any) -> str | list[str]:
     """The name of a dataset, or of each of several."""
-    if isinstance(given, str):
-        return given
-    return [one if isinstance(one, str) else str(one["name"]) for one in given]
+    if isinstance(names, str):
+        return names
+    return [one if isinstance(one, str) else str(one["name"]) for one in names]
 
 
 def split(values: dict[str, Any]) -> tuple[TrainArguments, DistillationConfig]:
@@ -151,9 +151,9 @@ def datasets_of(script: TrainArguments, config: DistillationConfig) -> tuple[Any
     return data, _data(script, config, script.dataset_name, script.dataset_test_split, streaming=False)
 
 
-def names_file(given: Any) -> bool:
+def names_file(names: Any) -> bool:
     """Is this a file, or a list that begins with one? Files have one split, "train"."""
-    first = given[0] if isinstance(given, list) and given else given
+    first = names[0] if isinstance(names, list) and names else names
     name = first.get("name") if isinstance(first, dict) else first
     return isinstance(name, str) and Path(name).expanduser().is_file()
 

@@ -26,25 +26,25 @@ _SPEAKERS = {
 }
 
 
-def column_mapping(given: str | Mapping[str, str] | None) -> dict[str, str] | None:
+def column_mapping(value: str | Mapping[str, str] | None) -> dict[str, str] | None:
     """New name -> name in the data, from a mapping or from text as in "user=question,assistant=answer".
 
     A name alone stands for itself. None stays None.
 
     Raises:
-        ConfigError: a name that nothing reads, or that is given twice; a value that is no name.
+        ConfigError: a name that nothing reads, or that stands twice; a value that is no name.
     """
-    if given is None:
+    if value is None:
         return None
-    if isinstance(given, str):
-        parts = [part.strip().partition("=") for part in given.split(",") if part.strip()]
+    if isinstance(value, str):
+        parts = [part.strip().partition("=") for part in value.split(",") if part.strip()]
         pairs: list[tuple[Any, Any]] = [(new.strip(), (old if equals else new).strip()) for new, equals, old in parts]
     else:
-        pairs = list(given.items())
+        pairs = list(value.items())
     names = [new for new, _ in pairs]
     if not pairs or len(set(names)) < len(names) or not all(isinstance(old, str) and old for _, old in pairs):
         raise ConfigError(
-            f"dataset_columns={given!r} cannot work: it must be NAME=COLUMN with commas between, each name once, or a "
+            f"dataset_columns={value!r} cannot work: it must be NAME=COLUMN with commas between, each name once, or a "
             "mapping of them."
         )
     return dict(pairs)
@@ -70,13 +70,13 @@ def convert(row: Row, name: str | None, mapping: Mapping[str, str] | None) -> di
         mapping: new name -> name in the data. Without a format, what it does not name is not read.
     """
     renamed = {new: row.get(old) for new, old in (mapping or {}).items()}
-    found: dict[str, Any] = {**row, **renamed} if name or mapping is None else renamed
+    own: dict[str, Any] = {**row, **renamed} if name or mapping is None else renamed
     bad = None
     try:
-        found = _with_parts(FORMATS[name](found) if name else found)
+        own = _with_parts(FORMATS[name](own) if name else own)
     except DataError as error:
-        found, bad = {}, str(error)
-    return {**{column: found.get(column) for column in OWN}, BAD: bad}
+        own, bad = {}, str(error)
+    return {**{column: own.get(column) for column in OWN}, BAD: bad}
 
 
 # ---- parts of a conversation -------------------------------------------------------------------------------------
@@ -84,15 +84,15 @@ def convert(row: Row, name: str | None, mapping: Mapping[str, str] | None) -> di
 
 def _with_parts(row: Row) -> dict[str, Any]:
     """`user`, `assistant`, `history` and `system` as messages."""
-    found = {name: value for name, value in row.items() if name not in PARTS}
+    own = {name: value for name, value in row.items() if name not in PARTS}
     if row.get("user") is not None:
-        asked = [*_history(row.get("history")), {"role": "user", "content": _text(row["user"], "user")}]
+        question = [*_history(row.get("history")), {"role": "user", "content": _text(row["user"], "user")}]
         answer = row.get("assistant")
-        said = [] if answer is None else [{"role": "assistant", "content": _text(answer, "assistant")}]
-        found["messages"] = [*asked, *said]
+        reply = [] if answer is None else [{"role": "assistant", "content": _text(answer, "assistant")}]
+        own["messages"] = [*question, *reply]
     elif row.get("assistant") is not None:
         raise DataError("the column that is read as `user` holds nothing, and `assistant` something.")
-    return _with_system(found, row.get("system"))
+    return _with_system(own, row.get("system"))
 
 
 def _with_system(row: dict[str, Any], system: Any) -> dict[str, Any]:
@@ -113,13 +113,13 @@ def _with_system(row: dict[str, Any], system: Any) -> dict[str, Any]:
 
 def _history(turns: Any) -> list[dict[str, str]]:
     """Earlier turns as pairs of a question and an answer."""
-    found = []
+    messages = []
     for turn in turns or ():
         if not isinstance(turn, Sequence) or len(turn) != 2:
             raise DataError(f"`history` holds {turn!r:.60}, expected pairs of a question and an answer.")
-        for role, said in zip(("user", "assistant"), turn, strict=True):
-            found.append({"role": role, "content": _text(said, "history")})
-    return found
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            messages.append({"role": role, "content": _text(text, "history")})
+    return messages
 
 
 def _text(value: Any, name: str) -> str:
@@ -133,12 +133,12 @@ def _parsed(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        found = json.loads(value)
+        messages = json.loads(value)
     except json.JSONDecodeError as error:
         raise DataError(f"`{name}` is text but not JSON: {error}.") from error
-    if not isinstance(found, list):
-        raise DataError(f"`{name}` is JSON text of {found!r:.60}, expected a list of messages.")
-    return found
+    if not isinstance(messages, list):
+        raise DataError(f"`{name}` is JSON text of {messages!r:.60}, expected a list of messages.")
+    return messages
 
 
 # ---- formats -----------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def _sharegpt(row: Row) -> dict[str, Any]:
     turns = _parsed(row[name], name)
     if not isinstance(turns, Sequence) or not turns:
         raise DataError(f"`{name}` is {turns!r:.60}, expected a list of turns with `from` and `value`.")
-    return {**_kept(row), "messages": [_turn(turn, name) for turn in turns]}
+    return {**_shared(row), "messages": [_turn(turn, name) for turn in turns]}
 
 
 def _turn(turn: Any, name: str) -> dict[str, Any]:
@@ -168,11 +168,11 @@ def _turn(turn: Any, name: str) -> dict[str, Any]:
 
 def _alpaca(row: Row) -> dict[str, Any]:
     """`instruction`, `input` below it if there is one, `output`."""
-    asked = _text(row.get("instruction"), "instruction")
+    question = _text(row.get("instruction"), "instruction")
     more = row.get("input")
     return {
-        **_kept(row),
-        "user": f"{asked}\n\n{_text(more, 'input')}" if more else asked,
+        **_shared(row),
+        "user": f"{question}\n\n{_text(more, 'input')}" if more else question,
         "assistant": row.get("output"),
         "history": row.get("history"),
     }
@@ -186,10 +186,10 @@ def _preference(row: Row) -> dict[str, Any]:
     if isinstance(chosen, str):
         if prompt is None:
             raise DataError("`chosen` is text and there is no `prompt`. Map it as plain text: dataset_columns text=...")
-        return {**_kept(row), "prompt": prompt, "completion": chosen}
+        return {**_shared(row), "prompt": prompt, "completion": chosen}
     if isinstance(prompt, list) and chosen[0].get("role") == "assistant":  # the answer alone, behind its prompt
-        return {**_kept(row), "prompt": prompt, "completion": chosen}
-    return {**_kept(row), "messages": chosen}
+        return {**_shared(row), "prompt": prompt, "completion": chosen}
+    return {**_shared(row), "messages": chosen}
 
 
 def _json_text(row: Row) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _json_text(row: Row) -> dict[str, Any]:
     return {**row, **{name: _parsed(row[name], name) for name in names if row.get(name) is not None}}
 
 
-def _kept(row: Row) -> dict[str, Any]:
+def _shared(row: Row) -> dict[str, Any]:
     return {name: row.get(name) for name in ("tools", "teacher_prompt", "teacher", "system")}
 
 

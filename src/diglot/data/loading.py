@@ -23,7 +23,7 @@ datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else reading a local file a
 logger = logging.getLogger(__name__)
 
 CHECKED_ROWS = 10_000  # rows read at once to find mistakes early; later ones are checked when their turn comes
-REPLY_ROWS = 100  # rows that speak for all when asked whether there are replies
+REPLY_ROWS = 100  # rows that speak for all about whether there are replies
 
 
 def load_dataset(
@@ -80,8 +80,8 @@ def load_dataset(
         if on_bad_row == "stop":
             check_rows(itertools.islice(data, 1 if streaming else CHECKED_ROWS), where)
     except UnicodeDecodeError as error:
-        said = explain(path) if path.is_file() else f"{where} is not UTF-8: {error.reason} in {error.object[:40]!r}."
-        raise DataError(str(said)) from error
+        reason = explain(path) if path.is_file() else f"{where} is not UTF-8: {error.reason} in {error.object[:40]!r}."
+        raise DataError(str(reason)) from error
     return with_row_numbers(data)
 
 

@@ -1,4 +1,4 @@
-"""What a dataset looks like, and which options make it readable: said, never done unasked."""
+"""What a dataset looks like, and which options make it readable: a proposal, never done by itself."""
 
 from __future__ import annotations
 
@@ -100,7 +100,11 @@ def _of_answers(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, st
     if question is None:
         return None
     parts = {"user": question, **({"assistant": answer} if answer else {})}
-    what = f"`{question}` and `{answer}` look like questions and answers." if answer else f"`{question}` looks asked."
+    what = (
+        f"`{question}` and `{answer}` look like questions and answers."
+        if answer
+        else f"`{question}` looks like questions."
+    )
     return what, _joined(parts, columns)
 
 
@@ -163,8 +167,8 @@ def _explanation(columns: Sequence[str], row: Mapping[str, Any]) -> str:
 def _in_python(option: str) -> str:
     words = option.split()
     names = {"--dataset_format": "format", "--dataset_columns": "columns"}
-    given = ", ".join(f"{names[a]}={b!r}" for a, b in zip(words[::2], words[1::2], strict=False) if a in names)
-    return f", or in Python load_dataset(..., {given})"
+    arguments = ", ".join(f"{names[a]}={b!r}" for a, b in zip(words[::2], words[1::2], strict=False) if a in names)
+    return f", or in Python load_dataset(..., {arguments})"
 
 
 def _read(row: Mapping[str, Any]) -> set[str]:

@@ -21,7 +21,7 @@ KEYS = ("name", "weight", "config", "split", "format", "columns")
 
 
 def load_sources(
-    given: str | Sequence[str | Mapping[str, Any]], *, split: str, streaming: bool = False, seed: int = 0, **common: Any
+    names: str | Sequence[str | Mapping[str, Any]], *, split: str, streaming: bool = False, seed: int = 0, **common: Any
 ) -> Any:
     """One dataset of a name, or of several names with weights.
 
@@ -29,7 +29,7 @@ def load_sources(
     the others' rows come again, as often as the weights say. Streams are drawn from in turn by their weights.
 
     Args:
-        given: a name, or a list of names and of mappings with `name` and any of `weight`, `config`, `split`, `format`,
+        names: a name, or a list of names and of mappings with `name` and any of `weight`, `config`, `split`, `format`,
             `columns`.
         seed: of the draws of streams.
         common: as in `load_dataset`, for those that do not say otherwise.
@@ -38,9 +38,9 @@ def load_sources(
         ConfigError: an empty list, an unknown key, or a weight that is not greater than 0.
         DataError: as `load_dataset`.
     """
-    if isinstance(given, str):
-        return load_dataset(given, split=split, streaming=streaming, **common)
-    entries = [dict(one) if isinstance(one, Mapping) else {"name": one} for one in given]
+    if isinstance(names, str):
+        return load_dataset(names, split=split, streaming=streaming, **common)
+    entries = [dict(one) if isinstance(one, Mapping) else {"name": one} for one in names]
     for entry in entries:
         if wrong := sorted(entry.keys() - set(KEYS)):
             raise ConfigError(f"{', '.join(wrong)}: no key of a dataset; keys are {', '.join(KEYS)}.")
@@ -57,8 +57,8 @@ def load_sources(
         part = load_dataset(name, **{"split": split, "streaming": streaming, **common, **entry})
         parts.append(_alike(part, name))
     shares = None if weights == [None] * len(weights) else [1.0 if w is None else float(w) for w in weights]
-    names = [one if isinstance(one, str) else one["name"] for one in given]
-    return _drawn(parts, shares, seed) if streaming else _joined(parts, shares, names)
+    labels = [one if isinstance(one, str) else one["name"] for one in names]
+    return _drawn(parts, shares, seed) if streaming else _joined(parts, shares, labels)
 
 
 def hold_out(data: Any, size: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -98,8 +98,10 @@ def _joined(parts: Sequence[Dataset], shares: Sequence[float] | None, names: Seq
         return datasets.concatenate_datasets(list(parts))
     most = max(len(part) / share for part, share in zip(parts, shares, strict=True))
     counts = [max(len(part), round(most * share)) for part, share in zip(parts, shares, strict=True)]
-    told = ", ".join(f"{n} of {len(part)} rows of {name}" for n, part, name in zip(counts, parts, names, strict=True))
-    logger.warning("An epoch reads %s.", told)
+    counted = ", ".join(
+        f"{n} of {len(part)} rows of {name}" for n, part, name in zip(counts, parts, names, strict=True)
+    )
+    logger.warning("An epoch reads %s.", counted)
     repeated = [part.select([i % len(part) for i in range(n)]) for n, part in zip(counts, parts, strict=True)]
     return datasets.concatenate_datasets(repeated)
 

@@ -83,29 +83,29 @@ def usable_rows(
             logger.warning("%s: nothing reads the columns %s.", name, ", ".join(unread))
         check_routes(data.column_names, [data[i] for i in range(min(len(data), _ROUTED))], labels, name)
         data = with_row_numbers(data)
-    found = _kept(data, read, name, about)
-    _tell(found, len(data), name, on_bad_row, templates)
-    if not found.bad:
+    result = _surveyed(data, read, name, about)
+    _tell(result, len(data), name, on_bad_row, templates)
+    if not result.bad:
         return data
     if not isinstance(data, Dataset):
         raise DataError(f"{name} is {type(data).__name__}, of which no rows can be left out. Give a datasets.Dataset.")
-    usable = [i for i in range(len(data)) if i not in found.bad]
+    usable = [i for i in range(len(data)) if i not in result.bad]
     return data.select(usable)
 
 
 def survey(rows: Iterable[Mapping[str, Any]], read: Read, name: str) -> Survey:
     """Read every row once."""
-    found = Survey()
+    result = Survey()
     for i, row in enumerate(rows):
         try:
             sample = to_sample(row, where(row, i, name))
-            found.plain_prompts += sample.conversation.messages is None and bool(sample.conversation.text)
+            result.plain_prompts += sample.conversation.messages is None and bool(sample.conversation.text)
             if not read(sample):
-                found.too_long.append(i)
+                result.too_long.append(i)
         except DiglotError as error:
             place = where(row, i, name)
-            found.bad[i] = str(error) if place in str(error) else f"{place}: {error}"
-    return found
+            result.bad[i] = str(error) if place in str(error) else f"{place}: {error}"
+    return result
 
 
 def where(row: Mapping[str, Any], place: int, name: str) -> str:
@@ -114,11 +114,11 @@ def where(row: Mapping[str, Any], place: int, name: str) -> str:
     return f"{name} row {place if number is None else number}"
 
 
-def _tell(found: Survey, rows: int, name: str, on_bad_row: str, templates: bool) -> None:
+def _tell(result: Survey, rows: int, name: str, on_bad_row: str, templates: bool) -> None:
     """Say what was found; raise where nothing can follow from it."""
-    bad, long = len(found.bad), len(found.too_long)
+    bad, long = len(result.bad), len(result.too_long)
     if bad:
-        first = _reasons(found.bad, name)
+        first = _reasons(result.bad, name)
         if on_bad_row == "stop" or bad == rows:
             advice = "" if bad == rows else "\nMend them, or leave them out: on_bad_row: skip."
             raise DataError(f"{bad} of {rows} rows of {name} cannot be used. The first:\n{first}{advice}")
@@ -130,11 +130,11 @@ def _tell(found: Survey, rows: int, name: str, on_bad_row: str, templates: bool)
         )
     if long:
         logger.warning("%d of %d rows of %s do not fit max_length and will be dropped and counted.", long, rows, name)
-    if templates and found.plain_prompts:
+    if templates and result.plain_prompts:
         logger.warning(
             "%d of %d rows of %s have prompts of plain text, and both models have chat templates: neither is used. If "
             "they are questions to an assistant, give --dataset_columns user=prompt,assistant=completion, or messages.",
-            found.plain_prompts,
+            result.plain_prompts,
             rows,
             name,
         )
@@ -174,7 +174,7 @@ def _readable(row: dict[str, Any], name: str) -> bool:
 # ---- kept on disk ------------------------------------------------------------------------------------------------
 
 
-def _kept(data: Any, read: Read, name: str, about: Mapping[str, Any]) -> Survey:
+def _surveyed(data: Any, read: Read, name: str, about: Mapping[str, Any]) -> Survey:
     """The survey of a dataset, from disk if it was made before."""
     rows = data if isinstance(data, Dataset) else [data[i] for i in range(len(data))]
     place = folder()
@@ -183,11 +183,11 @@ def _kept(data: Any, read: Read, name: str, about: Mapping[str, Any]) -> Survey:
         return survey(rows, read, name)
     path = place / f"{_digest(rows, {**about, 'name': name, 'code': code})}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return Survey(**{**kept, "bad": {int(i): why for i, why in kept["bad"].items()}})
-    found = survey(tqdm(rows, desc=f"Reading {name} on both sides", total=len(data), delay=2), read, name)
-    _write(path, asdict(found))
-    return found
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        return Survey(**{**entry, "bad": {int(i): why for i, why in entry["bad"].items()}})
+    result = survey(tqdm(rows, desc=f"Reading {name} on both sides", total=len(data), delay=2), read, name)
+    _write(path, asdict(result))
+    return result
 
 
 def folder() -> Path | None:
@@ -207,13 +207,13 @@ def _digest(rows: Iterable[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, found: Mapping[str, Any]) -> None:
+def _write(path: Path, values: Mapping[str, Any]) -> None:
     """Whole, or not at all, whoever else writes it meanwhile."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, beside = tempfile.mkstemp(prefix=path.stem, suffix=".part", dir=path.parent)
         with open(handle, "w", encoding="utf-8") as file:
-            json.dump(found, file)
+            json.dump(values, file)
         os.replace(beside, path)
     except OSError as error:
         logger.info("What was found about the rows is not kept in %s: %s.", path.parent, error)

@@ -14,13 +14,13 @@ from diglot.rendering import Renderer
 def checked_rows(trainer: Any, train: Any, evaluation: Any) -> tuple[Any, Any]:
     """Both datasets with the rows that can be used; see `usable_rows`."""
     replies = trainer.needs_replies
-    found = None if train is None else _checked(trainer, train, "train", replies)
+    rows = None if train is None else _checked(trainer, train, "train", replies)
     texts = getattr(trainer, "lm_dataset", None)
     if texts is not None:
         trainer.lm_dataset = _usable(trainer, texts, "lm_dataset", _reads_texts(trainer.lanes[0].reader), "a reference")
     if isinstance(evaluation, dict):
-        return found, {name: _checked(trainer, one, f"eval ({name})", None) for name, one in evaluation.items()}
-    return found, None if evaluation is None else _checked(trainer, evaluation, "eval", None)
+        return rows, {name: _checked(trainer, one, f"eval ({name})", None) for name, one in evaluation.items()}
+    return rows, None if evaluation is None else _checked(trainer, evaluation, "eval", None)
 
 
 def _checked(trainer: Any, data: Any, name: str, replies: str | None) -> Any:
@@ -31,24 +31,24 @@ def _checked(trainer: Any, data: Any, name: str, replies: str | None) -> Any:
 def _usable(trainer: Any, data: Any, name: str, read: Read, replies: str | None) -> Any:
     args, lanes = trainer.args, trainer.lanes
     readers = [lane.reader for lane in lanes]
-    with args.main_process_first(local=False):  # the others find what it kept
+    with args.main_process_first(local=False):  # the others read what it wrote
         return usable_rows(
             data,
             read,
             name=name,
-            about={"sides": [_about(r) for r in readers], "replies": replies, "room": args.max_completion_length},
+            about={"sides": [_about(r) for r in readers], "replies": replies, "space": args.max_completion_length},
             on_bad_row=args.on_bad_row,
             templates=all(side.has_template for r in readers for side in (r.student, r.teacher)),
             labels=[lane.label for lane in lanes] if len(lanes) > 1 else [],
         )
 
 
-def reads(readers: list[PairReader], replies: str | None, room: int) -> Read:
+def reads(readers: list[PairReader], replies: str | None, space: int) -> Read:
     """How a row is read: with its reply where training reads that, else its prompt alone.
 
     Args:
         replies: why a row must have a reply; None if it need not.
-        room: tokens that a prompt must leave for what the student writes.
+        space: tokens that a prompt must leave for what the student writes.
     """
 
     def read(sample: Sample) -> bool:
@@ -59,7 +59,7 @@ def reads(readers: list[PairReader], replies: str | None, room: int) -> Read:
                 reader.written(sample)
             else:
                 conversation = sample.conversation
-                reader.prompt_ids(conversation, room)
+                reader.prompt_ids(conversation, space)
                 inside = reader.student.opens_thinking(conversation)
                 reader.teacher.prompt_ids(reader.teacher_reads(conversation), thinking=inside)
         return not sum(sum(reader.take_dropped().values()) for reader in readers)
