@@ -113,3 +113,9 @@ def test_of_a_stream_only_shapes_are_looked_at(caplog: pytest.LogCaptureFixture)
     kept = list(usable_rows(stream, reading, name="train", about={}, on_bad_row="skip"))
     assert [row["__row__"] for row in kept] == list(range(6)) and reading.seen == 0
     assert "Left out (on_bad_row): train row 6" in caplog.text
+
+
+def test_the_first_row_of_a_stream_is_read_at_once() -> None:
+    stream = Dataset.from_list(ROWS).to_iterable_dataset()
+    with pytest.raises(DataError, match="train row 0: the template refuses it"):
+        usable_rows(stream, Reading(bad=("p0",)), name="train", about={}, on_bad_row="stop")

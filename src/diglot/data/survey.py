@@ -74,7 +74,7 @@ def usable_rows(
         DataError: the columns are not understood; a row cannot be used and `on_bad_row` is "stop"; no row is left.
     """
     if isinstance(data, IterableDataset):
-        return _usable_stream(data, name, on_bad_row)
+        return _usable_stream(data, read, name, on_bad_row)
     if len(data) == 0:
         raise DataError(f"{name} has no rows.")
     if isinstance(data, Dataset):
@@ -152,11 +152,13 @@ def _reasons(bad: Mapping[int, str], name: str) -> str:
 # ---- streams -----------------------------------------------------------------------------------------------------
 
 
-def _usable_stream(data: IterableDataset, name: str, on_bad_row: str) -> IterableDataset:
+def _usable_stream(data: IterableDataset, read: Read, name: str, on_bad_row: str) -> IterableDataset:
     first = next(iter(data), None)
     if first is None:
         raise DataError(f"{name} has no rows.")
     check_columns(list(first), first, name)
+    if on_bad_row == "stop" and (bad := survey([first], read, name).bad):
+        raise DataError(bad[0])
     data = with_row_numbers(data)
     return data.filter(_readable, fn_kwargs={"name": name}) if on_bad_row == "skip" else data
 
