@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diglot.cli.loading import check_counts
+from diglot.cli.loading import add_data_options, check_counts, data_options
 from diglot.cli.parsing import Parser
 
 EXAMPLE = """example:
@@ -42,6 +42,7 @@ def parser() -> Parser:
     )
     add("--k", type=int, default=16, help="How many likeliest ids top_k keeps (default: 16).")
     add("--dataset_config", help="Configuration of a hub dataset.")
+    add_data_options(made)
     add("--dataset_train_split", default="train", help="Which split is scored (default: train).")
     add("--teacher_tokenizer_name_or_path", help="The teacher's tokenizer, when it is not beside its weights.")
     add("--teacher_model_revision", help="Revision of the teacher's model and tokenizer.")
@@ -78,7 +79,8 @@ def score(arguments: Sequence[str]) -> int:
     from diglot.data import load_dataset, to_sample
     from diglot.teachers.scoring import Manner, Reading, score_texts
 
-    rows: Any = load_dataset(options.data, config=options.dataset_config, split=options.dataset_train_split)
+    split = options.dataset_train_split
+    rows: Any = load_dataset(options.data, config=options.dataset_config, split=split, **data_options(options))
     samples = [to_sample(row, f"{options.data} row {i}") for i, row in enumerate(rows)]
     teacher, eos = _teacher(options)
     console = Console(stderr=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from diglot.batches import PairReader
 from diglot.comparisons.comparison import Comparison
@@ -22,7 +22,7 @@ from diglot.options import DistillationConfig, TeacherOptions
 from diglot.rendering import Renderer, Role
 from diglot.teachers import LocalTeacher, Teacher, find_teacher_tokenizer
 from diglot.teachers.adapter import OWN_BASE, AdapterOff
-from diglot.teachers.loading import INERT, load_teacher_model, split_gguf
+from diglot.teachers.loading import INERT, load_language_model, load_teacher_model, split_gguf
 
 Tokenizer = PreTrainedTokenizerBase
 
@@ -37,7 +37,7 @@ def load_student(
         VocabularyError: a tokenizer that does not belong to its model, or whose bytes cannot be known.
     """
     if isinstance(student, str):
-        student = AutoModelForCausalLM.from_pretrained(student, **{**INERT, **_kwargs(args.model_init_kwargs)})
+        student = load_language_model(student, **{**INERT, **_kwargs(args.model_init_kwargs)})
     elif args.model_init_kwargs:
         raise ConfigError("model_init_kwargs is for a student given by name; this one is already a model. Drop it.")
     for module in student.modules():
@@ -187,7 +187,7 @@ def _references(
         )
     renderers = comparison.reader.student, comparison.teacher.renderer
     models = (
-        AutoModelForCausalLM.from_pretrained(start, **{**INERT, **_kwargs(args.model_init_kwargs)}),
+        load_language_model(start, **{**INERT, **_kwargs(args.model_init_kwargs)}),
         _load(name, TeacherOptions.of(name, args), args),
     )
     options = "reference_model_name_or_path", "reference_teacher_model_name_or_path"

@@ -110,6 +110,12 @@ class DistillationConfig(TrainingArguments):
         "a sample whose prompt alone does not fit is dropped and counted.",
         "Data",
     )
+    on_bad_row: str = option(
+        "stop",
+        "At a row that cannot be used, found by reading all rows once before training: `stop`, or `skip` and count it.",
+        "Data",
+        choices=["stop", "skip"],
+    )
     score_turns: str = option(
         "last", "Which assistant turns of a conversation are trained on.", "Data", choices=["last", "all"]
     )

@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from diglot.batches import PackedSide, pad_id
@@ -37,6 +38,7 @@ from diglot.comparisons.projectors import (
     same_everywhere,
     save_projectors,
 )
+from diglot.comparisons.rows import checked_rows
 from diglot.data import Sample, to_sample
 from diglot.errors import ConfigError, RolloutsUnavailable, TeacherUnavailable
 from diglot.evaluation import Evaluator, OnPolicyReport
@@ -127,6 +129,7 @@ class DistillationTrainer(Trainer):
         for one in self.comparisons:
             if isinstance(one.teacher, AdapterOff):
                 one.teacher.follow(student)
+        train_dataset, eval_dataset = self.usable_rows(train_dataset, eval_dataset)
         super().__init__(
             model=student,
             args=args,
@@ -194,6 +197,10 @@ class DistillationTrainer(Trainer):
     def texts(self, window: Window) -> Texts:
         """Who writes, and what each comparison reads of it."""
 
+    def usable_rows(self, train: Any, evaluation: Any) -> tuple[Any, Any]:
+        """The datasets with the rows that can be used, each read once before the Trainer's own setup."""
+        return checked_rows(self.comparisons, self.args, train, evaluation)
+
     def items(self, view: View) -> Mapping[str, float]:
         """Over how many items of a micro-batch each term is averaged."""
         return view.items()
@@ -255,6 +262,13 @@ class DistillationTrainer(Trainer):
     def hidden_at_rows(self, model: torch.nn.Module, side: PackedSide) -> Tensor:
         """The student's hidden state that predicts each scored token, [N_s, H_s], with gradient."""
         return hidden_at_rows(model, side.input_ids, side.attention_mask, side.rows)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The Trainer's own. Streamed rows are read by every rank, which takes its own: samples are no tensors that
+        one rank could send to the others."""
+        if isinstance(self.train_dataset, IterableDataset):
+            self.accelerator.dataloader_config.dispatch_batches = False
+        return super().get_train_dataloader()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
