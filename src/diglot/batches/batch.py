@@ -81,7 +81,7 @@ def align_pairs(
     )
     aligned = align(side_s, side_t, sum(segments))
     in_exact = aligned.in_exact_chunk(aligned.chunk_s)
-    num_written = sum(int(((p.student.segment >= 0) | (p.student.roles != Role.PROMPT)).sum()) for p in kept)
+    num_written = sum(_written(p.student, on_policy) for p in kept)
     stats = {
         "tokens": float((~excluded).sum()),
         "covered": float(in_exact.sum()),
@@ -89,6 +89,7 @@ def align_pairs(
         "dropped": float((aligned.chunk_s < 0).sum()),
         "chunks": float(aligned.chunk_exact.sum()),
         "written": float(num_written),
+        "excluded": float(excluded.sum()),
         "bytes": float(sum(len(text) for p in kept for text in p.student.segment_bytes)),
         "stopped": float(sum(p.student.stopped[-1] for p in kept)),
         "samples": float(len(kept)),
@@ -111,6 +112,12 @@ def align_pairs(
         noncanonical=torch.from_numpy(noncanonical),
         logp_sampler=_sampler_logps(kept),
     )
+
+
+def _written(student: Rendered, on_policy: bool) -> int:
+    """Tokens that the writer wrote, scored or not. Of a text that was rendered, those are the scored ones."""
+    scored = student.segment >= 0
+    return int((scored | (student.roles != Role.PROMPT)).sum() if on_policy else scored.sum())
 
 
 def _sampler_logps(pairs: Sequence[ReadPair]) -> Tensor | None:

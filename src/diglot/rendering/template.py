@@ -69,6 +69,10 @@ class Template:
                 "Change the data, or give the model another template."
             ) from error
 
+    def reads(self, field: str) -> bool:
+        """Does the template name a field of messages?"""
+        return self.exists and field in str(self.tokenizer.chat_template)
+
     def _rendered(self, messages: list[dict[str, Any]], tools: list[Any] | None, generation_prompt: bool) -> str:
         asked: dict[str, Any] = {"tools": tools, "tokenize": False, "add_generation_prompt": generation_prompt}
         if type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
@@ -129,6 +133,11 @@ def with_thinking(text: str, thinking: bool | None) -> str:
     if thinking is None or thinking == opens_thinking(text):
         return text
     return _THINK_EMPTY.sub("", text) + "<think>\n" if thinking else _THINK_OPENED.sub("", text)
+
+
+def without_thinking(text: str) -> str:
+    """The generation prompt with no think block at its end, neither an open one nor an empty one."""
+    return _THINK_OPENED.sub("", _THINK_EMPTY.sub("", text))
 
 
 def missing_from(

@@ -325,13 +325,16 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         totals["windows"] += 1
         totals["on_policy"] += batches[0].on_policy
         self._metrics.add(totals)
-        coverage = totals["covered"] / max(totals["tokens"], 1)
-        if totals["tokens"] and coverage < self.args.min_coverage:
+        written = totals["written"] - totals["excluded"]
+        coverage = totals["covered"] / max(written, 1)
+        if written and not totals["tokens"]:
+            logger.warning("Step %d: none of the %d tokens that were written is scored.", self.state.global_step, written)
+        if written and coverage < self.args.min_coverage:
             raise AlignmentError(
-                f"Only {coverage:.1%} of the student's scored tokens could be aligned with the teacher's in step "
-                f"{self.state.global_step}; min_coverage is {self.args.min_coverage:.0%}. Look at the pair's "
-                "tokenizers: a lossy normaliser on one side, or text that the teacher's context cannot hold, are the "
-                "usual reasons."
+                f"Only {coverage:.1%} of the {int(written)} tokens that were written in step {self.state.global_step} "
+                f"could be aligned with the teacher's ({int(totals['tokens'])} are scored); min_coverage is "
+                f"{self.args.min_coverage:.0%}. Look at the pair: a lossy normaliser on one side, text that the "
+                "teacher's context cannot hold, or replies made of control tokens are the usual reasons."
             )
 
     # ---- one micro-batch ---------------------------------------------------------------------------------------

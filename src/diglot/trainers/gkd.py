@@ -81,8 +81,11 @@ class GKDTrainer(DistillationTrainer):
         inside = self.opens_thinking(sample.conversation)
         read = self.reader.teacher_reads(sample.conversation)
         written = self.teacher.renderer.from_sampled(read, completion, thinking=inside)
-        reply = written.segment_bytes[-1].decode("utf-8")
-        return self.reader.written(Sample(sample.conversation, reply, sample.where), stopped=written.stopped[-1])
+        reply = written.reply
+        assert reply is not None
+        answer = None if reply.whole is not None else reply
+        own = Sample(sample.conversation, reply.text if answer else reply.whole, sample.where, answer)
+        return self.reader.written(own, stopped=written.stopped[-1])
 
     def ask_teacher(self, batch: AlignedBatch) -> Tensor:
         """From the cache where the text is the dataset's: what is sampled does not come again."""

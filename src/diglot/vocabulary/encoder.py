@@ -53,11 +53,16 @@ class ByteEncoder:
         check_spelling(vocabulary, (spans.ids for spans in self._encoder.spans(PROBES)))
         self.bos_ids = tuple(self._encoder.bos_ids())
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Encode each text as a continuation.
+    @property
+    def has_edges(self) -> bool:
+        """Does the tokenizer write a dummy prefix at the start of a text?"""
+        return self._encoder.has_edges
 
-        Nothing is added before or after, no dummy prefix is written, and the names of special tokens in a text are
-        spelt out as text. The only control id that can come out is the unknown token, never exact.
+    def encode(self, texts: Sequence[str], *, start: bool = False) -> list[Encoded]:
+        """Encode each text, as a continuation or, with `start`, as the tokenizer itself writes the start of a text.
+
+        Nothing is added before or after, and the names of special tokens in a text are spelt out as text. The only
+        control id that can come out is the unknown token, never exact.
 
         `ends[-1]` is the length of the text in bytes, except where a text gives no token at all (an empty one, or one
         that the tokenizer drops whole): then all three arrays are empty.
@@ -68,17 +73,24 @@ class ByteEncoder:
         if isinstance(texts, str):
             raise VocabularyError("encode takes a list of texts and was given one string: pass [text].")
         sources = [_utf8(text, where) for where, text in enumerate(texts)]
-        spans = self._encoder.spans(texts)
+        spans = self._encoder.spans(texts, start=start)
         return [self._place(*item) for item in zip(texts, sources, spans, strict=True)]
 
-    def encode_markup(self, text: str) -> NDArray[np.int64]:
-        """Ids [n] of a text in which special tokens are recognised. Nothing is added, no dummy prefix is written.
+    def encode_markup(self, text: str, *, start: bool = False) -> NDArray[np.int64]:
+        """Ids [n] of a text in which special tokens are recognised. Nothing is added.
+
+        With `start` they are what the tokenizer itself gives for the whole text, a dummy prefix included; without it
+        the text continues another.
 
         Raises:
             VocabularyError: a text that is not Unicode text, because it holds a lone surrogate.
         """
         _utf8(text, 0)
-        return np.array(self._encoder.markup(text), dtype=np.int64)
+        return np.array(self._encoder.markup(text, start=start).ids, dtype=np.int64)
+
+    def place_markup(self, text: str, *, start: bool = False) -> Encoded:
+        """`encode_markup` with the byte of the text at which each token ends. Control tokens are never exact."""
+        return self._place(text, _utf8(text, 0), self._encoder.markup(text, start=start))
 
     def _place(self, text: str, source: bytes, spans: Spans) -> Encoded:
         vocabulary = self.vocabulary
