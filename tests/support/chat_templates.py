@@ -29,7 +29,7 @@ THINKS = (
     BODY + "{% if m.role == 'assistant' %}<|im_start|>assistant\n"
     "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n"
     "{% elif loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}{% if m.content or not loop.first %}\n{% endif %}<tool_call>\n"
+    "{% for c in m.tool_calls or [] %}{% if m.content or not loop.first %}{{ '\n' }}{% endif %}<tool_call>\n"
     '{"name": "{{ c.function.name }}", "arguments": '
     "{% if c.function.arguments is string %}{{ c.function.arguments }}{% else %}{{ c.function.arguments | tojson }}"
     "{% endif %}}\n</tool_call>{% endfor %}<|im_end|>\n"
@@ -64,7 +64,7 @@ TEMPLATES: dict[str, str] = {
     "words for markers": BODY + "{{ m.role | upper }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n"
     + END + GENERATE + "ASSISTANT:{% endif %}",
     "spelt markers": BODY + "<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n" + END + GENERATE + "<|assistant|>\n{% endif %}",
-    "swallowing markers": BODY + "<u>\n{{ m.content }}<e>\n" + END + GENERATE + "<a>\n{% endif %}",
+    "swallowing markers": BODY + "{{ '<a>' if m.role == 'assistant' else '<u>' }}\n{{ m.content }}<e>\n" + END + GENERATE + "<a>\n{% endif %}",
     "response marker": BODY + "{% if m.role == 'assistant' %}<a><r>{{ m.content }}</r><e>{% else %}<u>{{ m.content }}<e>{% endif %}"
     + END + GENERATE + "<a>{% endif %}",
     "nothing between": BODY + "{{ m.content }}{{ eos_token }}" + END,

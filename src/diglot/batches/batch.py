@@ -89,7 +89,7 @@ def align_pairs(
         "dropped": float((aligned.chunk_s < 0).sum()),
         "chunks": float(aligned.chunk_exact.sum()),
         "written": float(num_written),
-        "excluded": float(excluded.sum()),
+        "excluded": float(excluded.sum() + sum(p.student.own_markup for p in kept)),
         "bytes": float(sum(len(text) for p in kept for text in p.student.segment_bytes)),
         "stopped": float(sum(p.student.stopped[-1] for p in kept)),
         "samples": float(len(kept)),

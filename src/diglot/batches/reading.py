@@ -12,7 +12,7 @@ from diglot.alignment import check_bytes
 from diglot.data import Sample
 from diglot.errors import DataError
 from diglot.rendering import Conversation, Rendered, Renderer, Reply, Role, Score, text_reply, truncate
-from diglot.rendering.template import content_text
+from diglot.rendering.template import content_text, without_empty_thinking
 
 Ids = NDArray[np.int64]
 
@@ -108,7 +108,7 @@ class PairReader:
             text = student.segment_bytes[-1].decode("utf-8")
             own = self.teacher.render(reads, text, stopped=finished, thinking=thinking)
         else:
-            own = self.teacher.render(reads, reply, stopped=finished, thinking=thinking)
+            own = self.teacher.render(reads, reply, stopped=finished, thinking=False)
         return self._fit(conversation, student, own, self._noncanonical(student))
 
     def _noncanonical(self, sampled: Rendered) -> NDArray[np.bool_]:
@@ -165,12 +165,21 @@ class PairReader:
             return reply.slots[0].texts[0], opened and reply.whole is not None and sample.answer is None
         if reply.whole is not None:
             split = any(has_other_markup(side, reply, opened, stopped) for side in (self.student, self.teacher))
-            return (replace(reply, whole=None), False) if split else (reply.whole, opened)
+            if split:
+                return replace(reply, whole=None), False
+            return self._inside(sample, reply.whole, opened)
         sides = (self.student.markup, self.teacher.markup)
         first, second = (side.layout(reply.shape).spelt(reply) for side in sides)
         if first != second or any(side.has_controls(reply.shape) for side in sides):
             return reply, False
-        return first, False
+        return self._inside(sample, first, False)
+
+    def _inside(self, sample: Sample, text: str, opened: bool) -> tuple[str, bool]:
+        """A text without the tag that the student's prompt holds already."""
+        tag = "<think>\n"
+        if not opened and text.startswith(tag) and self.student.opens_thinking(sample.conversation):
+            return text.removeprefix(tag), True
+        return text, opened
 
     def reference(self, sample: Sample) -> Rendered | None:
         """A text to imitate, on the student's side only; None (and counted) if its prompt alone fills the limit."""
@@ -216,7 +225,7 @@ def has_other_markup(side: Renderer, reply: Reply, opened: bool, finished: bool)
     layout = side.markup.layout(reply.shape)
     if not layout.own:
         return False
-    own = layout.spelt(reply)
+    own = without_empty_thinking(layout.spelt(reply))
     written = ("<think>\n" if opened else "") + str(reply.whole)
     return side.markup.has_controls(reply.shape) or not (own == written if finished else own.startswith(written))
 

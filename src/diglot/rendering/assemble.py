@@ -96,7 +96,7 @@ def join(pieces: Sequence[Piece]) -> Piece:
     return Piece(**arrays, texts=pieces[0].texts, stopped=pieces[0].stopped)
 
 
-def assemble(pieces: Sequence[Piece], reply: Reply | None = None) -> Rendered:
+def assemble(pieces: Sequence[Piece], reply: Reply | None = None, own_markup: int = 0) -> Rendered:
     """One `Rendered` of pieces in order; segments are numbered as they come."""
     segment: list[NDArray[np.int32]] = []
     count = 0
@@ -112,6 +112,7 @@ def assemble(pieces: Sequence[Piece], reply: Reply | None = None) -> Rendered:
         segment_bytes=tuple(text for p in pieces for text in p.texts),
         stopped=tuple(stop for p in pieces for stop in p.stopped),
         reply=reply,
+        own_markup=own_markup,
     )
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from diglot.rendering.assemble import Piece, cut_segments
 from diglot.rendering.types import Role
-from diglot.vocabulary import ByteEncoder, Encoded
+from diglot.vocabulary import ByteEncoder, Encoded, Vocabulary
 
 Ints = NDArray[np.int64]
 
@@ -91,12 +91,23 @@ def _continued(encoder: ByteEncoder, text: str, before: str) -> Encoded | None:
     n, offset = len(prompt), len(before.encode())
     if whole.ids[:n].tolist() != prompt.tolist() or (n and whole.ends[n - 1] > offset):
         return None
-    spelt, names = b"", encoder.vocabulary.names
-    for i in whole.ids[n:].tolist():
-        spelt += names[i].encode() if i in names else encoder.vocabulary.token(i)
-    if spelt.removeprefix(b" ") != text.encode().removeprefix(b" "):
+    if not _spells(encoder.vocabulary, whole.ids[n:], text.encode()):
         return None
     return Encoded(whole.ids[n:], whole.ends[n:] - offset, whole.exact[n:])
+
+
+def _spells(vocabulary: Vocabulary, ids: Ints, text: bytes) -> bool:
+    """Are these the bytes of `text`, but for a dummy prefix at the start and behind control tokens?"""
+    at, starts = 0, True
+    for i in ids.tolist():
+        control = bool(vocabulary.control[i])
+        piece = vocabulary.names.get(i, "").encode() if control else vocabulary.token(i)
+        if starts and piece.startswith(b" ") and not text.startswith(piece, at):
+            piece = piece[1:]
+        if not text.startswith(piece, at):
+            return False
+        at, starts = at + len(piece), control
+    return at == len(text)
 
 
 def _apart(

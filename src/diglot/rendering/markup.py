@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from diglot.errors import RenderingError
 from diglot.rendering.reply import REASONING_FIELDS, Reply, Shape
-from diglot.rendering.template import Template, without_thinking
+from diglot.rendering.template import Template, without_empty_thinking, without_thinking
 from diglot.rendering.types import Role
 from diglot.vocabulary import Vocabulary
 
@@ -26,6 +26,7 @@ Ids = NDArray[np.int64]
 PROBE = {"role": "user", "content": "hi"}
 _KEY, _VALUE = "SENTINELkey", "SENTINELvalue"
 PLAIN: Shape = (Role.CONTENT,)
+CALL: Shape = (Role.TOOL_CALL, Role.TOOL_CALL)
 _MOST_CALLS = 64
 
 
@@ -127,13 +128,19 @@ class Markup:
             if opened and shape[0] == Role.REASONING:
                 around[0] = b""
             slots = [b"(.*?)"] * (len(shape) - 1) + ([b"(.*?)"] if whole else [b"(.*)"])
-            parts = [_flexible(around[0])]
+            parts = [self._opening(self.layout(shape).around[0], around[0])]
             for slot, after in zip(slots, around[1:], strict=True):
                 parts += [slot, _flexible(after)]
             if not whole:
                 parts.pop()
             self._patterns[key] = re.compile(b"\\A" + b"".join(parts) + b"\\Z", re.S)
         return self._patterns[key]
+
+    def _opening(self, literal: str, marks: bytes) -> bytes:
+        """A pattern for what stands before the first slot: a model may leave out the empty think block."""
+        rest = self._marks(without_empty_thinking(literal))
+        before = marks.removesuffix(rest) if marks else b""
+        return (b"(?:" + re.escape(before) + b")?" if before else b"") + _flexible(rest if before else marks)
 
     # ---- finding out -------------------------------------------------------------------------------------------
 
@@ -168,16 +175,17 @@ class Markup:
                 if not found:
                     return None
                 around.append(before)
-            closing, stop = self._closing(rest)
+            closing, stop = self._closing(rest, calls=len(marks) > 1)
             return Layout((*around, closing), own=True, bare=start != prompt, stop=stop)
         return None
 
-    def _closing(self, text: str) -> tuple[str, int | None]:
-        """The text before the stop, and the stop."""
-        for i in self._encode(text).tolist():
-            if i in self._stops:
-                return text.partition(self.vocabulary.display(i))[0], i
-        return "", None
+    def _closing(self, text: str, calls: bool) -> tuple[str, int | None]:
+        """The text before the stop, and the stop. A turn of calls may end with a marker of its own."""
+        ids = self._encode(text)
+        stops = [i for i in ids.tolist() if i in self._stops] or (ids[self.vocabulary.control[ids]].tolist() if calls else [])
+        if not stops:
+            return "", None
+        return text.partition(self.vocabulary.display(stops[0]))[0], stops[0]
 
 
 def _probes(shape: Shape) -> list[tuple[dict[str, Any], list[str]]]:

@@ -17,7 +17,7 @@ from diglot.errors import DataError, RenderingError
 from diglot.rendering.assemble import Piece, assemble, cut_segments, join
 from diglot.rendering.encoding import Item, encode_items, writes_dummy_prefix
 from diglot.rendering.labels import label_segment
-from diglot.rendering.markup import PLAIN, PROBE, Layout, Markup
+from diglot.rendering.markup import CALL, PLAIN, PROBE, Layout, Markup
 from diglot.rendering.reply import Reply, Slot, plain_reply
 from diglot.rendering.stops import describe_stops, find_stops, probe_template
 from diglot.rendering.template import (
@@ -72,8 +72,11 @@ class Renderer:
         self.stop_id, self.stop_sources = find_stops(
             tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None), probed, len(self.vocabulary), name
         )
+        self.markup = Markup(self.template, self.vocabulary, self.encoder.encode_markup, tuple(self.stop_sources))
+        after_call = self.markup.layout(CALL)
+        if after_call.stop is not None and after_call.stop not in self.stop_sources:
+            self.stop_sources[after_call.stop] = "template, after a tool call"
         self.stop_ids = tuple(self.stop_sources)
-        self.markup = Markup(self.template, self.vocabulary, self.encoder.encode_markup, self.stop_ids)
         self._said: set[str] = set()
         logger.info(
             "%s: %s vocabulary of %d, stops at %s",
@@ -115,7 +118,9 @@ class Renderer:
             return self._started([Piece.prompt(self.encoder.encode_markup(text, start=True))])
         return self._started([self._bos(), Piece.prompt(self.encoder.encode([text], start=True)[0].ids)])
 
-    def _scored_prompt(self, conversation: Conversation, thinking: bool | None, bare: bool) -> list[Piece]:
+    def _scored_prompt(
+        self, conversation: Conversation, thinking: bool | None, bare: bool
+    ) -> tuple[list[Piece], str]:
         """Messages with the assistant's earlier turns as segments, their text as written, encoded as one text."""
         assert conversation.messages is not None
         texts, turns = self.template.pieces(conversation.messages, tools=conversation.tools)
@@ -129,7 +134,8 @@ class Renderer:
             label_segment(piece, k, opened=False)
             if (at := self._stop_behind(piece, k)) is not None:
                 piece = piece.with_stop(at, k)
-        return self._started([piece] if self.has_template else [self._bos(), piece])
+        pieces = self._started([piece] if self.has_template else [self._bos(), piece])
+        return pieces, "".join(item.text for item in items)
 
     def _stop_behind(self, piece: Piece, segment: int) -> int | None:
         """Where the stop of an earlier turn stands: right behind it, or behind what the template closes a turn with."""
@@ -224,11 +230,11 @@ class Renderer:
         if not stopped:
             layout = replace(layout, around=(*layout.around[:-1], ""))
         if score == "all" and conversation.messages is not None:
-            prompt, before = self._scored_prompt(conversation, thinking, layout.bare), ""
+            prompt, text = self._scored_prompt(conversation, thinking, layout.bare)
         else:
             text = self._prompt_text(conversation, thinking, layout.bare)
             prompt = self._prompt(conversation, text)
-            before = text if self.encoder.has_edges and self.has_template and conversation.messages else ""
+        before = text if self.encoder.has_edges and self.has_template and conversation.messages else ""
         opened = isinstance(reply, str) and not layout.bare and self._opened(conversation, thinking)
         tail = self._tail(parts, layout, before, opened)
         if stopped:
@@ -331,9 +337,11 @@ class Renderer:
             piece.roles[(piece.segment == k) & (piece.roles == Role.CONTENT)] = role
         if whole:
             piece = piece.with_stop(len(ids) - 1, len(spans) - 1)
+        edges = sum(len(slot.edges) for slot in reply.slots)
+        markup = int((piece.segment[:valid] < 0).sum()) - edges
         if prompt_ids is not None:
-            return assemble([Piece.prompt(prompt_ids), piece], reply)
-        return assemble([*self._prompt(conversation, self._prompt_text(conversation, thinking)), piece], reply)
+            return assemble([Piece.prompt(prompt_ids), piece], reply, markup)
+        return assemble([*self._prompt(conversation, self._prompt_text(conversation, thinking)), piece], reply, markup)
 
     def _parts(
         self, text: bytes, opened: bool, finished: bool, split: bool | None, conversation: Conversation

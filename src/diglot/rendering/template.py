@@ -19,6 +19,7 @@ from diglot.rendering.template_process import templates
 
 _THINK_OPENED = re.compile(r"<think>\s*\Z")
 _WORD = re.compile(r"\w+")
+_THINK_EMPTY_FIRST = re.compile(r"\A\s*<think>\s*</think>\s*")
 _THINK_EMPTY = re.compile(r"<think>\s*</think>\s*\Z")
 
 
@@ -138,6 +139,11 @@ def with_thinking(text: str, thinking: bool | None) -> str:
 def without_thinking(text: str) -> str:
     """The generation prompt with no think block at its end, neither an open one nor an empty one."""
     return _THINK_OPENED.sub("", _THINK_EMPTY.sub("", text))
+
+
+def without_empty_thinking(text: str) -> str:
+    """What a template writes before a reply, without the empty think block at its start."""
+    return _THINK_EMPTY_FIRST.sub("", text)
 
 
 def missing_from(

@@ -23,7 +23,7 @@ class Encoded:
     exact: [n] bool, whether the token's bytes are those bytes of the text.
 
     A run of tokens with `exact` False is one region that cannot be aligned inside: all but its last token end where the
-    region starts, the last ends where the region ends.
+    region starts, the last ends where the region ends. A control token of markup is a region by itself.
     """
 
     ids: NDArray[np.int64]
@@ -127,6 +127,7 @@ def _check_groups(
 
     Tokens whose characters overlap are one group. A group is exact if its bytes are the bytes of its characters.
     """
+    names = vocabulary.names
     groups = _groups(spans, len(text), gap_before=not vocabulary.trailing_space)
     offsets = _byte_offsets(text)
     exact = np.zeros(len(pieces), dtype=bool)
@@ -139,6 +140,11 @@ def _check_groups(
             exact[first:last] = True
             ends[first:last] = low + _running(pieces[first:last])
             region = high
+        elif last == first + 1 and names.get(spans.ids[first], "").encode() == source[low:high].strip():
+            # Markup: no text, but there is no doubt where it ends, so it closes the region before it.
+            if first > 0 and not exact[first - 1]:
+                ends[first - 1] = low
+            ends[first], region = high, high
         else:
             # A region grows over the groups that follow, so the token before this group is no longer its last.
             if first > 0 and not exact[first - 1]:
