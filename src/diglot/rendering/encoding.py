@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diglot.rendering.assemble import Piece, cut_segments
+from diglot.rendering.markers import CUT
 from diglot.rendering.types import Role
 from diglot.vocabulary import ByteEncoder, Encoded, Vocabulary
 
@@ -61,7 +63,8 @@ def _together(
     if not before and all(item.kind == "segment" for item in items):
         return None
     text = "".join(item.text for item in items)
-    if not text:
+    cut = any(a.kind == b.kind == "markup" for a, b in pairwise(items))  # text that must not be read as a marker
+    if not text or cut or CUT in before:
         return None
     read = _continued(encoder, text, before) if before else encoder.place_markup(text, start=start)
     if read is None:

@@ -17,6 +17,7 @@ from diglot.errors import DataError, RenderingError
 from diglot.rendering.assemble import Piece, assemble, cut_segments, join
 from diglot.rendering.encoding import Item, encode_items, writes_dummy_prefix
 from diglot.rendering.labels import label_segment
+from diglot.rendering.markers import CUT, MarkerGuard, Markers
 from diglot.rendering.markup import CALL, PLAIN, PROBE, Layout, Markup
 from diglot.rendering.reply import Reply, Slot, plain_reply
 from diglot.rendering.stops import describe_stops, find_stops, probe_template
@@ -46,6 +47,8 @@ class Renderer:
         num_embeddings: rows of the model's embedding.
         generation_config: of the model; its end-of-text ids join the stop set.
         chat_template_kwargs: handed to the chat template.
+        fold_system: put a system message that the template refuses or drops into the first user's.
+        markers: what is done about names of control tokens in the text of messages; see `rendering.markers`.
         name: for messages, "student" or "teacher".
 
     Raises:
@@ -60,12 +63,15 @@ class Renderer:
         num_embeddings: int | None = None,
         generation_config: GenerationConfig | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        fold_system: bool = False,
+        markers: Markers = "read",
         name: str = "model",
     ) -> None:
         self.tokenizer, self.name = tokenizer, name
         self.vocabulary = Vocabulary.from_tokenizer(tokenizer, num_embeddings)
         self.encoder = ByteEncoder(tokenizer, self.vocabulary)
-        self.template = Template(tokenizer, chat_template_kwargs, name)
+        self.template = Template(tokenizer, chat_template_kwargs, name, fold_system=fold_system)
+        self.guard = MarkerGuard(self.encoder, markers, name)
         probed = None
         if self.template.exists:
             probed = probe_template(self.template.text, self.encoder.encode_markup, self.vocabulary.control)
@@ -115,7 +121,14 @@ class Renderer:
     def _prompt(self, conversation: Conversation, text: str) -> list[Piece]:
         """What stands before the last reply. The first scored token always has one before it that predicts it."""
         if conversation.messages is not None and self.has_template:
-            return self._started([Piece.prompt(self.encoder.encode_markup(text, start=True))])
+            parts = text.split(CUT)
+            read = [self.encoder.encode_markup(part, start=k == 0) for k, part in enumerate(parts)]
+            return self._started([Piece.prompt(np.concatenate(read))])
+        if any(name in text for name in self._stop_names):
+            self._say_once(
+                f"A prompt that is plain text holds markers of the {self.name}'s template, which are read as letters. "
+                "Give conversations as lists of messages, so that each side writes its own markers."
+            )
         return self._started([self._bos(), Piece.prompt(self.encoder.encode([text], start=True)[0].ids)])
 
     def _scored_prompt(
@@ -123,12 +136,14 @@ class Renderer:
     ) -> tuple[list[Piece], str]:
         """Messages with the assistant's earlier turns as segments, their text as written, encoded as one text."""
         assert conversation.messages is not None
-        texts, turns = self.template.pieces(conversation.messages, tools=conversation.tools)
+        messages = self.guard.guarded(conversation.messages)
+        texts, turns = self.template.pieces(messages, tools=conversation.tools)
         self._check_complete(conversation, "".join(texts))
         texts[-1] = without_thinking(texts[-1]) if bare else with_thinking(texts[-1], thinking)
-        around: list[Item] = [Item(self._around, text) for text in texts]
+        around = [[Item(self._around, part) for part in text.split(CUT)] for text in texts]
         contents = [Item("segment", content_text(conversation.messages[turn], self.name)) for turn in turns]
-        items = [item for both in zip(around, contents, strict=False) for item in both] + around[-1:]
+        items = [item for before, content in zip(around, contents, strict=False) for item in (*before, content)]
+        items += around[-1]
         piece = encode_items(self.encoder, items, start=True)
         for k in range(len(contents)):
             label_segment(piece, k, opened=False)
@@ -173,7 +188,25 @@ class Renderer:
 
     def _text(self, conversation: Conversation) -> str:
         assert conversation.messages is not None
-        return self.template.text(conversation.messages, tools=conversation.tools, generation_prompt=True)
+        messages = self.guard.guarded(conversation.messages)
+        text = self.template.text(messages, tools=conversation.tools, generation_prompt=True)
+        if self.guard.manner == "read" and self.has_template:
+            self._warn_of_markers(messages)
+        return text
+
+    def _warn_of_markers(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Say once that a message holds what ends a turn on this side."""
+        for message in messages:
+            content = message.get("content")
+            if isinstance(content, str) and any(name in content for name in self._stop_names):
+                self._say_once(
+                    f"A message holds a marker that ends a turn for the {self.name}, and is read as one, as a served "
+                    "model reads it; the other side reads other turns. Set markers to 'text' or 'refuse' to prevent it."
+                )
+
+    @cached_property
+    def _stop_names(self) -> list[str]:
+        return [self.vocabulary.names[i] for i in self.stop_ids if i in self.vocabulary.names]
 
     def _bos(self) -> Piece:
         return Piece.prompt(np.array(self.encoder.bos_ids, dtype=np.int64))
