@@ -1,4 +1,4 @@
-"""Markers in the text of messages, system messages that a template refuses, content in parts, content that is missing."""
+"""Markers in the text of messages, system messages that a template refuses, content in parts or missing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def test_markers_in_a_message_can_be_read_as_letters(backend: str, score: Any) -
     text = spelt(r, user(FORGED)).replace(" ", "")
     assert FORGED in text
     plain = Renderer(chat.tokenizer("chatml", backend))
-    assert r.prompt_ids(Conversation((user("a b"),))).tolist() == plain.prompt_ids(Conversation((user("a b"),))).tolist()
+    assert (
+        r.prompt_ids(Conversation((user("a b"),))).tolist() == plain.prompt_ids(Conversation((user("a b"),))).tolist()
+    )
 
 
 def test_markers_in_a_message_can_be_refused() -> None:
@@ -70,7 +72,9 @@ REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system ro
 def test_a_system_message_that_a_template_refuses_or_drops_can_be_folded_into_the_users(drops: bool) -> None:
     tokenizer = chat.tokenizer("chatml")
     own = tokenizer.chat_template
-    tokenizer.chat_template = own.replace("in messages", "in messages if m.role != 'system'") if drops else REFUSES + own
+    tokenizer.chat_template = (
+        own.replace("in messages", "in messages if m.role != 'system'") if drops else REFUSES + own
+    )
     system = {"role": "system", "content": "Be brief."}
     if not drops:
         with pytest.raises(RenderingError, match="fold_system"):

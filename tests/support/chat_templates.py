@@ -17,24 +17,32 @@ CHATML = BODY + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n" + END
 GENERATE = "{% if add_generation_prompt %}"
 
 HARMONY = (
-    BODY + "{% if m.role == 'assistant' %}"
-    "{% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
-    "{% if m.tool_calls %}{% for c in m.tool_calls %}<|start|>assistant to=functions.{{ c.function.name }}"
-    "<|channel|>commentary json<|message|>{{ c.function.arguments | tojson }}<|call|>{% endfor %}"
-    "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
-    "{% if loop.last %}<|return|>{% else %}<|end|>{% endif %}{% endif %}"
-    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}" + END
-) + GENERATE + "<|start|>assistant{% endif %}"
+    (
+        BODY + "{% if m.role == 'assistant' %}"
+        "{% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+        "{% if m.tool_calls %}{% for c in m.tool_calls %}<|start|>assistant to=functions.{{ c.function.name }}"
+        "<|channel|>commentary json<|message|>{{ c.function.arguments | tojson }}<|call|>{% endfor %}"
+        "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+        "{% if loop.last %}<|return|>{% else %}<|end|>{% endif %}{% endif %}"
+        "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}" + END
+    )
+    + GENERATE
+    + "<|start|>assistant{% endif %}"
+)
 THINKS = (
-    BODY + "{% if m.role == 'assistant' %}<|im_start|>assistant\n"
-    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n"
-    "{% elif loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}{% if m.content or not loop.first %}{{ '\n' }}{% endif %}<tool_call>\n"
-    '{"name": "{{ c.function.name }}", "arguments": '
-    "{% if c.function.arguments is string %}{{ c.function.arguments }}{% else %}{{ c.function.arguments | tojson }}"
-    "{% endif %}}\n</tool_call>{% endfor %}<|im_end|>\n"
-    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}" + END
-) + GENERATE + "<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    (
+        BODY + "{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+        "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n"
+        "{% elif loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}{% if m.content or not loop.first %}{{ '\n' }}{% endif %}<tool_call>\n"
+        '{"name": "{{ c.function.name }}", "arguments": '
+        "{% if c.function.arguments is string %}{{ c.function.arguments }}{% else %}{{ c.function.arguments | tojson }}"
+        "{% endif %}}\n</tool_call>{% endfor %}<|im_end|>\n"
+        "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}" + END
+    )
+    + GENERATE
+    + "<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
 STRIPS = (
     BODY + "{% if m.role == 'assistant' %}<a>{{ (m.content or '').split('</think>')[-1] }}<e>"
     "{% else %}<u>{{ m.content }}{% endif %}" + END + GENERATE + "<a><think>\n{% endif %}"
@@ -50,23 +58,47 @@ BRACKETS = (
 TEMPLATES: dict[str, str] = {
     "chatml": CHATML + GENERATE + "<|im_start|>assistant\n{% endif %}",
     "system by default": "{% if messages[0].role != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}"
-    + CHATML + GENERATE + "<|im_start|>assistant\n{% endif %}",
+    + CHATML
+    + GENERATE
+    + "<|im_start|>assistant\n{% endif %}",
     "harmony": HARMONY,
     "thinks": THINKS,
     "opens a think block": STRIPS,
     "brackets": BRACKETS,
     "spaced brackets": "{{ bos_token }}" + BODY + "{% if m.role == 'assistant' %} {{ m.content }} {{ eos_token }}"
     "{% else %}[INST] {{ m.content }} [/INST]{% endif %}" + END,
-    "headers": "{{ bos_token }}" + BODY + "<h>{{ m.role }}</h>\n\n{{ m.content | trim }}<e>" + END
-    + GENERATE + "<h>assistant</h>\n\n{% endif %}",
-    "turns": "{{ bos_token }}" + BODY + "<u>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<e>\n"
-    + END + GENERATE + "<u>model\n{% endif %}",
-    "words for markers": BODY + "{{ m.role | upper }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n"
-    + END + GENERATE + "ASSISTANT:{% endif %}",
-    "spelt markers": BODY + "<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n" + END + GENERATE + "<|assistant|>\n{% endif %}",
-    "swallowing markers": BODY + "{{ '<a>' if m.role == 'assistant' else '<u>' }}\n{{ m.content }}<e>\n" + END + GENERATE + "<a>\n{% endif %}",
-    "response marker": BODY + "{% if m.role == 'assistant' %}<a><r>{{ m.content }}</r><e>{% else %}<u>{{ m.content }}<e>{% endif %}"
-    + END + GENERATE + "<a>{% endif %}",
+    "headers": "{{ bos_token }}"
+    + BODY
+    + "<h>{{ m.role }}</h>\n\n{{ m.content | trim }}<e>"
+    + END
+    + GENERATE
+    + "<h>assistant</h>\n\n{% endif %}",
+    "turns": "{{ bos_token }}"
+    + BODY
+    + "<u>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<e>\n"
+    + END
+    + GENERATE
+    + "<u>model\n{% endif %}",
+    "words for markers": BODY
+    + "{{ m.role | upper }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n"
+    + END
+    + GENERATE
+    + "ASSISTANT:{% endif %}",
+    "spelt markers": BODY
+    + "<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n"
+    + END
+    + GENERATE
+    + "<|assistant|>\n{% endif %}",
+    "swallowing markers": BODY
+    + "{{ '<a>' if m.role == 'assistant' else '<u>' }}\n{{ m.content }}<e>\n"
+    + END
+    + GENERATE
+    + "<a>\n{% endif %}",
+    "response marker": BODY
+    + "{% if m.role == 'assistant' %}<a><r>{{ m.content }}</r><e>{% else %}<u>{{ m.content }}<e>{% endif %}"
+    + END
+    + GENERATE
+    + "<a>{% endif %}",
     "nothing between": BODY + "{{ m.content }}{{ eos_token }}" + END,
     "instruction": BODY + "{% if m.role == 'assistant' %}### Response:\n{{ m.content }}{{ eos_token }}\n\n"
     "{% else %}### Instruction:\n{{ m.content }}\n\n{% endif %}" + END + GENERATE + "### Response:\n{% endif %}",

@@ -91,7 +91,8 @@ def cut_segments(
 def join(pieces: Sequence[Piece]) -> Piece:
     """Pieces in order as one; only the first may have segments."""
     arrays = {
-        name: np.concatenate([getattr(p, name) for p in pieces]) for name in ("ids", "roles", "ends", "exact", "segment")
+        name: np.concatenate([getattr(p, name) for p in pieces])
+        for name in ("ids", "roles", "ends", "exact", "segment")
     }
     return Piece(**arrays, texts=pieces[0].texts, stopped=pieces[0].stopped)
 

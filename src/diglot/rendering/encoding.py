@@ -50,7 +50,7 @@ def encode_items(encoder: ByteEncoder, items: Sequence[Item], *, start: bool = F
 def _spans(items: Sequence[Item]) -> list[tuple[int, int]]:
     """Bytes of each item in the text of all."""
     ends = np.cumsum([0, *(len(item.text.encode("utf-8", "surrogatepass")) for item in items)]).tolist()
-    return list(zip(ends, ends[1:], strict=False))
+    return list(pairwise(ends))
 
 
 def _together(
@@ -86,7 +86,7 @@ def writes_dummy_prefix(encoder: ByteEncoder, before: str) -> bool:
 
 
 def _continued(encoder: ByteEncoder, text: str, before: str) -> Encoded | None:
-    """The tokens of `text` in `before + text`, where they begin at a token, with a dummy prefix if one is written there.
+    """The tokens of `text` in `before + text`, where they begin at a token; a dummy prefix may stand there.
 
     None where the prompt swallows the beginning of the text, or joins it.
     """

@@ -76,9 +76,7 @@ class Markup:
 
     def marked(self, ids: Ids) -> tuple[bytes, Ids]:
         """The bytes of `ids` with a mark that is no text for each control token, and where each id ends in them."""
-        tokens = [
-            b"\xff%d\xfe" % i if self.vocabulary.control[i] else self.vocabulary.token(i) for i in ids.tolist()
-        ]
+        tokens = [b"\xff%d\xfe" % i if self.vocabulary.control[i] else self.vocabulary.token(i) for i in ids.tolist()]
         return b"".join(tokens), np.cumsum([len(token) for token in tokens], dtype=np.int64)
 
     def find(self, text: bytes, opened: bool, finished: bool) -> tuple[Shape, list[tuple[int, int]]]:
@@ -182,7 +180,9 @@ class Markup:
     def _closing(self, text: str, calls: bool) -> tuple[str, int | None]:
         """The text before the stop, and the stop. A turn of calls may end with a marker of its own."""
         ids = self._encode(text)
-        stops = [i for i in ids.tolist() if i in self._stops] or (ids[self.vocabulary.control[ids]].tolist() if calls else [])
+        stops = [i for i in ids.tolist() if i in self._stops] or (
+            ids[self.vocabulary.control[ids]].tolist() if calls else []
+        )
         if not stops:
             return "", None
         return text.partition(self.vocabulary.display(stops[0]))[0], stops[0]

@@ -131,9 +131,7 @@ class Renderer:
             )
         return self._started([self._bos(), Piece.prompt(self.encoder.encode([text], start=True)[0].ids)])
 
-    def _scored_prompt(
-        self, conversation: Conversation, thinking: bool | None, bare: bool
-    ) -> tuple[list[Piece], str]:
+    def _scored_prompt(self, conversation: Conversation, thinking: bool | None, bare: bool) -> tuple[list[Piece], str]:
         """Messages with the assistant's earlier turns as segments, their text as written, encoded as one text."""
         assert conversation.messages is not None
         messages = self.guard.guarded(conversation.messages)
@@ -285,9 +283,7 @@ class Renderer:
         tail = Piece(*(getattr(written, name)[first:] for name in ("ids", "roles", "end", "exact", "segment")))
         ids = np.where(tail.roles == Role.STOP, self.stop_id, tail.ids)
         scored = tail.segment >= 0
-        tail = replace(
-            tail, ids=ids, exact=tail.exact | scored, texts=written.segment_bytes, stopped=written.stopped
-        )
+        tail = replace(tail, ids=ids, exact=tail.exact | scored, texts=written.segment_bytes, stopped=written.stopped)
         layout = self._layout(conversation, plain_reply(reply.whole) if reply.whole is not None else reply, thinking)
         pieces = self._prompt(conversation, self._prompt_text(conversation, thinking, layout.bare))
         if reply.is_plain and (not len(scored) or scored[0]):
@@ -387,9 +383,7 @@ class Renderer:
         shape, slots = self.markup.find(text, opened, finished)
         if shape[0] == Role.REASONING and len(shape) > 1 and slots[0][0] == slots[0][1]:
             shape, slots = shape[1:], slots[1:]  # an empty think block
-        found = [
-            _edges(text, low, high, role, self.vocabulary) for role, (low, high) in zip(shape, slots, strict=True)
-        ]
+        found = [_edges(text, low, high, role, self.vocabulary) for role, (low, high) in zip(shape, slots, strict=True)]
         reply = Reply(tuple(slot for slot, _ in found), written)
         if split is False or (split is None and not has_controls):
             if has_controls:

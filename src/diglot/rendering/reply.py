@@ -106,8 +106,7 @@ def _call(call: Any, where: str) -> tuple[str, str]:
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
         raise DataError(
-            f"{where}: the last message calls {call!r:.80}, expected "
-            "{'function': {'name': ..., 'arguments': ...}}."
+            f"{where}: the last message calls {call!r:.80}, expected {{'function': {{'name': ..., 'arguments': ...}}}}."
         )
     arguments = function.get("arguments")
     if isinstance(arguments, str):

@@ -37,9 +37,7 @@ def find_stops(
     return next(iter(found)), {one: " + ".join(sources) for one, sources in found.items()}
 
 
-def probe_template(
-    render: Callable[..., str], encode: Callable[[str], Any], control: Any
-) -> int | None:
+def probe_template(render: Callable[..., str], encode: Callable[[str], Any], control: Any) -> int | None:
     """The first control token that a template writes after an assistant's turn, or None if it writes none.
 
     A marker that opens a turn ends none, though a template without an end marker writes it next.

@@ -15,7 +15,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 def serve(reads_from: int, writes_to: int, memory: int) -> None:
     """Answer requests until the other end is closed: `b"1"` and the text, or `b"0"` and the complaint.
 
-    A request is a pickle of the arguments of `apply_chat_template`, and whether to keep fields that are None; it comes from the process that started this one.
+    A request is a pickle of the arguments of `apply_chat_template`, and whether to keep fields that are None. It comes
+    from the process that started this one.
     The answer is text, since a template has a say in it.
     """
     tokenizer = PreTrainedTokenizerBase()

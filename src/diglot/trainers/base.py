@@ -328,7 +328,9 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         written = totals["written"] - totals["excluded"]
         coverage = totals["covered"] / max(written, 1)
         if written and not totals["tokens"]:
-            logger.warning("Step %d: none of the %d tokens that were written is scored.", self.state.global_step, written)
+            logger.warning(
+                "Step %d: none of the %d tokens that were written is scored.", self.state.global_step, written
+            )
         if written and coverage < self.args.min_coverage:
             raise AlignmentError(
                 f"Only {coverage:.1%} of the {int(written)} tokens that were written in step {self.state.global_step} "
