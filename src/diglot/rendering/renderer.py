@@ -367,7 +367,8 @@ class Renderer:
         if whole:
             piece = piece.with_stop(len(ids) - 1, len(spans) - 1)
         edges = sum(len(slot.edges) for slot in reply.slots)
-        markup = int((piece.segment[:valid] < 0).sum()) - edges
+        broken = 0 if whole or valid == len(written) else len(ids) - valid
+        markup = int((piece.segment[:valid] < 0).sum()) - edges + broken
         if prompt_ids is not None:
             return assemble([Piece.prompt(prompt_ids), piece], reply, markup)
         return assemble([*self._prompt(conversation, self._prompt_text(conversation, thinking)), piece], reply, markup)
@@ -407,7 +408,10 @@ class Renderer:
                 marked[low:high].decode()
             except UnicodeDecodeError as error:
                 good = low + error.start  # where the first character begins that is none, or not whole
-                return int(np.searchsorted(ends[:edge], good, side="right"))
+                count = int(np.searchsorted(ends[:edge], good, side="right"))
+                while count > first and ends[count - 1] < good and marked[ends[count - 1]] & 0xC0 == 0x80:
+                    count -= 1  # this token ends inside a character that the next one would finish
+                return count
             first = edge + 1
         return len(ids)
 

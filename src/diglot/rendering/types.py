@@ -50,4 +50,4 @@ class Rendered:
     segment_bytes: tuple[bytes, ...]  # [S] text of each segment
     stopped: tuple[bool, ...]  # [S] does it end with a stop token?
     reply: Reply | None = None  # what was read in the last turn, part by part
-    own_markup: int = 0  # tokens that the model itself wrote between the parts, as its template does
+    own_markup: int = 0  # tokens that it wrote between the parts, as its template does, or behind a broken character

@@ -327,11 +327,12 @@ class DistillationTrainer(HasLanes, FiniteSteps):
         self._metrics.add(totals)
         written = totals["written"] - totals["excluded"]
         coverage = totals["covered"] / max(written, 1)
-        if written and not totals["tokens"]:
+        if totals["written"] and not totals["tokens"]:
             logger.warning(
-                "Step %d: none of the %d tokens that were written is scored.", self.state.global_step, written
+                "Step %d: none of the %d tokens that were written is scored.", self.state.global_step, totals["written"]
             )
-        if written and coverage < self.args.min_coverage:
+        nothing = totals["written"] and not totals["tokens"]
+        if (written or nothing) and coverage < self.args.min_coverage:
             raise AlignmentError(
                 f"Only {coverage:.1%} of the {int(written)} tokens that were written in step {self.state.global_step} "
                 f"could be aligned with the teacher's ({int(totals['tokens'])} are scored); min_coverage is "
