@@ -56,7 +56,8 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> Description:
     tokens = backend.get_added_tokens_decoder()
     pieces = {i: piece for piece, i in backend.get_vocab(with_added_tokens=False).items()}
     model = _model_options(backend)
-    ordinary = {i for i in special_ids if i in pieces and _is_ordinary(pieces[i], backend.model)}
+    declared = {i for i, token in tokens.items() if token.special}
+    ordinary = {i for i in special_ids - declared if i in pieces and _is_ordinary(pieces[i], backend.model)}
     special = {i: t.content for i, t in tokens.items() if (t.special or i in special_ids) and i not in ordinary}
     added = {i: t.content for i, t in tokens.items() if i not in special}
     for i, piece in pieces.items():
