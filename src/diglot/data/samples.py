@@ -10,7 +10,7 @@ from typing import Any
 from diglot.data.formats import BAD
 from diglot.data.recognise import EXPECTED, MEDIA
 from diglot.errors import DataError
-from diglot.rendering import Conversation
+from diglot.rendering import Conversation, Reply, message_reply
 from diglot.rendering.template import content_text
 
 LONGEST = 1 << 24  # characters of a row
@@ -21,8 +21,9 @@ class Sample:
     """A conversation and the reply to it, None where the data hold a prompt only. `where` names the row in messages."""
 
     conversation: Conversation
-    reply: str | None
+    reply: str | None  # its text
     where: str
+    answer: Reply | None = None  # its parts, where it is more than a text
 
 
 def to_sample(row: Mapping[str, Any], where: str) -> Sample:
@@ -99,7 +100,10 @@ def _from_messages(messages: tuple[dict, ...], tools: Any, where: str) -> Sample
         raise DataError(
             f"{where}: the only message is the assistant's, so there is no prompt. Put what it answers before it."
         )
-    return Sample(Conversation(messages[:-1], tools=tools), content_text(messages[-1], where), where)
+    reply = message_reply(messages[-1], where)
+    text = content_text(messages[-1], where)
+    answer = None if reply.is_plain and not reply.others else reply
+    return Sample(Conversation(messages[:-1], tools=tools), text, where, answer)
 
 
 def _from_prompt(prompt: Any, completion: Any, tools: Any, where: str) -> Sample:

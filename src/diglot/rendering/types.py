@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from diglot.rendering.reply import Reply
 
 Score = Literal["last", "all"]
 """Which assistant turns of a conversation are segments."""
@@ -46,3 +49,5 @@ class Rendered:
     exact: NDArray[np.bool_]
     segment_bytes: tuple[bytes, ...]  # [S] text of each segment
     stopped: tuple[bool, ...]  # [S] does it end with a stop token?
+    reply: Reply | None = None  # what was read in the last turn, part by part
+    own_markup: int = 0  # tokens that it wrote between the parts, as its template does, or behind a broken character

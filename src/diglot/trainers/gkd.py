@@ -96,5 +96,8 @@ class GKDTrainer(DistillationTrainer):
         inside = self.student_renderer.opens_thinking(sample.conversation)
         read = one.reader.teacher_reads(sample.conversation)
         written = one.teacher.renderer.from_sampled(read, completion, thinking=inside)
-        reply = written.segment_bytes[-1].decode("utf-8")
-        return one.reader.written(Sample(sample.conversation, reply, sample.where), stopped=written.stopped[-1])
+        reply = written.reply
+        assert reply is not None
+        answer = None if reply.whole is not None else reply
+        own = Sample(sample.conversation, reply.text if answer else reply.whole, sample.where, answer)
+        return one.reader.written(own, stopped=written.stopped[-1])

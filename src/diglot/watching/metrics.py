@@ -18,6 +18,7 @@ RATIOS: dict[str, tuple[str, str]] = {
     "completions/mean_bytes": ("bytes", "samples"),
     "completions/stopped_ratio": ("stopped", "samples"),
     "completions/repetition": ("repeated", "repeatable"),
+    "completions/scored": ("scored", "written"),
     "align/coverage": ("covered", "tokens"),
     "align/one_to_one": ("one_to_one", "tokens"),
     "align/dropped": ("dropped", "tokens"),
