@@ -179,3 +179,25 @@ def test_a_space_of_the_markup_is_no_part_of_the_reply() -> None:
     pair = reader.sampled(HI, r.encoder.encode_markup(" Four. </s>"))
     assert pair is not None and pair.student.segment_bytes == pair.teacher.segment_bytes == (b"Four.",)
     assert Role.STOP in pair.student.roles and pair.student.exact[pair.student.segment >= 0][-1]
+
+
+def test_all_of_several_teachers_compare_the_same_tokens_of_the_student() -> None:
+    """It is run once: where one teacher needs a reply in parts, all have it so."""
+    names = {"chatml": True, "harmony": False, "headers": False}
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": THINKS[:-10]}]}
+    for student in ("thinks", "chatml"):
+        readers = [PairReader(side(student), side(name), same_vocabulary=same) for name, same in names.items()]
+        for reader in readers:
+            reader.others = tuple(other.teacher for other in readers if other is not reader)
+        ids = side(student).encoder.encode_markup(THINKS)
+        for pairs in (
+            [reader.sampled(HI, ids) for reader in readers],
+            [reader.written(to_sample(row, "row 7")) for reader in readers],
+        ):
+            assert all(pair is not None and pair.student.segment_bytes == (b"Sum.", b"Four.") for pair in pairs)
+            for pair in pairs:
+                assert pair is not None and pairs[0] is not None
+                assert pair.student.ids.tolist() == pairs[0].student.ids.tolist()
+                assert pair.student.segment.tolist() == pairs[0].student.segment.tolist()
+                assert pair.teacher.segment_bytes == pair.student.segment_bytes
+                assert all_covered(pair, on_policy=pairs[0].student.own_markup > 0)

@@ -65,6 +65,7 @@ class PairReader:
         self.max_length, self.teacher_max_length = max_length, teacher_max_length
         self.score_turns, self.teacher_system = score_turns, teacher_system
         self.label: str | None = None  # of this teacher, where rows say which of several reads them
+        self.others: tuple[Renderer, ...] = ()  # the other teachers, which compare the same tokens of the student
         self.dropped: Counter[str] = Counter()  # reason -> samples, since the last `take_dropped`
 
     def take_dropped(self) -> Counter[str]:
@@ -74,6 +75,10 @@ class PairReader:
 
     def _is_others(self, conversation: Conversation) -> bool:
         return None not in (self.label, conversation.route) and self.label != conversation.route
+
+    def _sides(self, conversation: Conversation) -> tuple[Renderer, ...]:
+        """All that read the text. Where one of them needs it in parts all have it so: the student is run once."""
+        return (self.student, self.teacher, *(self.others if conversation.route is None else ()))
 
     def teacher_reads(self, conversation: Conversation) -> Conversation:
         """The conversation as the teacher is given it."""
@@ -97,12 +102,16 @@ class PairReader:
         thinking, reads = self.student.opens_thinking(conversation), self.teacher_reads(conversation)
         reply, finished = student.reply, student.stopped[-1]
         assert reply is not None
+        teachers = self._sides(conversation)[1:]
+        apart = [one for one in teachers if one is not self.teacher or not self.same_vocabulary]
+        split = reply.whole is not None and any(has_other_markup(one, reply, thinking, finished) for one in apart)
+        if split:
+            student = self.student.from_sampled(conversation, completion_ids, prompt_ids=prompt_ids, split=True)
         if self.same_vocabulary:
             student = replace(student, exact=student.exact | (student.segment >= 0))  # both sides read the same ids
             own = self.teacher.as_written(reads, student, thinking=thinking)
             return self._fit(conversation, student, own, self._noncanonical(student))
-        if reply.whole is not None and has_other_markup(self.teacher, reply, thinking, finished):
-            student = self.student.from_sampled(conversation, completion_ids, prompt_ids=prompt_ids, split=True)
+        if split:
             reply = replace(reply, whole=None)
         if reply.is_plain or reply.whole is not None:
             text = student.segment_bytes[-1].decode("utf-8")
@@ -164,15 +173,15 @@ class PairReader:
         if reply.is_plain:
             return reply.slots[0].texts[0], opened and reply.whole is not None and sample.answer is None
         if reply.whole is not None:
-            split = any(has_other_markup(side, reply, opened, stopped) for side in (self.student, self.teacher))
+            split = any(has_other_markup(side, reply, opened, stopped) for side in self._sides(sample.conversation))
             if split:
                 return replace(reply, whole=None), False
             return self._inside(sample, reply.whole, opened)
-        sides = (self.student.markup, self.teacher.markup)
-        first, second = (side.layout(reply.shape).spelt(reply) for side in sides)
-        if first != second or any(side.has_controls(reply.shape) for side in sides):
+        sides = [side.markup for side in self._sides(sample.conversation)]
+        spelt = {side.layout(reply.shape).spelt(reply) for side in sides}
+        if len(spelt) > 1 or any(side.has_controls(reply.shape) for side in sides):
             return reply, False
-        return self._inside(sample, first, False)
+        return self._inside(sample, spelt.pop(), False)
 
     def _inside(self, sample: Sample, text: str, opened: bool) -> tuple[str, bool]:
         """A text without the tag that the student's prompt holds already."""

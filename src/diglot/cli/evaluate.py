@@ -16,7 +16,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from diglot.cli.loading import add_data_options, check_counts, check_place, data_options, load_model
+from diglot.cli.loading import (
+    add_data_options,
+    add_rendering_options,
+    check_counts,
+    check_place,
+    data_options,
+    load_model,
+    rendering_options,
+)
 from diglot.cli.parsing import Parser
 from diglot.errors import ConfigError
 
@@ -53,6 +61,7 @@ def parser() -> Parser:
     found.add_argument("--teacher", help="what to compare each of them with: divergences, agreement, stops")
     found.add_argument("--data", required=True, help="a hub id, a JSONL, Parquet or CSV file, or a folder")
     add_data_options(found)
+    add_rendering_options(found)
     found.add_argument("--split", default="train", help="split of the data (default: train, as a single file has)")
     found.add_argument("--rows", type=int, default=64, help="how many rows are read (default: 64)")
     found.add_argument("--max_completion_length", type=int, default=128, help="tokens of a sample (default: 128)")
@@ -95,7 +104,13 @@ def _load(name: str, given: argparse.Namespace) -> Any:
     return Side(
         name,
         model,
-        Renderer(tokenizer, num_embeddings=rows, generation_config=model.generation_config, name=name),
+        Renderer(
+            tokenizer,
+            num_embeddings=rows,
+            generation_config=model.generation_config,
+            name=name,
+            **rendering_options(given),
+        ),
     )
 
 

@@ -9,7 +9,15 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from diglot.cli.loading import add_data_options, check_counts, check_place, data_options, load_model
+from diglot.cli.loading import (
+    add_data_options,
+    add_rendering_options,
+    check_counts,
+    check_place,
+    data_options,
+    load_model,
+    rendering_options,
+)
 from diglot.cli.parsing import Parser
 
 EXAMPLE = """exit code: 0 the pair can be trained, 1 it cannot, 2 a wrong argument.
@@ -34,6 +42,7 @@ def parser() -> Parser:
     )
     found.add_argument("--split", default="train", help="split of --data (default: train)")
     add_data_options(found)
+    add_rendering_options(found)
     found.add_argument("--rows", type=int, default=256, help="rows of --data that are read (default: 256)")
     found.add_argument("--json", action="store_true", help="everything as JSON")
     weights = found.add_argument_group("with weights")
@@ -59,7 +68,7 @@ def inspect(arguments: Sequence[str]) -> int:
     samples = _samples(given) if given.data else None
     student, teacher = load_input(given.student, "student"), load_input(given.teacher, "teacher")
     floor = float(load_options()["min_coverage"].default)
-    found = inspect_pair(student, teacher, samples, data=given.data, min_coverage=floor)
+    found = inspect_pair(student, teacher, samples, data=given.data, min_coverage=floor, **rendering_options(given))
     found = dataclasses.replace(found, verdict=_with_data(found, given, samples or []))
     if given.with_models and found.student is not None:
         found = dataclasses.replace(found, models=_with_models(given, student, teacher, samples))
@@ -83,6 +92,8 @@ def _with_data(inspection: Any, options: Any, samples: list[Any]) -> Any:
     """The verdict with what the data adds to it: options for the command, prompts that no template is used for."""
     verdict = inspection.verdict
     words = [f"--{n} {shlex.quote(v)}" for n in ("dataset_format", "dataset_columns") if (v := getattr(options, n))]
+    words += [f"--markers {options.markers}"] if options.markers != "read" else []
+    words += ["--fold_system"] if options.fold_system else []
     if verdict.command is not None and words:
         verdict = dataclasses.replace(verdict, command=" ".join([verdict.command, *words]))
     plain = sum(sample.conversation.messages is None and bool(sample.conversation.text) for sample in samples)
@@ -113,6 +124,7 @@ def _with_models(given: Any, student: Any, teacher: Any, samples: list[Any] | No
                 num_embeddings=model.get_input_embeddings().num_embeddings,
                 generation_config=model.generation_config,
                 name=role,
+                **rendering_options(given),
             )
         )
     same = renderers[0].vocabulary.same_as(renderers[1].vocabulary)

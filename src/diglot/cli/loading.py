@@ -21,6 +21,22 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset_columns", metavar="NAME=COLUMN,...", help="which columns are read, as in train")
 
 
+def add_rendering_options(parser: argparse.ArgumentParser) -> None:
+    """How messages are put into chat templates, as in `diglot train`."""
+    parser.add_argument(
+        "--markers",
+        default="read",
+        choices=["read", "text", "refuse"],
+        help="names of control tokens in messages, as in train (default: read)",
+    )
+    parser.add_argument("--fold_system", action="store_true", help="system messages into the first user's, as in train")
+
+
+def rendering_options(given: argparse.Namespace) -> dict[str, Any]:
+    """The same, as arguments of `Renderer`."""
+    return {"markers": given.markers, "fold_system": given.fold_system}
+
+
 def data_options(given: argparse.Namespace) -> dict[str, Any]:
     """The same, as arguments of `load_dataset`."""
     return {"format": given.dataset_format, "columns": given.dataset_columns}

@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diglot.cli.loading import add_data_options, check_counts, data_options
+from diglot.cli.loading import (
+    add_data_options,
+    add_rendering_options,
+    check_counts,
+    data_options,
+    rendering_options,
+)
 from diglot.cli.parsing import Parser
 
 EXAMPLE = """example:
@@ -49,6 +55,7 @@ def parser() -> Parser:
     add("--teacher_trust_remote_code", action="store_true", help="Run code of the teacher's repository.")
     add("--teacher_model_init_kwargs", type=_mapping, default={}, help="JSON: arguments for `from_pretrained`.")
     add("--teacher_chat_template_kwargs", type=_mapping, default={}, help="JSON: arguments for the chat template.")
+    add_rendering_options(made)
     add("--teacher_system_prompt", help="A text that the teacher reads before everything else.")
     add("--teacher_max_length", type=int, help="Longest text in teacher tokens.")
     add("--score_turns", default="last", choices=["last", "all"], help="Which assistant turns are scored.")
@@ -95,6 +102,7 @@ def score(arguments: Sequence[str]) -> int:
             options.thinking,
             options.teacher_chat_template_kwargs,
             options.teacher_max_length,
+            **rendering_options(options),
         ),
         manner=Manner(options.level, options.k, options.batch_size, options.shard_texts),
         generation_eos=eos,
@@ -133,6 +141,7 @@ def _teacher(options: argparse.Namespace) -> tuple[Any, Any]:
         generation_config=model.generation_config,
         chat_template_kwargs=options.teacher_chat_template_kwargs,
         name="teacher",
+        **rendering_options(options),
     )
     teacher = LocalTeacher(model, renderer, options.teacher_max_length)
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")

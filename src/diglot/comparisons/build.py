@@ -46,7 +46,7 @@ def load_student(
     keep_trainable(student)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
-    return student, _renderer(student, tokenizer, args.chat_template_kwargs, "student")
+    return student, _renderer(student, tokenizer, args.chat_template_kwargs, args, "student")
 
 
 def keep_trainable(student: PreTrainedModel) -> None:
@@ -90,6 +90,8 @@ def prepare_comparisons(
         made = _compare(student, renderer, options, own, args)
         made.reader.label = options.label
         found.append(replace(made, weight=options.weight / total))
+    for one in found:
+        one.reader.others = tuple(other.teacher.renderer for other in found if other is not one)
     return found
 
 
@@ -134,7 +136,7 @@ def _local_teacher(
             raise ConfigError(
                 f"teacher_model_init_kwargs loads weights, and the teacher {OWN_BASE!r} has none. Drop it."
             )
-        own = _renderer(student, tokenizer or renderer.tokenizer, kwargs, "teacher")
+        own = _renderer(student, tokenizer or renderer.tokenizer, kwargs, args, "teacher")
         return AdapterOff(student, own, options.max_length)
     model = _load(options.name, options, args) if options.name is None or name else options.name
     if tokenizer is None:
@@ -149,7 +151,7 @@ def _local_teacher(
             revision=options.revision,
             trust_remote_code=args.teacher_trust_remote_code,
         )
-    return LocalTeacher(model, _renderer(model, tokenizer, kwargs, "teacher"), options.max_length)
+    return LocalTeacher(model, _renderer(model, tokenizer, kwargs, args, "teacher"), options.max_length)
 
 
 def complete(
@@ -251,13 +253,17 @@ def _load(name: Any, options: TeacherOptions, args: DistillationConfig) -> PreTr
     return load_teacher_model(name, options.init_kwargs or {}, revision=options.revision, trust_remote_code=trust)
 
 
-def _renderer(model: PreTrainedModel, tokenizer: Tokenizer, template_kwargs: Any, name: str) -> Renderer:
+def _renderer(
+    model: PreTrainedModel, tokenizer: Tokenizer, template_kwargs: Any, args: DistillationConfig, name: str
+) -> Renderer:
     embeddings: Any = model.get_input_embeddings()
     return Renderer(
         tokenizer,
         num_embeddings=embeddings.num_embeddings,
         generation_config=model.generation_config,
         chat_template_kwargs=template_kwargs,
+        fold_system=args.fold_system,
+        markers=args.markers,
         name=name,
     )
 

@@ -12,6 +12,7 @@ from diglot.data.survey import Read
 from diglot.errors import DataError
 from diglot.options import DistillationConfig
 from diglot.rendering import Renderer
+from diglot.teachers.fingerprint import template_digest
 
 
 def checked_rows(
@@ -105,4 +106,4 @@ def _about(reader: PairReader) -> list[Any]:
 
 
 def _described(side: Renderer) -> list[Any]:
-    return [side.vocabulary.content_hash, getattr(side.tokenizer, "chat_template", None), side.template.kwargs]
+    return [side.vocabulary.content_hash, template_digest(side, side.template.kwargs)]

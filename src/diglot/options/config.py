@@ -116,6 +116,16 @@ class DistillationConfig(TrainingArguments):
         "Data",
         choices=["stop", "skip"],
     )
+    markers: str = option(
+        "read",
+        "Names of control tokens in the text of messages, such as <|im_end|>: `read` as control tokens, as a served "
+        "model reads them, as plain `text`, or `refuse` such a row.",
+        "Data",
+        choices=["read", "text", "refuse"],
+    )
+    fold_system: bool = option(
+        False, "A system message that a chat template refuses or drops goes into the first user's message.", "Data"
+    )
     score_turns: str = option(
         "last", "Which assistant turns of a conversation are trained on.", "Data", choices=["last", "all"]
     )
@@ -188,7 +198,7 @@ class DistillationConfig(TrainingArguments):
     )
     min_coverage: float = option(
         0.5,
-        "Stop when the share of scored student tokens that could be aligned falls below this over a step.",
+        "Stop when the share of the tokens written in a step that could be aligned falls below this.",
         "Objective",
     )
 

@@ -27,7 +27,7 @@ class MarkerGuard:
         name: of the model, for messages.
     """
 
-    def __init__(self, encoder: ByteEncoder, manner: Markers, name: str) -> None:
+    def __init__(self, encoder: ByteEncoder, manner: str, name: str) -> None:
         if manner not in get_args(Markers):
             raise ConfigError(f"markers is {manner!r}, expected one of {get_args(Markers)}.")
         self.encoder, self.manner, self.name = encoder, manner, name

@@ -17,7 +17,7 @@ from diglot.errors import DataError, RenderingError
 from diglot.rendering.assemble import Piece, assemble, cut_segments, join
 from diglot.rendering.encoding import Item, encode_items, writes_dummy_prefix
 from diglot.rendering.labels import label_segment
-from diglot.rendering.markers import CUT, MarkerGuard, Markers
+from diglot.rendering.markers import CUT, MarkerGuard
 from diglot.rendering.markup import CALL, PLAIN, PROBE, Layout, Markup
 from diglot.rendering.reply import Reply, Slot, plain_reply
 from diglot.rendering.stops import describe_stops, find_stops, probe_template
@@ -64,7 +64,7 @@ class Renderer:
         generation_config: GenerationConfig | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         fold_system: bool = False,
-        markers: Markers = "read",
+        markers: str = "read",
         name: str = "model",
     ) -> None:
         self.tokenizer, self.name = tokenizer, name

@@ -52,6 +52,8 @@ class Reading:
     thinking: bool = False
     template_kwargs: Mapping[str, Any] | None = None
     max_length: int | None = None
+    markers: str = "read"
+    fold_system: bool = False
 
 
 @dataclass(frozen=True)
