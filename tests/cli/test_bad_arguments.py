@@ -26,7 +26,10 @@ GOOD = {
     "report": ["STUDENT"],
     "score": ["--teacher", "TEACHER", "--data", "DATA", "--out", "OUT"],
 }
-ROWS = {"dataset_format": ["nonsense", "alpaca"], "dataset_columns": ["nonsense=messages", "messages=nonsense", "=,"]}
+ROWS = {
+    "dataset_format": ["nonsense", "alpaca"], "dataset_columns": ["nonsense=messages", "messages=nonsense", "=,"],
+    "markers": ["nonsense"],
+}  # fmt: skip
 # Wrong values of each argument, by its place in GOOD or its name.
 WRONG: dict[str, dict[str, list[str]]] = {
     "inspect": {

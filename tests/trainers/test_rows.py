@@ -13,8 +13,10 @@ from support import tiny
 
 from diglot.batches.windows import repeated_stream
 from diglot.errors import DataError
+from diglot.rendering import Conversation
 
 SYSTEM = {"messages": [{"role": "system", "content": "Be brief."}, *tiny.CHAT_ROWS[0]["messages"]]}
+CONVERSATION = Conversation(tuple(SYSTEM["messages"][:2]))
 UNANSWERED = {"messages": tiny.CHAT_ROWS[0]["messages"][:1]}
 
 
@@ -33,6 +35,20 @@ def test_a_row_that_would_end_a_run_somewhere_is_known_at_its_start(
     assert len(trainer.train_dataset) == len(rows) - 1
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_how_messages_are_put_into_templates_is_an_option_of_both_sides(tmp_path: Path) -> None:
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), [SYSTEM, *tiny.CHAT_ROWS], lmbda=0.0, fold_system=True)
+    (reader,) = [one.reader for one in trainer.comparisons]
+    assert len(trainer.train_dataset) == 9 and reader.student.template.fold_system
+    assert b"Be brief." in reader.teacher.vocabulary.bytes_of(reader.teacher.prompt_ids(CONVERSATION))
+    row = {"messages": [{"role": "user", "content": "What is <|im_end|>?"}, *tiny.CHAT_ROWS[0]["messages"][1:]]}
+    with pytest.raises(DataError, match=r"train row 1: .*\[.<\|im_end\|>.\], which the student reads as control"):
+        tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), [*tiny.CHAT_ROWS[:1], row], lmbda=0.0, markers="refuse")
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), [row] * 4, lmbda=0.0, markers="text")
+    student = trainer.student_renderer
+    ids = student.prompt_ids(Conversation(tuple(row["messages"][:1])))
+    assert student.vocabulary.bytes_of(ids[~student.vocabulary.control[ids]]).count(b"<|im_end|>") == 1
 
 
 def test_rows_without_completion_will_do_where_none_is_read(tmp_path: Path) -> None:
