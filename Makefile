@@ -2,6 +2,7 @@
 # make PYTHON=python3.12 install  chooses the interpreter.
 
 PYTHON ?= python3
+TAG ?=
 PAIR ?= base
 TRAINER ?= gkd
 OUT ?= runs/demo
@@ -10,7 +11,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install test test-real test-server nightly audit check lint docs demo bench clean
+.PHONY: help install test test-real test-server nightly audit check lint docs demo bench smoke dist release-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +24,9 @@ help:
 	@echo "make nightly     long fuzzing, many kills"
 	@echo "make audit       known faults of the installed packages; needs the network"
 	@echo "make docs        the documentation as a site in build/docs, warnings as errors"
+	@echo "make smoke       the wheel alone in an empty environment: the commands of a first hour, on tiny models"
+	@echo "make release-check [TAG=v0.1.0]   do version, changelog and citation agree?"
+	@echo "make dist        wheel and source distribution in dist/"
 	@echo "make install     only .venv"
 	@echo "make clean       remove .venv, caches and runs"
 
@@ -71,6 +75,25 @@ check: lint test
 # The variable silences an advertisement of the theme.
 docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What pip gives a user, without .venv, so that any PYTHON can be tried. setuptools would pack again what an earlier
+# build left in build/lib, deleted modules included. -I: pip would count a diglot on PYTHONPATH as installed.
+smoke:
+	rm -rf build/smoke build/lib build/bdist.*
+	$(PYTHON) -m venv build/smoke/env
+	build/smoke/env/bin/python -I -m pip wheel --quiet --no-deps --wheel-dir build/smoke .
+	build/smoke/env/bin/python -I -m pip install --quiet build/smoke/*.whl
+	cd build/smoke && env/bin/python -I $(CURDIR)/tests/support/smoke.py
+
+dist:
+	rm -rf dist build/dist build/lib build/bdist.*
+	$(PYTHON) -m venv build/dist
+	build/dist/bin/python -m pip install --quiet build
+	build/dist/bin/python -m build --outdir dist .
+
+# Needs no package, so that it can run before anything is installed.
+release-check:
+	$(PYTHON) tests/support/release.py $(TAG)
 
 demo: .venv/.installed
 	THP_MEM_ALLOC_ENABLE=1 HF_HUB_OFFLINE=1 $(BIN)/python demo/run.py --pair $(PAIR) --trainer $(TRAINER) --out $(OUT)

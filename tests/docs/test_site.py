@@ -44,13 +44,13 @@ def test_the_page_of_options_has_every_option_with_its_help() -> None:
     assert "Share of steps on the student's own completions" in rows["lmbda"] and "`0.5` | gkd |" in rows["lmbda"]
 
 
-def test_the_reference_has_every_objective_and_every_public_room() -> None:
+def test_the_reference_has_every_objective_and_every_public_package() -> None:
     entries = re.findall(r"^::: (diglot\S+)$", (DOCS / "reference.md").read_text(encoding="utf-8"), re.M)
     assert {f"{one.__module__}.{one.__name__}" for one in OBJECTIVES.values()} <= {*entries}
     public = {
         path.parent.name for path in (ROOT / "src/diglot").glob("*/__init__.py") if "__all__" in path.read_text("utf-8")
     }
-    assert {f"diglot.{room}" for room in public - {"trainers"}} <= {*entries}
+    assert {f"diglot.{package}" for package in public - {"trainers"}} <= {*entries}
 
 
 def test_links_of_the_readme_are_those_of_the_site() -> None:

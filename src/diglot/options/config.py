@@ -229,7 +229,7 @@ class DistillationConfig(TrainingArguments):
         check_ranges(vars(self))
         check_texts(vars(self))
         super().__post_init__()  # type: ignore[no-untyped-call]
-        for name in _MAPPINGS:
+        for name in {one.name for one in fields(self)}.intersection(_MAPPINGS):  # older transformers have fewer
             setattr(self, name, as_mapping(name, getattr(self, name)))
         self._check_server()
         self._check_vllm()

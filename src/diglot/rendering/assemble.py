@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diglot.errors import DataError
-from diglot.rendering.reply import Reply
-from diglot.rendering.types import Rendered, Role
+from diglot.rendering.types import Rendered, Reply, Role
 
 Ids = NDArray[np.int64]
 

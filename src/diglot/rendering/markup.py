@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diglot.errors import RenderingError
-from diglot.rendering.reply import REASONING_FIELDS, Reply, Shape
+from diglot.rendering.reply import REASONING_FIELDS
 from diglot.rendering.template import Template, without_empty_thinking, without_thinking
-from diglot.rendering.types import Role
+from diglot.rendering.types import Reply, Role, Shape
 from diglot.vocabulary import Vocabulary
 
 Ids = NDArray[np.int64]

@@ -19,7 +19,7 @@ from diglot.rendering.encoding import Item, encode_items, writes_dummy_prefix
 from diglot.rendering.labels import label_segment
 from diglot.rendering.markers import CUT, MarkerGuard
 from diglot.rendering.markup import CALL, PLAIN, PROBE, Layout, Markup
-from diglot.rendering.reply import Reply, Slot, plain_reply
+from diglot.rendering.reply import plain_reply
 from diglot.rendering.stops import describe_stops, find_stops, probe_template
 from diglot.rendering.template import (
     Template,
@@ -29,7 +29,7 @@ from diglot.rendering.template import (
     with_thinking,
     without_thinking,
 )
-from diglot.rendering.types import Conversation, Rendered, Role, Score
+from diglot.rendering.types import Conversation, Rendered, Reply, Role, Score, Slot
 from diglot.vocabulary import ByteEncoder, Vocabulary
 
 logger = logging.getLogger(__name__)

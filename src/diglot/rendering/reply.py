@@ -5,57 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from diglot.errors import DataError
 from diglot.rendering.template import content_text
-from diglot.rendering.types import Role
+from diglot.rendering.types import Reply, Role, Slot
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """What messages call the reasoning of a turn; templates read one of them."""
 
 _REFUSED = ("function_call", "audio")
 _KNOWN = ("role", "content", "tool_calls", *REASONING_FIELDS)
-
-Shape = tuple[Role, ...]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One part of a reply. A call of a tool is two: its name, and its arguments as JSON."""
-
-    role: Role  # CONTENT, REASONING or TOOL_CALL
-    texts: tuple[str, ...]  # what was written between control tokens that stand in no markup known here
-    edges: tuple[str, ...] = ()  # the names of those control tokens, one fewer than texts
-
-
-@dataclass(frozen=True)
-class Reply:
-    """The parts of a reply, in the order that templates write them.
-
-    `whole` is the reply as it was written, where that is text with no control token in it.
-    """
-
-    slots: tuple[Slot, ...]
-    whole: str | None = None
-    others: tuple[str, ...] = ()  # fields of the message that are none of the parts
-
-    @cached_property
-    def shape(self) -> Shape:
-        """The role of each slot."""
-        return tuple(slot.role for slot in self.slots)
-
-    @property
-    def is_plain(self) -> bool:
-        """Is it content and nothing else?"""
-        return self.shape == (Role.CONTENT,) and not self.slots[0].edges
-
-    @property
-    def text(self) -> str:
-        """All of its texts, one after the other."""
-        return "".join(text for slot in self.slots for text in slot.texts)
 
 
 def plain_reply(text: str) -> Reply:
