@@ -77,15 +77,17 @@ def reads(readers: list[PairReader], replies: str | None, space: int) -> Read:
     def read(sample: Sample) -> bool:
         if replies and sample.reply is None:
             raise DataError(f"{sample.where} has no completion, and {replies}.")
+        fits = False  # on both sides of one comparison at least: what the others could not read is watched in training
         for reader in readers:
             if replies:
-                reader.written(sample)
+                fits |= reader.written(sample) is not None
             else:
                 conversation = sample.conversation
-                reader.prompt_ids(conversation, space)
+                fits |= reader.prompt_ids(conversation, space) is not None
                 inside = reader.student.opens_thinking(conversation)
                 reader.teacher.prompt_ids(reader.teacher_reads(conversation), thinking=inside)
-        return not sum(sum(reader.take_dropped().values()) for reader in readers)
+            reader.take_dropped()
+        return fits
 
     return read
 
