@@ -16,7 +16,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from diglot.cli.loading import check_counts, check_place, load_model
+from diglot.cli.loading import (
+    add_data_options,
+    add_rendering_options,
+    check_counts,
+    check_place,
+    data_options,
+    load_model,
+    rendering_options,
+)
 from diglot.cli.names import check_model_name
 from diglot.cli.parsing import Parser
 from diglot.cli.screen import show_phases
@@ -60,6 +68,8 @@ def parser() -> Parser:
     found.add_argument("models", nargs="+", metavar="MODEL", help="a model id or a folder; several are compared")
     found.add_argument("--teacher", help="what to compare each of them with: divergences, agreement, stops")
     found.add_argument("--data", required=True, help="a hub id, a JSONL, Parquet or CSV file, or a folder")
+    add_data_options(found)
+    add_rendering_options(found)
     found.add_argument("--split", default="train", help="split of the data (default: train, as a single file has)")
     found.add_argument("--rows", type=int, default=64, help="how many rows are read (default: 64)")
     found.add_argument("--max_completion_length", type=int, default=128, help="tokens of a sample (default: 128)")
@@ -78,7 +88,7 @@ def _measure(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     from diglot.data import load_dataset, to_sample
     from diglot.evaluation.battery import Plan, measure
 
-    rows = islice(load_dataset(given.data, split=given.split), given.rows)
+    rows = islice(load_dataset(given.data, split=given.split, **data_options(given)), given.rows)
     samples = [to_sample(row, where=f"row {i}") for i, row in enumerate(rows)]
     plan = Plan(given.max_completion_length, given.batch_size, seed=given.seed)
     teacher = None if given.teacher is None else _load(given.teacher, given)
@@ -105,7 +115,13 @@ def _load(name: str, given: argparse.Namespace) -> Any:
     return Side(
         name,
         model,
-        Renderer(tokenizer, num_embeddings=rows, generation_config=model.generation_config, name=name),
+        Renderer(
+            tokenizer,
+            num_embeddings=rows,
+            generation_config=model.generation_config,
+            name=name,
+            **rendering_options(given),
+        ),
     )
 
 

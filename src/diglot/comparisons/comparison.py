@@ -50,11 +50,6 @@ class Comparison:
         """Is the stop event more than the id that was written? Whichever id ends a turn, it is one event."""
         return len(self.pair.stop_s) > 1 or len(self.pair.stop_t) > 1
 
-    @property
-    def reads_ids(self) -> bool:
-        """Do its terms compare ids as they are, whether they spell a text or not?"""
-        return all(term.objective.reads_ids for term in self.terms)
-
     def chunk_rows(self, few_columns: bool = False) -> int:
         """Rows of logits that exist at a time."""
         sizes, device = (self.pair.size_s, self.pair.size_t), self.pair.stop_s.device

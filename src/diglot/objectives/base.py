@@ -293,8 +293,6 @@ class Objective(ABC):
     """How many of the teacher's likeliest ids of a row it reads."""
     at_temperature: bool = True
     """Does `kd_temperature` act on what it compares?"""
-    reads_ids: ClassVar[bool] = False
-    """With equal vocabularies: does it compare ids as they are, so that they need not spell a text?"""
     depends_on_split: ClassVar[bool] = False
     """Does the loss depend on which samples share a micro-batch?"""
 

@@ -19,7 +19,6 @@ class CrossEntropy(PathObjective):
     """
 
     name = "ce"
-    reads_ids = True
 
     def mask(self, alignment: Alignment[Tensor]) -> Tensor:
         """All student tokens, `[N_s]`."""

@@ -53,7 +53,6 @@ class JSD(RowObjective):
     """
 
     name = "jsd"
-    reads_ids = True
 
     def __init__(self, pair: Pair, *, beta: float = 0.5) -> None:
         super().__init__(pair)

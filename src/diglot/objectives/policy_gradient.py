@@ -39,7 +39,6 @@ class PolicyGradient(Objective):
     """
 
     name = "policy_gradient"
-    reads_ids = True
     needs = Level.TEXT_LOGPROBS
 
     def __init__(self, *, epsilon: float = 0.2) -> None:

@@ -43,7 +43,6 @@ class SequenceKL(PathObjective):
     """
 
     name = "sequence_kl"
-    reads_ids = True
 
     def mask(self, alignment: Alignment[Tensor]) -> Tensor:
         """Segments with at least one exact chunk, `[S]`."""

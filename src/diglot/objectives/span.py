@@ -77,7 +77,6 @@ class Span(PathObjective):
     """
 
     name = "span"
-    reads_ids = True
 
     def __init__(
         self,

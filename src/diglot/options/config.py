@@ -118,6 +118,22 @@ class DistillationConfig(TrainingArguments):
         "a sample whose prompt alone does not fit is dropped and counted.",
         "Data",
     )
+    on_bad_row: str = option(
+        "stop",
+        "At a row that cannot be used, found by reading all rows once before training: `stop`, or `skip` and count it.",
+        "Data",
+        choices=["stop", "skip"],
+    )
+    markers: str = option(
+        "read",
+        "Names of control tokens in the text of messages, such as <|im_end|>: `read` as control tokens, as a served "
+        "model reads them, as plain `text`, or `refuse` such a row.",
+        "Data",
+        choices=["read", "text", "refuse"],
+    )
+    fold_system: bool = option(
+        False, "A system message that a chat template refuses or drops goes into the first user's message.", "Data"
+    )
     score_turns: str = option(
         "last", "Which assistant turns of a conversation are trained on.", "Data", choices=["last", "all"]
     )
@@ -190,7 +206,7 @@ class DistillationConfig(TrainingArguments):
     )
     min_coverage: float = option(
         0.5,
-        "Stop when the share of scored student tokens that could be aligned falls below this over a step.",
+        "Stop when the share of the tokens written in a step that could be aligned falls below this.",
         "Objective",
     )
 

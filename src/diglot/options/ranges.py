@@ -40,15 +40,16 @@ RANGES: Mapping[str, Range] = {
         (
             "adam_epsilon", "epsilon", "eval_steps", "kd_temperature", "logging_steps", "num_train_epochs",
             "reward_clip", "save_steps", "teacher_server_retry_seconds", "teacher_server_timeout", "temperature",
-            "vllm_importance_sampling_clip_max", "vllm_server_timeout",
+            "vllm_importance_sampling_clip_max", "vllm_server_timeout", "dataset_test_size",
         ),
         _POSITIVE,
     ),
     **dict.fromkeys(("beta", "gamma", "lmbda", "min_coverage"), _SHARE),
     **dict.fromkeys(("top_p", "vllm_gpu_memory_utilization"), _POSITIVE_SHARE),
     **dict.fromkeys(
-        ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor", "teacher_mixed_alpha"), _BELOW_ONE
+        ("lora_dropout", "adam_beta1", "adam_beta2", "teacher_mixed_alpha"), _BELOW_ONE
     ),
+    "label_smoothing_factor": (0, 0, "0: distributions are compared, and there are no labels to smooth"),
     "log_rollouts": (0, None, "0 (none) or more"),
     "strict_top_k": (0, None, "0 (all shared tokens) or more"),
     "top_k": (0, None, "0 (off) or more"),

@@ -47,13 +47,15 @@ class TemplateProcess:
         self._process: subprocess.Popen[bytes] | None = None
         os.register_at_fork(after_in_child=self._forget)
 
-    def render(self, arguments: Mapping[str, Any]) -> str:
+    def render(self, arguments: Mapping[str, Any], whole: bool = False) -> str:
         """What `apply_chat_template` makes of these arguments, a template among them.
+
+        It leaves out fields that are None; with `whole` the template gets these too.
 
         Raises `RenderingError` with the complaint of the template, or what it took too much of.
         """
         with self._lock:
-            request = pickle.dumps(dict(arguments))
+            request = pickle.dumps((dict(arguments), whole))
             if self._process is None:
                 self._start()
             try:

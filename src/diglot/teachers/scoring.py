@@ -52,6 +52,8 @@ class Reading:
     thinking: bool = False
     template_kwargs: Mapping[str, Any] | None = None
     max_length: int | None = None
+    markers: str = "read"
+    fold_system: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _request(
     texts = hashlib.sha256()
     for sample in samples:
         conversation = json.dumps(asdict(sample.conversation), sort_keys=True, ensure_ascii=False)
-        texts.update(json.dumps([conversation, sample.reply]).encode())
+        texts.update(json.dumps([conversation, sample.reply, repr(sample.answer)]).encode())
     model = teacher.model if isinstance(teacher, LocalTeacher) else None
     return {
         "format": FORMAT,
@@ -175,7 +177,7 @@ def _read(teacher: Teacher, sample: Sample, reading: Reading) -> Rendered | None
         raise DataError(f"{sample.where} has no reply, so there is no text to score. Give rows with a completion.")
     rendered = teacher.renderer.render(
         teacher_reads(sample.conversation, reading.system_prompt),
-        sample.reply,
+        sample.answer or sample.reply,
         score="all" if reading.score_turns == "all" else "last",
         thinking=reading.thinking,
     )

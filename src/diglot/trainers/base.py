@@ -22,6 +22,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from diglot.batches import PackedSide, pad_id
@@ -39,6 +40,7 @@ from diglot.comparisons.projectors import (
     same_everywhere,
     save_projectors,
 )
+from diglot.comparisons.rows import checked_rows
 from diglot.data import Sample, to_sample
 from diglot.errors import ConfigError, RolloutsUnavailable, TeacherUnavailable
 from diglot.evaluation import Evaluator, OnPolicyReport
@@ -130,9 +132,6 @@ class DistillationTrainer(Trainer):
         terms = [self.terms(one, len(compared)) for one in compared]
         check_options(args, [term for of_one in terms for term in of_one])
         self.comparisons = [complete(one, of_one, own, args) for one, of_one in zip(compared, terms, strict=True)]
-        by_id = all(one.reader.same_vocabulary and one.reads_ids for one in self.comparisons)
-        for one in self.comparisons:
-            one.reader.by_id = by_id  # of all or none: the student is run once, on the same scored tokens for all
         self.imitations: list[Comparison] = []  # of texts that no teacher judges
         student: Any = own
         if peft_config is not None:
@@ -143,6 +142,7 @@ class DistillationTrainer(Trainer):
         for one in self.comparisons:
             if isinstance(one.teacher, AdapterOff):
                 one.teacher.follow(student)
+        train_dataset, eval_dataset = self.usable_rows(train_dataset, eval_dataset)
         super().__init__(
             model=student,
             args=args,
@@ -212,6 +212,10 @@ class DistillationTrainer(Trainer):
     def texts(self, window: Window) -> Texts:
         """Who writes, and what each comparison reads of it."""
 
+    def usable_rows(self, train: Any, evaluation: Any) -> tuple[Any, Any]:
+        """The datasets with the rows that can be used, each read once before the Trainer's own setup."""
+        return checked_rows(self.comparisons, self.args, train, evaluation)
+
     def items(self, view: View) -> Mapping[str, float]:
         """Over how many items of a micro-batch each term is averaged."""
         return view.items()
@@ -274,6 +278,13 @@ class DistillationTrainer(Trainer):
         """The student's hidden state that predicts each scored token, [N_s, H_s], with gradient."""
         host = side.host_ids, side.host_rows
         return hidden_at_rows(model, side.input_ids, side.attention_mask, side.rows, host)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The Trainer's own. Streamed rows are read by every rank, which takes its own: samples are no tensors that
+        one rank could send to the others."""
+        if isinstance(self.train_dataset, IterableDataset):
+            self.accelerator.dataloader_config.dispatch_batches = False
+        return super().get_train_dataloader()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device

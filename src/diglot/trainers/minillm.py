@@ -23,14 +23,15 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from diglot.batches import ReadPair, pad_id
-from diglot.batches.windows import RepeatedWindows
+from diglot.batches.windows import RepeatedWindows, repeated_stream
 from diglot.checkpoints.held import HeldBatch, load_held, save_held
 from diglot.comparisons import Batch, Comparison, Term, View, defaults_of, entries_of, make_batch, scores_of, terms_of
 from diglot.comparisons.counts import set_counts
+from diglot.comparisons.rows import checked_texts
 from diglot.comparisons.scores import check_temperature
 from diglot.data import to_sample
 from diglot.errors import ConfigError
@@ -76,11 +77,11 @@ class MiniLLMTrainer(DistillationTrainer):
         *,
         lm_dataset: Dataset | None = None,
     ) -> None:
+        self.lm_dataset = lm_dataset
         super().__init__(
             model, teacher_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
             callbacks, optimizers, peft_config, teacher_processing_class,
         )  # fmt: skip
-        self.lm_dataset = lm_dataset
         self.mixed_alpha = self._mixed_alpha()
         self.observer.own_draws &= self.mixed_alpha == 0
         if lm_dataset is None or self.args.lm_coef == 0:
@@ -152,14 +153,36 @@ class MiniLLMTrainer(DistillationTrainer):
         tokens, terms = float(view.read.written.usable_s.sum()), view.comparison.terms
         return {**view.items(), **{t.name: tokens for t in terms if t.objective.is_single_step}}
 
+    def usable_rows(self, train: Any, evaluation: Any) -> tuple[Any, Any]:
+        self.lm_dataset = checked_texts(self.comparisons[0], self.args, self.lm_dataset)
+        return super().usable_rows(train, evaluation)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Of a stream, too, each window comes `num_iterations` times in a row."""
+        stream = self.train_dataset
+        if not isinstance(stream, IterableDataset):
+            return super().get_train_dataloader()
+        logger.warning("A stream is read in windows of %d rows; those behind the last whole one are not.", self._window)
+        self.train_dataset = repeated_stream(stream, self._window, self.args.num_iterations)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = stream
+
+    @property
+    def _window(self) -> int:
+        """Rows of an optimizer step, of all ranks."""
+        args = self.args
+        rows: int = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        return rows
+
     def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler[int] | None:
         """Each window of data comes `num_iterations` times in a row: an inner epoch is one optimizer step."""
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         if dataset is None or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
         args = self.args
-        window = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
-        return RepeatedWindows(len(dataset), window, args.num_iterations, seed=args.data_seed or args.seed)
+        return RepeatedWindows(len(dataset), self._window, args.num_iterations, seed=args.data_seed or args.seed)
 
     # ---- the window ----------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ RATIOS: dict[str, tuple[str, str]] = {
     "completions/repetition": ("repeated", "repeatable"),
     "completions/tokens_per_byte": ("tokens", "bytes"),
     "completions/digit_run": ("digits", "digit_runs"),
+    "completions/scored": ("scored", "written"),
     "align/coverage": ("covered", "tokens"),
     "align/one_to_one": ("one_to_one", "tokens"),
     "align/dropped": ("dropped", "tokens"),

@@ -95,7 +95,7 @@ class Observer:
             bits = found.bits_per_byte
             self.metrics.add_mean("watched/bits_per_byte", float(found.nats.sum()) / math.log(2), found.num_bytes.sum())
         if batches[0].on_policy:
-            sums: dict[str, float] = {**text_sums([p for b in batches for p in b.pairs]), **text_sums_of(batches)}
+            sums: dict[str, float] = {**text_sums([p for b in batches for p in b.pairs], True), **text_sums_of(batches)}
             stats = [b.views[self._number].read.stats for b in batches]
             sums |= {name: sum(one[name] for one in stats) for name in ("one_to_one", "tokens")}
             self.drift.add(step, sums, bits)
