@@ -83,16 +83,7 @@ class Covering(PairObjective):
 
     def loss(self, plan: CoveringPlan, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
         targets, device = self.targets(plan, scores), scores.device
-        written = torch.from_numpy(scores.written.student.ids[plan.student]).to(device)
-        given = {
-            "column": torch.from_numpy(targets.column).to(device),
-            "group": torch.from_numpy(targets.group).to(device),
-            "mass": torch.from_numpy(targets.mass).float().to(device),
-            "stop": torch.from_numpy(targets.stop).float().to(device),
-            "split": torch.from_numpy(targets.own).to(device),
-            "split_mass": torch.from_numpy(targets.own_mass).float().to(device),
-            "written": written,
-        }
+        given = self.given(plan, targets, scores.written, device)
         student = torch.from_numpy(plan.student).to(device)
         loss, values = scores.rows(self, Rows(student, student), given, share, with_teacher=False)
         skipped = {
@@ -104,6 +95,18 @@ class Covering(PairObjective):
             "branches": torch.from_numpy(plan.last >= 0).double(),
         }
         return loss, {"loss": values.loss, **values.metrics, **about, **skipped}
+
+    def given(self, plan: CoveringPlan, targets: Targets, written: Written, device: torch.device) -> dict[str, Tensor]:
+        """What the comparison reads of each row beside the student's logits, `[R, ...]`."""
+        return {
+            "column": torch.from_numpy(targets.column).to(device),
+            "group": torch.from_numpy(targets.group).to(device),
+            "mass": torch.from_numpy(targets.mass).float().to(device),
+            "stop": torch.from_numpy(targets.stop).float().to(device),
+            "split": torch.from_numpy(targets.own).to(device),
+            "split_mass": torch.from_numpy(targets.own_mass).float().to(device),
+            "written": torch.from_numpy(written.student.ids[plan.student]).to(device),
+        }
 
     def __call__(self, logits_s: Tensor, logits_t: Tensor | None, **given: Tensor) -> Values:
         """Values `[R]` of the student's logits `[R, V_s]` against what is given of the same rows."""

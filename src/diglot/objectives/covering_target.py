@@ -231,6 +231,19 @@ def make_targets(
     segment_t: Ints,
 ) -> Targets:
     """Mix the rows of each boundary, drop what the student's tokenizer could not have written, and sum by cells."""
+    with np.errstate(invalid="ignore"):  # numbers that are not finite are noticed where the loss is
+        return _targets(plan, rows, cells, continued, neighbours, ids_s, segment_t)
+
+
+def _targets(
+    plan: CoveringPlan,
+    rows: TeacherRows,
+    cells: CellMap,
+    continued: Continued,
+    neighbours: Neighbours | None,
+    ids_s: Ints,
+    segment_t: Ints,
+) -> Targets:
     count = len(plan.student)
     reach = _reach(plan, rows, segment_t)
     own, earlier = reach(plan.main, plan.last), reach(plan.earlier.main, plan.earlier.last) + rows.range_total
@@ -247,7 +260,7 @@ def make_targets(
     token = np.concatenate([rows.top_ids[plan.own].ravel(), rows.leaf_id])
     consumed = np.concatenate([np.zeros(top.size, dtype=np.int64), plan.earlier.consumed[rows.leaf_pair]])
     mass = np.concatenate([top.ravel(), of_pair])
-    stop = np.exp(rows.stop[plan.own]) * weight
+    stop = np.where(np.isfinite(log_prefix), np.exp(rows.stop[plan.own]) * weight, np.nan)  # not finite: so is the loss
     some = mass > 1e-9
     boundary, mass = boundary[some], mass[some]
     cell = cells.of_leaves(token[some], consumed[some])
