@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import support.tokenizers_zoo as zoo
 from support.scored import read, renderer
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from diglot.data import Sample, to_sample
@@ -197,9 +197,9 @@ class TestAPairThatCannotBeTrained:
         assert all(word in text for word in words), text
 
     def test_a_tokenizer_whose_bytes_cannot_be_read(self) -> None:
-        odd = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")), eos_token="[UNK]"
-        )
+        backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+        backend.decoder = decoders.CTC()
+        odd = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[UNK]")
         found = inspect_pair(Input("chatml", zoo.chatml()), Input("odd", odd))
         self.check(found, "does not say which bytes")
         assert found.teacher is None and json.loads(json.dumps(found.to_dict()))["agreement"] is None

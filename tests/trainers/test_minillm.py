@@ -110,6 +110,7 @@ def test_lowers_the_reverse_kl(tmp_path: Path, teacher: str) -> None:
         ROWS[:4],
         teacher_mixed_alpha=0.0,
         max_steps=60,
+        min_coverage=0.0,  # a random student writes broken characters now and then, and nothing else
         num_iterations=2,
         learning_rate=1e-2,
         max_completion_length=12,

@@ -218,7 +218,7 @@ def test_what_each_teacher_could_read_is_logged_and_tokens_count_once(tmp_path: 
 
 
 @pytest.mark.parametrize(("entry", "said"), [
-    ({"max_length": -5}, "teacher 'a'.*teacher_max_length=-5 cannot work"),
+    ({"max_length": -5}, "teacher 'a'.*teacher_max_length=-5 is not allowed"),
     ({"max_length": "abc"}, "teacher_max_length"), ({"weight": "much"}, "weight is 'much'"),
     ({"weight": float("nan")}, "weight is nan"), ({"revision": 3}, "revision=3"),
     ({"chat_template_kwargs": "{"}, "is not valid JSON"), ({"init_kwargs": [1]}, "must be a mapping"),

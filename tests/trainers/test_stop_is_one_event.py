@@ -64,7 +64,8 @@ def test_neither_trainer_unlearns_stopping(tmp_path: Path) -> None:
     models, tokenizers, (own, other) = base_and_instruct()
     text = tokenizers[0]("hello there")["input_ids"]
     for name, make in (("gkd", tiny.gkd), ("minillm", tiny.minillm)):
-        trainer: Any = make(tmp_path / name, *tokenizers, ROWS, models=tuple(models), max_steps=1)
+        options = {"lmbda": 1.0} if name == "gkd" else {}
+        trainer: Any = make(tmp_path / name, *tokenizers, ROWS, models=tuple(models), max_steps=1, **options)
         assert trainer.comparisons[0].reader.same_vocabulary
         sides = trainer.student_renderer, trainer.comparisons[0].teacher.renderer
         assert [one.stop_ids for one in sides] == [(own,), (other,)]
@@ -88,28 +89,6 @@ def test_any_id_of_the_stop_set_is_worth_the_same_reward(tmp_path: Path, end: st
     rollout = one_window(trainer, tiny.PROMPT_ROWS[:4]).views[0].rollout
     assert rollout is not None and rollout.advantage is not None
     assert (rollout.logp_t - rollout.logp_old).abs().max() < 1e-5 and rollout.advantage.abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("where", ["inside", "first"])
-@pytest.mark.parametrize("odd", ["<|im_start|>", "Ã"])
-def test_with_equal_vocabularies_an_id_that_spells_no_text_costs_no_row(tmp_path: Path, odd: str, where: str) -> None:
-    """Neither a control token nor half a character: the textbook loss over all rows, and the stop behind it."""
-    tokenizer = zoo.chatml()
-    text, end = tokenizer("hello there")["input_ids"], tokenizer.eos_token_id
-    at = {"inside": 3, "first": 0}[where]
-    ids = [*text[:at], tokenizer.get_vocab()[odd], *text[at:], end]
-    trainer = tiny.gkd(tmp_path, tokenizer, tokenizer, lmbda=1.0, max_completion_length=32)
-    trainer.sample = lambda c, prompts, seeds: [np.array(ids) for _ in prompts]  # type: ignore[method-assign]
-    rows = tiny.PROMPT_ROWS[:1]
-    batch = one_window(trainer, rows)
-    loss = float(trainer.compute_loss(trainer.model, {"batch": batch}).detach())
-    conversation = trainer.data_collator(rows)["samples"][0].conversation
-    prompt = trainer.student_renderer.prompt_ids(conversation).tolist()
-    models: Any = trainer.model, trainer.comparisons[0].teacher.model  # type: ignore[attr-defined]
-    with torch.no_grad():
-        logits = [m(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] for m in models]
-    assert batch.views[0].counts["jsd"] == len(ids)
-    assert loss == pytest.approx(float(full_jsd(*logits, 0.5).mean()), rel=1e-4)
 
 
 def test_sampling_with_the_teacher_stops_as_often_as_the_student_alone() -> None:

@@ -17,7 +17,7 @@ from diglot.errors import ConfigError, TeacherError
 from diglot.heads import Head, logits_by_parts, reads_few_columns, reduce_rows, summaries, token_logps
 from diglot.objectives import Part, Path, Rollout, Rows, Values
 from diglot.objectives.base import Compare, Summary
-from diglot.objectives.covering_plan import TailTokens
+from diglot.objectives.tail import TailTokens
 from diglot.teachers import LocalTeacher
 from diglot.vocabulary import Vocabulary
 

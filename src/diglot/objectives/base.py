@@ -17,7 +17,7 @@ from diglot.objectives.levels import Level
 if TYPE_CHECKING:
     from diglot.alignment import Alignment
     from diglot.batches import PackedSide, Written
-    from diglot.objectives.covering_plan import TailTokens
+    from diglot.objectives.tail import TailTokens
     from diglot.vocabulary import Encoded, Vocabulary
 
 

@@ -19,21 +19,12 @@ from numpy.typing import NDArray
 from diglot.batches import Written
 from diglot.objectives.base import Encode
 from diglot.objectives.spanning import plain_tokens
+from diglot.objectives.tail import TailTokens
 from diglot.vocabulary import Vocabulary
 
 Ints = NDArray[np.int64]
 _BACK = 16  # teacher tokens before a boundary from which its reading of the text so far is made anew, at most
 _SPACE = frozenset(b" \t\n\r")
-
-
-@dataclass(frozen=True)
-class TailTokens:
-    """The teacher's tokens for the last bytes of a prefix, where they are not those of the whole text, `[E]` each."""
-
-    ids: Ints
-    before: Ints  # the scored teacher token in whose place the branch goes another way
-    depth: Ints  # 0 for the first token of a branch
-    row: Ints  # the row that predicts it: a teacher token's, or `N_t +` the branch token before it
 
 
 @dataclass(frozen=True)

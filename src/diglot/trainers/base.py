@@ -13,7 +13,6 @@ import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,6 @@ from diglot.objectives import Level
 from diglot.options import DistillationConfig
 from diglot.phases import phase as working
 from diglot.rendering import Conversation, Renderer
-from diglot.report import model_card
 from diglot.rollouts import Completion, TransformersSampler
 from diglot.teachers import LocalTeacher
 from diglot.teachers.adapter import AdapterOff
@@ -65,6 +63,7 @@ from diglot.trainers.ranks import (
     sum_over_ranks,
     with_all_names,
 )
+from diglot.watching.card import write_card
 from diglot.watching.coverage import watch_coverage
 from diglot.watching.metrics import StepMetrics, evaluation_metrics, reference_metrics
 from diglot.watching.observing import Observer
@@ -601,17 +600,6 @@ class DistillationTrainer(Trainer):
         """Write `README.md` into the output folder: teacher, student, dataset, method and versions."""
         if not self.is_world_process_zero():
             return
-        student, teacher = self.student_renderer.vocabulary, self.comparisons[0].teacher.renderer.vocabulary
-        card = model_card(
-            model_name=model_name or Path(str(self.args.output_dir)).name,
-            student=finetuned_from or self.student.config._name_or_path,
-            teacher=", ".join(one.teacher.name for one in self.comparisons),
-            dataset=dataset if isinstance(dataset, str) else ", ".join(dataset or []) or None,
-            method=type(self).__name__.removesuffix("Trainer"),
-            vocabulary_s=f"{student.kind}, {len(student)} rows",
-            vocabulary_t=f"{teacher.kind}, {len(teacher)} rows",
-            relation=student.explain_difference(teacher) or "the same table",
-            versions=", ".join(f"{name} {version(name)}" for name in ("diglot", "transformers", "torch")),
-            tags=[tags] if isinstance(tags, str) else tags,
-        )
-        card.save(Path(str(self.args.output_dir)) / "README.md")
+        folder, method = Path(str(self.args.output_dir)), type(self).__name__.removesuffix("Trainer")
+        student = finetuned_from or self.student.config._name_or_path
+        write_card(folder, self.comparisons, method, student, model_name, dataset, tags)
