@@ -53,14 +53,14 @@ def test_a_checkpoint_says_what_it_is_of(run: Path) -> None:
     for side, tokenizer in (("student", zoo.chatml()), ("teacher", zoo.inst())):
         assert len(said[side]["tokenizer"]) >= 32 and len(said[side]["template"]) == 64
         assert said[side]["config"]["vocab_size"] == len(tokenizer) and "revision" in said[side]
-    assert said["teacher"]["weights"] and said["objective"]["terms"] == [["strict", 1.0]]
+    assert said["teacher"]["weights"] and said["objective"]["terms"] == [["covering", 1.0]]
 
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"teacher": zoo.turns}, "teacher.tokenizer is '.*' in the checkpoint, '.*' now"),
     ({"student": zoo.nfc}, "student.tokenizer is"),
     ({"beta": 1.0}, "objective.beta is 0.5 in the checkpoint, 1.0 now"),
-    ({"objective": "span"}, r"objective.terms is \[\['strict', 1.0\]\] in the checkpoint, \[\['span', 1.0\]\] now"),
+    ({"objective": "span"}, r"objective.terms is \[\['covering', 1.0\]\] in the checkpoint, \[\['span', 1.0\]\] now"),
 ])  # fmt: skip
 def test_a_checkpoint_of_another_run_is_refused_and_both_values_are_said(
     options: dict[str, Any], said: str, run: Path

@@ -181,7 +181,7 @@ def _pairs(
     begin = key - segment  # `data` has no place for the ends of segments
     end = offset[segment] - segment + lengths[segment]
     trie, parts = teacher.trie, [(np.zeros(0, dtype=np.int64),) * 7]
-    for on, depth, node in trie.walk(data, begin, end):
+    for on, depth, node in trie.walk(data, begin, end) if len(main) else ():  # nothing scored: nothing to reach
         to = row_at[key[on] + depth]
         hit = to >= 0
         # A boundary of the whole text's reading belongs to that of the text so far up to where the two part.

@@ -281,7 +281,8 @@ class GKDConfig(DistillationConfig):
         None,
         "Folder in which to keep what the teacher says about completions of the dataset, so that later epochs and runs "
         "need not ask again: its hidden states, (scored tokens) x (hidden size) x (bytes of its dtype) for each text. "
-        "It takes half of the free disk at most; delete it whenever you like. Nothing that is sampled is kept.",
+        "It takes half of the free disk at most; delete it whenever you like. Nothing that is sampled is kept. "
+        "The objective `covering` asks the teacher anew for texts in which it reads branches.",
         "Teacher",
     )
     seq_kd: bool = option(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -16,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from diglot.errors import TeacherError
+from diglot.errors import ConfigError, TeacherError
 
 # Weights come from safetensors, unless the arguments of a model say `use_safetensors: false`: a pickle is then read
 # without running what is in it.
@@ -40,6 +42,9 @@ def load_language_model(name: str, **options: Any) -> PreTrainedModel:
 
     Args:
         options: as of `from_pretrained`.
+
+    Raises:
+        ConfigError: the weights are damaged, or a pickle of more than weights.
     """
     seen = {k: options[k] for k in ("revision", "trust_remote_code", "cache_dir", "token") if k in options}
     config: Any = options.get("config")
@@ -50,7 +55,14 @@ def load_language_model(name: str, **options: Any) -> PreTrainedModel:
             config = None
     pictures = config is not None and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     loader: Any = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
-    return loader.from_pretrained(name, **options)
+    try:
+        return loader.from_pretrained(name, **options)
+    except (SafetensorError, pickle.UnpicklingError) as error:
+        why = str(error).strip().split("\n", 1)[0][:200]
+        raise ConfigError(
+            f"The weights of {name!r} cannot be read ({why}): expected a whole safetensors file, or a pickle of "
+            "tensors alone. Get the files anew, or save the model as safetensors."
+        ) from error
 
 
 def copy_processor(name: str, folder: Path, **options: Any) -> None:
