@@ -117,13 +117,13 @@ def _warnings(student: SideFacts, teacher: SideFacts, agreement: Agreement, crit
                 f"The {name}'s tokenizer cannot write {share:.0%} of the texts as they are; what it changes is not "
                 "compared."
             )
-    for one in critical:
-        if one.places and one.cut_unlike > SMALL:
-            found.append(
-                f"{one.name}: {one.cut_unlike:.0%} of {one.num_bytes:,} bytes are cut differently. An objective of "
-                "one-to-one rows sees them only in texts that happen to end a token there, which teaches the student "
-                "to write less of them."
-            )
+    cut = [one for one in critical if one.places and one.cut_unlike > SMALL]
+    if cut:
+        shares = ", ".join(f"{one.name} ({one.cut_unlike:.0%} of {one.num_bytes:,} bytes)" for one in cut)
+        found.append(
+            f"These are cut differently: {shares}. An objective of one-to-one rows sees them only in texts that happen "
+            "to end a token there, which teaches the student to write less of them."
+        )
     return found
 
 
