@@ -26,25 +26,29 @@ GOOD = {
     "report": ["STUDENT"],
     "score": ["--teacher", "TEACHER", "--data", "DATA", "--out", "OUT"],
 }
+ROWS = {
+    "dataset_format": ["nonsense", "alpaca"], "dataset_columns": ["nonsense=messages", "messages=nonsense", "=,"],
+    "markers": ["nonsense"],
+}  # fmt: skip
 # Wrong values of each argument, by its place in GOOD or its name.
 WRONG: dict[str, dict[str, list[str]]] = {
     "inspect": {
         "student": ["/nowhere"], "teacher": ["/nowhere"], "data": ["/nowhere.jsonl", "FILE"], "split": ["nonsense"],
         "rows": ["0", "many"], "model_rows": ["0", "1.5"], "batch_size": ["-1"], "max_completion_length": ["0"],
-        "dtype": ["nonsense", "nn"], "device": ["nonsense", "cuda:99"],
+        "dtype": ["nonsense", "nn"], "device": ["nonsense", "cuda:99"], **ROWS,
     },
     "align": {"student": ["/nowhere"], "teacher": ["/nowhere"]},
     "eval": {
         "models": ["/nowhere"], "teacher": ["/nowhere"], "data": ["/nowhere.jsonl", "FILE"], "split": ["nonsense"],
         "rows": ["0", "many"], "max_completion_length": ["0"], "batch_size": ["0"], "seed": ["x"],
-        "device": ["nonsense"], "dtype": ["nonsense"], "lm_eval_tasks": ["nonsense"],
+        "device": ["nonsense"], "dtype": ["nonsense"], "lm_eval_tasks": ["nonsense"], **ROWS,
     },
     "report": {"run": ["/nowhere", "FILE"], "other": ["/nowhere"]},
     "score": {
         "teacher": ["/nowhere"], "data": ["/nowhere.jsonl"], "out": ["FILE"], "level": ["nonsense"], "k": ["0"],
         "dataset_train_split": ["nonsense"], "teacher_tokenizer_name_or_path": ["/nowhere"],
         "teacher_model_init_kwargs": ["[1]", "{"], "teacher_chat_template_kwargs": ["[1]"],
-        "teacher_max_length": ["0"], "score_turns": ["some"], "batch_size": ["0"], "shard_texts": ["0"],
+        "teacher_max_length": ["0"], "score_turns": ["some"], "batch_size": ["0"], "shard_texts": ["0"], **ROWS,
     },
 }  # fmt: skip
 TEXT = "any text is right"

@@ -43,6 +43,8 @@ WRONG: dict[str, list[str]] = {
     "lm_dataset_name": ["/nowhere.jsonl", "--trainer", "minillm"], "output_dir": ["FILE"],
     "resume_from_checkpoint": ["/nowhere"], "optim_args": ["nonsense"], "fsdp": ["nonsense"],
     "parallelism_config": ["nonsense"],
+    "dataset_columns": ["nonsense=x"], "eval_dataset_name": ["/nowhere/x.jsonl", "--eval_strategy", "epoch"],
+    "dataset_test_size": ["8", "--eval_strategy", "epoch"],
     "lora_target_modules": ["nonsense", "--use_peft"], "objective": ["nonsense"],
     **{name: ["nonsense"] for name in (
         "eval_strategy", "hub_strategy", "lr_scheduler_type", "optim", "save_strategy", "logging_strategy", "debug",
@@ -163,9 +165,9 @@ def test_a_broken_row_is_named_by_its_index_and_its_file(
 
 
 def test_the_table_of_broken_rows_has_every_column() -> None:
-    from diglot.data.samples import COLUMNS
+    from diglot.data.recognise import EXPECTED
 
-    assert {c for c in ("prompt", "completion", "messages", "text") if f"`{c}`" in COLUMNS} == BROKEN_ROWS.keys() - {
+    assert {c for c in ("prompt", "completion", "messages", "text") if f"`{c}`" in EXPECTED} == BROKEN_ROWS.keys() - {
         "tools"
     }
 

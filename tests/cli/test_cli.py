@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -58,16 +59,51 @@ def test_help_answers_within_a_second_and_loads_no_torch(command: list[str]) -> 
     assert "usage: diglot" in done.stdout
 
 
-def test_help_is_grouped_and_ends_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
+def help_of_train(option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", option])
+    assert ended.value.code == 0
     text = capsys.readouterr().out
+    assert "%%" not in text and "(default: None)" not in text
+    return text
+
+
+def options_in(text: str) -> list[str]:
+    return re.findall(r"^  --([\w-]+)", text, re.M)
+
+
+def test_help_is_two_screens_of_what_matters_most_used_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = help_of_train("--help", capsys, monkeypatch)
+    assert len(text.splitlines()) <= 120 and max(map(len, text.splitlines())) <= 80
+    shown = options_in(text)
+    assert 25 <= len(shown) <= 36 and len(set(shown)) == len(shown)
+    first = ["model_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir"]
+    assert [name for name in shown if name in load_options()][:4] == first
+    assert (
+        text.index("\nModels and data:") < text.index("\nMethod:") < text.index("\nTraining:") < text.index("example:")
+    )
+    assert "--help-all" in text
+
+
+def test_help_all_shows_every_option_once_in_one_spelling(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = help_of_train("--help-all", capsys, monkeypatch)
     places = [
         text.index(f"\n{g}:") for g in ("Student", "Teacher", "Data", "Objective", "Generation", "Training", "Logging")
     ]
     assert places == sorted(places) and text.index("example:") > places[-1]
-    for name in ("--teacher_tokenizer_name_or_path", "--lmbda", "--beta", "--seq_kd", "--learning_rate", "--gamma"):
-        assert name in text
+    assert sorted(options_in(text)) == sorted([*load_options(), "config", "help-all"])
+
+
+def test_both_spellings_are_understood_though_one_is_shown() -> None:
+    given = ["--learning-rate", "1e-3", "--max_steps", "2", "--no-bf16", "--resume_from_checkpoint"]
+    assert parse_train(given) == {
+        "learning_rate": 1e-3, "max_steps": 2, "bf16": False, "resume_from_checkpoint": "true"
+    }  # fmt: skip
 
 
 def test_the_committed_schema_is_what_the_dataclasses_say() -> None:
@@ -199,16 +235,16 @@ def test_a_run_trains_saves_and_writes_its_resolved_config(
     )
     written = b"".join(p.read_bytes() for p in out.rglob("*") if p.suffix in (".yaml", ".json", ".md"))
     assert b"hf_secret" not in written
-    assert "Student:" in capsys.readouterr().out
+    assert f"diglot report {out}" in capsys.readouterr().out
 
 
 def test_a_folder_with_a_run_is_not_overwritten(
     folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "resolved_config.yaml").write_text("old")
+    (tmp_path / "config.json").write_text("old")
     assert main(arguments(folders, tmp_path)) == 2
-    assert "resume_from_checkpoint" in capsys.readouterr().err
-    assert (tmp_path / "resolved_config.yaml").read_text() == "old"
+    assert "holds a model already" in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_text() == "old"
 
 
 def test_a_run_is_resumed_from_its_last_checkpoint(folders: dict[str, str], tmp_path: Path) -> None:

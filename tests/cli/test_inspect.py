@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import support.tokenizers_zoo as zoo
 from support import tiny
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from diglot.cli.main import main
@@ -23,6 +23,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name in ("chatml", "inst", "unigram"):
         zoo.ALL[name]().save_pretrained(root / name)
     odd = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    odd.decoder = decoders.CTC()
     PreTrainedTokenizerFast(tokenizer_object=odd, eos_token="[UNK]").save_pretrained(root / "odd")
     for name, tokenizer in (("student", zoo.chatml()), ("teacher", zoo.inst())):
         tiny.tiny_model(tokenizer, padding_rows=7).save_pretrained(root / name)

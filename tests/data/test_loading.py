@@ -104,7 +104,9 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_unknown_columns_are_listed_with_those_that_would_do(tmp_path: Path, streaming: bool) -> None:
     name = write_jsonl(tmp_path / "d.jsonl", [{"question": "a", "answer": "b"}])
-    with pytest.raises(DataError, match=r"columns answer, question, expected `prompt`, `prompt` and `completion`"):
+    with pytest.raises(
+        DataError, match=r"columns answer, question: .*--dataset_columns user=question,assistant=answer"
+    ):
         load_dataset(name, streaming=streaming)
 
 

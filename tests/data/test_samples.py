@@ -15,7 +15,7 @@ SAY = {"role": "assistant", "content": "Two."}
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"question": "?"}, "columns ['question'], expected `prompt`"),
+        ({"question": "?"}, "nothing in its columns question, expected `prompt`"),
         ({"prompt": ""}, "`prompt` is empty"),
         ({"prompt": []}, "`prompt` is [], expected a string or a non-empty list"),
         ({"prompt": 3}, "`prompt` is 3"),

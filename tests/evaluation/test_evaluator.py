@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import support.tokenizers_zoo as zoo
 import torch
+from datasets import Dataset
 from support import tiny
 
 from diglot.data import to_sample
@@ -72,6 +73,15 @@ def test_another_seed_gives_other_samples_and_the_same_seed_the_same(tmp_path: P
         for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.5}, {"top_p": 0.5}, {"top_k": 2}])
+def test_how_training_samples_plays_no_part_in_the_divergence_of_an_evaluation(
+    tmp_path: Path, options: dict[str, float]
+) -> None:
+    data = Dataset.from_list(tiny.PROMPT_ROWS)
+    plain, sampled = (tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), **one).evaluate(data) for one in ({}, options))
+    assert sampled == plain
 
 
 def test_evaluation_leaves_mode_and_random_state_alone(tmp_path: Path) -> None:

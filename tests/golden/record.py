@@ -18,7 +18,16 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 KINDS = ("gkd", "minillm")
-LOGGED = ("loss", "grad_norm", "learning_rate", "num_tokens", "align/", "completions/", "on_policy", "reverse_kl")
+LOGGED = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "num_tokens",
+    "align/",
+    "completions/",
+    "on_policy",
+    "minillm/log_ratio",
+)
 
 
 def path(kind: str) -> Path:
@@ -33,7 +42,7 @@ def trajectory(kind: str, out: Path) -> list[dict[str, float]]:
 
     student, teacher = tokenizer("smollm2"), tokenizer("gemma3")
     build = {"gkd": tiny.gkd, "minillm": tiny.minillm}[kind]
-    own: dict[str, Any] = {"gkd": {"lmbda": 0.5}, "minillm": {"num_iterations": 2, "teacher_mixed_alpha": 0.2}}[kind]
+    own: dict[str, Any] = {"gkd": {"lmbda": 0.5, "objective": "strict"}, "minillm": {"num_iterations": 2, "teacher_mixed_alpha": 0.2}}[kind]
     small = dict(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
     )

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import support.tokenizers_zoo as zoo
 from support.scored import read, renderer
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from diglot.data import Sample, to_sample
 from diglot.inspection import Input, Inspection, align_text, inspect_pair
+from diglot.inspection.facts import ObjectiveFacts
 from diglot.inspection.measure import CRITICAL, agreement, critical
 from diglot.inspection.texts import TEXTS
+from diglot.inspection.verdict import SMALL, choose, unlike_share
 from diglot.objectives import OBJECTIVES, Level
 from diglot.trainers import DistillationConfig
 
@@ -118,7 +120,7 @@ def test_a_think_block_on_one_side_only_is_told() -> None:
 @pytest.mark.parametrize("name", CRITICAL)
 def test_critical_places_are_found_and_their_tokens_counted(name: str) -> None:
     """Recounted with a loop over tokens and bytes."""
-    texts = ["x = 12345 + 67\n    return  数学 and 99", "no such thing", "数学は 12\n\t\ty -= 1 한국"]
+    texts = ["x = 12345 + 67\n    return  数学 and 99", "no such thing", "数学は 12\n\t\ty -= 1 한국 max_value: Привет"]
     written = read("chatml", "inst", texts).written
     found = next(c for c in critical(written) if c.name == name)
     places = sum(len(CRITICAL[name].findall(text)) for text in texts)
@@ -133,6 +135,16 @@ def test_critical_places_are_found_and_their_tokens_counted(name: str) -> None:
             touched += int(segment == k and bool(marked & set(range(start, end))))
     assert (found.places, found.tokens_student) == (places, touched) and places > 0
     assert 0 <= found.one_to_one <= found.aligned <= 1
+    marked_bytes = sum(len(m.encode()) for text in texts for m in CRITICAL[name].findall(text))
+    spans = [align_text(renderer("chatml").encoder, renderer("inst").encoder, text) for text in texts]
+    alike = 0
+    for text, cut in zip(texts, spans, strict=True):
+        for match in CRITICAL[name].finditer(text):
+            low = len(text[: match.start()].encode())
+            inside = range(low, low + len(match.group().encode()))
+            alike += sum(len(set(inside) & set(range(one.start, one.end))) for one in cut if one.one_to_one)
+    assert found.num_bytes == marked_bytes
+    assert found.cut_unlike == pytest.approx(1 - alike / marked_bytes)
     mine, theirs = found.example or (("a",), ("a",))
     assert found.example is None or (mine != theirs and all(mine) and all(theirs))
 
@@ -185,9 +197,9 @@ class TestAPairThatCannotBeTrained:
         assert all(word in text for word in words), text
 
     def test_a_tokenizer_whose_bytes_cannot_be_read(self) -> None:
-        odd = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")), eos_token="[UNK]"
-        )
+        backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+        backend.decoder = decoders.CTC()
+        odd = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[UNK]")
         found = inspect_pair(Input("chatml", zoo.chatml()), Input("odd", odd))
         self.check(found, "does not say which bytes")
         assert found.teacher is None and json.loads(json.dumps(found.to_dict()))["agreement"] is None
@@ -231,3 +243,27 @@ def test_spans_cover_the_text_in_order_and_exact_ones_spell_it(text: str, teache
         if span.exact:
             assert b"".join(span.student) == b"".join(span.teacher) == text.encode()[span.start : span.end]
     assert at in (len(text.encode()), -1) or not spans
+
+
+def facts(*working: str) -> list[ObjectiveFacts]:
+    return [ObjectiveFacts(name, "works", "", "hidden states", 1.0) for name in working]
+
+
+def test_one_to_one_rows_are_recommended_only_where_hardly_anything_is_cut_differently() -> None:
+    every = facts("strict", "bpm", "covering")
+    assert choose(False, 0.0, every) == choose(False, SMALL, every) == "strict"
+    assert choose(False, 2 * SMALL, every) == "covering"
+    assert choose(False, 2 * SMALL, facts("strict", "span")) == "strict", "if nothing else works"
+    assert choose(True, 0.0, [*every, *facts("jsd")]) == "jsd"
+
+
+def test_little_text_of_much_meaning_decides_like_much_text() -> None:
+    """One number in a long text of words that both sides cut alike."""
+    found = on([{"text": "the " * 300 + "1234567"}], "chatml", "inst")
+    assert found.agreement is not None
+    digits = next(one for one in found.critical if one.name == "digits")
+    assert digits.num_bytes == 7
+    expected = max(found.agreement.bytes_cut_unlike, digits.cut_unlike)
+    assert unlike_share(found.agreement, found.critical) == pytest.approx(expected)
+    warned = any("digits" in one and "cut differently" in one for one in found.verdict.warnings)
+    assert warned == (digits.cut_unlike > SMALL)

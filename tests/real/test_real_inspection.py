@@ -131,7 +131,7 @@ def test_a_pair_of_262144_and_49152_pieces_is_inspected_in_seconds(capsys: pytes
     assert found["agreement"]["unalignable"] == 0 and found["overlap"]["count"] > 40_000
     critical = {one["name"]: one for one in found["critical"]}
     assert critical["digits"]["one_to_one"] == 1.0  # both write one digit at a time
-    assert found["verdict"]["objective"] == "strict"
+    assert found["agreement"]["bytes_cut_unlike"] > 0.02 and found["verdict"]["objective"] != "strict"
 
 
 def test_digits_of_one_and_of_three_are_seen_to_be_cut_unlike(capsys: pytest.CaptureFixture[str]) -> None:

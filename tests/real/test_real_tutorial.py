@@ -32,7 +32,7 @@ def test_the_tutorial_on_the_real_pair(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "160"}
     done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "this pair can be trained; start with objective strict" in " ".join(done.stdout.split())
+    assert "this pair can be trained; start with objective covering" in " ".join(done.stdout.split())
     lines = (tmp_path / "runs/tutorial/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [json.loads(line) for line in lines]
     coverage = [record["align/coverage"] for record in metrics if "align/coverage" in record]

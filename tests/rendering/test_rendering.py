@@ -236,11 +236,11 @@ def test_an_invalid_byte_in_the_middle_ends_what_is_scored() -> None:
     assert rendered.segment_bytes == (b"ab",) and not rendered.stopped[0]
 
 
-def test_a_control_token_in_the_middle_ends_what_is_scored() -> None:
+def test_what_stands_behind_a_control_token_in_the_middle_is_scored_again() -> None:
     start = R["chatml"].tokenizer.convert_tokens_to_ids("<|im_start|>")
     rendered = sampled("chatml", "ab", start, "cd", R["chatml"].stop_id)
-    assert rendered.segment_bytes == (b"ab",) and not rendered.stopped[0]
-    assert Role.MARKUP in rendered.roles
+    assert rendered.segment_bytes == (b"ab", b"cd") and rendered.stopped == (False, True)
+    assert rendered.ids[rendered.roles == Role.MARKUP].tolist() == [start]
 
 
 def test_nothing_after_the_first_stop_is_read() -> None:

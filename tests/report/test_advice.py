@@ -6,11 +6,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import support.tokenizers_zoo as zoo
 from support import tiny
 
 from diglot.report import advise, all_advice
+from diglot.report.advice import selection
+from diglot.report.runs import load_run
 
 HEALTHY: dict[str, float] = {
     "align/coverage": 0.99,
@@ -79,3 +82,62 @@ def test_the_trainer_says_it_once(tmp_path: Path, caplog: pytest.LogCaptureFixtu
             callback.on_log(trainer.args, trainer.state, trainer.control, logs={"loss": 1.0})
     said = [r.getMessage() for r in caplog.records if "coverage fell" in r.getMessage()]
     assert len(said) == 1 and "99.0%" in said[0] and "60.0%" in said[0]
+
+
+def strict_on_numbers(steps: int) -> list[dict[str, Any]]:
+    """What a step was seen to look like where the teacher reads numbers whole and the student digit by digit."""
+    rise = [min(1.0, max(0, i - 3) / 8) for i in range(steps)]
+    return [
+        {
+            "step": i,
+            "align/one_to_one": 0.58 + 0.3 * part,
+            "completions/digit_run": 1.9 - 0.8 * part,
+            "completions/tokens_per_byte": 0.31,
+            **({"watched/bits_per_byte": 0.147 + 0.2 * part} if i % 5 == 0 else {}),
+        }
+        for i, part in enumerate(rise)
+    ]
+
+
+def test_a_run_that_unlearns_numbers_is_seen_within_twenty_steps_with_cause_and_cure() -> None:
+    said = [found for n in range(1, 21) if (found := selection(strict_on_numbers(n)))]
+    assert said and said[0].step < 20
+    assert "58%" in said[0].text and "the text happens to end a token on both sides" in said[0].text
+    assert "objective: covering" in said[0].text
+    assert "1.9 to 1.1 digits" in said[-1].text and "0.147 to" in said[-1].text
+
+
+@pytest.mark.parametrize(
+    "healthy", [{"completions/digit_run": 1.9, "watched/bits_per_byte": 0.147}, {"align/one_to_one": 0.58}]
+)
+def test_one_of_the_signs_alone_is_none(healthy: dict[str, float]) -> None:
+    """Writing more as the teacher cuts, or shorter numbers, may be what was to be learnt."""
+    for n in range(1, 31):
+        assert selection([{**one, **healthy} for one in strict_on_numbers(n)]) is None
+
+
+def test_the_trainer_says_it_at_the_step_and_writes_it_down(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer's own sums, of a student that writes ever shorter numbers; no step of it is logged before the end."""
+    options: dict[str, Any] = dict(max_steps=12, logging_steps=100, lmbda=1.0)
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), tiny.PROMPT_ROWS[:1] * 4, **options)
+    encoder, stop = trainer.student_renderer.encoder, trainer.student_renderer.stop_id
+
+    def write(conversations: Any, prompts: Any, seeds: Any) -> list[np.ndarray]:
+        text = "naïve café 1234 5678 90123 " if trainer.state.global_step < 4 else "1 2 3 4 5 6 7 8 9 "
+        return [np.append(one.ids, stop).astype(np.int64) for one in encoder.encode([text * 8] * len(prompts))]
+
+    monkeypatch.setattr(trainer, "sample", write)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    said = [r.getMessage() for r in caplog.records if "unlearning" in r.getMessage()]
+    assert len(said) == 1 and "digits" in said[0]
+    reported = all_advice(load_run(tmp_path).logs)
+    assert [(one.name, one.step) for one in reported] == [("selection", int(said[0].split()[1][:-1]))]
+
+
+def test_a_warning_that_the_run_has_said_is_in_the_report_though_the_logs_do_not_show_it() -> None:
+    line = {"step": 12, "warning": "selection", "text": "the student is unlearning"}
+    found = all_advice([*history((6, {})), line])
+    assert [(one.name, one.step, one.text) for one in found] == [("selection", 12, "the student is unlearning")]

@@ -58,7 +58,7 @@ def test_on_a_terminal_chunks_are_coloured_and_with_no_color_they_are_not() -> N
     coloured = shown(TEXT, force_terminal=True, color_system="truecolor")
     assert "\x1b[3" in coloured and "·" in coloured
     plain = shown(TEXT, force_terminal=True, color_system="truecolor", no_color=True)
-    assert plain.isascii() and "\x1b" not in plain
+    assert "\x1b" not in plain and plain == re.sub(r"\x1b\[[\d;]*m", "", coloured)  # the colours, and nothing else
 
 
 def test_what_cannot_be_compared_is_counted() -> None:
@@ -89,6 +89,25 @@ def test_the_inspection_shows_each_part_and_a_command_on_one_line() -> None:
         assert part in out
     assert "<|im_start|>user" in out and "<start_of_turn>user" in out
     assert re.search(r"^  diglot train --model_name_or_path chatml .*--output_dir runs/first$", out, re.M)
+
+
+def test_the_verdict_comes_first_and_the_tables_fit_80_columns() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    found = inspect_pair(*(Input(n, zoo.ALL[n]()) for n in ("chatml", "turns")))
+    print_inspection(found, console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    verdict = next(i for i, line in enumerate(lines) if line.startswith("Verdict: "))
+    assert lines[verdict + 1].startswith("  diglot train ") and verdict < lines.index("Tokenizers".ljust(80))
+    assert max(len(line) for line in lines if not line.startswith("  diglot ")) <= 80
+
+
+def test_without_details_an_inspection_is_a_few_lines() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    print_inspection(inspect_pair(*(Input(n, zoo.ALL[n]()) for n in ("chatml", "turns"))), console, details=False)
+    out = console.file.getvalue()  # type: ignore[attr-defined]
+    assert (
+        len(out.splitlines()) <= 12 and "Verdict: " in out and "--details" in out and "one token on both sides" in out
+    )
 
 
 def test_roles_have_colours_on_a_terminal_only() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import resource
 import shutil
 import subprocess
@@ -71,11 +70,9 @@ def test_pickled_weights_are_refused_and_never_run(
     torch.save({"bomb": Bomb(mark)}, files / side / "pytorch_model.bin")
     option = {"student": "--model_init_kwargs", "teacher": "--teacher_model_init_kwargs"}[side]
     extra = [option, '{"use_safetensors": false}'] if allowed else []
-    try:
-        assert main(command(files, *extra)) == 2
-        assert "safetensors" in capsys.readouterr().err
-    except pickle.UnpicklingError as error:
-        assert allowed and "eights" in str(error)
+    assert main(command(files, *extra)) == 2
+    error = capsys.readouterr().err
+    assert ("eights only" if allowed else "safetensors") in error
     assert not mark.exists() and not (files / "out").exists()
 
 
@@ -218,8 +215,7 @@ def test_a_huge_header_is_refused_without_being_read(
     trainer = tiny.gkd(files / "x", zoo.chatml(), zoo.inst())
     assert CachedTeacher(trainer.comparisons[0].teacher, files / "cache")._read(files / "entry.safetensors", 3) is None
     assert tables._read(files / "entry.safetensors", {}) is None
-    with pytest.raises(Exception, match=r"(?i)header"):
-        main(command(files))
+    assert main(command(files)) == 2 and "header too large" in capsys.readouterr().err
     assert memory() - before < 300e6 and not (files / "out").exists()
 
 

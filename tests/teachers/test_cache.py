@@ -65,6 +65,7 @@ def runs(tmp_path: Path, cache: Path | None, **options: Any) -> tuple[GKDTrainer
         tmp_path,
         zoo.chatml(),
         zoo.turns(),
+        objective="strict",  # `covering` asks the teacher anew for texts with branches
         teacher_cache_dir=None if cache is None else str(cache),
         num_train_epochs=3,
         max_steps=-1,

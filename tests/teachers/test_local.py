@@ -169,9 +169,8 @@ def test_given_replies_are_scored_after_the_teachers_prompt(tmp_path: Path) -> N
 
 
 def test_a_prompt_of_its_own_and_all_turns_contradict_each_other(tmp_path: Path) -> None:
-    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), SECRET, lmbda=0.0, score_turns="all")
     with pytest.raises(DataError, match="score_turns"):
-        window(trainer, SECRET[:2])
+        tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), SECRET, lmbda=0.0, score_turns="all")
 
 
 # ---- weights of other kinds ------------------------------------------------------------------------------------------

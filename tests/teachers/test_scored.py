@@ -120,6 +120,8 @@ def test_what_differs_from_the_scores_is_said(tmp_path: Path) -> None:
         ScoredTeacher(folder, zoo.turns())
     with pytest.raises(TeacherError, match="score_turns: 'last' there, 'all' here"):
         ScoredTeacher(folder, options={"score_turns": "all"})
+    with pytest.raises(TeacherError, match="markers: 'read' there, 'text' here"):
+        ScoredTeacher(folder, options={"markers": "text", "fold_system": False})
     changed = zoo.inst()
     changed.chat_template = changed.chat_template + " "
     with pytest.raises(TeacherError, match="template"):

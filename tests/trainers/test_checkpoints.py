@@ -53,14 +53,14 @@ def test_a_checkpoint_says_what_it_is_of(run: Path) -> None:
     for side, tokenizer in (("student", zoo.chatml()), ("teacher", zoo.inst())):
         assert len(said[side]["tokenizer"]) >= 32 and len(said[side]["template"]) == 64
         assert said[side]["config"]["vocab_size"] == len(tokenizer) and "revision" in said[side]
-    assert said["teacher"]["weights"] and said["objective"]["terms"] == [["strict", 1.0]]
+    assert said["teacher"]["weights"] and said["objective"]["terms"] == [["covering", 1.0]]
 
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"teacher": zoo.turns}, "teacher.tokenizer is '.*' in the checkpoint, '.*' now"),
     ({"student": zoo.nfc}, "student.tokenizer is"),
     ({"beta": 1.0}, "objective.beta is 0.5 in the checkpoint, 1.0 now"),
-    ({"objective": "span"}, r"objective.terms is \[\['strict', 1.0\]\] in the checkpoint, \[\['span', 1.0\]\] now"),
+    ({"objective": "span"}, r"objective.terms is \[\['covering', 1.0\]\] in the checkpoint, \[\['span', 1.0\]\] now"),
 ])  # fmt: skip
 def test_a_checkpoint_of_another_run_is_refused_and_both_values_are_said(
     options: dict[str, Any], said: str, run: Path
@@ -114,9 +114,9 @@ def test_what_is_not_whole_is_passed_over_and_refused_by_name(
 ) -> None:
     broken(run / "checkpoint-2")
     trainer = tiny.gkd(run, zoo.chatml(), zoo.inst(), **SAVES)
-    assert trainer.find_checkpoint(True) == str(run / "checkpoint-1") and "checkpoint-2 is passed over" in caplog.text
+    assert trainer.checkpoints.find(True) == str(run / "checkpoint-1") and "checkpoint-2 is skipped" in caplog.text
     with pytest.raises(CheckpointError, match="checkpoint-2"):
-        trainer.find_checkpoint(str(run / "checkpoint-2"))
+        trainer.checkpoints.find(str(run / "checkpoint-2"))
 
 
 def test_a_damaged_byte_is_found(run: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_signal_ends_the_run_with_a_message_that_says_how_to_go_on(tmp_path: P
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), **options, keywords={"callbacks": [Send()]})
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(
-        StoppedError, match=r"behind step 2\. checkpoint-2 in .* is whole: go on with --resume"
+        StoppedError, match=r"after step 2\. checkpoint-2 in .* is complete\. Continue with --resume"
     ) as error:
         trainer.train()
     assert error.value.code == 143 and signal.getsignal(signal.SIGTERM) == before

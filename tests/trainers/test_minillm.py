@@ -62,8 +62,43 @@ def test_trains_with_all_terms(tmp_path: Path, teacher: str, alpha: float) -> No
     log = trainer.state.log_history[1]
     assert all(
         math.isfinite(log[k])
-        for k in ("loss", "reverse_kl", "single_step/loss", "minillm/lm_loss", "minillm/clip_ratio")
+        for k in (
+            "loss",
+            "minillm/log_ratio" if alpha else "reverse_kl",
+            "single_step/loss",
+            "minillm/lm_loss",
+            "minillm/clip_ratio",
+        )
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "estimates"),
+    [({}, True), ({"teacher_mixed_alpha": 0.3}, False), ({"temperature": 0.7}, False), ({"top_k": 5}, False)],
+)
+def test_only_the_students_own_draws_are_called_a_divergence(
+    tmp_path: Path, options: dict[str, Any], estimates: bool
+) -> None:
+    made = {**PLAIN, "max_steps": 1, "log_rollouts": 4, **options}
+    trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.turns(), **made)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    own, other = {"reverse_kl", "rollouts/kl_nats_per_byte"}, {"minillm/log_ratio", "rollouts/log_ratio_nats_per_byte"}
+    assert own & set(log) == (own if estimates else set()) and other & set(log) == (set() if estimates else other)
+
+
+def test_the_log_ratio_is_of_text_that_both_sides_read(tmp_path: Path) -> None:
+    """A teacher that is the student, and whose reading is cut: no part of the text is the less likely to it."""
+    models = tiny.tiny_model(zoo.chatml(), 0), tiny.tiny_model(zoo.chatml(), 0)
+    options = {**PLAIN, "vocabulary_path": "general", "max_steps": 1, "min_coverage": 0.0}
+    trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.chatml(), ROWS, models=models, **options)
+    samples = trainer.data_collator(ROWS)["samples"]
+    longest = max(len(trainer.student_renderer.prompt_ids(s.conversation)) for s in samples)
+    trainer.comparisons[0].reader.teacher_max_length = longest + 3
+    write(trainer, *["one two three four"] * 4)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["align/coverage"] < 0.9 and abs(log["reverse_kl"]) < 1e-3
 
 
 @pytest.mark.parametrize("teacher", ["chatml", "nfc"])
@@ -75,6 +110,7 @@ def test_lowers_the_reverse_kl(tmp_path: Path, teacher: str) -> None:
         ROWS[:4],
         teacher_mixed_alpha=0.0,
         max_steps=60,
+        min_coverage=0.0,  # a random student writes broken characters now and then, and nothing else
         num_iterations=2,
         learning_rate=1e-2,
         max_completion_length=12,

@@ -16,8 +16,10 @@ from support.scored import pair as scored_pair
 from torch import Tensor
 
 from diglot.comparisons import Batch, ModelScores, Term, View, check_level, scores_of
+from diglot.comparisons.auto import auto_objective
 from diglot.errors import ConfigError, TeacherError
 from diglot.objectives import OBJECTIVES, Level, make_objective, options_of
+from diglot.rendering import Role
 
 CROSS = sorted(set(OBJECTIVES) - {"jsd"})
 BALANCED = {"xtoken_p", "xtoken_h"}  # scaled to the cross-entropy of each micro-batch: depends on the split
@@ -51,6 +53,26 @@ def _loss_and_gradient(trainer: Any, batches: list[Batch]) -> tuple[float, Tenso
         loss.backward()
         total += loss.item()
     return total, torch.cat([p.grad.ravel() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_no_objective_reads_reasoning_that_is_not_to_be_scored(tmp_path: Path, name: str) -> None:
+    reply = "<think>one two three one two</think>hello there"
+    rows = [{"messages": [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": reply}]}]
+    read = {}
+    for scored in (True, False):
+        options: dict[str, Any] = dict(objective=name, score_reasoning=scored, lmbda=0.0, min_coverage=0.0)
+        trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.turns(), rows, **options)
+        batch = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, trainer.args.device)[0][0]["batch"]
+        hidden = trainer.hidden_at_rows(trainer.model, batch.student).detach().requires_grad_()
+        trainer.hidden_at_rows = lambda model, side, hidden=hidden: hidden  # type: ignore[method-assign]
+        trainer.compute_loss(trainer.model, {"batch": batch}).backward()
+        assert hidden.grad is not None
+        size = hidden.grad.abs().amax(-1)
+        inside = torch.from_numpy(batch.student.role == Role.REASONING)
+        assert size[~inside].max() > 0
+        read[scored] = float(size[inside].max())
+    assert read[True] > 0 and read[False] == 0
 
 
 @pytest.mark.parametrize("name", sorted(set(CROSS) - BALANCED))
@@ -266,3 +288,13 @@ def test_auto_is_the_exact_single_step_in_minillm_also_in_a_list(tmp_path: Path,
     gradient, step, *others = trainer.comparisons[0].terms
     assert gradient.name == "policy_gradient" and step.name == "single_step" and step.objective.is_single_step
     assert [term.name for term in others] == (["alm"] if len(objective) == 2 else [])
+
+
+def test_auto_says_what_it_took_and_why(tmp_path: Path) -> None:
+    for teacher, name, words in (
+        ("chatml", "jsd", "one table of ids"),
+        ("turns", "covering", "the vocabularies differ"),
+    ):
+        (comparison,) = tiny.gkd(tmp_path, zoo.chatml(), zoo.ALL[teacher](), objective="auto").comparisons
+        choice = auto_objective(comparison)
+        assert choice.name == name == comparison.terms[0].name and words in choice.reason

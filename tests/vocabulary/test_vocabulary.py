@@ -254,6 +254,6 @@ def test_display_is_readable() -> None:
 
 def test_a_tokenizer_of_no_known_kind_is_refused_with_what_is_supported() -> None:
     backend = Tokenizer(models.WordLevel(vocab={"hello": 0, "<u>": 1}, unk_token="<u>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(VocabularyError, match=r"WordLevel.*Supported"):
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.CTC()
+    with pytest.raises(VocabularyError, match=r"WordLevel.*CTC.*Supported"):
         Vocabulary.from_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<u>"))

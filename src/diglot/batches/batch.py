@@ -69,12 +69,16 @@ def align_pairs(
         "one_to_one": float(len(aligned.pair_s)),
         "dropped": float((aligned.chunk_s < 0).sum()),
         "chunks": float(aligned.chunk_exact.sum()),
+        "written": float(sum(_written(p.student, on_policy) for p in kept)),
+        "unscored": float(excluded.sum()),
+        "excluded": float(excluded.sum() + sum(p.student.own_markup for p in kept)),
     }
     written_s, written_t = (
         WrittenSide(packed.targets.numpy(), side.end, side.segment, side.exact, side.stop)
         for packed, side in ((student, side_s), (teacher, side_t))
     )
-    written = Written(written_s, written_t, aligned, _common_texts(kept, segments), _contexts(kept, segments))
+    texts, contexts = _common_texts(kept, segments), _contexts(kept, segments)
+    written = Written(written_s, written_t, aligned, texts, contexts, excluded)
     noncanonical = np.concatenate([p.noncanonical for p in kept] or [np.zeros(0, np.bool_)])
     stats["noncanonical"] = float(noncanonical.sum())
     return AlignedBatch(
@@ -97,15 +101,23 @@ def sampler_logps(pairs: Sequence[ReadPair]) -> Tensor | None:
     return torch.from_numpy(np.concatenate(found)).float()
 
 
-def text_sums(pairs: Sequence[ReadPair]) -> dict[str, float]:
+def text_sums(pairs: Sequence[ReadPair], on_policy: bool) -> dict[str, float]:
     """Sums over the student's texts, for the log: tokens `written`, `bytes`, how many `stopped`, and `samples`."""
-    written = sum(int(((p.student.segment >= 0) | (p.student.roles != Role.PROMPT)).sum()) for p in pairs)
     return {
-        "written": float(written),
+        "written": float(sum(_written(p.student, on_policy) for p in pairs)),
         "bytes": float(sum(len(text) for p in pairs for text in p.student.segment_bytes)),
         "stopped": float(sum(p.student.stopped[-1] for p in pairs)),
         "samples": float(len(pairs)),
     }
+
+
+def _written(student: Rendered, on_policy: bool) -> int:
+    """Tokens that the writer wrote, scored or not. Of a text that was rendered, those are the scored ones."""
+    return int(((student.segment >= 0) | (student.roles != Role.PROMPT)).sum()) if on_policy else _scored(student)
+
+
+def _scored(student: Rendered) -> int:
+    return int((student.segment >= 0).sum())
 
 
 def _contexts(pairs: Sequence[ReadPair], segments: Sequence[int]) -> list[Ids]:

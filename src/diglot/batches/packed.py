@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diglot.batches.sending import sent
 from diglot.rendering import Rendered, Renderer, Role
 
 
@@ -30,11 +31,13 @@ class PackedSide:
     segment: NDArray[np.int64]  # [N] segment in the batch
     exact: NDArray[np.bool_]  # [N]
     role: NDArray[np.int8]  # [N]
+    host_ids: NDArray[np.int64]  # `input_ids` as numpy, wherever those are
+    host_rows: NDArray[np.int64]  # `rows`
 
     def to(self, device: torch.device | str) -> PackedSide:
         """The same with its tensors on `device`."""
         moved: dict[str, Any] = {
-            f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+            f.name: sent(v, device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)
 
@@ -79,4 +82,6 @@ def pack(samples: Sequence[Rendered], num_segments: Sequence[int], pad_id: int) 
         segment=segment,
         exact=joined("exact", np.bool_),
         role=role,
+        host_ids=ids,
+        host_rows=flat_rows,
     )

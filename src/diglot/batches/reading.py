@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from diglot.alignment import check_bytes
 from diglot.data import Sample
 from diglot.errors import DataError
-from diglot.rendering import Conversation, Rendered, Renderer, Role, Score, truncate
-from diglot.rendering.template import content_text
+from diglot.rendering import Conversation, Rendered, Renderer, Reply, Role, Score, text_reply, truncate
+from diglot.rendering.template import content_text, without_empty_thinking
 
 Ids = NDArray[np.int64]
 
@@ -28,8 +28,9 @@ class ReadPair:
     sampler_logps: NDArray[np.float64] | None = None  # of the same, nats: what the engine that sampled them said
 
     def with_logps(self, logps: NDArray[np.float64]) -> ReadPair:
-        """The same with what the engine said about the ids of the completion, of which the first are scored."""
-        return replace(self, sampler_logps=logps[: int((self.student.segment >= 0).sum())])
+        """The same with what the engine said about the ids of the completion, of which some are scored."""
+        scored = np.flatnonzero(self.student.segment >= 0)
+        return replace(self, sampler_logps=logps[scored - self.prompt_length])
 
     @property
     def prompt_length(self) -> int:
@@ -64,6 +65,7 @@ class PairReader:
         self.max_length, self.teacher_max_length = max_length, teacher_max_length
         self.score_turns, self.teacher_system = score_turns, teacher_system
         self.label: str | None = None  # of this teacher, where rows say which of several reads them
+        self.others: tuple[Renderer, ...] = ()  # the other teachers, which compare the same tokens of the student
         self.dropped: Counter[str] = Counter()  # reason -> samples, since the last `take_dropped`
 
     def take_dropped(self) -> Counter[str]:
@@ -73,6 +75,10 @@ class PairReader:
 
     def _is_others(self, conversation: Conversation) -> bool:
         return None not in (self.label, conversation.route) and self.label != conversation.route
+
+    def _sides(self, conversation: Conversation) -> tuple[Renderer, ...]:
+        """All that read the text. Where one of them needs it in parts all have it so: the student is run once."""
+        return (self.student, self.teacher, *(self.others if conversation.route is None else ()))
 
     def teacher_reads(self, conversation: Conversation) -> Conversation:
         """The conversation as the teacher is given it."""
@@ -93,17 +99,25 @@ class PairReader:
         if self._is_others(conversation):
             return None
         student = self.student.from_sampled(conversation, completion_ids, prompt_ids=prompt_ids)
-        thinking = self.student.opens_thinking(conversation)
+        thinking, reads = self.student.opens_thinking(conversation), self.teacher_reads(conversation)
+        reply, finished = student.reply, student.stopped[-1]
+        assert reply is not None
+        teachers = self._sides(conversation)[1:]
+        apart = [one for one in teachers if one is not self.teacher or not self.same_vocabulary]
+        split = reply.whole is not None and any(has_other_markup(one, reply, thinking, finished) for one in apart)
+        if split:
+            student = self.student.from_sampled(conversation, completion_ids, prompt_ids=prompt_ids, split=True)
         if self.same_vocabulary:
-            content = student.ids[(student.segment >= 0) & (student.roles != Role.STOP)]
-            ending = [self.teacher.stop_id] if student.stopped[-1] else []
-            own = self.teacher.from_sampled(
-                self.teacher_reads(conversation), np.append(content, ending).astype(np.int64), thinking=thinking
-            )
-        else:
+            student = replace(student, exact=student.exact | (student.segment >= 0))  # both sides read the same ids
+            own = self.teacher.as_written(reads, student, thinking=thinking)
+            return self._fit(conversation, student, own, self._noncanonical(student))
+        if split:
+            reply = replace(reply, whole=None)
+        if reply.is_plain or reply.whole is not None:
             text = student.segment_bytes[-1].decode("utf-8")
-            reads = self.teacher_reads(conversation)
-            own = self.teacher.render(reads, text, stopped=student.stopped[-1], thinking=thinking)
+            own = self.teacher.render(reads, text, stopped=finished, thinking=thinking)
+        else:
+            own = self.teacher.render(reads, reply, stopped=finished, thinking=False)
         return self._fit(conversation, student, own, self._noncanonical(student))
 
     def _noncanonical(self, sampled: Rendered) -> NDArray[np.bool_]:
@@ -111,14 +125,17 @@ class PairReader:
 
         A token is canonical if the encoding of the whole text has the same id for the same bytes. Stop always is.
         """
-        scored = sampled.segment >= 0
-        ids, ends, stop = sampled.ids[scored], sampled.end[scored], sampled.roles[scored] == Role.STOP
-        own = self.student.encoder.encode([sampled.segment_bytes[-1].decode("utf-8")])[0]
+        found = [np.zeros(0, np.bool_)]
+        texts = self.student.encoder.encode([text.decode("utf-8") for text in sampled.segment_bytes])
         stride = len(self.student.vocabulary) + 1
-        starts, own_starts = (np.concatenate([[0], e[:-1]]) if len(e) else e for e in (ends, own.ends))
-        # One number for (start, id); the end follows from them where the token is exact.
-        same = np.isin(starts * stride + ids, (own_starts * stride + own.ids)[own.exact])
-        return ~same & ~stop
+        for segment, own in enumerate(texts):
+            inside = sampled.segment == segment
+            ids, ends, stop = sampled.ids[inside], sampled.end[inside], sampled.roles[inside] == Role.STOP
+            starts, own_starts = (np.concatenate([[0], e[:-1]]) if len(e) else e for e in (ends, own.ends))
+            # One number for (start, id); the end follows from them where the token is exact.
+            same = np.isin(starts * stride + ids, (own_starts * stride + own.ids)[own.exact])
+            found.append(~same & ~stop)
+        return np.concatenate(found)
 
     def written(self, sample: Sample, *, stopped: bool = True) -> ReadPair | None:
         """A completion that somebody else wrote, as text: each side encodes it. None: another teacher is to read it."""
@@ -128,17 +145,50 @@ class PairReader:
             raise DataError(
                 f"{sample.where} has no completion. Train on-policy (lmbda=1) or let the teacher write (seq_kd)."
             )
-        conversation, thinking = sample.conversation, self.student.opens_thinking(sample.conversation)
+        conversation, reads = sample.conversation, self.teacher_reads(sample.conversation)
         if conversation.teacher_view is not None and self.score_turns == "all":
             raise DataError(
                 f"{sample.where} has a `teacher_prompt` and score_turns is 'all': earlier turns would not be the same "
                 "on both sides. Use score_turns='last', or give the row without it."
             )
+        for side in (self.student, self.teacher):
+            check_fields(side, sample)
+        reply, thinking = self._as_both_read(sample, stopped)
         student, teacher = (
-            side.render(reads, sample.reply, stopped=stopped, score=self.score_turns, thinking=thinking)
-            for side, reads in ((self.student, conversation), (self.teacher, self.teacher_reads(conversation)))
+            side.render(one, reply, stopped=stopped, score=self.score_turns, thinking=thinking)
+            for side, one in ((self.student, conversation), (self.teacher, reads))
         )
+        if self.same_vocabulary:
+            student, teacher = _same_ids_are_exact(student, teacher)
         return self._fit(conversation, student, teacher, np.zeros(int((student.segment >= 0).sum()), np.bool_))
+
+    def _as_both_read(self, sample: Sample, stopped: bool) -> tuple[str | Reply, bool]:
+        """A reply as one text, where both sides spell it alike, else its parts; and does it start in a think block?"""
+        opened = self.student.opens_thinking(sample.conversation)
+        reply = sample.answer
+        if reply is None:
+            text = str(sample.reply)
+            opened = opened and "<think>" not in text and ("</think>" in text or not stopped)
+            reply = text_reply(text, opened=opened)
+        if reply.is_plain:
+            return reply.slots[0].texts[0], opened and reply.whole is not None and sample.answer is None
+        if reply.whole is not None:
+            split = any(has_other_markup(side, reply, opened, stopped) for side in self._sides(sample.conversation))
+            if split:
+                return replace(reply, whole=None), False
+            return self._inside(sample, reply.whole, opened)
+        sides = [side.markup for side in self._sides(sample.conversation)]
+        spelt = {side.layout(reply.shape).spelt(reply) for side in sides}
+        if len(spelt) > 1 or any(side.has_controls(reply.shape) for side in sides):
+            return reply, False
+        return self._inside(sample, spelt.pop(), False)
+
+    def _inside(self, sample: Sample, text: str, opened: bool) -> tuple[str, bool]:
+        """A text without the tag that the student's prompt holds already."""
+        tag = "<think>\n"
+        if not opened and text.startswith(tag) and self.student.opens_thinking(sample.conversation):
+            return text.removeprefix(tag), True
+        return text, opened
 
     def reference(self, sample: Sample) -> Rendered | None:
         """A text to imitate, on the student's side only; None (and counted) if its prompt alone fills the limit."""
@@ -146,7 +196,9 @@ class PairReader:
             raise DataError(
                 f"{sample.where} has no completion to imitate. Give rows with a completion, messages or text."
             )
-        rendered = self.student.render(sample.conversation, sample.reply, score=self.score_turns)
+        check_fields(self.student, sample)
+        reply = sample.answer or sample.reply
+        rendered = self.student.render(sample.conversation, reply, score=self.score_turns)
         try:
             return truncate(rendered, self.max_length) if self.max_length else rendered
         except DataError:
@@ -168,6 +220,46 @@ class PairReader:
             check_bytes(of_student[:shared], of_teacher[:shared], where="student and teacher")
         kept = int((cut_student.segment >= 0).sum())
         return ReadPair(conversation, cut_student, cut_teacher, noncanonical[:kept])
+
+
+def has_other_markup(side: Renderer, reply: Reply, opened: bool, finished: bool) -> bool:
+    """Does this side's template write the parts of a reply in another way than its writer did?
+
+    Args:
+        opened: was the think block opened before the reply?
+        finished: did the writer finish? If not, the closing markup is still to come.
+    """
+    if reply.is_plain or not side.has_template:
+        return False
+    layout = side.markup.layout(reply.shape)
+    if not layout.own:
+        return False
+    own = without_empty_thinking(layout.spelt(reply))
+    written = ("<think>\n" if opened else "") + str(reply.whole)
+    return side.markup.has_controls(reply.shape) or not (own == written if finished else own.startswith(written))
+
+
+def check_fields(side: Renderer, sample: Sample) -> None:
+    """Raise `DataError` for fields of the scored message that this side's template reads and that cannot be scored."""
+    read = [name for name in (sample.answer.others if sample.answer else ()) if side.template.reads(name)]
+    if read:
+        raise DataError(
+            f"{sample.where}: the last message has {read}, which the {side.name}'s chat template reads beside its "
+            "content, and which cannot be scored. Leave these fields out, or leave the row out."
+        )
+
+
+def _same_ids_are_exact(student: Rendered, teacher: Rendered) -> tuple[Rendered, Rendered]:
+    """With one vocabulary, equal tokens may be compared also where they hold bytes of the markup before them."""
+    scored_s, scored_t = np.flatnonzero(student.segment >= 0), np.flatnonzero(teacher.segment >= 0)
+    if len(scored_s) != len(scored_t) or (student.ids[scored_s] != teacher.ids[scored_t]).any():
+        return student, teacher
+    exact_s, exact_t = student.exact.copy(), teacher.exact.copy()
+    starts = (side.segment[scored] for side, scored in ((student, scored_s), (teacher, scored_t)))
+    first_s, first_t = (np.diff(segment, prepend=-1) != 0 for segment in starts)
+    for exact, scored, first in ((exact_s, scored_s, first_s), (exact_t, scored_t, first_t)):
+        exact[scored[first]] = True
+    return replace(student, exact=exact_s), replace(teacher, exact=exact_t)
 
 
 def teacher_reads(conversation: Conversation, system: str | None) -> Conversation:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch.utils.data import Sampler
 
 
@@ -34,3 +36,13 @@ class RepeatedWindows(Sampler[int]):
         for start in range(0, len(order), self.window):
             for _ in range(self.repeats):
                 yield from order[start : start + self.window]
+
+
+def repeated_stream(rows: IterableDataset, window: int, repeats: int) -> IterableDataset:
+    """Streamed rows in windows of `window`, each `repeats` times in a row; a last window that is not whole is left
+    out."""
+    return rows.map(_repeated, batched=True, batch_size=window, drop_last_batch=True, fn_kwargs={"repeats": repeats})
+
+
+def _repeated(columns: dict[str, list[Any]], repeats: int) -> dict[str, list[Any]]:
+    return {name: values * repeats for name, values in columns.items()}

@@ -101,7 +101,7 @@ def _batch(
 def _pair(plain: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> ReadPair:
     sides = []
     for side in ("student", "teacher"):
-        arrays = {name: tensors[f"{prefix}{side}.{name}"].numpy() for name in _ARRAYS}
+        arrays: dict[str, Any] = {name: tensors[f"{prefix}{side}.{name}"].numpy() for name in _ARRAYS}
         texts = tuple(bytes.fromhex(text) for text in plain[side]["segment_bytes"])
         sides.append(Rendered(**arrays, segment_bytes=texts, stopped=tuple(plain[side]["stopped"])))
     student, teacher = sides

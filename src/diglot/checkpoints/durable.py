@@ -90,9 +90,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         sizes = {str(name): int(entry["size"]) for name, entry in files.items()}
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder} is no whole checkpoint: it has no {MANIFEST}, which is written last. It was interrupted, or is "
-            "not one of Diglot's. Resume from another one, or give the folder as model_name_or_path to start from its "
-            "weights."
+            f"{folder} is not a complete checkpoint: it has no {MANIFEST}, which is written last. It was interrupted, "
+            "or is not one of Diglot's. Resume from another one, or give the folder as model_name_or_path to start "
+            "from its weights."
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Resume from another checkpoint.") from error
@@ -105,7 +105,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         seen = inside.stat().st_size if inside.is_file() else None
         if seen != size:
             raise CheckpointError(
-                f"{folder} is no whole checkpoint: {name} has {'no file' if seen is None else f'{seen} bytes'}, "
+                f"{folder} is not a complete checkpoint: {name} has {'no file' if seen is None else f'{seen} bytes'}, "
                 f"expected {size} bytes. Resume from another one."
             )
     return found

@@ -31,6 +31,7 @@ SHAPING = (
     "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay",
     "max_length", "max_completion_length", "temperature", "top_p", "top_k", "num_generations", "teacher_mixed_alpha",
     "score_turns", "score_reasoning", "score_tool_calls", "bf16", "fp16", "max_grad_norm", "optim",
+    "markers", "fold_system", "on_bad_row",
 )  # fmt: skip
 _WITHOUT_EFFECT = {"rows_per_chunk", "min_coverage", "objective"}  # the terms in force stand for the last
 _UNSTABLE = {"_name_or_path", "transformers_version", "architectures", "dtype", "use_cache"}  # change when saved or run
@@ -138,8 +139,8 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -
     differing = [d for part in ("student", "teacher", "objective") for d in _differing(part, saved, now)]
     if differing:
         raise CheckpointError(
-            f"{folder} belongs to another run: {'; '.join(differing)}. Resume with what the checkpoint was made with, "
-            "or start a new run from its weights: model_name_or_path and another output_dir."
+            f"{folder} belongs to another run: {'; '.join(differing)}. Resume with the models and options of the "
+            "checkpoint, or start a new run from its weights: model_name_or_path and another output_dir."
         )
     notes = [d for part in ("options", "versions", "world") for d in _differing(part, saved, now)]
     if notes:

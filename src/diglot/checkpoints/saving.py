@@ -90,7 +90,7 @@ class Checkpoints:
         """The folder to resume from, whole, undamaged and of this run; None to start anew.
 
         Raises:
-            CheckpointError: no whole checkpoint, a damaged one, or one of another run; says what differs.
+            CheckpointError: no complete checkpoint, a damaged one, or one of another run; says what differs.
         """
         if resume is None or resume is False:
             return None
@@ -111,43 +111,60 @@ def write_options(folder: Path, options: Mapping[str, Any]) -> None:
     (folder / ARGS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
+SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
 class StopOnSignal(TrainerCallback):
-    """Ends training after the step in which SIGTERM came, on whatever rank, with a checkpoint. A second one kills."""
+    """Ends training after the step in which a signal came, on whatever rank, with a checkpoint. A second one kills.
+
+    The signals are SIGINT (Ctrl-C) and SIGTERM.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.asked = self.stopped = False
+        self.stopped = False
+        self._number: int | None = None  # of the signal that came
+        self._process = os.getpid()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """SIGTERM is noted inside; only the main thread can do that."""
+        """Signals are noted inside; only the main thread can do that."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, self._note)
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.asked:
+        if os.getpid() != self._process:  # a data worker that was forked meanwhile: its end is the run's to decide
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        if self._number is not None:
             os._exit(128 + number)
-        self.asked = True
-        logger.warning("SIGTERM: the run saves a checkpoint behind this step and stops. Once more kills it.")
+        self._number = number
+        # Written at once and past the logger, whose lock the interrupted code may hold.
+        name = SIGNALS[signal.Signals(number)]
+        text = f"\n{name}: finishing this step, saving a checkpoint, then exiting. A second signal kills at once.\n"
+        os.write(2, text.encode())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Ask for a checkpoint and for the end."""
-        if any_rank(self.accelerator, self.asked):
+        if any_rank(self.accelerator, self._number is not None):
             self.stopped = control.should_save = control.should_training_stop = True
         return control
 
     def error(self, step: int, run: Any) -> StoppedError:
         """What a stopped run raises."""
+        number = signal.Signals(self._number or signal.SIGTERM)
         return StoppedError(
-            f"Stopped by SIGTERM behind step {step}. checkpoint-{step} in {run} is whole: go on with "
+            f"Stopped by {SIGNALS[number]} after step {step}. checkpoint-{step} in {run} is complete. Continue with "
             "--resume_from_checkpoint.",
-            128 + signal.SIGTERM,
+            128 + number,
         )
 
 
@@ -160,7 +177,7 @@ def any_rank(accelerator: Accelerator, flag: bool) -> bool:
 
 
 def last_whole(run: Path) -> Path:
-    """The whole checkpoint of `run` with the highest step; those that are not whole are named and passed over.
+    """The whole checkpoint of `run` with the highest step; those that are not whole are named and skipped.
 
     Raises:
         CheckpointError: there is none.
@@ -169,8 +186,8 @@ def last_whole(run: Path) -> Path:
         why = durable.problem(folder)
         if why is None:
             return folder
-        logger.warning("checkpoint-%d is passed over: %s", step, why)
-    raise CheckpointError(f"There is no whole checkpoint in {run}. Start anew, without resume_from_checkpoint.")
+        logger.warning("checkpoint-%d is skipped: %s", step, why)
+    raise CheckpointError(f"There is no complete checkpoint in {run}. Start a new run, without resume_from_checkpoint.")
 
 
 def rotate(run: Path, limit: int | None, best: str | None) -> None:

@@ -17,7 +17,8 @@ def parser() -> Parser:
     found = Parser(
         prog="diglot align",
         description="Both tokenisations of a text, cut where both have a boundary (|); boundaries of one side only "
-        "are ~, bytes that are no text on their own are hex. Plain ASCII when not on a terminal, or with NO_COLOR.",
+        "are ~, bytes that are no text on their own are hex. Plain ASCII when not on a terminal; NO_COLOR takes "
+        "the colours alone.",
         epilog=EXAMPLE,
     )
     found.add_argument("student", metavar="STUDENT", help="a model id or folder; one with a tokenizer alone will do")

@@ -16,9 +16,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from diglot.cli.loading import check_counts, check_place, load_model
+from diglot.cli.loading import (
+    add_data_options,
+    add_rendering_options,
+    check_counts,
+    check_place,
+    data_options,
+    load_model,
+    rendering_options,
+)
+from diglot.cli.names import check_model_name
 from diglot.cli.parsing import Parser
+from diglot.cli.screen import show_phases
 from diglot.errors import ConfigError
+from diglot.phases import phase
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -31,6 +42,11 @@ def evaluate(arguments: Sequence[str]) -> int:
             f"--lm_eval_tasks {given.lm_eval_tasks} needs lm-eval, which is not installed. "
             "Run: pip install 'lm-eval[hf]'."
         )
+    for name in given.models:
+        check_model_name(name, "model", "MODEL")
+    if given.teacher is not None:
+        check_model_name(given.teacher, "teacher", "--teacher")
+    show_phases()
     found = _measure(given)
     if given.lm_eval_tasks:
         for name, one in found.items():
@@ -46,12 +62,14 @@ def parser() -> Parser:
     """The parser of the command."""
     found = Parser(
         prog="diglot eval",
-        description="Numbers that do not depend on a tokenizer, with 95%% bootstrap intervals over the rows.",
+        description="Numbers that do not depend on a tokenizer, with 95% bootstrap intervals over the rows.",
         epilog="example: diglot eval runs/first --teacher Qwen/Qwen2.5-1.5B-Instruct --data heldout.jsonl",
     )
     found.add_argument("models", nargs="+", metavar="MODEL", help="a model id or a folder; several are compared")
     found.add_argument("--teacher", help="what to compare each of them with: divergences, agreement, stops")
     found.add_argument("--data", required=True, help="a hub id, a JSONL, Parquet or CSV file, or a folder")
+    add_data_options(found)
+    add_rendering_options(found)
     found.add_argument("--split", default="train", help="split of the data (default: train, as a single file has)")
     found.add_argument("--rows", type=int, default=64, help="how many rows are read (default: 64)")
     found.add_argument("--max_completion_length", type=int, default=128, help="tokens of a sample (default: 128)")
@@ -70,13 +88,15 @@ def _measure(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     from diglot.data import load_dataset, to_sample
     from diglot.evaluation.battery import Plan, measure
 
-    rows = islice(load_dataset(given.data, split=given.split), given.rows)
+    rows = islice(load_dataset(given.data, split=given.split, **data_options(given)), given.rows)
     samples = [to_sample(row, where=f"row {i}") for i, row in enumerate(rows)]
     plan = Plan(given.max_completion_length, given.batch_size, seed=given.seed)
     teacher = None if given.teacher is None else _load(given.teacher, given)
     found = {}
     for name in given.models:
-        measures = measure(_load(name, given), teacher, samples, plan)
+        side = _load(name, given)
+        with phase(f"Measuring {name} on {len(samples)} rows"):
+            measures = measure(side, teacher, samples, plan)
         found[name] = {key: one.as_json() for key, one in measures.items()}
     return found
 
@@ -88,13 +108,20 @@ def _load(name: str, given: argparse.Namespace) -> Any:
     from diglot.evaluation.battery import Side
     from diglot.rendering import Renderer
 
-    model = load_model(name, given.device, given.dtype, given.trust_remote_code)
+    with phase(f"Loading {name}"):
+        model = load_model(name, given.device, given.dtype, given.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=given.trust_remote_code)
     rows = model.get_input_embeddings().num_embeddings
     return Side(
         name,
         model,
-        Renderer(tokenizer, num_embeddings=rows, generation_config=model.generation_config, name=name),
+        Renderer(
+            tokenizer,
+            num_embeddings=rows,
+            generation_config=model.generation_config,
+            name=name,
+            **rendering_options(given),
+        ),
     )
 
 

@@ -5,10 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from diglot.cli.loading import check_counts, check_place, load_model
+from diglot.cli.loading import (
+    add_data_options,
+    add_rendering_options,
+    check_counts,
+    check_place,
+    data_options,
+    load_model,
+    rendering_options,
+)
+from diglot.cli.names import check_model_name
 from diglot.cli.parsing import Parser
 
 EXAMPLE = """exit code: 0 the pair can be trained, 1 it cannot, 2 a wrong argument.
@@ -32,7 +42,10 @@ def parser() -> Parser:
         "--data", metavar="NAME", help="texts to measure on, as --dataset_name of train; else built-in ones"
     )
     found.add_argument("--split", default="train", help="split of --data (default: train)")
+    add_data_options(found)
+    add_rendering_options(found)
     found.add_argument("--rows", type=int, default=256, help="rows of --data that are read (default: 256)")
+    found.add_argument("--details", action="store_true", help="show what the verdict rests on: about 90 lines")
     found.add_argument("--json", action="store_true", help="everything as JSON")
     weights = found.add_argument_group("with weights")
     weights.add_argument("--with-models", "--with_models", action="store_true", help="load both models and run them")
@@ -50,14 +63,17 @@ def inspect(arguments: Sequence[str]) -> int:
     check_counts(given, "rows", "model_rows", "batch_size", "max_completion_length")
     if given.with_models:
         check_place(given.device, given.dtype)
+    check_model_name(given.student, "student", "STUDENT")
+    check_model_name(given.teacher, "teacher", "TEACHER")
     from diglot.cli.options import load_options
     from diglot.inspection import inspect_pair
     from diglot.inspection.load import load_input
 
-    samples = _samples(given.data, given.split, given.rows) if given.data else None
+    samples = _samples(given) if given.data else None
     student, teacher = load_input(given.student, "student"), load_input(given.teacher, "teacher")
     floor = float(load_options()["min_coverage"].default)
-    found = inspect_pair(student, teacher, samples, data=given.data, min_coverage=floor)
+    found = inspect_pair(student, teacher, samples, data=given.data, min_coverage=floor, **rendering_options(given))
+    found = dataclasses.replace(found, verdict=_with_data(found, given, samples or []))
     if given.with_models and found.student is not None:
         found = dataclasses.replace(found, models=_with_models(given, student, teacher, samples))
     if given.json:
@@ -65,15 +81,34 @@ def inspect(arguments: Sequence[str]) -> int:
     else:
         from diglot.report.inspection import print_inspection
 
-        print_inspection(found)
+        print_inspection(found, details=given.details)
     return 0 if found.verdict.trainable else 1
 
 
-def _samples(name: str, split: str, rows: int) -> list[Any]:
+def _samples(options: Any) -> list[Any]:
     from diglot.data import load_dataset, to_sample
 
-    data = load_dataset(name, split=split)
-    return [to_sample(row, f"{name} row {i}") for i, row in enumerate(itertools.islice(data, rows))]
+    data = load_dataset(options.data, split=options.split, **data_options(options))
+    return [to_sample(row, f"{options.data} row {i}") for i, row in enumerate(itertools.islice(data, options.rows))]
+
+
+def _with_data(inspection: Any, options: Any, samples: list[Any]) -> Any:
+    """The verdict with what the data adds to it: options for the command, prompts that no template is used for."""
+    verdict = inspection.verdict
+    words = [f"--{n} {shlex.quote(v)}" for n in ("dataset_format", "dataset_columns") if (v := getattr(options, n))]
+    words += [f"--markers {options.markers}"] if options.markers != "read" else []
+    words += ["--fold_system"] if options.fold_system else []
+    if verdict.command is not None and words:
+        verdict = dataclasses.replace(verdict, command=" ".join([verdict.command, *words]))
+    plain = sum(sample.conversation.messages is None and bool(sample.conversation.text) for sample in samples)
+    sides = (inspection.student, inspection.teacher)
+    if plain and all(side is not None and side.has_template for side in sides):
+        warning = (
+            f"{plain} of {len(samples)} rows have prompts of plain text, and both models have chat templates: neither "
+            "is used. If they are questions to an assistant, give --dataset_columns user=prompt,assistant=completion."
+        )
+        verdict = dataclasses.replace(verdict, warnings=(*verdict.warnings, warning))
+    return verdict
 
 
 def _with_models(given: Any, student: Any, teacher: Any, samples: list[Any] | None) -> Any:
@@ -93,6 +128,7 @@ def _with_models(given: Any, student: Any, teacher: Any, samples: list[Any] | No
                 num_embeddings=model.get_input_embeddings().num_embeddings,
                 generation_config=model.generation_config,
                 name=role,
+                **rendering_options(given),
             )
         )
     same = renderers[0].vocabulary.same_as(renderers[1].vocabulary)

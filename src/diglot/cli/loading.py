@@ -15,6 +15,33 @@ def check_counts(given: argparse.Namespace, *names: str) -> None:
             raise ConfigError(f"--{name} is {getattr(given, name)}, expected 1 or more.")
 
 
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """How rows are written that are not Diglot's own, as in `diglot train`."""
+    parser.add_argument("--dataset_format", metavar="NAME", help="how other programs write such rows, as in train")
+    parser.add_argument("--dataset_columns", metavar="NAME=COLUMN,...", help="which columns are read, as in train")
+
+
+def add_rendering_options(parser: argparse.ArgumentParser) -> None:
+    """How messages are put into chat templates, as in `diglot train`."""
+    parser.add_argument(
+        "--markers",
+        default="read",
+        choices=["read", "text", "refuse"],
+        help="names of control tokens in messages, as in train (default: read)",
+    )
+    parser.add_argument("--fold_system", action="store_true", help="system messages into the first user's, as in train")
+
+
+def rendering_options(given: argparse.Namespace) -> dict[str, Any]:
+    """The same, as arguments of `Renderer`."""
+    return {"markers": given.markers, "fold_system": given.fold_system}
+
+
+def data_options(given: argparse.Namespace) -> dict[str, Any]:
+    """The same, as arguments of `load_dataset`."""
+    return {"format": given.dataset_format, "columns": given.dataset_columns}
+
+
 def check_place(device: str | None, dtype: str) -> None:
     """`ConfigError` for a device that is not there, or a number type that is none."""
     import torch
@@ -31,11 +58,10 @@ def check_place(device: str | None, dtype: str) -> None:
 
 
 def load_model(name: str, device: str | None, dtype: str, trust_remote_code: bool = False) -> Any:
-    """A causal language model in evaluation mode; by default on the GPU if there is one."""
+    """A language model in evaluation mode; by default on the GPU if there is one."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from diglot.teachers.loading import INERT
+    from diglot.teachers.loading import INERT, load_language_model
 
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **INERT)
+    model: Any = load_language_model(name, dtype=dtype, trust_remote_code=trust_remote_code, **INERT)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from diglot.errors import DiglotError, StoppedError
+from diglot.cli.failures import explain
 
 USAGE = """usage: diglot COMMAND ...
 
@@ -32,8 +33,9 @@ commands:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
-    0: done; 1: `inspect` found a pair that cannot be trained; 2: an input that cannot work, told in one message on
-    standard error; 143: SIGTERM, and a checkpoint was saved.
+    0: done; 1: `inspect` found a pair that cannot be trained; 2: invalid input, reported in one message on
+    standard error; 3: something failed that Diglot did not expect, with the details in a file; 130 and 143: stopped by
+    Ctrl-C or SIGTERM (a run in training has saved a checkpoint).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
@@ -46,12 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _run(given[0], given[1:])
-    except StoppedError as stopped:
-        print(f"diglot: {stopped}", file=sys.stderr)
-        return stopped.code
-    except (DiglotError, OSError) as error:
-        print(f"diglot: {error}", file=sys.stderr)
-        return 2
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        message, code = explain(error)
+        print(f"diglot: {message}", file=sys.stderr)
+        return code
 
 
 # Command -> module and function; imported when it is asked for.
@@ -73,8 +76,12 @@ def _run(command: str, arguments: list[str]) -> int:
         from diglot.cli.parsing import parse_train
 
         values = parse_train(arguments)
-        from diglot.cli.train import train
+        from diglot.cli.screen import show_phases
+        from diglot.phases import phase
 
+        show_phases()
+        with phase("Loading torch and transformers"):
+            from diglot.cli.train import train
         return train(values)
     if command in COMMANDS:
         module, function = COMMANDS[command]

@@ -104,7 +104,7 @@ def _entry(one: Field[Any], hint: Any) -> dict[str, Any]:
         "name": one.name,
         "kinds": sorted(_kinds(hint), key=["bool", "int", "float", "json", "str"].index),
         "default": default if isinstance(default, (bool, int, float, str, type(None))) else str(default),
-        "help": " ".join(str(one.metadata.get("help", "")).split()),
+        "help": " ".join(str(one.metadata.get("help", "")).split()).replace("%%", "%"),
         "group": group,
         "choices": list(choices) if (choices := one.metadata.get("choices")) else None,
     }

@@ -18,9 +18,10 @@ from diglot.errors import ConfigError
 EXAMPLE = """example:
   diglot train --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \\
       --teacher_model_name_or_path Qwen/Qwen2.5-1.5B-Instruct \\
-      --dataset_name prompts.jsonl --trainer gkd --lmbda 1.0 --output_dir runs/first
+      --dataset_name prompts.jsonl --lmbda 1.0 --output_dir runs/first
 
-The same keys, without dashes in front, work in a YAML file: diglot train --config recipe.yaml --learning_rate 2e-5
+The same keys, without dashes in front, work in a YAML file:
+  diglot train --config recipe.yaml --learning_rate 2e-5
 """
 
 
@@ -34,8 +35,26 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def train_parser(options: Mapping[str, Option]) -> argparse.ArgumentParser:
-    """The parser of `diglot train`, in groups."""
+# What `--help` shows, most-used first; `--help-all` shows every option.
+ESSENTIAL = {
+    "Models and data": ("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir"),
+    "Method": (
+        "trainer", "objective", "lmbda", "beta", "max_completion_length", "max_length", "temperature",
+        "num_generations", "use_vllm",
+    ),
+    "Training": (
+        "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "lr_scheduler_type", "bf16", "activation_checkpointing", "use_peft", "lora_r", "seed",
+    ),
+    "Watching and saving": (
+        "logging_steps", "log_completions", "report_to", "eval_strategy", "save_steps", "save_total_limit",
+        "resume_from_checkpoint", "dry_run",
+    ),
+}  # fmt: skip
+
+
+def train_parser(options: Mapping[str, Option], whole_help: bool = False) -> argparse.ArgumentParser:
+    """The parser of `diglot train`. All options are understood; the help shows the essential ones, or the whole."""
     parser = Parser(
         prog="diglot train",
         usage="diglot train [--config FILE] [--OPTION VALUE ...]",
@@ -46,24 +65,66 @@ def train_parser(options: Mapping[str, Option]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", metavar="FILE", help="A YAML file with any of these options; the command line wins."
     )
-    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    parser.add_argument("--help-all", "--help_all", action=_HelpAll, help=f"Show all {len(options)} options and exit.")
+    if whole_help:
+        groups = {name: parser.add_argument_group(name) for name in GROUPS}
+        for option in options.values():
+            _add(groups[option.group], option, _whole_text(option))
+        return parser
+    for title, names in ESSENTIAL.items():
+        group = parser.add_argument_group(title)
+        for option in (options[name] for name in names if name in options):
+            _add(group, option, _short_text(option))
+    shown = {name for names in ESSENTIAL.values() for name in names}
     for option in options.values():
-        _add(groups[option.group], option)
+        if option.name not in shown:
+            _add(parser, option, argparse.SUPPRESS)
     return parser
 
 
-def _add(group: argparse._ArgumentGroup, option: Option) -> None:
-    names = [f"--{option.name}", *([f"--{option.name.replace('_', '-')}"] if "_" in option.name else [])]
-    text = option.help.replace("%", "%%")
+class _HelpAll(argparse._HelpAction):
+    """Prints the help of the parser that shows everything. A second spelling of the option is not shown."""
+
+    def __init__(self, option_strings: Sequence[str], *args: Any, **keywords: Any) -> None:
+        super().__init__(option_strings[:1], *args, **keywords)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        train_parser(load_options(), whole_help=True).print_help()
+        parser.exit()
+
+
+def _short_text(option: Option) -> str:
+    """The first sentence of an option's help, what it may be, and its default."""
+    first, dot, _ = option.help.partition(". ")
+    return f"{first}{'.' if dot else ''}{_allowed(option)}"
+
+
+def _whole_text(option: Option) -> str:
     only = f" [{option.trainers[0]} only]" if len(option.trainers) == 1 else ""
+    return f"{option.help}{_allowed(option)}{only}"
+
+
+def _allowed(option: Option) -> str:
     known = f" One of: {', '.join(option.choices)}." if option.choices else ""
-    text += f"{known} (default: {option.default}){only}"
+    return known + ("" if option.default in (None, "") else f" (default: {option.default})")
+
+
+def _add(group: argparse._ActionsContainer, option: Option, text: str) -> None:
+    """Add an option. Its name with dashes, and its negation, are understood and not shown."""
+    names = [f"--{option.name}", *([f"--{option.name.replace('_', '-')}"] if "_" in option.name else [])]
+    shown: dict[str, Any] = {"metavar": "TEXT" if "str" in option.kinds else option.kinds[0].upper()}
     if "bool" in option.kinds:
-        group.add_argument(*names, dest=option.name, nargs="?", const="true", metavar="true|false", help=text)
-        negated = [n.replace("--", "--no_" if "_" in n or n == names[0] else "--no-", 1) for n in names[:1]]
-        group.add_argument(*negated, dest=option.name, action="store_const", const="false", help=argparse.SUPPRESS)
-    else:
-        group.add_argument(*names, dest=option.name, metavar=option.kinds[0].upper(), help=text)
+        shown = {"nargs": "?", "const": "true", "metavar": "true|false"}
+        negated = {f"--no_{option.name}", f"--no-{option.name.replace('_', '-')}"}
+        group.add_argument(
+            *sorted(negated), dest=option.name, action="store_const", const="false", help=argparse.SUPPRESS
+        )
+    elif option.name == "resume_from_checkpoint":
+        shown = {"nargs": "?", "const": "true", "metavar": "FOLDER"}
+    hidden = text == argparse.SUPPRESS
+    for k, name in enumerate(names):
+        about = argparse.SUPPRESS if hidden or k else text.replace("%", "%%")
+        group.add_argument(name, dest=option.name, help=about, **shown)
 
 
 def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
@@ -163,4 +224,4 @@ def _unknown(keys: Iterable[str], where: str) -> str:
     for key in keys:
         near = difflib.get_close_matches(key, load_options(), n=1)
         parts.append(f"{key!r} is no option{f'; did you mean {near[0]!r}?' if near else ''}")
-    return f"{' '.join(parts)} ({where}; `diglot train --help` lists all)"
+    return f"{' '.join(parts)} ({where}; `diglot train --help-all` lists all)"

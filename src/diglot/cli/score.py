@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diglot.cli.loading import check_counts
+from diglot.cli.loading import (
+    add_data_options,
+    add_rendering_options,
+    check_counts,
+    data_options,
+    rendering_options,
+)
+from diglot.cli.names import check_model_name
 from diglot.cli.parsing import Parser
 
 EXAMPLE = """example:
@@ -42,12 +49,14 @@ def parser() -> Parser:
     )
     add("--k", type=int, default=16, help="How many likeliest ids top_k keeps (default: 16).")
     add("--dataset_config", help="Configuration of a hub dataset.")
+    add_data_options(made)
     add("--dataset_train_split", default="train", help="Which split is scored (default: train).")
     add("--teacher_tokenizer_name_or_path", help="The teacher's tokenizer, when it is not beside its weights.")
     add("--teacher_model_revision", help="Revision of the teacher's model and tokenizer.")
     add("--teacher_trust_remote_code", action="store_true", help="Run code of the teacher's repository.")
     add("--teacher_model_init_kwargs", type=_mapping, default={}, help="JSON: arguments for `from_pretrained`.")
     add("--teacher_chat_template_kwargs", type=_mapping, default={}, help="JSON: arguments for the chat template.")
+    add_rendering_options(made)
     add("--teacher_system_prompt", help="A text that the teacher reads before everything else.")
     add("--teacher_max_length", type=int, help="Longest text in teacher tokens.")
     add("--score_turns", default="last", choices=["last", "all"], help="Which assistant turns are scored.")
@@ -61,7 +70,7 @@ def _mapping(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is no mapping")
     return found
@@ -73,12 +82,14 @@ def score(arguments: Sequence[str]) -> int:
     check_counts(options, "k", "batch_size", "shard_texts")
     if options.teacher_max_length is not None:
         check_counts(options, "teacher_max_length")
+    check_model_name(options.teacher, "teacher", "--teacher", options.teacher_model_revision)
     from rich.console import Console
 
     from diglot.data import load_dataset, to_sample
     from diglot.teachers.scoring import Manner, Reading, score_texts
 
-    rows: Any = load_dataset(options.data, config=options.dataset_config, split=options.dataset_train_split)
+    split = options.dataset_train_split
+    rows: Any = load_dataset(options.data, config=options.dataset_config, split=split, **data_options(options))
     samples = [to_sample(row, f"{options.data} row {i}") for i, row in enumerate(rows)]
     teacher, eos = _teacher(options)
     console = Console(stderr=True)
@@ -93,6 +104,7 @@ def score(arguments: Sequence[str]) -> int:
             options.thinking,
             options.teacher_chat_template_kwargs,
             options.teacher_max_length,
+            **rendering_options(options),
         ),
         manner=Manner(options.level, options.k, options.batch_size, options.shard_texts),
         generation_eos=eos,
@@ -131,6 +143,7 @@ def _teacher(options: argparse.Namespace) -> tuple[Any, Any]:
         generation_config=model.generation_config,
         chat_template_kwargs=options.teacher_chat_template_kwargs,
         name="teacher",
+        **rendering_options(options),
     )
     teacher = LocalTeacher(model, renderer, options.teacher_max_length)
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
+from diglot.cli.blocks import print_end, print_start
+from diglot.cli.failures import one_line
 from diglot.cli.options import load_options
+from diglot.cli.preflight import check_deepspeed, preflight
 from diglot.cli.script import TrainArguments
-from diglot.data import load_dataset
+from diglot.data import hold_out, load_sources
 from diglot.errors import ConfigError, DiglotError
 from diglot.options.secrets import without_secrets
+from diglot.phases import phase
+from diglot.teachers.loading import copy_processor
 from diglot.trainers import DistillationConfig, GKDConfig, GKDTrainer, MiniLLMConfig, MiniLLMTrainer
 from diglot.trainers.base import DistillationTrainer
 
@@ -42,27 +46,34 @@ def train(values: dict[str, Any]) -> int:
     resume: Any = {"true": True, "false": None}.get(
         str(config.resume_from_checkpoint).lower(), config.resume_from_checkpoint
     )
-    if (out / RESOLVED).exists() and not resume:
-        raise ConfigError(
-            f"{out} holds a run already. Choose another output_dir, or go on with --resume_from_checkpoint."
-        )
+    preflight(script, config, resume)
     try:
         trainer = build(script, config)
     except DiglotError:
         raise
     except (ValueError, TypeError, ImportError) as error:  # of the libraries: a model, an adapter, a tracker
-        raise ConfigError(f"Models, data and options do not go together: {error}") from error
-    trainer.find_checkpoint(resume)  # before anything of the run that is there is overwritten
+        raise ConfigError(f"Models, data and options do not go together: {one_line(error)}") from error
+    trainer.checkpoints.find(resume)  # before anything of the run that is there is overwritten
     if trainer.is_world_process_zero():
         out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(resolved(script, config), sort_keys=False, allow_unicode=True)
         (out / RESOLVED).write_text(text, encoding="utf-8")
+        print_start(trainer, script)
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    trainer.create_model_card(dataset=script.dataset_name)
+    with phase(f"Saving the student to {out}"):
+        trainer.save_model()
+    trainer.create_model_card(dataset=_names(script.dataset_name))
     if trainer.is_world_process_zero():
-        Console().print(f"Student: [bold]{out}[/]")
+        copy_processor(str(script.model_name_or_path), out, revision=script.model_revision)
+        print_end(out, script, config.teacher_model_name_or_path)
     return 0
+
+
+def _names(names: Any) -> str | list[str]:
+    """The name of a dataset, or of each of several."""
+    if isinstance(names, str):
+        return names
+    return [one if isinstance(one, str) else str(one["name"]) for one in names]
 
 
 def split(values: dict[str, Any]) -> tuple[TrainArguments, DistillationConfig]:
@@ -77,6 +88,7 @@ def split(values: dict[str, Any]) -> tuple[TrainArguments, DistillationConfig]:
         absent = [k for k in wrong if k in options and script.trainer in options[k].trainers]
         reason = f"the installed transformers {version('transformers')}" if absent else f"--trainer {script.trainer}"
         raise ConfigError(f"{', '.join(absent or wrong)}: no option of {reason}. Drop it, or change the other.")
+    check_deepspeed(values.get("deepspeed"))
     if "output_dir" not in values:
         raise ConfigError("output_dir is not given. Say --output_dir: the student and its configuration go there.")
     try:
@@ -96,16 +108,14 @@ def build(script: TrainArguments, config: DistillationConfig) -> DistillationTra
     """The trainer, with models, tokenizers and data loaded."""
     from transformers import AutoTokenizer
 
-    data = _data(script, script.dataset_name, script.dataset_train_split)
-    wants_eval = str(config.eval_strategy).split(".")[-1].lower() != "no"
-    keywords: dict[str, Any] = {
-        "train_dataset": data,
-        "eval_dataset": _data(script, script.dataset_name, script.dataset_test_split) if wants_eval else None,
-    }
+    train_data, eval_data = datasets_of(script, config)
+    keywords: dict[str, Any] = {"train_dataset": train_data, "eval_dataset": eval_data}
     if script.lm_dataset_name is not None:
         if script.trainer != "minillm":
             raise ConfigError(f"lm_dataset_name={script.lm_dataset_name!r} is for --trainer minillm. Drop it.")
-        keywords["lm_dataset"] = _data(script, script.lm_dataset_name, script.dataset_train_split)
+        keywords["lm_dataset"] = _data(
+            script, config, script.lm_dataset_name, script.dataset_train_split, streaming=False
+        )
     options = {"revision": script.model_revision, "trust_remote_code": script.trust_remote_code}
     extra = {"dtype": script.dtype, "attn_implementation": script.attn_implementation}
     extra = {k: v for k, v in extra.items() if v is not None}
@@ -118,9 +128,54 @@ def build(script: TrainArguments, config: DistillationConfig) -> DistillationTra
     return trainer_class(student, None, config, processing_class=tokenizer, peft_config=_peft(script), **keywords)
 
 
-def _data(script: TrainArguments, name: str | None, split: str) -> Any:
+def datasets_of(script: TrainArguments, config: DistillationConfig) -> tuple[Any, Any]:
+    """What to train on, and what to evaluate on: a dataset of its own, rows held out, or a split; None without
+    evaluation.
+
+    Raises:
+        ConfigError: two of these are given, or one and no evaluation.
+    """
+    own = {n: getattr(script, n) for n in ("eval_dataset_name", "dataset_test_size") if getattr(script, n) is not None}
+    wants_eval = str(config.eval_strategy).split(".")[-1].lower() != "no"
+    if own and not wants_eval:
+        raise ConfigError(
+            f"{', '.join(own)} is given, and eval_strategy is 'no': nothing is evaluated. Set it to steps."
+        )
+    if len(own) > 1:
+        raise ConfigError(f"{' and '.join(own)} both say what to evaluate on. Give one of them.")
+    data = _data(script, config, script.dataset_name, script.dataset_train_split)
+    if script.dataset_test_size is not None:
+        return hold_out(data, script.dataset_test_size, config.data_seed or config.seed)
+    if not wants_eval:
+        return data, None
+    if script.eval_dataset_name is not None:
+        split = "train" if names_file(script.eval_dataset_name) else script.dataset_test_split
+        return data, _data(script, config, script.eval_dataset_name, split, streaming=False)
+    return data, _data(script, config, script.dataset_name, script.dataset_test_split, streaming=False)
+
+
+def names_file(names: Any) -> bool:
+    """Is this a file, or a list that begins with one? Files have one split, "train"."""
+    first = names[0] if isinstance(names, list) and names else names
+    name = first.get("name") if isinstance(first, dict) else first
+    return isinstance(name, str) and Path(name).expanduser().is_file()
+
+
+def _data(
+    script: TrainArguments, config: DistillationConfig, name: Any, split: str, streaming: bool | None = None
+) -> Any:
     assert name is not None
-    return load_dataset(name, config=script.dataset_config, split=split, streaming=script.dataset_streaming)
+    with phase(f"Reading the data {name}"):
+        return load_sources(
+            name,
+            split=split,
+            streaming=script.dataset_streaming if streaming is None else streaming,
+            seed=config.data_seed or config.seed,
+            config=script.dataset_config,
+            format=script.dataset_format,
+            columns=script.dataset_columns,
+            on_bad_row=config.on_bad_row,
+        )
 
 
 def _peft(script: TrainArguments) -> Any:

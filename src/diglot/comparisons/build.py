@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from diglot.batches import PairReader
 from diglot.comparisons.comparison import Comparison
@@ -19,25 +19,32 @@ from diglot.data import Sample
 from diglot.errors import ConfigError, DataError
 from diglot.objectives import Level, Pair
 from diglot.options import DistillationConfig, TeacherOptions
+from diglot.phases import phase
 from diglot.rendering import Renderer, Role
 from diglot.teachers import LocalTeacher, Teacher, find_teacher_tokenizer
 from diglot.teachers.adapter import OWN_BASE, AdapterOff
-from diglot.teachers.loading import INERT, load_teacher_model, split_gguf
+from diglot.teachers.loading import INERT, load_language_model, load_teacher_model, split_gguf
 
 Tokenizer = PreTrainedTokenizerBase
 
 
 def load_student(
-    student: PreTrainedModel | str, tokenizer: Tokenizer | None, args: DistillationConfig
+    student: PreTrainedModel | str, tokenizer: Tokenizer | None, args: DistillationConfig, *, frozen: bool = False
 ) -> tuple[PreTrainedModel, Renderer]:
     """The student and what it reads; its tokenizer is by default the one beside its weights.
+
+    Given by name it is loaded in float32, whatever its file holds, unless `args.model_init_kwargs` say otherwise; a
+    `frozen` one, below an adapter, in the file's own number type.
 
     Raises:
         ConfigError: arguments for loading a model that is loaded already.
         VocabularyError: a tokenizer that does not belong to its model, or whose bytes cannot be known.
     """
     if isinstance(student, str):
-        student = AutoModelForCausalLM.from_pretrained(student, **{**INERT, **_kwargs(args.model_init_kwargs)})
+        init = _kwargs(args.model_init_kwargs)
+        default = {} if {"dtype", "torch_dtype"} & init.keys() else {"dtype": "auto" if frozen else torch.float32}
+        with phase(f"Loading the student {student}"):
+            student = load_language_model(student, **{**INERT, **default, **init})
     elif args.model_init_kwargs:
         raise ConfigError("model_init_kwargs is for a student given by name; this one is already a model. Drop it.")
     for module in student.modules():
@@ -46,7 +53,7 @@ def load_student(
     keep_trainable(student)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
-    return student, _renderer(student, tokenizer, args.chat_template_kwargs, "student")
+    return student, _renderer(student, tokenizer, args.chat_template_kwargs, args, "student")
 
 
 def keep_trainable(student: PreTrainedModel) -> None:
@@ -90,6 +97,8 @@ def prepare_comparisons(
         made = _compare(student, renderer, options, own, args)
         made.reader.label = options.label
         found.append(replace(made, weight=options.weight / total))
+    for one in found:
+        one.reader.others = tuple(other.teacher.renderer for other in found if other is not one)
     return found
 
 
@@ -100,9 +109,9 @@ def _compare(
     if frozen is None:
         frozen = _local_teacher(options, tokenizer, args, student, renderer)
     mine, theirs = renderer, frozen.renderer
-    pair = Pair.of(
-        mine.vocabulary, theirs.vocabulary, mine.stop_ids, theirs.stop_ids, mine.encoder.encode, theirs.encoder.encode
-    )
+    with phase("Comparing the vocabularies"):
+        encoders = mine.encoder.encode, theirs.encoder.encode
+        pair = Pair.of(mine.vocabulary, theirs.vocabulary, mine.stop_ids, theirs.stop_ids, *encoders)
     reader = PairReader(
         mine,
         theirs,
@@ -118,7 +127,7 @@ def _compare(
         1.0,
         reader,
         frozen,
-        pair.to(args.device),
+        pair,
         temperature=args.kd_temperature,
         rows_per_chunk=args.rows_per_chunk,
         unscored_roles=frozenset(role for role, scored in unscored.items() if not scored),
@@ -134,7 +143,7 @@ def _local_teacher(
             raise ConfigError(
                 f"teacher_model_init_kwargs loads weights, and the teacher {OWN_BASE!r} has none. Drop it."
             )
-        own = _renderer(student, tokenizer or renderer.tokenizer, kwargs, "teacher")
+        own = _renderer(student, tokenizer or renderer.tokenizer, kwargs, args, "teacher")
         return AdapterOff(student, own, options.max_length)
     model = _load(options.name, options, args) if options.name is None or name else options.name
     if tokenizer is None:
@@ -149,7 +158,7 @@ def _local_teacher(
             revision=options.revision,
             trust_remote_code=args.teacher_trust_remote_code,
         )
-    return LocalTeacher(model, _renderer(model, tokenizer, kwargs, "teacher"), options.max_length)
+    return LocalTeacher(model, _renderer(model, tokenizer, kwargs, args, "teacher"), options.max_length)
 
 
 def complete(
@@ -187,7 +196,7 @@ def _references(
         )
     renderers = comparison.reader.student, comparison.teacher.renderer
     models = (
-        AutoModelForCausalLM.from_pretrained(start, **{**INERT, **_kwargs(args.model_init_kwargs)}),
+        load_language_model(start, **{**INERT, **_kwargs(args.model_init_kwargs)}),
         _load(name, TeacherOptions.of(name, args), args),
     )
     options = "reference_model_name_or_path", "reference_teacher_model_name_or_path"
@@ -248,16 +257,21 @@ def _load(name: Any, options: TeacherOptions, args: DistillationConfig) -> PreTr
     if name is None:
         raise ConfigError("There is no teacher. Pass teacher_model or set teacher_model_name_or_path.")
     trust = args.teacher_trust_remote_code
-    return load_teacher_model(name, options.init_kwargs or {}, revision=options.revision, trust_remote_code=trust)
+    with phase(f"Loading the teacher {name}"):
+        return load_teacher_model(name, options.init_kwargs or {}, revision=options.revision, trust_remote_code=trust)
 
 
-def _renderer(model: PreTrainedModel, tokenizer: Tokenizer, template_kwargs: Any, name: str) -> Renderer:
+def _renderer(
+    model: PreTrainedModel, tokenizer: Tokenizer, template_kwargs: Any, args: DistillationConfig, name: str
+) -> Renderer:
     embeddings: Any = model.get_input_embeddings()
     return Renderer(
         tokenizer,
         num_embeddings=embeddings.num_embeddings,
         generation_config=model.generation_config,
         chat_template_kwargs=template_kwargs,
+        fold_system=args.fold_system,
+        markers=args.markers,
         name=name,
     )
 

@@ -36,7 +36,7 @@ class Comparison:
     weight: float  # of its loss; those of all comparisons add up to 1
     reader: PairReader
     teacher: Teacher
-    pair: Pair  # on the training device
+    pair: Pair  # on the training device, once the terms are made: objectives are built of host arrays
     terms: tuple[Term, ...] = ()
     references: tuple[LocalTeacher, LocalTeacher] | None = None  # student before training, reference teacher
     cache: CachedTeacher | None = None  # of what the teacher says about texts of the data
@@ -47,8 +47,8 @@ class Comparison:
 
     @property
     def stop_as_set(self) -> bool:
-        """Is the stop event the mass of the whole stop set? With equal vocabularies it is the very id, as in GKD."""
-        return not self.reader.same_vocabulary
+        """Is the stop event more than the id that was written? Whichever id ends a turn, it is one event."""
+        return len(self.pair.stop_s) > 1 or len(self.pair.stop_t) > 1
 
     def chunk_rows(self, few_columns: bool = False) -> int:
         """Rows of logits that exist at a time."""

@@ -61,6 +61,8 @@ def connect_teacher(
         tokenizer,
         generation_config=_generation_config(place, options.revision),
         chat_template_kwargs=options.chat_template_kwargs,
+        fold_system=args.fold_system,
+        markers=args.markers,
         name="teacher",
     )
     from diglot.teachers.served import ServedTeacher
@@ -102,6 +104,8 @@ def kept_teacher(options: TeacherOptions, tokenizer: Any, args: DistillationConf
         "system_prompt": options.system_prompt,
         "max_length": options.max_length,
         "template_kwargs": options.chat_template_kwargs,
+        "markers": args.markers,
+        "fold_system": args.fold_system,
     }
     return ScoredTeacher(str(name), tokenizer, reading)
 

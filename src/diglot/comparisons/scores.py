@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diglot.alignment import Alignment
 from diglot.batches import AlignedBatch, PackedSide, Written
+from diglot.batches.sending import sent
 from diglot.comparisons.comparison import Answers, Batch, View
 from diglot.errors import ConfigError, TeacherError
 from diglot.heads import Head, logits_by_parts, reads_few_columns, reduce_rows, summaries, token_logps
@@ -170,22 +171,24 @@ class ModelScores:
     @torch.no_grad()
     def teacher_ranges(self, token: Tensor, low: Tensor, high: Tensor) -> Tensor:
         device = self.hidden_t.device
-        order = torch.from_numpy(self.teacher.vocabulary.trie.sorted_ids).to(device)
-        rows, place = torch.unique(token.to(device), return_inverse=True)
+        order = sent(torch.from_numpy(self.teacher.vocabulary.trie.sorted_ids), device)
+        rows, place = torch.unique(token.cpu(), return_inverse=True)  # on the host, where sizes are known
         by_row = torch.argsort(place, stable=True)
-        bounds = torch.searchsorted(place[by_row], torch.arange(len(rows) + 1, device=device))
-        low, high = low.to(device)[by_row], high.to(device)[by_row]
+        bounds = torch.searchsorted(place[by_row], torch.arange(len(rows) + 1)).tolist()
+        low, high, of_row = (sent(x.cpu()[by_row], device) for x in (low, high, place))
 
         def masses(logits: Tensor, block: slice) -> Tensor:
-            here = slice(int(bounds[block.start]), int(bounds[block.start + len(logits)]))
-            row = place[by_row[here]] - block.start
+            here = slice(bounds[block.start], bounds[block.start + len(logits)])
+            row = of_row[here] - block.start
             # Prefix sums in float64, in place: a range is a difference of two of them.
             sums = logits.softmax(-1)[:, order].double().cumsum_(-1)
             upper, lower = (sums[row, (b - 1).clamp(min=0)] * (b > 0) for b in (high[here], low[here]))
             return (upper - lower).clamp(min=1e-30).log().to(logits.dtype)
 
-        found = summaries(masses, self.hidden_t[rows], self.teacher.head, self.chunk_rows(False), self.temperature)
-        return found[torch.argsort(by_row)].to(self.device)
+        found = summaries(
+            masses, self.hidden_t[sent(rows, device)], self.teacher.head, self.chunk_rows(False), self.temperature
+        )
+        return found[sent(torch.argsort(by_row), device)].to(self.device)
 
     @torch.no_grad()
     def teacher_top(self, token: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -242,19 +245,22 @@ class ModelScores:
     def part(self, part: Part, tokens: Tensor, share: float) -> tuple[Tensor, Values]:
         own = self.student.head
         heads = {"student": own, "frozen_student": own.as_frozen(), "teacher": self.teacher.head}
-        return reduce_rows(
+        there = heads[part.left_head].device or part.left.device  # hidden states travel, logits never
+        total, values = reduce_rows(
             part.compare,
-            part.left,
+            part.left.to(there),
             heads[part.left_head],
             part.right,
             heads[part.right_head],
-            part.rows_left,
+            part.rows_left.to(there),
             part.rows_right,
-            self._weights(tokens, share),
+            self._weights(tokens, share).to(there),
             self.chunk_rows(False),
             temperature=self.temperature,
-            given=part.given,
+            given={name: value.to(there) for name, value in part.given.items()},
         )
+        metrics = {name: metric.to(self.device) for name, metric in values.metrics.items()}
+        return total.to(self.device), Values(values.loss.to(self.device), metrics)
 
     def _weights(self, tokens: Tensor, share: float) -> Tensor:
         weight = torch.full((len(tokens),), share, dtype=torch.float64, device=tokens.device)

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from diglot.data.formats import BAD
+from diglot.data.recognise import EXPECTED, MEDIA
 from diglot.errors import DataError
-from diglot.rendering import Conversation
+from diglot.rendering import Conversation, Reply, message_reply
 from diglot.rendering.template import content_text
-
-COLUMNS = "`prompt`, `prompt` and `completion`, `messages`, or `text`"
 
 LONGEST = 1 << 24  # characters of a row
 
@@ -21,8 +21,9 @@ class Sample:
     """A conversation and the reply to it, None where the data hold a prompt only. `where` names the row in messages."""
 
     conversation: Conversation
-    reply: str | None
+    reply: str | None  # its text
     where: str
+    answer: Reply | None = None  # its parts, where it is more than a text
 
 
 def to_sample(row: Mapping[str, Any], where: str) -> Sample:
@@ -44,6 +45,13 @@ def to_sample(row: Mapping[str, Any], where: str) -> Sample:
 
 def _own_columns(row: Mapping[str, Any], where: str) -> Sample:
     """What the student reads."""
+    if row.get(BAD):
+        raise DataError(f"{where}: {row[BAD]}")
+    if media := [name for name in MEDIA if row.get(name)]:
+        raise DataError(
+            f"{where} has something in `{media[0]}`: only text can be compared. Leave such rows out (on_bad_row: "
+            "skip), or read their text alone (dataset_columns names the columns to read)."
+        )
     _check_size(row, where)
     tools = _tools(row.get("tools"), where)
     if row.get("messages") is not None:
@@ -52,7 +60,11 @@ def _own_columns(row: Mapping[str, Any], where: str) -> Sample:
         return _from_prompt(row["prompt"], row.get("completion"), tools, where)
     if row.get("text") is not None:
         return Sample(Conversation(None), _string(row["text"], "text", where), where)
-    raise DataError(f"{where} has columns {sorted(row)}, expected {COLUMNS}.")
+    raise DataError(f"{where} has nothing in its columns {_names(row)}, expected {EXPECTED}.")
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(name for name in row if not name.startswith("__")))
 
 
 def _teacher_view(prompt: Any, tools: Any, where: str) -> Conversation | None:
@@ -88,7 +100,10 @@ def _from_messages(messages: tuple[dict, ...], tools: Any, where: str) -> Sample
         raise DataError(
             f"{where}: the only message is the assistant's, so there is no prompt. Put what it answers before it."
         )
-    return Sample(Conversation(messages[:-1], tools=tools), content_text(messages[-1], where), where)
+    reply = message_reply(messages[-1], where)
+    text = content_text(messages[-1], where)
+    answer = None if reply.is_plain and not reply.others else reply
+    return Sample(Conversation(messages[:-1], tools=tools), text, where, answer)
 
 
 def _from_prompt(prompt: Any, completion: Any, tools: Any, where: str) -> Sample:

@@ -83,7 +83,7 @@ class Evaluator:
         with evaluating(self.model):
             for i, batch in enumerate(_batches(conversations, self.batch_size)):
                 pairs = self.write(batch, sampler, max_new_tokens, seed + i)
-                texts += [p.student.segment_bytes[-1].decode("utf-8") for p in pairs]
+                texts += [p.student.segment_bytes[-1].decode("utf-8", "replace") for p in pairs]
                 found.append(self._judge(self._aligned(pairs, on_policy=True)))
         columns = {name: np.concatenate([f[name] for f in found] or [np.zeros(0)]) for name in OnPolicyReport.columns()}
         return OnPolicyReport(**columns, completions=texts)

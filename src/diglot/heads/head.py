@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from diglot.errors import ConfigError
 from diglot.heads.hidden import run_with_hidden, unwrap
 from diglot.heads.modes import evaluating
+from diglot.heads.products import add_outer, product_dtype, result_dtype, rows_back, rows_times
 from diglot.objectives.base import at_least_float32
 
 # How model families write "cap * tanh(logits / cap)" in their configurations.
@@ -74,22 +76,34 @@ class Head:
         return self.finished(self.raw(hidden, parameters))
 
     @property
+    def device(self) -> torch.device | None:
+        """Where the module is; None if it has no parameters."""
+        first = next(self.module.parameters(), None)
+        return None if first is None else first.device
+
+    @property
     def is_linear(self) -> bool:
         """Can single columns be computed? Not where an adapter sits on the head."""
         return type(self.module) is nn.Linear
 
     def raw(self, hidden: Tensor, parameters: Sequence[Tensor] | None = None, ids: Tensor | None = None) -> Tensor:
-        """Logits before scale and soft cap, in the module's own number type.
+        """Logits before scale and soft cap; float32 or float64 of a linear head, else in the module's number type.
 
         Of the columns `ids` `[R, k]` only, if given, for `hidden [R, H]`: `[R, k]`; needs `is_linear`.
         """
-        hidden = self._as_input(hidden)
-        if ids is None:
-            return self._all(hidden, parameters)
+        if not self.is_linear:
+            return self._all(self._as_input(hidden), parameters)
         own = self._own(parameters)
-        weight = nn.functional.embedding(ids, own["weight"])  # [R, k, H]
-        raw = torch.bmm(weight, hidden.to(weight.dtype).unsqueeze(-1)).squeeze(-1)
-        return raw if own.get("bias") is None else raw + own["bias"][ids]
+        weight, bias = own["weight"], own.get("bias")
+        dtype = product_dtype(weight)
+        if ids is None:
+            raw = _Product.apply(hidden.flatten(0, -2), weight, dtype).unflatten(0, hidden.shape[:-1])
+            return raw if bias is None else raw + bias
+        with torch.autocast(hidden.device.type, enabled=False):
+            exact = result_dtype(dtype)
+            chosen = nn.functional.embedding(ids, weight).to(exact)  # [R, k, H]
+            raw = torch.bmm(chosen, hidden.to(exact).unsqueeze(-1)).squeeze(-1)
+        return raw if bias is None else raw + bias[ids]
 
     def columns(self, hidden: Tensor, ids: Tensor, parameters: Sequence[Tensor] | None = None) -> Tensor:
         """Logits `[R, k]` of the columns `ids` `[R, k]` only, for `hidden [R, H]`; needs `is_linear`."""
@@ -109,19 +123,21 @@ class Head:
         The gradients of `self.parameters` are added to `sums`, in the same order: no second `[V, H]` is made for them.
         """
         into: dict[str, Tensor] = dict(zip(self._trainable, sums, strict=True))
-        weight = self.module.get_parameter("weight")
-        hidden, of_raw = hidden.to(of_raw.dtype), of_raw.contiguous()
+        weight, of_raw = self.module.get_parameter("weight"), of_raw.contiguous()
+        dtype = product_dtype(weight)
         if "bias" in into:
             of_bias = of_raw.sum(0) if ids is None else of_raw.flatten()
             _add_rows(into["bias"], of_bias, ids)
         if ids is None:
             if "weight" in into:
-                _add_product(into["weight"], of_raw.T, hidden)
-            return of_raw @ weight.to(of_raw.dtype)
+                add_outer(into["weight"], of_raw, hidden, dtype)
+            return rows_back(of_raw, weight, dtype)
+        hidden = hidden.to(of_raw.dtype)
         if "weight" in into:
             _add_rows(into["weight"], (of_raw.unsqueeze(-1) * hidden.unsqueeze(1)).flatten(0, 1), ids)
         chosen = nn.functional.embedding(ids, weight).to(of_raw.dtype)
-        return torch.bmm(of_raw.unsqueeze(1), chosen).squeeze(1)
+        with torch.autocast(of_raw.device.type, enabled=False):
+            return torch.bmm(of_raw.unsqueeze(1), chosen).squeeze(1)
 
     def verify(self, model: nn.Module) -> None:
         """Raise `ConfigError` unless this head gives the logits of `model` itself, on a few tokens.
@@ -132,7 +148,7 @@ class Head:
         ids = torch.arange(2, 10, device=size.device)[None] % len(size)
         with torch.no_grad(), evaluating(model):
             hidden, own = run_with_hidden(model, ids, torch.ones_like(ids), all_logits=True)
-            logits = self(hidden)
+            logits = self(hidden.to(self.device or hidden.device))
         rounding = max(torch.finfo(hidden.dtype).eps, torch.finfo(own.dtype).eps)
         tolerance = 8 * rounding * float(own.abs().max())
         difference = float((logits - own.to(logits)).abs().max()) if logits.shape == own.shape else float("inf")
@@ -165,12 +181,26 @@ class Head:
         return [name for name, p in self.module.named_parameters() if p.requires_grad and not self.frozen]
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a @ b`; in one pass over `total` where all have one number type."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total.add_(a @ b)
+class _Product(torch.autograd.Function):
+    """`hidden [R, H] @ weight.T` with results of 32 bits or more, and its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.dtype = dtype
+        return rows_times(hidden, weight, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_raw: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight = ctx.saved_tensors
+        of_hidden = rows_back(of_raw, weight, ctx.dtype).to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            total = torch.zeros_like(weight, dtype=result_dtype(weight.dtype))
+            add_outer(total, of_raw, hidden, ctx.dtype)
+            of_weight = total.to(weight.dtype)
+        return of_hidden, of_weight, None
 
 
 def _add_rows(total: Tensor, values: Tensor, ids: Tensor | None) -> None:

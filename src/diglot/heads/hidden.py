@@ -62,6 +62,8 @@ def run_with_hidden(
 
 def _decoder(model: Any) -> nn.Module:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if decoder is not None and decoder is not model and getattr(decoder, "lm_head", None) is not None:
+        decoder = decoder.model  # Llama 4 with pictures holds a whole language model, with its head
     if decoder is None or decoder is model:
         raise ConfigError(
             f"{type(model).__name__} has no decoder apart from its output head (get_decoder gives "

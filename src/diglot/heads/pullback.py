@@ -29,13 +29,13 @@ class HeadGradient:
 
         The logits may be overwritten: with their gradient, for one. The way back adds to the sums and returns the
         gradient of `hidden`. For a linear head it is written out, so that no gradient of the size of the weight is made
-        per block; through adapters and autocast it is autograd's.
+        per block, and it is of 32 bits or more; through adapters it is autograd's.
         """
         head = self.head
-        if head.is_linear and not torch.is_autocast_enabled(hidden.device.type):
+        if head.is_linear:
             with torch.no_grad():
                 raw = head.raw(hidden, ids=ids)
-            return raw, lambda of_raw: head.pull_back(of_raw, hidden, self.sums, ids).to(hidden.dtype)
+            return raw, lambda of_raw: head.pull_back(of_raw, hidden, self.sums, ids)
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
             raw = head.raw(leaf, self.leaves, ids)

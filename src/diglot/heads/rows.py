@@ -89,7 +89,7 @@ def reduce_rows(
     parameters = head_s.parameters
     given = given or {}
     inputs = (hidden_s, *parameters, *given.values()) if torch.is_grad_enabled() else ()
-    gradients = _Gradients(hidden_s, head_s, given) if any(x.requires_grad for x in inputs) else None
+    gradients = _Gradients(hidden_s, head_s, given, weight) if any(x.requires_grad for x in inputs) else None
     form: Callable[..., tuple[PartFunction, Tensor | None]] = _whole_rows
     if few := reads_few_columns(objective, head_s, head_t):
         form = _columns
@@ -98,7 +98,7 @@ def reduce_rows(
         rows, of_teacher = rows_s[at], None if hidden_t is None else hidden_t[rows_t[at].to(hidden_t.device)]
         of_part, ids = form(objective, hidden_s.detach()[rows], head_s, of_teacher, head_t, temperature)
         cuts = [slice(0, len(rows))] if few else list(parts(len(rows), chunk_rows))
-        block = _Block(at, rows, ids, of_part, cuts, weight[at], {n: value.detach()[at] for n, value in given.items()})
+        block = _Block(at, rows, ids, of_part, cuts, {n: value.detach()[at] for n, value in given.items()})
         if gradients:
             gradients.add(block, found)
         else:
@@ -251,7 +251,6 @@ class _Block:
     ids: Tensor | None  # the student's columns, if not all
     of_part: PartFunction
     parts: Sequence[slice]
-    weight: Tensor
     given: Given  # without gradient
 
     def known(self, part: slice) -> dict[str, Tensor]:
@@ -260,11 +259,20 @@ class _Block:
 
 
 class _Gradients:
-    """The running gradient of a weighted sum with respect to the student's hidden states, head parameters and more."""
+    """The running gradient of a weighted sum with respect to the student's hidden states, head parameters and more.
 
-    def __init__(self, hidden: Tensor, head: Head, given: Given) -> None:
+    Weights are shares of a window, 1e-5 and less, and multiply the gradient of a row of logits, whose entries are
+    probabilities. In float16 little would be left before a loss scale could act. So the largest weight is taken out
+    here, and put in where the gradient is attached; sums are of 32 bits or more.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, given: Given, weight: Tensor) -> None:
         self.hidden, self.head = hidden, HeadGradient(head)
-        self.hidden_sum = torch.zeros_like(hidden, requires_grad=False) if hidden.requires_grad else None
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        self.hidden_sum = torch.zeros_like(hidden, dtype=wide, requires_grad=False) if hidden.requires_grad else None
+        largest = weight.abs().amax() if len(weight) else weight.new_ones(())
+        self.scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+        self.unit = weight / self.scale
         self.given = {name: value for name, value in given.items() if value.requires_grad}
         self.of_given = {name: torch.zeros_like(value, requires_grad=False) for name, value in self.given.items()}
 
@@ -276,7 +284,7 @@ class _Gradients:
             any_gradient |= self._replace(raw, block, part, found)
         of_hidden = way_back(raw) if any_gradient else None
         if self.hidden_sum is not None and of_hidden is not None:
-            self.hidden_sum.index_add_(0, block.rows, of_hidden)
+            self.hidden_sum.index_add_(0, block.rows, of_hidden.to(self.hidden_sum.dtype))
 
     def _replace(self, raw: Tensor, block: _Block, part: slice, found: _FoundValues) -> bool:
         """Put the gradient of a part in the place of its logits; returns if there is one.
@@ -287,7 +295,7 @@ class _Gradients:
         known = {name: value.requires_grad_(name in self.given) for name, value in block.known(part).items()}
         with torch.enable_grad():
             values = block.of_part(leaf, known, part)
-            total = _weighted(values.loss, block.weight[part]).sum()
+            total = _weighted(values.loss, self.unit[block.at][part]).sum()
         of_leaf: Tensor | None = None
         if total.requires_grad:
             wanted = [leaf, *(known[name] for name in self.given)]
@@ -301,15 +309,15 @@ class _Gradients:
     def attached_to(self, total: Tensor) -> Tensor:
         """`total` as a node of the graph with these gradients."""
         inputs = (self.hidden, *self.head.parameters, *self.given.values())
-        return _Attach.apply(total, [self.hidden_sum, *self.head.found(), *self.of_given.values()], *inputs)
+        return _Attach.apply(total, [self.hidden_sum, *self.head.sums, *self.of_given.values()], self.scale, *inputs)
 
 
 class _Attach(torch.autograd.Function):
     """A value whose gradient is known already. It is scaled in place and handed over, so it can be taken once."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
-        ctx.gradients = gradients
+    def forward(ctx: Any, total: Tensor, gradients: list[Tensor | None], scale: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.gradients, ctx.scale, ctx.dtypes = gradients, scale, [x.dtype for x in inputs]
         return total.clone()
 
     @staticmethod
@@ -321,7 +329,9 @@ class _Attach(torch.autograd.Function):
                 "nowhere. Add the losses before `backward`, or compute this one again."
             )
         found, ctx.gradients = ctx.gradients, None
-        return None, None, *(None if g is None else g.mul_(grad_output.to(g.dtype)) for g in found)
+        factor = ctx.scale * grad_output  # before anything is rounded to 16 bits
+        scaled = (None if g is None else g.mul_(factor.to(g.dtype)) for g in found)
+        return None, None, None, *(None if g is None else g.to(x) for g, x in zip(scaled, ctx.dtypes, strict=True))
 
 
 def _weighted(loss: Tensor, weight: Tensor) -> Tensor:

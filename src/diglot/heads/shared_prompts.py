@@ -14,12 +14,15 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from diglot.heads.hidden import is_compiled, last_hidden, run_with_hidden, unwrap
 from diglot.heads.modes import evaluating
+
+Host = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 _PAYS = 0.75  # of the plain pass's tokens at most
 _known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # does the model agree with its plain pass?
@@ -43,14 +46,18 @@ class SharedPrompts:
         return prompts + len(self.row) * int((self.end - self.begin)[self.row].max() if len(self.row) else 0)
 
 
-def hidden_at_rows(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
+def hidden_at_rows(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, host: Host | None = None
+) -> Tensor:
     """The hidden states `[N, H]` at `rows` of the flattened `[B * T]`, with gradient if enabled.
 
-    Inputs are padded on the right.
+    Inputs are padded on the right. `host`: `input_ids` and `rows` as numpy, if they are at hand: nobody waits for the
+    device then.
     """
-    plan = _plan(model, input_ids, rows)
+    plan = _plan(model, input_ids, rows, host)
     if plan is None:
-        return last_hidden(model, input_ids, attention_mask).flatten(0, 1)[rows]
+        hidden = last_hidden(model, input_ids, attention_mask).flatten(0, 1)
+        return hidden[rows.to(hidden.device)]
     return read_once(model, input_ids, rows, plan)
 
 
@@ -59,17 +66,17 @@ def reads_prompts_once(model: nn.Module, input_ids: Tensor, rows: Tensor) -> boo
     return _plan(model, input_ids, rows) is not None
 
 
-def _plan(model: nn.Module, input_ids: Tensor, rows: Tensor) -> SharedPrompts | None:
+def _plan(model: nn.Module, input_ids: Tensor, rows: Tensor, host: Host | None = None) -> SharedPrompts | None:
     """The cut of the batch, if it is allowed and pays."""
-    plan = find_shared_prompts(input_ids, rows) if _allowed(model) else None
+    plan = find_shared_prompts(input_ids, rows, host) if _allowed(model) else None
     pays = plan is not None and plan.tokens <= _PAYS * input_ids.numel()
     return plan if pays and _agrees(model) else None
 
 
-def find_shared_prompts(input_ids: Tensor, rows: Tensor) -> SharedPrompts | None:
+def find_shared_prompts(input_ids: Tensor, rows: Tensor, host: Host | None = None) -> SharedPrompts | None:
     """How the batch falls into prompts and the rest; None if no two rows begin alike."""
     count, width = input_ids.shape
-    ids, at = input_ids.cpu().numpy(), rows.cpu().numpy()
+    ids, at = host if host is not None else (input_ids.cpu().numpy(), rows.cpu().numpy())
     row, place = at // width, at % width
     begin, end = np.full(count, width), np.zeros(count, dtype=np.int64)
     np.minimum.at(begin, row, place + 1)

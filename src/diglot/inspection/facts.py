@@ -80,6 +80,7 @@ class Agreement:
     unalignable: float  # in chunks with a token that is not exactly its text, or in none
     tokens_per_byte_student: float
     tokens_per_byte_teacher: float
+    bytes_cut_unlike: float  # share of all bytes that lie in no one-to-one token
     inexact_texts_student: float  # share of texts that the tokenizer cannot write as they are
     inexact_texts_teacher: float
 
@@ -92,6 +93,8 @@ class Critical:
     places: int  # in the texts
     tokens_student: int  # that touch them
     tokens_teacher: int
+    num_bytes: int  # of the places
+    cut_unlike: float  # share of these bytes in no one-to-one token; 0 where there are none
     one_to_one: float  # shares of the student's tokens there; NaN-free: 0 where there are none
     aligned: float  # one-to-one or in an exact chunk
     example: tuple[tuple[str, ...], tuple[str, ...]] | None  # the first place that the sides cut unlike, both cuts

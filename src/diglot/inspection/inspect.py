@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,8 @@ def inspect_pair(
     data: str | None = None,
     offered: Level = Level.HIDDEN,
     min_coverage: float = 0.5,
+    markers: str = "read",
+    fold_system: bool = False,
 ) -> Inspection:
     """Everything that two tokenizers, their templates and some texts say about a pair.
 
@@ -47,21 +50,29 @@ def inspect_pair(
         samples: rows of the data; a few built-in texts when not given.
         data: the name of the dataset, for the command that the verdict proposes.
         offered: how much of its distributions the teacher will give; a local model gives hidden states.
-        min_coverage: as in the trainers' options.
+        min_coverage, markers, fold_system: as in the trainers' options.
     """
     student = load_input(student, "student") if isinstance(student, str) else student
     teacher = load_input(teacher, "teacher") if isinstance(teacher, str) else teacher
     source = BUILT_IN if samples is None else data or "given rows"
+    rendering: dict[str, Any] = {"markers": markers, "fold_system": fold_system}
     try:
-        sides = Side(student.name, _renderer(student, "student")), Side(teacher.name, _renderer(teacher, "teacher"))
+        sides = (
+            Side(student.name, _renderer(student, "student", rendering)),
+            Side(teacher.name, _renderer(teacher, "teacher", rendering)),
+        )
     except DiglotError as error:
         return Inspection(student.name, teacher.name, source, Verdict(False, (str(error),), (), (), None, None))
     return inspect_sides(*sides, samples, data=data, offered=offered, min_coverage=min_coverage)
 
 
-def _renderer(given: Input, role: str) -> Renderer:
+def _renderer(given: Input, role: str, rendering: Mapping[str, Any]) -> Renderer:
     return Renderer(
-        given.tokenizer, num_embeddings=given.num_embeddings, generation_config=given.generation_config, name=role
+        given.tokenizer,
+        num_embeddings=given.num_embeddings,
+        generation_config=given.generation_config,
+        name=role,
+        **rendering,
     )
 
 

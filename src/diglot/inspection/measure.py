@@ -19,7 +19,9 @@ CRITICAL = {
     "digits": re.compile(r"[0-9]+"),
     "operators": re.compile(r"[-+*/%=<>!&|^~]+"),
     "code whitespace": re.compile(r"\n[ \t]+|\t+|  +"),
+    "identifiers": re.compile(r"[A-Za-z]\w*_\w+|\b[A-Z]?[a-z0-9]+[A-Z]\w*"),
     "CJK": re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+"),
+    "other scripts": re.compile(r"[\u0370-\u1fff\ua980-\uabff\ufb1d-\ufdff\ufe70-\ufeff]+"),
 }
 
 _LONGEST_CUT = 400  # characters of a text in which cuts are tried
@@ -60,6 +62,7 @@ def agreement(written: Written) -> Agreement:
         unalignable=(total - covered) / total if len(written.student.ids) else 0.0,
         tokens_per_byte_student=tokens_s / max(num_bytes, 1),
         tokens_per_byte_teacher=tokens_t / max(num_bytes, 1),
+        bytes_cut_unlike=_share(~_in_pairs(written)),
         inexact_texts_student=_inexact(written.student.segment, written.student.exact, len(written.texts)),
         inexact_texts_teacher=_inexact(written.teacher.segment, written.teacher.exact, len(written.texts)),
     )
@@ -70,7 +73,7 @@ def _inexact(segment: Ints, exact: NDArray[np.bool_], num: int) -> float:
 
 
 def critical(written: Written) -> tuple[Critical, ...]:
-    """How tokens of digits, operators, indentation and CJK text align."""
+    """How tokens of digits, operators, indentation, identifiers and scripts other than Latin align."""
     return tuple(_critical(name, pattern, written) for name, pattern in CRITICAL.items())
 
 
@@ -88,10 +91,28 @@ def _critical(name: str, pattern: re.Pattern[str], written: Written) -> Critical
         places=len(spans),
         tokens_student=int(touched_s.sum()),
         tokens_teacher=int(touched_t.sum()),
+        num_bytes=int((spans[:, 2] - spans[:, 1]).sum()),
+        cut_unlike=_share(~_in_pairs(written)[_covered(written, spans[:, 0], spans[:, 1], spans[:, 2])]),
         one_to_one=_share(paired[touched_s]),
         aligned=_share(written.usable_s[touched_s]),
         example=_example(written, at_s, at_t, len(spans)),
     )
+
+
+def _in_pairs(written: Written) -> NDArray[np.bool_]:
+    """Which bytes of all texts, one after the other, lie in a token that is one on both sides."""
+    side, pairs = written.student, written.alignment.pair_s
+    return _covered(written, side.segment[pairs], side.start[pairs], side.end[pairs])
+
+
+def _covered(written: Written, segment: Ints, low: Ints, high: Ints) -> NDArray[np.bool_]:
+    """Which bytes of all texts lie in one of these spans, which do not overlap; what is beyond a text is left out."""
+    sizes = np.array([len(text) for text in written.texts], dtype=np.int64)
+    first = np.concatenate([[0], np.cumsum(sizes)])
+    edges = np.zeros(int(first[-1]) + 1, dtype=np.int64)
+    np.add.at(edges, first[segment] + np.minimum(low, sizes[segment]), 1)
+    np.add.at(edges, first[segment] + np.minimum(high, sizes[segment]), -1)
+    return edges.cumsum()[:-1] > 0
 
 
 def _byte_spans(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ from diglot.errors import DiglotError
 from diglot.inspection.facts import Agreement, Critical, ObjectiveFacts, Outcome, SideFacts, Verdict
 from diglot.objectives import OBJECTIVES, Level, Objective, Pair, PathObjective, Rows, guide, make_objective
 
+SMALL = 0.02  # share of bytes cut unlike up to which objectives of one-to-one rows do no harm
 FEW = 0.5  # an objective that reads less than this share of the student's tokens is called weak
 
 
@@ -42,12 +43,22 @@ def _reads(objective: Objective, batch: AlignedBatch) -> tuple[int, float | None
     return plan.items, int(batch.written.usable_s.sum()) / total if isinstance(objective, PathObjective) else None
 
 
-def choose(same: bool, objectives: Sequence[ObjectiveFacts]) -> str | None:
-    """The objective to start with: what the trainers take by themselves, if it works, else whole distributions, else
-    any."""
+def choose(same: bool, unlike: float, objectives: Sequence[ObjectiveFacts]) -> str | None:
+    """The objective to start with, of those that work.
+
+    `unlike` is the share of bytes that the sides cut differently. Where it is small, one-to-one rows are all rows and
+    the cheapest objective says the same as any other; where it is not, they teach what is cut unlike to disappear.
+    """
     works = [one.name for one in objectives if one.outcome == "works"]
-    preferred = ["jsd" if same else "strict", "bpm", "shared_prefix", *works]
-    return next((name for name in preferred if name in works), None)
+    across = ["strict", "covering"] if unlike <= SMALL else ["covering", "bpm", "shared_prefix"]
+    return next((name for name in ["jsd"] * same + across + works if name in works), None)
+
+
+def unlike_share(agreement: Agreement, critical: Sequence[Critical]) -> float:
+    """The larger share of bytes in no one-to-one token: of all text, or of what carries more meaning than its size."""
+    total = sum(one.num_bytes for one in critical)
+    dense = sum(one.cut_unlike * one.num_bytes for one in critical) / total if total else 0.0
+    return max(agreement.bytes_cut_unlike, dense)
 
 
 def verdict(
@@ -75,7 +86,8 @@ def verdict(
             f"Only {coverage:.0%} of the student's tokens can be aligned; training stops itself below "
             f"{min_coverage:.0%} (min_coverage). Choose a teacher whose tokenizer keeps the text as it is."
         )
-    name = choose(same, objectives)
+    unlike = unlike_share(agreement, critical)
+    name = choose(same, unlike, objectives)
     if name is None:
         stops.append("No objective finds anything to compare.")
     return Verdict(
@@ -105,17 +117,18 @@ def _warnings(student: SideFacts, teacher: SideFacts, agreement: Agreement, crit
                 f"The {name}'s tokenizer cannot write {share:.0%} of the texts as they are; what it changes is not "
                 "compared."
             )
-    for one in critical:
-        if one.places and one.one_to_one < FEW:
-            found.append(
-                f"{one.name}: {one.one_to_one:.0%} of the student's tokens there are one token on both sides, "
-                f"{one.aligned:.0%} lie in chunks; objectives of one-to-one rows teach little or the wrong thing there."
-            )
+    cut = [one for one in critical if one.places and one.cut_unlike > SMALL]
+    if cut:
+        shares = ", ".join(f"{one.name} ({one.cut_unlike:.0%} of {one.num_bytes:,} bytes)" for one in cut)
+        found.append(
+            f"These are cut differently: {shares}. An objective of one-to-one rows sees them only in texts that happen "
+            "to end a token there, which teaches the student to write less of them."
+        )
     return found
 
 
 def _command(student: str, teacher: str, same: bool, objective: str, data: str | None) -> str:
-    chosen = [] if objective == ("jsd" if same else "strict") else ["--objective", objective]
+    chosen = [] if objective == ("jsd" if same else "covering") else ["--objective", objective]
     words = [
         "diglot", "train", "--model_name_or_path", student, "--teacher_model_name_or_path", teacher,
         "--dataset_name", data or "prompts.jsonl", *chosen, "--lmbda", "1.0", "--output_dir", "runs/first",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from diglot.batches.sending import sent
 from diglot.errors import ConfigError
 from diglot.objectives.levels import Level
 
@@ -131,8 +132,8 @@ class Rows:
 
     def to(self, device: torch.device | str) -> Rows:
         """The same with its tensors on `device`."""
-        given = {name: value.to(device) for name, value in self.given.items()}
-        return replace(self, student=self.student.to(device), teacher=self.teacher.to(device), given=given)
+        given = {name: sent(value, device) for name, value in self.given.items()}
+        return replace(self, student=sent(self.student, device), teacher=sent(self.teacher, device), given=given)
 
 
 class Plan(Protocol):
@@ -503,8 +504,9 @@ class PathObjective(Objective):
         return False
 
     def mask(self, alignment: Alignment[Tensor]) -> Tensor:
-        """Which of the values count, bool: here the student tokens that lie in a chunk, `[N_s]`."""
-        return alignment.chunk_s >= 0
+        """Which of the values count, bool: here the student tokens that lie in an exact chunk, `[N_s]`."""
+        inside: Tensor = alignment.in_exact_chunk(alignment.chunk_s)
+        return inside
 
     @abstractmethod
     def __call__(self, path: Path, alignment: Alignment[Tensor]) -> tuple[Values, Tensor]:
@@ -525,8 +527,9 @@ class PathObjective(Objective):
         return path
 
     def loss(self, plan: Mask, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
-        values, mask = self(self.path(scores), scores.alignment)
-        found = {name: value[mask] for name, value in {"loss": values.loss, **values.metrics}.items()}
+        values, _ = self(self.path(scores), scores.alignment)
+        at = sent(plan.mask.nonzero()[:, 0], scores.device)  # a mask on the device would make the host wait for it
+        found = {name: value[at] for name, value in {"loss": values.loss, **values.metrics}.items()}
         return share * found["loss"].sum(), found
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diglot.batches import Written, WrittenSide
+from diglot.batches.sending import sent
 from diglot.errors import ConfigError
 from diglot.objectives.base import Metrics, Pair, Scores, SummaryObjective, Values, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
@@ -43,7 +44,7 @@ class SidePlan:
 
     def to(self, device: torch.device | str) -> SidePlan:
         """The same on `device`."""
-        return SidePlan(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return SidePlan(*(sent(getattr(self, f.name), device) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class BytePlan:
 
     def to(self, device: torch.device | str) -> BytePlan:
         """The same on `device`."""
-        places = self.segment.to(device), self.position.to(device)
+        places = sent(self.segment, device), sent(self.position, device)
         return BytePlan(self.student.to(device), self.teacher.to(device), self.items, *places)
 
 
@@ -165,6 +166,8 @@ class OwnDistributions:
 
     def summary(self, plan: SidePlan) -> Callable[[Tensor, slice], Tensor]:
         """What `byte_distribution` makes distributions of, from logits `[r, V]` of a slice of the tokens."""
+        if self.columns.stop.device != plan.first.device:
+            self.columns = self.columns.to(plan.first.device)
         return self.columns.summary(plan)
 
 

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from diglot.alignment import Alignment
-from diglot.objectives.base import Path, PathObjective, Scores, Values, at_least_float32
+from diglot.batches import Written
+from diglot.objectives.base import Mask, Metrics, Path, PathObjective, Scores, Values, at_least_float32
 
 
 class CrossEntropy(PathObjective):
     """`-log p_student` in nats of every token of the scored segments, stop included. Asks nothing of the teacher.
+
+    Whether the teacher could read a token plays no part; tokens of a role that is not scored are left out.
 
     For text that is to be imitated; on the student's own samples it only sharpens what the student does already.
     """
@@ -20,6 +23,15 @@ class CrossEntropy(PathObjective):
     def mask(self, alignment: Alignment[Tensor]) -> Tensor:
         """All student tokens, `[N_s]`."""
         return torch.ones_like(alignment.chunk_s, dtype=torch.bool)
+
+    def plan(self, written: Written) -> Mask:
+        every = torch.ones(len(written.student.ids), dtype=torch.bool)
+        return Mask(every if written.left_out is None else torch.from_numpy(~written.left_out))
+
+    def loss(self, plan: Mask, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
+        values, _ = self(self.path(scores), scores.alignment)
+        found = values.loss[plan.mask.to(values.loss.device)]
+        return share * found.sum(), {"loss": found}
 
     def path(self, scores: Scores) -> Path:
         logp_s = scores.student_text(1.0)

@@ -20,8 +20,12 @@ NONCANONICAL = ("none", "mask", "boundary")
 
 def chunk_sums(values: Tensor, chunk: Tensor, num_chunks: int) -> Tensor:
     """Sum of token values over each chunk, [C]; tokens in no chunk (-1) are left out."""
-    inside = chunk >= 0
-    return values.new_zeros(num_chunks).index_add(0, chunk[inside], values[inside])
+    return values.new_zeros(num_chunks + 1).index_add(0, _slot(chunk, num_chunks), values)[:num_chunks]
+
+
+def _slot(chunk: Tensor, num_chunks: int) -> Tensor:
+    """The chunk of each token; one more for those in none, so that no size depends on values of the device."""
+    return torch.where(chunk >= 0, chunk, num_chunks)
 
 
 def suffix_in_chunk(values: Tensor, chunk: Tensor, num_chunks: int) -> Tensor:
@@ -32,16 +36,15 @@ def suffix_in_chunk(values: Tensor, chunk: Tensor, num_chunks: int) -> Tensor:
     inside = chunk >= 0
     kept = torch.where(inside, exact, 0.0)
     total = kept.cumsum(0)
-    at = torch.arange(len(chunk), device=chunk.device)[inside]
-    last = chunk.new_zeros(num_chunks).scatter_reduce(0, chunk[inside], at, "amax", include_self=False)
+    at, slot = torch.arange(len(chunk), device=chunk.device), _slot(chunk, num_chunks)
+    last = chunk.new_zeros(num_chunks + 1).scatter_reduce(0, slot, at, "amax", include_self=False)
     return torch.where(inside, total[last[chunk.clamp(min=0)]] - (total - kept), 0.0).to(values.dtype)
 
 
 def first_in_chunk(chunk: Tensor, num_chunks: int) -> Tensor:
     """Index of the token that opens each chunk, int64 [C]. Tokens in no chunk have -1."""
-    inside = chunk >= 0
-    at = torch.arange(len(chunk), device=chunk.device)[inside]
-    return chunk.new_zeros(num_chunks).scatter_reduce(0, chunk[inside], at, "amin", include_self=False)
+    at, slot = torch.arange(len(chunk), device=chunk.device), _slot(chunk, num_chunks)
+    return chunk.new_zeros(num_chunks + 1).scatter_reduce(0, slot, at, "amin", include_self=False)[:num_chunks]
 
 
 def last_of_segment(segment: Tensor) -> Tensor:

@@ -22,8 +22,7 @@ def discounted_returns(rewards: Tensor, segment: Tensor, gamma: float) -> Tensor
     many vector operations, and no power of gamma is ever divided by (absolute-position discounting underflows).
     """
     total, reach, discount = rewards.clone(), 1, gamma
-    longest = int(torch.bincount(segment).max()) if segment.numel() else 0
-    while reach < longest:
+    while reach < segment.numel():  # the longest segment's length would be read from the device
         later = torch.where(segment[reach:] == segment[:-reach], total[reach:], 0.0)
         total = torch.cat([total[:-reach] + discount * later, total[-reach:]])
         reach, discount = reach * 2, discount * discount

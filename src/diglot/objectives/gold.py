@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diglot.batches import Written
+from diglot.batches.sending import sent
 from diglot.errors import ConfigError
 from diglot.objectives.base import Pair, RowObjective, Rows, Scores, Values, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
@@ -211,4 +212,4 @@ def _is_count(weights: str | None, gold_as_shipped: bool) -> bool:
 
 
 def _on(index: Ints, like: Tensor) -> Tensor:
-    return torch.from_numpy(index).to(like.device)
+    return sent(torch.from_numpy(index), like.device)

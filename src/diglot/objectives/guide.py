@@ -35,14 +35,14 @@ GUIDE: dict[str, About] = {
         "the teacher's k likeliest continuations of the text so far, at every student token",
         "equal distributions over texts, up to what a lookahead would tell",
         "V_s + V_t + branches",
-        "any pair, above all one whose sides cut numbers or words differently",
+        "any pair: GKD's default across tokenizers",
     ),
     "strict": About(
         "the student's k likeliest shared tokens, at one-to-one rows",
         "distributions equal on the chosen tokens (with residual: and outside)",
         "V_s + 2k",
-        "GKD's default across tokenizers: the cheapest; its rows are chosen by how the text went on, which can destroy "
-        "numbers",
+        "to compare with the published form, or where all is cut alike: its rows are chosen by how the text went on, "
+        "which can destroy numbers",
     ),
     "top_k": About(
         "the teacher's k likeliest tokens and the rest, at one-to-one rows",

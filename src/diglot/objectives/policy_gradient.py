@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diglot.batches import Written
+from diglot.batches.sending import sent
 from diglot.errors import ConfigError
 from diglot.objectives.base import Metrics, Objective, Scores
 from diglot.objectives.levels import Level
@@ -56,5 +57,5 @@ class PolicyGradient(Objective):
         )
         if scores.sampler_weight is not None:
             surrogate = surrogate * scores.sampler_weight
-        scored = torch.from_numpy(plan.mask).to(logp.device)
+        scored = sent(torch.from_numpy(np.flatnonzero(plan.mask)), logp.device)
         return share * surrogate[scored].sum(), {"clip_ratio": clipped[scored].to(logp.dtype)}

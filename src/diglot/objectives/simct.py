@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diglot.batches.sending import sent
 from diglot.objectives.base import Pair, RowObjective, Rows, Scores, Values, at_least_float32
 from diglot.objectives.chunks import chunk_sums
 from diglot.objectives.divergences import kl
@@ -81,7 +82,7 @@ class SimCT(RowObjective):
 
 def _chunk_means(logp: Tensor, chunk: np.ndarray, num_chunks: int) -> Tensor:
     """Mean of `logp` over the tokens of each chunk, [C]."""
-    of_token = torch.from_numpy(chunk).to(logp.device)
+    of_token = sent(torch.from_numpy(chunk), logp.device)
     logp = at_least_float32(logp)
     return chunk_sums(logp, of_token, num_chunks) / chunk_sums(torch.ones_like(logp), of_token, num_chunks)
 

@@ -25,7 +25,7 @@ def option(default: Any, text: str, group: str, **metadata: Any) -> Any:
 
 def _require(ok: bool, name: str, value: object, rule: str) -> None:
     if not ok:
-        raise ConfigError(f"{name}={value!r} cannot work: it must be {rule}.")
+        raise ConfigError(f"{name}={value!r} is not allowed: it must be {rule}.")
 
 
 _MAPPINGS = (
@@ -39,11 +39,17 @@ class DistillationConfig(TrainingArguments):
     """What GKD and MiniLLM have in common. Lengths are in tokens of the side they belong to."""
 
     # Settings of the parent whose defaults would hide something or fit fine-tuning only.
+    output_dir: str | None = option(None, "Where the student, its checkpoints and the logs go.", "Training")
+    max_steps: int = option(-1, "Optimizer steps; -1: as many as `num_train_epochs` makes.", "Training")
     learning_rate: float = option(1e-5, "Peak learning rate.", "Training")
     logging_steps: float = option(10, "Log every so many optimizer steps.", "Logging")
     logging_nan_inf_filter: bool = option(False, "Hide non-finite losses in the log (never on by default).", "Logging")
     remove_unused_columns: bool = option(False, "Kept off: conversations are rendered from their own columns.", "Data")
     report_to: str | list[str] | None = option("none", "Trackers: tensorboard, wandb, trackio ...", "Logging")
+
+    resume_from_checkpoint: str | None = option(
+        None, "Continue a run: from its last complete checkpoint, or from the one in the folder given.", "Training"
+    )
 
     # Student
     model_init_kwargs: dict[str, Any] | str | None = option(
@@ -69,7 +75,9 @@ class DistillationConfig(TrainingArguments):
         "Teacher",
     )
     teacher_server_concurrency: int = option(8, "Requests to the teacher's server at a time.", "Teacher")
-    teacher_server_timeout: float = option(120.0, "Seconds for one attempt of a request to it.", "Teacher")
+    teacher_server_timeout: float = option(
+        120.0, "Seconds that one request to the teacher's server may take.", "Teacher"
+    )
     teacher_server_retry_seconds: float = option(
         600.0, "A request that keeps failing for so long stops the run, with a checkpoint.", "Teacher"
     )
@@ -92,7 +100,7 @@ class DistillationConfig(TrainingArguments):
     )
     teacher_max_length: int | None = option(
         None,
-        "Longest text in teacher tokens; the model's own limit when not given. What is beyond is not scored.",
+        "Longest text the teacher reads, in its tokens; default: the model's limit. The rest is not scored.",
         "Teacher",
     )
 
@@ -110,6 +118,22 @@ class DistillationConfig(TrainingArguments):
         "a sample whose prompt alone does not fit is dropped and counted.",
         "Data",
     )
+    on_bad_row: str = option(
+        "stop",
+        "At a row that cannot be used, found by reading all rows once before training: `stop`, or `skip` and count it.",
+        "Data",
+        choices=["stop", "skip"],
+    )
+    markers: str = option(
+        "read",
+        "Names of control tokens in the text of messages, such as <|im_end|>: `read` as control tokens, as a served "
+        "model reads them, as plain `text`, or `refuse` such a row.",
+        "Data",
+        choices=["read", "text", "refuse"],
+    )
+    fold_system: bool = option(
+        False, "A system message that a chat template refuses or drops goes into the first user's message.", "Data"
+    )
     score_turns: str = option(
         "last", "Which assistant turns of a conversation are trained on.", "Data", choices=["last", "all"]
     )
@@ -126,7 +150,7 @@ class DistillationConfig(TrainingArguments):
     num_generations: int = option(1, "Completions per prompt.", "Generation")
 
     # vLLM (names as TRL's)
-    use_vllm: bool = option(False, "The student's completions are written by vLLM.", "Generation")
+    use_vllm: bool = option(False, "Let vLLM write the student's completions.", "Generation")
     vllm_mode: str = option(
         "server",
         "`server`: a running `vllm serve STUDENT`; `colocate`: vLLM in this process.",
@@ -163,7 +187,7 @@ class DistillationConfig(TrainingArguments):
     objective: str | list[Any] = option(
         "auto",
         "Name of an objective, or a list of {name, weight, options}; `diglot objectives` lists them, and one of your "
-        "own is package.module:Class. `auto`: GKD takes jsd on equal vocabularies, else strict; MiniLLM its own "
+        "own is package.module:Class. `auto`: GKD takes jsd on equal vocabularies, else covering; MiniLLM its own "
         "single-step part.",
         "Objective",
     )
@@ -182,14 +206,14 @@ class DistillationConfig(TrainingArguments):
     )
     min_coverage: float = option(
         0.5,
-        "Stop when the share of scored student tokens that could be aligned falls below this over a step.",
+        "Stop when the share of the tokens written in a step that could be aligned falls below this.",
         "Objective",
     )
 
     # Training
     on_nonfinite: str = option(
         "stop",
-        "When a loss or gradient is no finite number: `stop`, or `skip` the step and count it. The batch is kept.",
+        "If a loss or gradient is not finite: `stop` the run, or `skip` the step and count it. The batch is saved.",
         "Training",
         choices=["stop", "skip"],
     )
@@ -223,7 +247,7 @@ class DistillationConfig(TrainingArguments):
                 _require(getattr(self, one.name) in choices, one.name, getattr(self, one.name), f"one of {choices}")
         if self.max_length is not None and self.max_completion_length >= self.max_length:
             raise ConfigError(
-                f"max_completion_length={self.max_completion_length} leaves no room for a prompt in "
+                f"max_completion_length={self.max_completion_length} leaves nothing for the prompt within "
                 f"max_length={self.max_length}. Raise max_length or lower max_completion_length."
             )
 
@@ -257,7 +281,8 @@ class GKDConfig(DistillationConfig):
         None,
         "Folder in which to keep what the teacher says about completions of the dataset, so that later epochs and runs "
         "need not ask again: its hidden states, (scored tokens) x (hidden size) x (bytes of its dtype) for each text. "
-        "It takes half of the free disk at most; delete it whenever you like. Nothing that is sampled is kept.",
+        "It takes half of the free disk at most; delete it whenever you like. Nothing that is sampled is kept. "
+        "The objective `covering` asks the teacher anew for texts in which it reads branches.",
         "Teacher",
     )
     seq_kd: bool = option(

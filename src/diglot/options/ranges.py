@@ -40,15 +40,16 @@ RANGES: Mapping[str, Range] = {
         (
             "adam_epsilon", "epsilon", "eval_steps", "kd_temperature", "logging_steps", "num_train_epochs",
             "reward_clip", "save_steps", "teacher_server_retry_seconds", "teacher_server_timeout", "temperature",
-            "vllm_importance_sampling_clip_max", "vllm_server_timeout",
+            "vllm_importance_sampling_clip_max", "vllm_server_timeout", "dataset_test_size",
         ),
         _POSITIVE,
     ),
     **dict.fromkeys(("beta", "gamma", "lmbda", "min_coverage"), _SHARE),
     **dict.fromkeys(("top_p", "vllm_gpu_memory_utilization"), _POSITIVE_SHARE),
     **dict.fromkeys(
-        ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor", "teacher_mixed_alpha"), _BELOW_ONE
+        ("lora_dropout", "adam_beta1", "adam_beta2", "teacher_mixed_alpha"), _BELOW_ONE
     ),
+    "label_smoothing_factor": (0, 0, "0: distributions are compared, and there are no labels to smooth"),
     "log_rollouts": (0, None, "0 (none) or more"),
     "strict_top_k": (0, None, "0 (all shared tokens) or more"),
     "top_k": (0, None, "0 (off) or more"),
@@ -63,13 +64,13 @@ def check_ranges(values: Mapping[str, object]) -> None:
     it is off."""
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{name}={value!r} cannot work: it must be a finite number.")
+            raise ConfigError(f"{name}={value!r} is not allowed: it must be a finite number.")
         low, high, rule = RANGES.get(name, (None, None, ""))
         if value is None or not rule:
             continue
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or (low is not None and value < low) or (high is not None and value > high):  # type: ignore[operator]
-            raise ConfigError(f"{name}={value!r} cannot work: it must be {rule}.")
+            raise ConfigError(f"{name}={value!r} is not allowed: it must be {rule}.")
 
 
 def check_texts(values: Mapping[str, object]) -> None:
@@ -84,17 +85,17 @@ def check_texts(values: Mapping[str, object]) -> None:
     _one_of("include_num_input_tokens_seen", str(seen).lower(), {"all", "non_padding", "no", "true", "false"})
     optim_args = values.get("optim_args")
     if optim_args and not all("=" in part for part in str(optim_args).split(",")):
-        raise ConfigError(f"optim_args={optim_args!r} cannot work: it must be name=value, with commas between.")
+        raise ConfigError(f"optim_args={optim_args!r} is not allowed: it must be name=value, with commas between.")
     if isinstance(values.get("parallelism_config"), str):
         raise ConfigError(
-            f"parallelism_config={values['parallelism_config']!r} cannot work: it must be an object of Accelerate's, "
-            "which only a Python script can give."
+            f"parallelism_config={values['parallelism_config']!r} is not allowed: it must be an object of "
+            "Accelerate's, which only a Python script can give."
         )
 
 
 def _one_of(name: str, value: object, known: set[str]) -> None:
     if value not in known:
-        raise ConfigError(f"{name}={value!r} cannot work: it must be one of {', '.join(sorted(known))}.")
+        raise ConfigError(f"{name}={value!r} is not allowed: it must be one of {', '.join(sorted(known))}.")
 
 
 def as_mapping(name: str, value: object) -> dict[str, Any] | None:
@@ -103,7 +104,9 @@ def as_mapping(name: str, value: object) -> dict[str, Any] | None:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{name}={value!r} is no JSON: {error}. Write a mapping, for instance {{}}.") from error
+            raise ConfigError(
+                f"{name}={value!r} is not valid JSON: {error}. Write a mapping, for instance {{}}."
+            ) from error
     if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"{name}={value!r} cannot work: it must be a mapping.")
+        raise ConfigError(f"{name}={value!r} is not allowed: it must be a mapping.")
     return value

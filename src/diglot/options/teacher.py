@@ -50,7 +50,7 @@ class TeacherOptions:
     def _check(self) -> None:
         for name in _TEXTS:
             if not isinstance(getattr(self, name), (str, type(None))):
-                raise ConfigError(f"{name}={getattr(self, name)!r} cannot work: it must be text.")
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: it must be text.")
         for name in ("init_kwargs", "chat_template_kwargs"):
             as_mapping(ENTRY_OPTIONS[name], getattr(self, name))
         check_ranges({"teacher_max_length": self.max_length})

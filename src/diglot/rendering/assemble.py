@@ -9,73 +9,110 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diglot.errors import DataError
-from diglot.rendering.types import Rendered, Role
+from diglot.rendering.types import Rendered, Reply, Role
 
 Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of tokens; a segment if `text` is not None."""
+    """A run of tokens, some of them in segments; arrays are per token, [n]."""
 
     ids: Ids
     roles: NDArray[np.int8]
     ends: NDArray[np.int64]
     exact: NDArray[np.bool_]
-    text: bytes | None = None
-    stopped: bool = False
+    segment: NDArray[np.int32]  # among those of this piece, -1: none
+    texts: tuple[bytes, ...] = ()
+    stopped: tuple[bool, ...] = ()
 
     @classmethod
-    def plain(cls, ids: Ids, role: Role) -> Piece:
-        """Tokens that are not scored, all of one role."""
+    def plain(cls, ids: Ids, role: Role | NDArray[np.int8]) -> Piece:
+        """Tokens that are not scored."""
         n = len(ids)
-        return cls(ids, np.full(n, role, dtype=np.int8), np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.bool_))
+        roles = np.full(n, role, dtype=np.int8) if isinstance(role, Role) else role
+        return cls(ids, roles, np.zeros(n, np.int64), np.zeros(n, np.bool_), np.full(n, -1, np.int32))
 
     @classmethod
     def prompt(cls, ids: Ids) -> Piece:
         """Tokens that are read only."""
         return cls.plain(np.asarray(ids, dtype=np.int64), Role.PROMPT)
 
-    @classmethod
-    def unscored(cls, ids: Ids, control: NDArray[np.bool_]) -> Piece:
-        """What follows the scored part of a completion."""
-        return replace(cls.plain(ids, Role.CONTENT), roles=np.where(control, Role.MARKUP, Role.CONTENT).astype(np.int8))
-
-    def with_stop(self, stop_id: int) -> Piece:
-        """The segment with its stop token, one byte beyond its text.
+    def with_stop(self, at: int, segment: int) -> Piece:
+        """The token `at` as the stop of a segment, one byte beyond its text.
 
         It is exact only if the tokens before it reach the end of the text: a tokenizer that cannot write a text at
         all gives no token for it, and its stop must not pass for the text's.
         """
-        assert self.text is not None
-        reached = int(self.ends[-1]) if len(self.ends) else 0
-        return replace(
-            self,
-            ids=np.append(self.ids, stop_id),
-            roles=np.append(self.roles, np.int8(Role.STOP)),
-            ends=np.append(self.ends, len(self.text) + 1),
-            exact=np.append(self.exact, reached == len(self.text)),
-        )
+        inside, length = self.ends[self.segment == segment], len(self.texts[segment])
+        reached = int(inside[-1]) if len(inside) else 0
+        changed = replace(self, **{name: getattr(self, name).copy() for name in ("roles", "ends", "exact", "segment")})
+        changed.roles[at], changed.ends[at], changed.segment[at] = Role.STOP, length + 1, segment
+        changed.exact[at] = reached == length
+        return replace(changed, stopped=(*self.stopped[:segment], True, *self.stopped[segment + 1 :]))
 
 
-def assemble(pieces: Sequence[Piece]) -> Rendered:
+def cut_segments(
+    ids: Ids,
+    ends: NDArray[np.int64],
+    exact: NDArray[np.bool_],
+    spans: Sequence[tuple[int, int]],
+    texts: Sequence[bytes],
+    outside: NDArray[np.int8],
+) -> Piece:
+    """Tokens over one text, with the segments at `spans` of its bytes. Roles of segments' tokens are set to CONTENT.
+
+    A token over the edge of a segment is a part of it that is not exact: it stands for more than the segment's bytes.
+
+    Args:
+        ends: byte at which each token ends in the text.
+        texts: of each segment, as long as its span.
+        outside: roles of the tokens in no segment.
+    """
+    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64) if len(ends) else ends
+    piece = Piece.plain(ids, outside.astype(np.int8).copy())
+    free = 0  # the first token that no segment has
+    for k, (low, high) in enumerate(spans):
+        first = max(int(np.searchsorted(ends, low, side="right")), free)
+        last = max(int(np.searchsorted(starts, high, side="left")), first) if high > low else first
+        if last == first:
+            continue
+        inside = slice(first, last)
+        piece.segment[inside], piece.roles[inside] = k, Role.CONTENT
+        piece.ends[inside] = np.minimum(ends[inside], high) - low
+        piece.exact[inside] = exact[inside]
+        piece.exact[first] &= starts[first] == low
+        piece.exact[last - 1] &= ends[last - 1] <= high
+        free = last
+    return replace(piece, texts=tuple(texts), stopped=(False,) * len(texts))
+
+
+def join(pieces: Sequence[Piece]) -> Piece:
+    """Pieces in order as one; only the first may have segments."""
+    arrays = {
+        name: np.concatenate([getattr(p, name) for p in pieces])
+        for name in ("ids", "roles", "ends", "exact", "segment")
+    }
+    return Piece(**arrays, texts=pieces[0].texts, stopped=pieces[0].stopped)
+
+
+def assemble(pieces: Sequence[Piece], reply: Reply | None = None, own_markup: int = 0) -> Rendered:
     """One `Rendered` of pieces in order; segments are numbered as they come."""
     segment: list[NDArray[np.int32]] = []
-    texts: list[bytes] = []
-    stopped: list[bool] = []
+    count = 0
     for piece in pieces:
-        segment.append(np.full(len(piece.ids), -1 if piece.text is None else len(texts), dtype=np.int32))
-        if piece.text is not None:
-            texts.append(piece.text)
-            stopped.append(piece.stopped)
+        segment.append(np.where(piece.segment >= 0, piece.segment + count, -1).astype(np.int32))
+        count += len(piece.texts)
     return Rendered(
         ids=np.concatenate([p.ids for p in pieces]).astype(np.int64),
         roles=np.concatenate([p.roles for p in pieces]).astype(np.int8),
         segment=np.concatenate(segment),
         end=np.concatenate([p.ends for p in pieces]).astype(np.int64),
         exact=np.concatenate([p.exact for p in pieces]).astype(np.bool_),
-        segment_bytes=tuple(texts),
-        stopped=tuple(stopped),
+        segment_bytes=tuple(text for p in pieces for text in p.texts),
+        stopped=tuple(stop for p in pieces for stop in p.stopped),
+        reply=reply,
+        own_markup=own_markup,
     )
 
 

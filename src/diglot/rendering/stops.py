@@ -37,24 +37,29 @@ def find_stops(
     return next(iter(found)), {one: " + ".join(sources) for one, sources in found.items()}
 
 
-def probe_template(
-    render: Callable[[list[dict[str, Any]]], str], encode: Callable[[str], Any], control: Any
-) -> int | None:
+def probe_template(render: Callable[..., str], encode: Callable[[str], Any], control: Any) -> int | None:
     """The first control token that a template writes after an assistant's turn, or None if it writes none.
+
+    A marker that opens a turn ends none, though a template without an end marker writes it next.
 
     Args:
         render: messages -> text. Templates that refuse the probe have no end marker that could be found.
         encode: text -> ids, special tokens recognised.
         control: bool [V], which ids are control tokens.
     """
-    sentinel = "SENTINELreply"
+    user, reply = "SENTINELuser", "SENTINELreply"
     try:
-        text = render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": sentinel}])
+        text = render([{"role": "user", "content": user}, {"role": "assistant", "content": reply}])
     except Exception:
         return None
-    _, found, after = text.rpartition(sentinel)
-    ids = encode(after) if found else []
-    return next((int(i) for i in ids if control[i]), None)
+    before, _, rest = text.partition(user)
+    between, found, after = rest.rpartition(reply)
+    if not found:
+        return None
+    first, middle, last = ([int(i) for i in encode(part) if control[i]] for part in (before, between, after))
+    # What opens a conversation also opens its turns, unless it is a BOS: then the next one does.
+    opening = first[:1] if first[:1] and first[0] in middle else first[1:2]
+    return next((i for i in last if i not in opening), None)
 
 
 def describe_stops(sources: Mapping[int, str], display: Callable[[int], str]) -> str:

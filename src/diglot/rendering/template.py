@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,8 +19,10 @@ from transformers.utils import get_json_schema
 from diglot.errors import RenderingError
 from diglot.rendering.template_process import templates
 
+_PROBE = "SENTINELtext"
 _THINK_OPENED = re.compile(r"<think>\s*\Z")
 _WORD = re.compile(r"\w+")
+_THINK_EMPTY_FIRST = re.compile(r"\A\s*<think>\s*</think>\s*")
 _THINK_EMPTY = re.compile(r"<think>\s*</think>\s*\Z")
 
 
@@ -43,10 +47,19 @@ class Template:
     Args:
         name: of the model, for messages: "student", "teacher".
         kwargs: handed to the template.
+        fold_system: put a system message that the template refuses or drops into the first user's.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None, name: str) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        kwargs: Mapping[str, Any] | None,
+        name: str,
+        *,
+        fold_system: bool = False,
+    ) -> None:
         self.tokenizer, self.kwargs, self.name = tokenizer, dict(kwargs or {}), name
+        self.fold_system = fold_system
         self.exists = bool(getattr(tokenizer, "chat_template", None))
 
     def text(
@@ -60,23 +73,69 @@ class Template:
         plain = [self._joined(m) for m in messages]
         if not self.exists:
             return _transcript(plain, tools, generation_prompt)
+        if self.fold_system and plain and plain[0].get("role") == "system" and self._refuses_system:
+            plain = _folded(plain)
+        if self._wants_parts:
+            plain = [_in_parts(m) for m in plain]
         try:
             return self._rendered(plain, list(tools) if tools else None, generation_prompt)
         except Exception as error:  # jinja's errors, and whatever a template raises
-            roles = [m.get("role") for m in messages]
-            raise RenderingError(
-                f"The {self.name}'s chat template cannot render a conversation with roles {roles}: {error} "
-                "Change the data, or give the model another template."
-            ) from error
+            if any(m.get("content", "") is None for m in plain):
+                return self._without_content(plain, tools, generation_prompt, error)
+            raise self._refusal(messages, error) from error
 
-    def _rendered(self, messages: list[dict[str, Any]], tools: list[Any] | None, generation_prompt: bool) -> str:
+    def _without_content(
+        self, messages: list[dict[str, Any]], tools: Sequence[Any] | None, generation_prompt: bool, error: Exception
+    ) -> str:
+        """For a template that fails where `content` is missing, as transformers leaves it: None in its place, or ""."""
+        for content in (None, ""):
+            filled = [{**m, "content": content} if m.get("content", "") is None else m for m in messages]
+            with suppress(Exception):
+                return self._rendered(filled, list(tools) if tools else None, generation_prompt, whole=True)
+        raise self._refusal(messages, error) from error
+
+    def _refusal(self, messages: Sequence[Mapping[str, Any]], error: Exception) -> RenderingError:
+        roles = [m.get("role") for m in messages]
+        hint = "Change the data, or give the model another template."
+        if "system" in roles and not self.fold_system:
+            hint = "Change the data, set fold_system, or give the model another template."
+        return RenderingError(
+            f"The {self.name}'s chat template cannot render a conversation with roles {roles}: {error} {hint}"
+        )
+
+    @cached_property
+    def _refuses_system(self) -> bool:
+        """Does the template refuse a system message, or drop it?"""
+        system, user = {"role": "system", "content": _PROBE}, {"role": "user", "content": "hi"}
+        return not self._keeps([system, user])
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Does the template keep the text of content in parts, and lose that of a string?"""
+        user = {"role": "user", "content": _PROBE}
+        return not self._keeps([user]) and self._keeps([_in_parts(user)])
+
+    def _keeps(self, messages: list[dict[str, Any]]) -> bool:
+        try:
+            return _PROBE in self._rendered(messages, None, True)
+        except Exception:
+            return False
+
+    def reads(self, field: str) -> bool:
+        """Does the template name a field of messages?"""
+        return self.exists and field in str(self.tokenizer.chat_template)
+
+    def _rendered(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, generation_prompt: bool, whole: bool = False
+    ) -> str:
+        """What `apply_chat_template` gives; with `whole`, fields that are None are not left out."""
         asked: dict[str, Any] = {"tools": tools, "tokenize": False, "add_generation_prompt": generation_prompt}
         if type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
             return str(self.tokenizer.apply_chat_template(messages, **asked, **self.kwargs))  # no template, but code
         asked["tools"] = tools and [get_json_schema(tool) if callable(tool) else tool for tool in tools]
         asked["chat_template"] = self.tokenizer.get_chat_template(tools=tools)
         names = {**self.tokenizer.special_tokens_map, **self.kwargs}
-        return templates.render({"conversation": messages, **asked, **names})
+        return templates.render({"conversation": messages, **asked, **names}, whole=whole)
 
     def _joined(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The message with text parts as one string: many templates would print a list as Python spells it."""
@@ -131,6 +190,16 @@ def with_thinking(text: str, thinking: bool | None) -> str:
     return _THINK_EMPTY.sub("", text) + "<think>\n" if thinking else _THINK_OPENED.sub("", text)
 
 
+def without_thinking(text: str) -> str:
+    """The generation prompt with no think block at its end, neither an open one nor an empty one."""
+    return _THINK_OPENED.sub("", _THINK_EMPTY.sub("", text))
+
+
+def without_empty_thinking(text: str) -> str:
+    """What a template writes before a reply, without the empty think block at its start."""
+    return _THINK_EMPTY_FIRST.sub("", text)
+
+
 def missing_from(
     text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
 ) -> list[str]:
@@ -149,6 +218,20 @@ def _unused(word: str, text: str) -> str:
     while word in text:
         word += "x"
     return word
+
+
+def _folded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The system message at the head of the first user's; a user's message of its own where there is none."""
+    system, rest = messages[0], messages[1:]
+    if not rest or rest[0].get("role") != "user":
+        return [{**system, "role": "user"}, *rest]
+    text = "\n\n".join(part for part in (system.get("content"), rest[0].get("content")) if part)
+    return [{**rest[0], "content": text}, *rest[1:]]
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _transcript(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, generation_prompt: bool) -> str:

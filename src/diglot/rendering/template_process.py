@@ -26,6 +26,7 @@ _START_SECONDS = 300.0  # importing from a cold disk is slow, and not the templa
 
 _ENVIRONMENT = ("PATH", "HOME", "TZ", "LANG", "LC_ALL")
 _ENTRY = (
+    "import signal; [signal.signal(one, signal.SIG_IGN) for one in (signal.SIGINT, signal.SIGTERM)]; "
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import runpy; "
     "runpy.run_path(sys.argv[2])['serve'](*map(int, sys.argv[3:]))"
 )
@@ -46,13 +47,15 @@ class TemplateProcess:
         self._process: subprocess.Popen[bytes] | None = None
         os.register_at_fork(after_in_child=self._forget)
 
-    def render(self, arguments: Mapping[str, Any]) -> str:
+    def render(self, arguments: Mapping[str, Any], whole: bool = False) -> str:
         """What `apply_chat_template` makes of these arguments, a template among them.
+
+        It leaves out fields that are None; with `whole` the template gets these too.
 
         Raises `RenderingError` with the complaint of the template, or what it took too much of.
         """
         with self._lock:
-            request = pickle.dumps(dict(arguments))
+            request = pickle.dumps((dict(arguments), whole))
             if self._process is None:
                 self._start()
             try:
@@ -81,6 +84,7 @@ class TemplateProcess:
             [sys.executable, "-I", "-c", _ENTRY, json.dumps(sys.path), str(server), *numbers],
             pass_fds=(theirs_in, theirs_out),
             stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the run, which needs templates until its step has ended
             env={**{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}, "OMP_NUM_THREADS": "1"},
         )
         os.close(theirs_in)

@@ -6,14 +6,17 @@ import pickle
 import re
 import sys
 from multiprocessing.connection import Connection
+from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 
 def serve(reads_from: int, writes_to: int, memory: int) -> None:
     """Answer requests until the other end is closed: `b"1"` and the text, or `b"0"` and the complaint.
 
-    A request is a pickle of the arguments of `apply_chat_template`; it comes from the process that started this one.
+    A request is a pickle of the arguments of `apply_chat_template`, and whether to keep fields that are None. It comes
+    from the process that started this one.
     The answer is text, since a template has a say in it.
     """
     tokenizer = PreTrainedTokenizerBase()
@@ -30,11 +33,19 @@ def serve(reads_from: int, writes_to: int, memory: int) -> None:
 
 def _answer(tokenizer: PreTrainedTokenizerBase, asked: bytes, memory: int) -> bytes:
     try:
-        return b"1" + str(tokenizer.apply_chat_template(**pickle.loads(asked))).encode("utf-8", "surrogatepass")
+        arguments, whole = pickle.loads(asked)
+        text = _whole(**arguments) if whole else tokenizer.apply_chat_template(**arguments)
+        return b"1" + str(text).encode("utf-8", "surrogatepass")
     except MemoryError:
         return b"0It takes more than the %d MiB that a template may have." % (memory >> 20)
     except Exception as error:  # jinja's errors, and whatever a template raises
         return b"0" + str(error).encode("utf-8", "surrogatepass")
+
+
+def _whole(conversation: list[Any], tokenize: bool, **arguments: Any) -> str:
+    """`apply_chat_template` without its leaving out fields that are None."""
+    rendered: Any = render_jinja_template(conversations=[conversation], **arguments)[0]
+    return str(rendered[0])
 
 
 def _bound(memory: int) -> None:

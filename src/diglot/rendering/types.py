@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +23,45 @@ class Role(IntEnum):
     TOOL_CALL = 3  # content inside a tool call
     MARKUP = 4  # written by nobody (template), or a control token in the middle of a reply
     STOP = 5  # ends a reply
+
+
+Shape = tuple[Role, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One part of a reply. A call of a tool is two: its name, and its arguments as JSON."""
+
+    role: Role  # CONTENT, REASONING or TOOL_CALL
+    texts: tuple[str, ...]  # what was written between control tokens that stand in no markup known here
+    edges: tuple[str, ...] = ()  # the names of those control tokens, one fewer than texts
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The parts of a reply, in the order that templates write them.
+
+    `whole` is the reply as it was written, where that is text with no control token in it.
+    """
+
+    slots: tuple[Slot, ...]
+    whole: str | None = None
+    others: tuple[str, ...] = ()  # fields of the message that are none of the parts
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The role of each slot."""
+        return tuple(slot.role for slot in self.slots)
+
+    @property
+    def is_plain(self) -> bool:
+        """Is it content and nothing else?"""
+        return self.shape == (Role.CONTENT,) and not self.slots[0].edges
+
+    @property
+    def text(self) -> str:
+        """All of its texts, one after the other."""
+        return "".join(text for slot in self.slots for text in slot.texts)
 
 
 @dataclass(frozen=True)
@@ -46,3 +86,5 @@ class Rendered:
     exact: NDArray[np.bool_]
     segment_bytes: tuple[bytes, ...]  # [S] text of each segment
     stopped: tuple[bool, ...]  # [S] does it end with a stop token?
+    reply: Reply | None = None  # what was read in the last turn, part by part
+    own_markup: int = 0  # tokens that it wrote between the parts, as its template does, or behind a broken character

@@ -27,8 +27,9 @@ def advise(history: History) -> list[Advice]:
 
 
 def all_advice(history: History) -> list[Advice]:
-    """What was said over a whole run: each kind once, at the log where it was first true."""
-    found: dict[str, Advice] = {}
+    """What was said over a whole run: each kind once, at the log where it was first true, or where the run said it."""
+    said = [Advice(e["warning"], int(e["step"]), str(e["text"])) for e in history if "warning" in e]
+    found: dict[str, Advice] = {one.name: one for one in reversed(said)}
     for end in range(1, len(history) + 1):
         for one in advise(history[:end]):
             found.setdefault(one.name, one)
@@ -116,6 +117,39 @@ def sampler_gap(history: History) -> Advice | None:
         "than rounding should make. Look in its log for weights that were not loaded, start it with the trainer's "
         "dtype and without quantization or --logprobs-mode, and let no other run use it. Policy gradients are weighted "
         "for the gap up to vllm_importance_sampling_clip_max, divergences are not.",
+    )
+
+
+def selection(history: History) -> Advice | None:
+    """The student changes how it writes so that both sides cut it alike, and its text pays for that.
+
+    For a history of steps (`diglot.watching.drift`), not of logs, which may come too rarely and be of too little text.
+
+    Rows that exist only where the text happens to end a token on both sides teach "stop here": of "23" and "2" only the
+    second has one, so numbers and words that the teacher reads whole become shorter (docs/objectives.md). The share of
+    one-to-one rows rises by a quarter of the rest or more, and with them digits run shorter, text takes more or fewer
+    tokens per byte, or fixed texts that nobody trains towards become less likely.
+    """
+    ends = _ends(history, "align/one_to_one")
+    if ends is None or ends[1] < ends[0] + max(0.03, (1 - ends[0]) / 4):
+        return None
+    seen = []
+    if (runs := _ends(history, "completions/digit_run")) and runs[1] < 0.85 * runs[0]:
+        seen.append(f"numbers shrank from {runs[0]:.1f} to {runs[1]:.1f} digits")
+    if (tokens := _ends(history, "completions/tokens_per_byte")) and abs(tokens[1] / tokens[0] - 1) > 0.1:
+        seen.append(f"tokens per byte went from {tokens[0]:.2f} to {tokens[1]:.2f}")
+    bits = _values(history, "watched/bits_per_byte")
+    if len(bits) > 1 and bits[-1] > 1.05 * bits[0]:
+        seen.append(f"fixed texts went from {bits[0]:.3f} to {bits[-1]:.3f} bits per byte")
+    if not seen:
+        return None
+    return _say(
+        history,
+        "selection",
+        f"The student is unlearning what both sides cut differently: one-to-one rows rose from {ends[0]:.0%} to "
+        f"{ends[1]:.0%}, and {', and '.join(seen)}. The objective compares rows only where the text happens to end a "
+        "token on both sides, which rewards text that ends there. Stop this run and start again from the student as it "
+        "was, with objective: covering.",
     )
 
 

@@ -22,12 +22,12 @@ Cell = tuple[str, str, str]  # the student's tokens, the teacher's, style
 def print_alignment(spans: Sequence[Span], console: Console | None = None) -> None:
     """Both sides under each other, cut where both have a boundary, `|`; boundaries of one side only are `~`.
 
-    On a terminal with colours chunks are coloured by what they are, spaces are `·` and line breaks `⏎`. Elsewhere the
-    output is plain ASCII with Python's escapes. Bytes that are no text on their own are hex either way.
+    On a terminal chunks are coloured by what they are (not with NO_COLOR), spaces are `·`, line breaks `⏎`. Elsewhere
+    the output is plain ASCII with Python's escapes. Bytes that are no text on their own are hex either way.
     """
     console = console or Console()
-    fancy = console.is_terminal and not console.no_color
-    width = console.width if console.is_terminal else 100
+    fancy = console.is_terminal
+    width = console.width
     cells = [_cell(span, i, fancy) for i, span in enumerate(spans)]
     for line in _lines(cells, width - len(LABELS[0]) - 1):
         for side, label in enumerate(LABELS):

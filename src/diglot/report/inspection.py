@@ -25,19 +25,29 @@ ROLE_STYLES = {
 OUTCOME_STYLES = {"works": "green", "weak": "yellow", "fails": "red"}
 
 
-def print_inspection(found: Inspection, console: Console | None = None) -> None:
-    """Print all that was found. Text of the models is shown as it is, never read as markup."""
-    console = console or _console()
-    for part in _parts(found):
-        console.print(part)
+def print_inspection(found: Inspection, console: Console | None = None, details: bool = True) -> None:
+    """Print the verdict and the command to start with, then what it rests on: all of it, or one line.
+
+    Text of the models is shown as it is, never read as markup.
+    """
+    console = console or Console()
+    console.print(_verdict(found.verdict))
     if found.verdict.command is not None:
         console.print(Text(f"  {found.verdict.command}"), soft_wrap=True, highlight=False)
+    for part in _parts(found) if details else _short(found):
+        console.print(part)
 
 
-def _console() -> Console:
-    """The terminal; a pipe or a file gets lines of a width that tables are readable at."""
-    console = Console()
-    return console if console.is_terminal else Console(width=110)
+def _short(found: Inspection) -> Iterable[RenderableType]:
+    if found.agreement is not None:
+        one = found.agreement
+        yield Text(
+            f"On {found.texts}: {one.one_to_one:.0%} of the student's tokens are one token on both sides, "
+            f"{one.in_chunks:.0%} lie in chunks of several, {one.unalignable:.0%} cannot be aligned."
+        )
+    if found.models is not None:
+        yield _models(found.models)
+    yield Text("Tokenizers, templates, alignment and every objective: --details.", style="dim")
 
 
 def _parts(found: Inspection) -> Iterable[RenderableType]:
@@ -54,7 +64,6 @@ def _parts(found: Inspection) -> Iterable[RenderableType]:
         yield _models(found.models)
     if found.verdict.objectives:
         yield _objectives(found.verdict.objectives)
-    yield _verdict(found.verdict)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -128,6 +137,7 @@ def _numbers(found: Inspection) -> Table:
     row("shared tokens, of the tokens in the texts", f"{shared.mass_student:.1%}", f"{shared.mass_teacher:.1%}")
     row("one token on both sides", f"{agreed.one_to_one:.1%}")
     row("in chunks of several tokens", f"{agreed.in_chunks:.1%}")
+    row("bytes that both sides cut differently", f"{agreed.bytes_cut_unlike:.1%}")
     row("not alignable", f"{agreed.unalignable:.1%}")
     row(
         "texts that it cannot write as they are",
@@ -139,9 +149,9 @@ def _numbers(found: Inspection) -> Table:
 
 
 def _critical(rows: Sequence[Critical]) -> Table:
-    table = _table("Where meaning is dense", "", "places", "one to one", "aligned", "a place cut unlike")
+    table = _table("Where meaning is dense", "", "places", "bytes", "cut unlike", "aligned", "a place cut unlike")
     for one in rows:
-        shares = (f"{one.one_to_one:.0%}", f"{one.aligned:.0%}") if one.places else ("", "")
+        shares = (f"{one.num_bytes:,}", f"{one.cut_unlike:.0%}", f"{one.aligned:.0%}") if one.places else ("", "", "")
         table.add_row(one.name, str(one.places), *shares, Text(_cuts(one)))
     return table
 

@@ -33,7 +33,7 @@ CURVES = (
     Curve(
         "Divergence student → teacher",
         "nats per byte",
-        ("rollouts/kl_nats_per_byte",),
+        ("rollouts/kl_nats_per_byte", "rollouts/log_ratio_nats_per_byte"),
         ("*reverse_kl_nats_per_byte",),
         "fixed/kl_nats_per_byte",
         "lower",

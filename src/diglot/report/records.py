@@ -37,7 +37,9 @@ def read(path: Path) -> list[Record]:
             record = json.loads(line) if line.strip() else None
         except ValueError:
             if number < len(lines):
-                raise ValueError(f"{path}:{number} is no JSON: {line[:60]!r}. Delete the line to go on.") from None
+                raise ValueError(
+                    f"{path}:{number} is not valid JSON: {line[:60]!r}. Delete the line to go on."
+                ) from None
             continue
         if record is not None:
             found.append(record)

@@ -27,6 +27,8 @@ class TeacherMixture(LogitsProcessor):
         prompts: the teacher's own prompts, one for each row.
         alpha: share of the teacher, in (0, 1).
         running: gives it ready to be run, where that takes more than calling it.
+        stops: the ids that end a turn, of student and teacher. Where they differ, the teacher's mass of its whole set
+            goes to the student's first: the mixture stops as often as both do.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class TeacherMixture(LogitsProcessor):
         pad_id: int,
         alpha: float,
         running: Callable[[], AbstractContextManager[PreTrainedModel]] | None = None,
+        stops: tuple[Sequence[int], Sequence[int]] = ((), ()),
     ) -> None:
+        self._stops = stops
         self._running = running or (lambda: nullcontext(teacher))
         self._log_shares = math.log(alpha), math.log1p(-alpha)
         self._next_ids, self._mask = pad_left(prompts, pad_id, teacher.device)
@@ -61,5 +65,19 @@ class TeacherMixture(LogitsProcessor):
         width = min(scores.shape[-1], out.logits.shape[-1])  # embedding padding may differ
         teacher = torch.full_like(scores, -torch.inf, dtype=torch.float32)
         teacher[:, :width] = out.logits[:, -1, :width].to(teacher).log_softmax(-1)
+        if set(self._stops[0]) != set(self._stops[1]):
+            teacher = _stopping_as(teacher, *map(list, self._stops))
         log_teacher, log_student = self._log_shares
         return torch.logaddexp(teacher + log_teacher, scores.float().log_softmax(-1) + log_student).to(scores.dtype)
+
+
+def _stopping_as(logps: Tensor, student: list[int], teacher: list[int]) -> Tensor:
+    """A teacher's log-probs `[B, V]` with its mass on stop at the student's first stop id.
+
+    What the teacher gives to an id that ends the student's turn and not its own is left out: it would end a text that
+    the teacher goes on with.
+    """
+    stop = logps[:, teacher].logsumexp(-1)
+    moved = logps.index_fill(-1, torch.tensor([*student, *teacher], device=logps.device), -torch.inf)
+    moved[:, student[0]] = stop
+    return moved.log_softmax(-1)

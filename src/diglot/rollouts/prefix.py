@@ -59,9 +59,9 @@ def write_prefixes(
     found = sampler(teacher, prompts, max_new_tokens=max(lengths), seed=[seeds[i] for i in chosen])
     for i, prompt, written in zip(chosen, prompts, found, strict=True):
         read = renderer_t.from_sampled(conversations[i], written[: lengths[i]], prompt_ids=prompt)
-        text = read.segment_bytes[-1].decode("utf-8")
+        text = read.segment_bytes[0].decode("utf-8")  # up to the first control token, which the student may not have
         ids = renderer_s.encoder.encode([text])[0].ids if text else np.zeros(0, dtype=np.int64)
-        ending = [renderer_s.stop_id] if read.stopped[-1] else []
+        ending = [renderer_s.stop_id] if read.stopped[0] else []
         prefixes[i] = np.append(ids, ending).astype(np.int64)[:max_new_tokens]
     return prefixes
 

@@ -31,6 +31,7 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def template_digest(renderer: Renderer, template_kwargs: Mapping[str, Any] | None) -> str:
-    """SHA-256 of the chat template and of what it is given."""
+    """SHA-256 of the chat template, of what it is given, and of how messages are put into it."""
     about = [getattr(renderer.tokenizer, "chat_template", None), dict(template_kwargs or {})]
+    about += [renderer.guard.manner, renderer.template.fold_system]
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError
 
-FORMAT = 1
+FORMAT = 2
 REQUEST, INDEX = "request.json", "scores.json"
 RUNGS = ("logprobs", "top_k", "bytes")
 PER_TOKEN = ("logps", "written", "top_ids", "top_logps")

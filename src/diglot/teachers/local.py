@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError
 from diglot.heads import Branches, Head, hidden_at_rows, hidden_with_branches
+from diglot.heads.shared_prompts import Host
 from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
 from diglot.teachers.loading import keeps_its_device
@@ -62,8 +63,8 @@ class LocalTeacher:
 
     @torch.no_grad()
     def hidden(self, side: PackedSide) -> Tensor:
-        """The hidden state that predicts each scored token, [N_t, H_t], on the teacher's device."""
-        return self.at_rows(side.input_ids, side.attention_mask, side.rows)
+        """The hidden state that predicts each scored token, [N_t, H_t], on the device of the teacher's head."""
+        return self.at_rows(side.input_ids, side.attention_mask, side.rows, (side.host_ids, side.host_rows))
 
     @torch.no_grad()
     def branched(self, side: PackedSide, branches: Branches) -> tuple[Tensor, Tensor]:
@@ -73,10 +74,12 @@ class LocalTeacher:
             return hidden_with_branches(model, ids, mask, rows, branches)
 
     @torch.no_grad()
-    def at_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
+    def at_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, host: Host | None = None) -> Tensor:
         """The hidden states at `rows` of the flattened `[B * T]`; inputs are padded on the right."""
         with self.running() as model:
-            return hidden_at_rows(model, *(x.to(model.device) for x in (input_ids, attention_mask, rows)))
+            ids, mask, at = (x.to(model.device) for x in (input_ids, attention_mask, rows))
+            found = hidden_at_rows(model, ids, mask, at, host)
+        return found.to(self.head.device or found.device)  # of a model on several devices they are elsewhere
 
 
 def find_teacher_tokenizer(

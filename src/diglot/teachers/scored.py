@@ -54,7 +54,8 @@ class ScoredTeacher:
     Args:
         folder: finished scores.
         tokenizer: the teacher's; by default the one that was kept with the scores.
-        options: of reading (`score_turns`, `system_prompt`, `max_length`, `template_kwargs`), where they are given.
+        options: of reading (`score_turns`, `system_prompt`, `max_length`, `template_kwargs`, `markers`, `fold_system`),
+            where they are given.
 
     Raises:
         TeacherError: the folder is unfinished or damaged, or tokenizer or options are not those of the scores.
@@ -88,6 +89,8 @@ class ScoredTeacher:
                 num_embeddings=reading["num_embeddings"],
                 generation_config=stops,
                 chat_template_kwargs=reading["template_kwargs"],
+                fold_system=reading["fold_system"],
+                markers=reading["markers"],
                 name="teacher",
             )
         except VocabularyError as error:

@@ -52,6 +52,8 @@ class Reading:
     thinking: bool = False
     template_kwargs: Mapping[str, Any] | None = None
     max_length: int | None = None
+    markers: str = "read"
+    fold_system: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _request(
     texts = hashlib.sha256()
     for sample in samples:
         conversation = json.dumps(asdict(sample.conversation), sort_keys=True, ensure_ascii=False)
-        texts.update(json.dumps([conversation, sample.reply]).encode())
+        texts.update(json.dumps([conversation, sample.reply, repr(sample.answer)]).encode())
     model = teacher.model if isinstance(teacher, LocalTeacher) else None
     return {
         "format": FORMAT,
@@ -175,7 +177,7 @@ def _read(teacher: Teacher, sample: Sample, reading: Reading) -> Rendered | None
         raise DataError(f"{sample.where} has no reply, so there is no text to score. Give rows with a completion.")
     rendered = teacher.renderer.render(
         teacher_reads(sample.conversation, reading.system_prompt),
-        sample.reply,
+        sample.answer or sample.reply,
         score="all" if reading.score_turns == "all" else "last",
         thinking=reading.thinking,
     )
@@ -258,7 +260,7 @@ class _Scorer:
         assert isinstance(self.teacher, LocalTeacher)
         size, stop_ids = len(self.teacher.renderer.vocabulary), self.stop.to(hidden.device)
         found = []
-        chunk_rows = default_chunk_rows(size, size, hidden.device)
+        chunk_rows, side = default_chunk_rows(size, size, hidden.device), side.to(hidden.device)
         for rows, logits in logits_by_parts(hidden, self.teacher.head, chunk_rows):
             logps = logits.log_softmax(-1)
             written = logps.gather(-1, side.targets[rows, None])[:, 0]

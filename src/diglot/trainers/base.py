@@ -8,11 +8,11 @@ averaged are counted, over all ranks. What is left for `compute_loss` is a forwa
 from __future__ import annotations
 
 import logging
+import os
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from diglot.batches import PackedSide, pad_id
@@ -30,6 +31,7 @@ from diglot.checkpoints.saving import Checkpoints, StopOnSignal, write_options
 from diglot.comparisons import Batch, Comparison, Read, Term, View, check_options, make_batch, scores_of
 from diglot.comparisons.build import complete, describe, load_student, mean_metrics, prepare_comparisons, routes
 from diglot.comparisons.counts import set_counts
+from diglot.comparisons.precision import check_trainable
 from diglot.comparisons.projectors import (
     add_to_optimizer,
     load_projectors,
@@ -37,21 +39,31 @@ from diglot.comparisons.projectors import (
     same_everywhere,
     save_projectors,
 )
+from diglot.comparisons.rows import checked_rows
 from diglot.data import Sample, to_sample
 from diglot.errors import ConfigError, RolloutsUnavailable, TeacherUnavailable
 from diglot.evaluation import Evaluator, OnPolicyReport
 from diglot.heads import Head, gathered, hidden_at_rows, keep_after_forward
 from diglot.objectives import Level
 from diglot.options import DistillationConfig
+from diglot.phases import phase as working
 from diglot.rendering import Conversation, Renderer
-from diglot.report import model_card
 from diglot.rollouts import Completion, TransformersSampler
 from diglot.teachers import LocalTeacher
 from diglot.teachers.adapter import AdapterOff
 from diglot.teachers.scored import ScoredTeacher
 from diglot.trainers.engines import Rollouts, make_engine
 from diglot.trainers.finite import FiniteSteps
-from diglot.trainers.ranks import check_wrapping, place_frozen, row_places, row_seed, sum_over_ranks, with_all_names
+from diglot.trainers.ranks import (
+    check_devices,
+    check_wrapping,
+    place_frozen,
+    row_places,
+    row_seed,
+    sum_over_ranks,
+    with_all_names,
+)
+from diglot.watching.card import write_card
 from diglot.watching.coverage import watch_coverage
 from diglot.watching.metrics import StepMetrics, evaluation_metrics, reference_metrics
 from diglot.watching.observing import Observer
@@ -112,7 +124,8 @@ class DistillationTrainer(Trainer):
     ) -> None:
         # Before the Trainer's own setup, which makes the output folder: what cannot work leaves nothing behind.
         self.args = args = args if args is not None else self.config_class(output_dir="diglot-output")
-        own, self.student_renderer = load_student(model, processing_class, args)
+        check_devices(args, sharded=bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true")
+        own, self.student_renderer = load_student(model, processing_class, args, frozen=peft_config is not None)
         compared = prepare_comparisons(own, self.student_renderer, teacher_model, teacher_processing_class, args)
         engine = make_engine(args, self.student_renderer, self.sampler_for(self.student_renderer))
         terms = [self.terms(one, len(compared)) for one in compared]
@@ -124,9 +137,11 @@ class DistillationTrainer(Trainer):
             from peft import get_peft_model
 
             student = get_peft_model(student, peft_config)
+        check_trainable(student, args, optimizers[0])
         for one in self.comparisons:
             if isinstance(one.teacher, AdapterOff):
                 one.teacher.follow(student)
+        train_dataset, eval_dataset = self.usable_rows(train_dataset, eval_dataset)
         super().__init__(
             model=student,
             args=args,
@@ -144,12 +159,13 @@ class DistillationTrainer(Trainer):
         self.student_head.verify(self.student)
         self.projectors = self._to_device()
         self.metrics = StepMetrics()
+        self.stopping: StopOnSignal | None = None
         cap = args.vllm_importance_sampling_clip_max if args.vllm_importance_sampling_correction else None
         self.rollouts = Rollouts(engine, self.accelerator, self.metrics, cap)
         self.finite = FiniteSteps(self.accelerator, args, self.metrics)
         self.checkpoints = Checkpoints(self.accelerator, args, self.identity)
         self.observer = Observer(args, self.comparisons, self.student_head, self.metrics, self.accelerator.autocast)
-        self.add_callback(RecordCallback(self._observe))
+        self.add_callback(RecordCallback(self._observe, lambda: self.observer.drift.history))
         with_numbers(self)
         for one in self.comparisons if self.is_world_process_zero() else ():
             logger.info("%s: %s", one.label, describe(one))
@@ -157,6 +173,7 @@ class DistillationTrainer(Trainer):
     def _to_device(self) -> dict[str, torch.nn.Parameter]:
         """Bring what the comparisons hold to where the student is; the objectives' trainable parameters by name."""
         found: dict[str, torch.nn.Parameter] = {}
+        self.comparisons = [replace(one, pair=one.pair.to(self.args.device)) for one in self.comparisons]
         for one in self.comparisons:
             for held in (one.teacher, *(one.references or ())):
                 place_frozen(held, self.accelerator)
@@ -193,6 +210,10 @@ class DistillationTrainer(Trainer):
     @abstractmethod
     def texts(self, window: Window) -> Texts:
         """Who writes, and what each comparison reads of it."""
+
+    def usable_rows(self, train: Any, evaluation: Any) -> tuple[Any, Any]:
+        """The datasets with the rows that can be used, each read once before the Trainer's own setup."""
+        return checked_rows(self.comparisons, self.args, train, evaluation)
 
     def items(self, view: View) -> Mapping[str, float]:
         """Over how many items of a micro-batch each term is averaged."""
@@ -254,7 +275,15 @@ class DistillationTrainer(Trainer):
 
     def hidden_at_rows(self, model: torch.nn.Module, side: PackedSide) -> Tensor:
         """The student's hidden state that predicts each scored token, [N_s, H_s], with gradient."""
-        return hidden_at_rows(model, side.input_ids, side.attention_mask, side.rows)
+        host = side.host_ids, side.host_rows
+        return hidden_at_rows(model, side.input_ids, side.attention_mask, side.rows, host)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The Trainer's own. Streamed rows are read by every rank, which takes its own: samples are no tensors that
+        one rank could send to the others."""
+        if isinstance(self.train_dataset, IterableDataset):
+            self.accelerator.dataloader_config.dispatch_batches = False
+        return super().get_train_dataloader()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -267,10 +296,14 @@ class DistillationTrainer(Trainer):
         self.finite.rows = [sample.where for batch in window for sample in batch]
         for projector in self.projectors.values():
             projector.grad = None  # the Trainer clears the gradients of its model only
-        batches, step = self.prepare(window), self.state.global_step
+        step = self.state.global_step
+        with self.accelerator.autocast():  # who writes and who rewards is the model in training
+            batches = self.prepare(window)
         dropped = sum(sum(one.reader.take_dropped().values()) for one in self.comparisons)
         watch_coverage(batches, dropped, self.metrics, step=step, min_coverage=self.args.min_coverage)
         self.observer.window(batches, self._whole_model, step, self.state.logging_steps)
+        data = self.eval_dataset or self.train_dataset
+        self.observer.drifts(batches, step, self.state.logging_steps, data, self.evaluator(self.observer.comparison))
         return [{"batch": batch} for batch in batches], int(sum(batch.scored for batch in batches))
 
     # ---- what the student writes ---------------------------------------------------------------------------------
@@ -325,6 +358,11 @@ class DistillationTrainer(Trainer):
     def sampler(self) -> TransformersSampler:
         """The student's sampler."""
         return self.sampler_for(self.student_renderer)
+
+    @property
+    def own_sampler(self) -> TransformersSampler:
+        """The same without temperature, nucleus and top-k: only from its own draws a divergence can be estimated."""
+        return TransformersSampler(self.student_renderer.stop_ids, pad_id(self.student_renderer))
 
     # ---- chance and ranks ----------------------------------------------------------------------------------------
 
@@ -386,13 +424,14 @@ class DistillationTrainer(Trainer):
         """As `Trainer.train`; resumes from whole checkpoints of this run only, and saves where the run must stop.
 
         Raises:
-            CheckpointError: see `find_checkpoint`.
-            StoppedError: SIGTERM came; a checkpoint was saved.
+            CheckpointError: see `Checkpoints.find`.
+            StoppedError: SIGTERM or SIGINT came; a checkpoint was saved.
             TeacherUnavailable, RolloutsUnavailable: a server is gone; the last whole step was saved.
         """
         self.checkpoints.described()
-        chosen, watch = self.find_checkpoint(resume_from_checkpoint), StopOnSignal(self.accelerator)
+        chosen, watch = self.checkpoints.find(resume_from_checkpoint), StopOnSignal(self.accelerator)
         self.add_callback(watch)
+        self.stopping = watch
         try:
             with watch.listening():
                 done = super().train(chosen, trial, ignore_keys_for_eval)
@@ -410,10 +449,6 @@ class DistillationTrainer(Trainer):
         if watch.stopped:
             raise watch.error(self.state.global_step, self.args.output_dir)
         return done
-
-    def find_checkpoint(self, resume: str | bool | None) -> str | None:
-        """The folder to resume from; see `Checkpoints.find`."""
-        return self.checkpoints.find(resume)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be resumed."""
@@ -479,6 +514,8 @@ class DistillationTrainer(Trainer):
     ) -> dict[str, float]:
         """Bits per byte of the completions in the data, and the divergence on completions that the student writes now.
 
+        It writes from its own distribution, whatever `temperature`, `top_p` and `top_k` training samples with.
+
         `eval_loss` is the reverse KL in nats per byte of the student's own text: one meaning for both trainers and all
         objectives.
         """
@@ -491,7 +528,7 @@ class DistillationTrainer(Trainer):
         rank, world = self.args.process_index, self.args.world_size
         rows: Any = data
         samples = [to_sample(rows[i], where=f"evaluation row {i}") for i in range(rank, len(rows), world)]
-        with gathered(self.student, *self.teacher_models()):
+        with gathered(self.student, *self.teacher_models()), self.accelerator.autocast():
             measured = [(one.weight, self._evaluate_samples(one, samples)) for one in self.comparisons]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in mean_metrics(measured).items()}
         self.log(metrics)
@@ -512,7 +549,7 @@ class DistillationTrainer(Trainer):
             return reference_metrics(self._totals(columns))
         written = evaluator.on_policy(
             [s.conversation for s in samples],
-            self.sampler,
+            self.own_sampler,
             max_new_tokens=self.args.max_completion_length,
             seed=self.args.seed,
         )
@@ -527,9 +564,12 @@ class DistillationTrainer(Trainer):
 
     def _observe(self, phase: str) -> None:
         """A few fixed prompts, before the first step and after the last one."""
+        if self.stopping is not None and self.stopping.stopped:  # somebody waits for the end; the run goes on later
+            return
         data = self.eval_dataset or self.train_dataset
         evaluator = self.evaluator(self.observer.comparison)
-        self.observer.fixed(phase, self.state.global_step, self._whole_model, data, evaluator, self.sampler)
+        with working(f"The student answers fixed prompts, {phase} training"), self.accelerator.autocast():
+            self.observer.fixed(phase, self.state.global_step, self._whole_model, data, evaluator, self.own_sampler)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's log, with this log interval's own metrics of all ranks."""
@@ -556,24 +596,6 @@ class DistillationTrainer(Trainer):
         """Write `README.md` into the output folder: teacher, student, dataset, method and versions."""
         if not self.is_world_process_zero():
             return
-        student, teacher = self.student_renderer.vocabulary, self.comparisons[0].teacher.renderer.vocabulary
-        card = model_card(
-            model_name=model_name or Path(str(self.args.output_dir)).name,
-            student=finetuned_from or self.student.config._name_or_path,
-            teacher=", ".join(one.teacher.name for one in self.comparisons),
-            dataset=dataset if isinstance(dataset, str) else ", ".join(dataset or []) or None,
-            method=type(self).__name__.removesuffix("Trainer"),
-            vocabulary_s=f"{student.kind}, {len(student)} rows",
-            vocabulary_t=f"{teacher.kind}, {len(teacher)} rows",
-            relation=student.explain_difference(teacher) or "the same table",
-            versions=", ".join(f"{name} {version(name)}" for name in ("diglot", "transformers", "torch")),
-            tags=[tags] if isinstance(tags, str) else tags,
-        )
-        card.save(Path(str(self.args.output_dir)) / "README.md")
-
-
-def auto_objective(comparison: Comparison) -> str:
-    """The objective that `auto` stands for."""
-    if comparison.teacher.level < Level.HIDDEN:
-        return "top_k" if comparison.teacher.level >= Level.TOP_K else "alm"
-    return "jsd" if comparison.reader.same_vocabulary else "strict"
+        folder, method = Path(str(self.args.output_dir)), type(self).__name__.removesuffix("Trainer")
+        student = finetuned_from or self.student.config._name_or_path
+        write_card(folder, self.comparisons, method, student, model_name, dataset, tags)

@@ -48,7 +48,7 @@ def make_engine(args: DistillationConfig, renderer: Renderer, sampler: Transform
 
     place = args.vllm_weights_dir or str(Path(str(args.output_dir)) / "vllm-weights")
     if Path(place).exists() and not Path(place).is_dir():
-        raise ConfigError(f"vllm_weights_dir={place!r} cannot work: it must be a folder, and it is a file.")
+        raise ConfigError(f"vllm_weights_dir={place!r} is not allowed: it must be a folder, and it is a file.")
     sampling = Sampling(renderer.stop_ids, args.temperature, args.top_p, args.top_k)
     weights = WeightsFolder(Path(place))
     if args.vllm_mode == "colocate":

@@ -8,13 +8,15 @@ from typing import Any
 
 from diglot.batches import ReadPair
 from diglot.comparisons import Comparison, Read, Term, defaults_of, entries_of, terms_of
+from diglot.comparisons.auto import auto_objective
+from diglot.comparisons.rows import checked_rows
 from diglot.data import Sample
 from diglot.errors import ConfigError
 from diglot.heads import gathered
 from diglot.options import GKDConfig
 from diglot.teachers import local
 from diglot.teachers.cache import cached
-from diglot.trainers.base import DistillationTrainer, Texts, Window, auto_objective
+from diglot.trainers.base import DistillationTrainer, Texts, Window
 
 
 class GKDTrainer(DistillationTrainer):
@@ -29,7 +31,7 @@ class GKDTrainer(DistillationTrainer):
     config_class = GKDConfig
 
     def terms(self, comparison: Comparison, teachers: int) -> list[Term]:
-        args, auto = self.args, auto_objective(comparison)
+        args, auto = self.args, auto_objective(comparison).name
         if args.seq_kd:
             local(comparison.teacher, "seq_kd (the teacher writes)")
         if args.teacher_cache_dir is not None:
@@ -47,6 +49,16 @@ class GKDTrainer(DistillationTrainer):
         if folder is not None:
             self.comparisons = [replace(one, cache=cached(one.teacher, folder)) for one in self.comparisons]
         return found
+
+    def usable_rows(self, train: Any, evaluation: Any) -> tuple[Any, Any]:
+        """On steps that are not on-policy the completions of the data are read."""
+        share, replies = 1 - self.args.lmbda, None
+        if share > 0 and not self.args.seq_kd:
+            replies = (
+                f"lmbda={self.args.lmbda} takes the completions of the data in {share:.0%} of the steps: "
+                "give one, train on-policy alone (lmbda: 1), or let the teacher write (seq_kd)"
+            )
+        return checked_rows(self.comparisons, self.args, train, evaluation, replies)
 
     def texts(self, window: Window) -> Texts:
         """One draw a step decides who writes: the student, or the data (with `seq_kd` each teacher)."""
@@ -85,5 +97,8 @@ class GKDTrainer(DistillationTrainer):
         inside = self.student_renderer.opens_thinking(sample.conversation)
         read = one.reader.teacher_reads(sample.conversation)
         written = one.teacher.renderer.from_sampled(read, completion, thinking=inside)
-        reply = written.segment_bytes[-1].decode("utf-8")
-        return one.reader.written(Sample(sample.conversation, reply, sample.where), stopped=written.stopped[-1])
+        reply = written.reply
+        assert reply is not None
+        answer = None if reply.whole is not None else reply
+        own = Sample(sample.conversation, reply.text if answer else reply.whole, sample.where, answer)
+        return one.reader.written(own, stopped=written.stopped[-1])

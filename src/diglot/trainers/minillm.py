@@ -23,14 +23,15 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from diglot.batches import ReadPair, pad_id
-from diglot.batches.windows import RepeatedWindows
+from diglot.batches.windows import RepeatedWindows, repeated_stream
 from diglot.checkpoints.held import HeldBatch, load_held, save_held
 from diglot.comparisons import Batch, Comparison, Term, View, defaults_of, entries_of, make_batch, scores_of, terms_of
 from diglot.comparisons.counts import set_counts
+from diglot.comparisons.rows import checked_texts
 from diglot.comparisons.scores import check_temperature
 from diglot.data import to_sample
 from diglot.errors import ConfigError
@@ -76,12 +77,13 @@ class MiniLLMTrainer(DistillationTrainer):
         *,
         lm_dataset: Dataset | None = None,
     ) -> None:
+        self.lm_dataset = lm_dataset
         super().__init__(
             model, teacher_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
             callbacks, optimizers, peft_config, teacher_processing_class,
         )  # fmt: skip
-        self.lm_dataset = lm_dataset
         self.mixed_alpha = self._mixed_alpha()
+        self.observer.own_draws &= self.mixed_alpha == 0
         if lm_dataset is None or self.args.lm_coef == 0:
             return
         if self.is_fsdp_enabled:
@@ -151,14 +153,36 @@ class MiniLLMTrainer(DistillationTrainer):
         tokens, terms = float(view.read.written.usable_s.sum()), view.comparison.terms
         return {**view.items(), **{t.name: tokens for t in terms if t.objective.is_single_step}}
 
+    def usable_rows(self, train: Any, evaluation: Any) -> tuple[Any, Any]:
+        self.lm_dataset = checked_texts(self.comparisons[0], self.args, self.lm_dataset)
+        return super().usable_rows(train, evaluation)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Of a stream, too, each window comes `num_iterations` times in a row."""
+        stream = self.train_dataset
+        if not isinstance(stream, IterableDataset):
+            return super().get_train_dataloader()
+        logger.warning("A stream is read in windows of %d rows; those behind the last whole one are not.", self._window)
+        self.train_dataset = repeated_stream(stream, self._window, self.args.num_iterations)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = stream
+
+    @property
+    def _window(self) -> int:
+        """Rows of an optimizer step, of all ranks."""
+        args = self.args
+        rows: int = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        return rows
+
     def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler[int] | None:
         """Each window of data comes `num_iterations` times in a row: an inner epoch is one optimizer step."""
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         if dataset is None or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
         args = self.args
-        window = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
-        return RepeatedWindows(len(dataset), window, args.num_iterations, seed=args.data_seed or args.seed)
+        return RepeatedWindows(len(dataset), self._window, args.num_iterations, seed=args.data_seed or args.seed)
 
     # ---- the window ----------------------------------------------------------------------------------------------
 
@@ -168,9 +192,12 @@ class MiniLLMTrainer(DistillationTrainer):
             self.held = self.rewarded(super().prepare(window))
         if self.imitations:
             self._attach_references(self.held)
+        # Of samples of something else than the student, the mean log-ratio is no divergence: it can be negative.
+        estimates = self.observer.own_draws and self.args.kd_temperature == 1
         for view, rollout in self._views(self.held):
-            gap = float(rollout.logp_old.sum() - rollout.logp_t.sum())
-            self.metrics.add_mean("reverse_kl", gap, len(view.read.pairs))  # nats per completion, one sample each
+            gap = _sum(rollout.logp_old, view.read.written.usable_s) - _sum(rollout.logp_t, view.read.written.usable_t)
+            name = "reverse_kl" if estimates else "minillm/log_ratio"
+            self.metrics.add_mean(name, gap, len(view.read.pairs))  # nats per completion, one sample each
             if rollout.weight is not None:
                 self.metrics.add_mean("minillm/weight", float(rollout.weight.sum()), len(rollout.weight))
         return self.held
@@ -182,12 +209,17 @@ class MiniLLMTrainer(DistillationTrainer):
     def _views(batches: Sequence[Batch]) -> list[tuple[View, Rollout]]:
         return [(view, view.rollout) for batch in batches for view in batch.views if view.rollout is not None]
 
-    @torch.no_grad()
     def rewarded(self, batches: list[Batch], known: Mapping[tuple[int, int], Tensor] | None = None) -> list[Batch]:
         """Log-probs of the completions under both models as they are now, weights of sampling, and advantages.
 
+        Under the autocast of training: the ratio of the first inner step is one.
+
         `known`: the student's log-probs of batch and view, where they were kept from when it wrote.
         """
+        with self.accelerator.autocast(), torch.no_grad():
+            return self._rewarded(batches, known)
+
+    def _rewarded(self, batches: list[Batch], known: Mapping[tuple[int, int], Tensor] | None) -> list[Batch]:
         temperature, alpha = self.args.kd_temperature, self.mixed_alpha
         for i, batch in enumerate(batches):
             hidden = self.hidden_at_rows(self.student, batch.student)
@@ -198,7 +230,8 @@ class MiniLLMTrainer(DistillationTrainer):
                 logp_t = scores.teacher_text(temperature)  # the student first: a served teacher answers meanwhile
                 weight = None
                 if alpha > 0:
-                    longest = self.args.max_completion_length if view.comparison.stop_as_set else None
+                    by_token = view.comparison.reader.same_vocabulary
+                    longest = None if by_token else self.args.max_completion_length
                     weight = mixture_weight(logp_old, logp_t, view.read.alignment, alpha, longest)
                 batch.views[k] = replace(view, rollout=Rollout(logp_old, logp_t, weight))
         self._set_advantages(batches)
@@ -280,7 +313,9 @@ class MiniLLMTrainer(DistillationTrainer):
         teacher = local(one.teacher, "teacher_mixed_alpha")
         if one.reader.same_vocabulary:
             own, pad = one.teacher_prompts(conversations), pad_id(teacher.renderer)
-            mixture = TeacherMixture(teacher.model, own, pad, alpha, teacher.running)
+            student_stops = self.student_renderer.stop_ids
+            stops = student_stops, teacher.renderer.stop_ids
+            mixture = TeacherMixture(teacher.model, own, pad, alpha, teacher.running, stops)
             return self.sampler(student, prompts, max_new_tokens=longest, seed=seeds, processors=[mixture])
         with teacher.running() as model:
             prefixes = write_prefixes(
@@ -347,6 +382,10 @@ def _alone(conversation: Conversation, rendered: Rendered) -> ReadPair:
     """A text that only the student reads."""
     scored = int((rendered.segment >= 0).sum())
     return ReadPair(conversation, rendered, rendered, np.zeros(scored, dtype=np.bool_))
+
+
+def _sum(values: Tensor, chosen: np.ndarray) -> float:
+    return float(values[torch.from_numpy(chosen).to(values.device)].double().sum())
 
 
 def held_of(batch: Batch, k: int) -> HeldBatch:

@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType, gather_object
 
 from diglot.errors import ConfigError
 from diglot.heads import shard_frozen
+from diglot.options import DistillationConfig
 from diglot.teachers import LocalTeacher, Teacher
 from diglot.teachers.adapter import AdapterOff
 
@@ -64,6 +65,26 @@ def check_wrapping(accelerator: Accelerator, teachers: int = 1) -> None:
         raise ConfigError(
             f"DeepSpeed ZeRO stage {stage} leaves the student's head empty outside of its forward pass. Use FSDP "
             "(fsdp_version: 2), which shards as much, or ZeRO stage 2."
+        )
+
+
+def check_devices(args: DistillationConfig, *, sharded: bool) -> None:
+    """Raise `ConfigError` for devices on which a run could not work, or would not do what it says."""
+    if args.device.type == "mps":
+        raise ConfigError(
+            "The device is mps, which has no float64, and sampling and several objectives sum in it. Train on CUDA, or "
+            "on the CPU with use_cpu: true."
+        )
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"{args.n_gpu} GPUs are visible to one process, which nn.DataParallel would give the wrong rows. Start one "
+            f"process for each (torchrun --nproc_per_node {args.n_gpu} -m diglot train ...), or show it one: "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    if args.use_vllm and sharded:
+        raise ConfigError(
+            "use_vllm hands whole weights to vLLM, and FSDP spreads the student over the processes. Use data "
+            "parallelism (torchrun without fsdp), or let the student write itself: use_vllm: false."
         )
 
 

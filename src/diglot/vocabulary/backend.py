@@ -1,4 +1,7 @@
-"""Private copies of a `tokenizers` backend that encode text as a continuation. The user's own is never changed."""
+"""Private copies of a `tokenizers` backend that encode text as a continuation or from its start.
+
+The user's own is never changed.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,11 @@ class Spans(NamedTuple):
 
 
 class BackendEncoder:
-    """Encodes with private copies of a `tokenizers` backend: one that knows the special tokens and one that does not.
+    """Encodes with private copies of a `tokenizers` backend: some know the special tokens and some do not.
 
-    Both have no truncation, no padding, no dropout and no dummy prefix. The copies use the user's own model, which is
-    nearly all of a tokenizer, where nothing has to be changed in it; so do not give it a dropout later.
+    All have no truncation, no padding and no dropout. Those for a continuation have no dummy prefix either; those for
+    the start of a text are as the tokenizer itself. The copies use the user's own model, which is nearly all of a
+    tokenizer, where nothing has to be changed in it; so do not give it a dropout later.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, names: Mapping[int, str]) -> None:
@@ -42,43 +46,53 @@ class BackendEncoder:
         """
         backend = tokenizer.backend_tokenizer
         self._post_processor = backend.post_processor
-        hidden: dict[str, str] = {}
         model = backend.model if _can_share(backend, names) else None
-        if model is not None and _never_writes(model, names):
-            spec = _without_edges(_around(backend))
-            self._plain = _build(_without_specials(spec, names, hidden), model)
-        else:
-            spec = _without_edges(json.loads(backend.to_str()))
-            hidden = _reachable(spec["model"], names)
-            self._plain = _build(_without_specials(spec, names, hidden))
-        self._plain.encode_special_tokens = True
+        shared = model is not None and _never_writes(model, names)
+        whole = _whole(_around(backend) if shared else json.loads(backend.to_str()))
+        self._inside = _Copies(_without_edges(whole), names, model, shared)
+        self.has_edges = any(whole[part] != _without_edges(whole)[part] for part in ("normalizer", "pre_tokenizer"))
+        self._at_start = _Copies(whole, names, model, shared) if self.has_edges else self._inside
+
+    def spans(self, texts: Sequence[str], *, start: bool = False) -> list[Spans]:
+        """Encode as text, special tokens spelt out; as a continuation, or as the start of a text."""
+        plain = (self._at_start if start else self._inside).plain
+        return [_spans(encoding) for encoding in plain.encode_batch(list(texts), add_special_tokens=False)]
+
+    def markup(self, text: str, *, start: bool = False) -> Spans:
+        """Encode with special tokens recognised and nothing added."""
+        return _spans((self._at_start if start else self._inside).markup(text))
+
+    def bos_ids(self) -> list[int]:
+        """The ids that the tokenizer's own post-processor puts before plain text."""
+        if self._post_processor is None:
+            return []
+        encoding = self._post_processor.process(self._inside.plain.encode("a", add_special_tokens=False))
+        added = encoding.special_tokens_mask
+        return encoding.ids[: added.index(0)] if 0 in added else []
+
+
+class _Copies:
+    """Two copies of one tokenizer: one spells special tokens out, the other one recognises them."""
+
+    def __init__(self, spec: Part, names: Mapping[int, str], model: Any, shared: bool) -> None:
+        hidden = {} if shared else _reachable(spec["model"], names)
+        self.plain = _build(_without_specials(spec, names, hidden), model if shared else None)
+        self.plain.encode_special_tokens = True
         # A copy of its own, though often one switch is all the difference: another thread may be encoding meanwhile.
         self._with_specials = _build(spec, model)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """From a pickle, where the library loses the switch: texts that spell special tokens would be read as those."""
         self.__dict__.update(state)
-        self._plain.encode_special_tokens = True
+        self.plain.encode_special_tokens = True
 
-    def spans(self, texts: Sequence[str]) -> list[Spans]:
-        """Encode as text, special tokens spelt out."""
-        result = []
-        for encoding in self._plain.encode_batch(list(texts), add_special_tokens=False):
-            starts, stops = zip(*encoding.offsets, strict=True) if encoding.ids else ((), ())
-            result.append(Spans(encoding.ids, list(starts), list(stops)))
-        return result
+    def markup(self, text: str) -> tokenizers.Encoding:
+        return self._with_specials.encode(text, add_special_tokens=False)
 
-    def markup(self, text: str) -> list[int]:
-        """Encode with special tokens recognised and nothing added."""
-        return self._with_specials.encode(text, add_special_tokens=False).ids
 
-    def bos_ids(self) -> list[int]:
-        """The ids that the tokenizer's own post-processor puts before plain text."""
-        if self._post_processor is None:
-            return []
-        encoding = self._post_processor.process(self._plain.encode("a", add_special_tokens=False))
-        added = encoding.special_tokens_mask
-        return encoding.ids[: added.index(0)] if 0 in added else []
+def _spans(encoding: tokenizers.Encoding) -> Spans:
+    starts, stops = zip(*encoding.offsets, strict=True) if encoding.ids else ((), ())
+    return Spans(encoding.ids, list(starts), list(stops))
 
 
 def _build(spec: Part, model: Any = None) -> tokenizers.Tokenizer:
@@ -126,13 +140,19 @@ def _never_writes(model: Any, names: Mapping[int, str]) -> bool:
     return all([token.id for token in model.tokenize(name)] != [i] for i, name in own.items())
 
 
-def _without_edges(spec: Part) -> Part:
-    """The tokenizer without what a text's start or length would change."""
+def _whole(spec: Part) -> Part:
+    """The tokenizer without what a text's length or chance would change."""
     # The post-processor goes too: that of ByteLevel trims the spaces off the offsets.
     copy = {**spec, "truncation": None, "padding": None, "post_processor": None}
     copy["model"] = {**spec["model"]}
     if "dropout" in copy["model"]:
         copy["model"]["dropout"] = None
+    return copy
+
+
+def _without_edges(spec: Part) -> Part:
+    """The tokenizer without what a text's start would change."""
+    copy = {**spec}
     copy["normalizer"] = _rewrite(spec["normalizer"], lambda step: None if step["type"] == "Prepend" else step)
     if not keeps_word_prefix(spec["pre_tokenizer"]):
         copy["pre_tokenizer"] = _rewrite(spec["pre_tokenizer"], _never_prefix)

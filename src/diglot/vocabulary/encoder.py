@@ -23,7 +23,7 @@ class Encoded:
     exact: [n] bool, whether the token's bytes are those bytes of the text.
 
     A run of tokens with `exact` False is one region that cannot be aligned inside: all but its last token end where the
-    region starts, the last ends where the region ends.
+    region starts, the last ends where the region ends. A control token of markup is a region by itself.
     """
 
     ids: NDArray[np.int64]
@@ -53,11 +53,16 @@ class ByteEncoder:
         check_spelling(vocabulary, (spans.ids for spans in self._encoder.spans(PROBES)))
         self.bos_ids = tuple(self._encoder.bos_ids())
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Encode each text as a continuation.
+    @property
+    def has_edges(self) -> bool:
+        """Does the tokenizer write a dummy prefix at the start of a text?"""
+        return self._encoder.has_edges
 
-        Nothing is added before or after, no dummy prefix is written, and the names of special tokens in a text are
-        spelt out as text. The only control id that can come out is the unknown token, never exact.
+    def encode(self, texts: Sequence[str], *, start: bool = False) -> list[Encoded]:
+        """Encode each text, as a continuation or, with `start`, as the tokenizer itself writes the start of a text.
+
+        Nothing is added before or after, and the names of special tokens in a text are spelt out as text. The only
+        control id that can come out is the unknown token, never exact.
 
         `ends[-1]` is the length of the text in bytes, except where a text gives no token at all (an empty one, or one
         that the tokenizer drops whole): then all three arrays are empty.
@@ -68,17 +73,24 @@ class ByteEncoder:
         if isinstance(texts, str):
             raise VocabularyError("encode takes a list of texts and was given one string: pass [text].")
         sources = [_utf8(text, where) for where, text in enumerate(texts)]
-        spans = self._encoder.spans(texts)
+        spans = self._encoder.spans(texts, start=start)
         return [self._place(*item) for item in zip(texts, sources, spans, strict=True)]
 
-    def encode_markup(self, text: str) -> NDArray[np.int64]:
-        """Ids [n] of a text in which special tokens are recognised. Nothing is added, no dummy prefix is written.
+    def encode_markup(self, text: str, *, start: bool = False) -> NDArray[np.int64]:
+        """Ids [n] of a text in which special tokens are recognised. Nothing is added.
+
+        With `start` they are what the tokenizer itself gives for the whole text, a dummy prefix included; without it
+        the text continues another.
 
         Raises:
             VocabularyError: a text that is not Unicode text, because it holds a lone surrogate.
         """
         _utf8(text, 0)
-        return np.array(self._encoder.markup(text), dtype=np.int64)
+        return np.array(self._encoder.markup(text, start=start).ids, dtype=np.int64)
+
+    def place_markup(self, text: str, *, start: bool = False) -> Encoded:
+        """`encode_markup` with the byte of the text at which each token ends. Control tokens are never exact."""
+        return self._place(text, _utf8(text, 0), self._encoder.markup(text, start=start))
 
     def _place(self, text: str, source: bytes, spans: Spans) -> Encoded:
         vocabulary = self.vocabulary
@@ -115,6 +127,7 @@ def _check_groups(
 
     Tokens whose characters overlap are one group. A group is exact if its bytes are the bytes of its characters.
     """
+    names = vocabulary.names
     groups = _groups(spans, len(text), gap_before=not vocabulary.trailing_space)
     offsets = _byte_offsets(text)
     exact = np.zeros(len(pieces), dtype=bool)
@@ -127,6 +140,11 @@ def _check_groups(
             exact[first:last] = True
             ends[first:last] = low + _running(pieces[first:last])
             region = high
+        elif last == first + 1 and names.get(spans.ids[first], "").encode() == source[low:high].strip():
+            # Markup: no text, but there is no doubt where it ends, so it closes the region before it.
+            if first > 0 and not exact[first - 1]:
+                ends[first - 1] = low
+            ends[first], region = high, high
         else:
             # A region grows over the groups that follow, so the token before this group is no longer its last.
             if first > 0 and not exact[first - 1]:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from diglot.errors import VocabularyError
 
 Spell = Callable[[str], bytes]
 
+_MARKER = re.compile("^[<\\[{|\uff5c].*[>\\]}|\uff5c]$", re.S)
 _BYTE_PIECE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 
 
@@ -53,17 +54,36 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> Description:
         )
     special_ids = set(tokenizer.all_special_ids)
     tokens = backend.get_added_tokens_decoder()
-    special = {i: t.content for i, t in tokens.items() if t.special or i in special_ids}
-    added = {i: t.content for i, t in tokens.items() if i not in special}
     pieces = {i: piece for piece, i in backend.get_vocab(with_added_tokens=False).items()}
-    unk, unk_id = getattr(backend.model, "unk_token", None), getattr(backend.model, "unk_id", None)
+    model = _model_options(backend)
+    declared = {i for i, token in tokens.items() if token.special}
+    ordinary = {i for i in special_ids - declared if i in pieces and _is_ordinary(pieces[i], backend.model)}
+    special = {i: t.content for i, t in tokens.items() if (t.special or i in special_ids) and i not in ordinary}
+    added = {i: t.content for i, t in tokens.items() if i not in special}
     for i, piece in pieces.items():
-        if i in special_ids or piece == unk or i == unk_id:
+        if (i in special_ids and i not in ordinary) or piece == model.get("unk_token") or i == model.get("unk_id"):
             special.setdefault(i, piece)
     # What the model has too (Gemma's runs of ▁) is mostly written by the model, so there the model's spelling holds.
     added = {i: content for i, content in added.items() if i not in pieces}
     kind, spell, leading = _speller(backend)
     return Description(kind, pieces, added, special, spell, leading, kind == "suffix")
+
+
+def _model_options(backend: Tokenizer) -> dict[str, Any]:
+    """The options of a tokenizer's model that matter for bytes. Those of a Unigram stand in its description alone."""
+    if isinstance(backend.model, models.Unigram):
+        return {key: value for key, value in json.loads(backend.model.__getstate__()).items() if key != "vocab"}
+    return {key: getattr(backend.model, key, None) for key in ("unk_token", "byte_fallback", "end_of_word_suffix")}
+
+
+def _is_ordinary(piece: str, model: Any) -> bool:
+    """Is a piece that was declared special (a pad, say) one that stands for text all the same, as "!" does?
+
+    A marker looks like one, and a BPE does not merge it from text.
+    """
+    if _MARKER.match(piece) and not _BYTE_PIECE.match(piece):
+        return False
+    return not isinstance(model, models.BPE) or [token.value for token in model.tokenize(piece)] == [piece]
 
 
 def keeps_word_prefix(pre_tokenizer: dict[str, Any] | None) -> bool:
@@ -93,6 +113,9 @@ def _speller(backend: Tokenizer) -> tuple[str, Spell, bool]:
     decoders = list(_parts(component(backend.decoder))) or _undoing(backend)
     types = {d["type"] for d in decoders} | {p["type"] for p in _parts(component(backend.pre_tokenizer))}
     decoder_types = {d["type"] for d in decoders}
+    options = _model_options(backend)
+    if "ByteLevel" in types and options.get("end_of_word_suffix"):
+        return "suffix", _byte_level_suffix_speller(options["end_of_word_suffix"]), False
     if "ByteLevel" in types:
         return "byte-level", _spell_byte_level, False
     if "WordPiece" in decoder_types:
@@ -101,17 +124,16 @@ def _speller(backend: Tokenizer) -> tuple[str, Spell, bool]:
     if "BPEDecoder" in decoder_types:
         (decoder,) = (d for d in decoders if d["type"] == "BPEDecoder")
         return "suffix", _suffix_speller(decoder["suffix"]), False
-    metaspace = [d["replacement"] for d in decoders if d["type"] == "Metaspace"]
-    replaced = [d["pattern"].get("String") for d in decoders if d["type"] == "Replace" and d["content"] == " "]
-    if metaspace or replaced:
-        fallback = bool(getattr(backend.model, "byte_fallback", False))
+    if isinstance(backend.model, models.WordLevel) and not decoders:
+        return "words", lambda piece: (" " + piece).encode(), True
+    if decoders and decoder_types <= _LITERAL:
         by_words = keeps_word_prefix(component(backend.pre_tokenizer))
-        return "metaspace", _metaspace_speller((metaspace + replaced)[0], fallback), by_words
+        return "metaspace", _literal_speller(_replacements(decoders), bool(options.get("byte_fallback"))), by_words
     raise VocabularyError(
         f"A tokenizer with model {type(backend.model).__name__} and decoder {sorted(decoder_types) or 'none'} "
         f"does not say which bytes its "
         "pieces stand for. Supported are byte-level BPE, SentencePiece-style BPE and Unigram (Metaspace), "
-        "WordPiece, and </w> BPE."
+        "pieces spelt as they are, WordPiece, WordLevel, and </w> BPE."
     )
 
 
@@ -136,11 +158,28 @@ def _spell_byte_level(piece: str) -> bytes:
         return piece.encode()
 
 
-def _metaspace_speller(replacement: str, byte_fallback: bool) -> Spell:
+# Decoder steps that say of every piece by itself which bytes it stands for. `Strip` takes the dummy prefix off again.
+_LITERAL = {"Sequence", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+
+
+def _replacements(decoders: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What a decoder writes in place of what, in its order. A pattern that is no plain string is none of these."""
+    found = []
+    for step in decoders:
+        if step["type"] == "Metaspace":
+            found.append((step["replacement"], " "))
+        elif step["type"] == "Replace" and "String" in step["pattern"]:
+            found.append((step["pattern"]["String"], step["content"]))
+    return found
+
+
+def _literal_speller(replacements: list[tuple[str, str]], byte_fallback: bool) -> Spell:
     def spell(piece: str) -> bytes:
         if byte_fallback and piece[:3] == "<0x" and (found := _BYTE_PIECE.match(piece)):
             return bytes([int(found[1], 16)])
-        return piece.replace(replacement, " ").encode()
+        for old, new in replacements:
+            piece = piece.replace(old, new)
+        return piece.encode()
 
     return spell
 
@@ -164,3 +203,10 @@ def _wordpiece_speller(prefix: str, cleanup: bool) -> Spell:
 
 def _suffix_speller(suffix: str) -> Spell:
     return lambda piece: (piece[: -len(suffix)] + " ").encode() if piece.endswith(suffix) else piece.encode()
+
+
+def _byte_level_suffix_speller(suffix: str) -> Spell:
+    """CLIP's: the byte alphabet, with a mark in place of the space behind a word."""
+    return lambda piece: (
+        _spell_byte_level(piece[: -len(suffix)]) + b" " if piece.endswith(suffix) else _spell_byte_level(piece)
+    )

@@ -172,7 +172,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], bytes]:
         ) from error
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         seen = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise VocabularyError(f"{folder / _RECORD} has format {seen!r}, this version reads {_FORMAT}: build it anew.")
+        raise VocabularyError(f"{folder / _RECORD} has format {seen!r}, this version reads {_FORMAT}: build it again.")
     digest = hashlib.sha256(raw).hexdigest()
     if record.get("sha256") != digest:
         raise VocabularyError(

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from diglot.evaluation import OnPolicyReport
@@ -18,6 +19,9 @@ RATIOS: dict[str, tuple[str, str]] = {
     "completions/mean_bytes": ("bytes", "samples"),
     "completions/stopped_ratio": ("stopped", "samples"),
     "completions/repetition": ("repeated", "repeatable"),
+    "completions/tokens_per_byte": ("tokens", "bytes"),
+    "completions/digit_run": ("digits", "digit_runs"),
+    "completions/scored": ("scored", "written"),
     "align/coverage": ("covered", "tokens"),
     "align/one_to_one": ("one_to_one", "tokens"),
     "align/dropped": ("dropped", "tokens"),
@@ -34,6 +38,7 @@ class StepMetrics:
         self._sums: dict[str, float] = defaultdict(float)
         self._means: dict[str, float] = defaultdict(float)
         self._counts: dict[str, float] = defaultdict(float)
+        self._on_device: dict[str, Tensor] = {}  # sum and count of each metric's values, where those are
         self.num_tokens = 0.0  # scored student tokens since the start of training, all ranks
 
     def add(self, sums: Mapping[str, float]) -> None:
@@ -49,8 +54,10 @@ class StepMetrics:
     def add_values(self, metrics: Mapping[str, Tensor], logged: Callable[[str], str]) -> None:
         """The mean of each metric's values, of those that are numbers; `logged` gives its name in the log."""
         for name, values in metrics.items():
-            known = values.detach()[~values.isnan()]
-            self.add_mean(logged(name), float(known.sum()), len(known))
+            values, key = values.detach(), logged(name)
+            self.add_mean(key, 0.0, 0.0)
+            both = torch.stack([values.nansum(dtype=torch.float64), (~values.isnan()).sum().double()])
+            self._on_device[key] = both + self._on_device[key] if key in self._on_device else both
 
     def add_count(self, name: str, count: float) -> None:
         """A metric of its own: how often something happened, on all ranks together."""
@@ -61,6 +68,12 @@ class StepMetrics:
 
         `reduce` sums over ranks, and may add names that only other ranks have.
         """
+        if self._on_device:  # one copy for a log interval, not one for each metric of each micro-batch
+            device = next(iter(self._on_device.values())).device
+            sums_of = torch.stack([both.to(device) for both in self._on_device.values()]).tolist()
+            for name, (total, count) in zip(self._on_device, sums_of, strict=True):
+                self.add_mean(name, total, count)
+            self._on_device.clear()
         known = {name: self._sums[name] for pair in RATIOS.values() for name in pair}
         plain = {name: self._sums[name] for name in ("dropped_samples", "scored")}
         sums = reduce({**known, **plain, **self._means, **self._counts})

@@ -7,6 +7,7 @@ here draws from the run's random numbers or touches its gradients, so a run with
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from diglot.batches import AlignedBatch, ReadPair
+from diglot.batches import AlignedBatch, ReadPair, text_sums
 from diglot.comparisons import Batch, Comparison
 from diglot.data import Sample, to_sample
 from diglot.evaluation import Evaluator
@@ -32,6 +33,7 @@ from diglot.rendering import Role
 from diglot.report.completions import CompletionRow, print_completions
 from diglot.report.records import METRICS, ROLLOUTS, append
 from diglot.teachers import local
+from diglot.watching.drift import Drift, fixed_texts, is_due, text_sums_of
 from diglot.watching.metrics import StepMetrics
 
 ALTERNATIVES = 3  # likeliest tokens of either side that are kept for each chunk of the prompts before and after
@@ -54,6 +56,9 @@ class Observer:
         whole = [k for k, one in enumerate(comparisons) if one.teacher.level >= Level.HIDDEN]
         self._number, self.can_score = (whole[0], True) if whole else (0, False)
         self.comparison = comparisons[self._number]
+        self.drift = Drift()
+        self._texts: list[Sample] | None = None
+        self.own_draws = args.temperature == args.top_p == 1 and not args.top_k  # is what it writes its distribution?
         self._is_main, self._folder = args.process_index == 0, Path(str(args.output_dir))
 
     # ---- during the run ----------------------------------------------------------------------------------------
@@ -62,6 +67,7 @@ class Observer:
         """Look at a window's first completions, if this step is logged or its completions are to be printed."""
         args = self.args
         self.metrics.add(_repetition(batches))
+        self.metrics.add(text_sums_of(batches))
         logged = self._is_logged(step, logging_steps) and self.can_score
         printed = args.log_completions and step % args.log_completions_steps == 0
         count = max(logged * args.log_rollouts, printed * args.num_completions_to_print)
@@ -78,6 +84,22 @@ class Observer:
         if printed:
             self._print(_rows(found[: args.num_completions_to_print]), step)
 
+    def drifts(self, batches: Sequence[Batch], step: int, every: float, data: Any, evaluator: Evaluator) -> None:
+        """Note how the student writes at this step, and now and then how likely some fixed texts are to it."""
+        bits = None
+        if self.args.log_rollouts and is_due(step, self._is_logged(step, every)):
+            if self._texts is None:
+                self._texts = fixed_texts(fixed_samples(data))
+            found = evaluator.on_reference(self._texts)
+            self.comparison.reader.take_dropped()
+            bits = found.bits_per_byte
+            self.metrics.add_mean("watched/bits_per_byte", float(found.nats.sum()) / math.log(2), found.num_bytes.sum())
+        if batches[0].on_policy:
+            sums: dict[str, float] = {**text_sums([p for b in batches for p in b.pairs], True), **text_sums_of(batches)}
+            stats = [b.views[self._number].read.stats for b in batches]
+            sums |= {name: sum(one[name] for one in stats) for name in ("one_to_one", "tokens")}
+            self.drift.add(step, sums, bits)
+
     def _is_logged(self, step: int, every: float) -> bool:
         """Will the step that comes now be logged?"""
         args = self.args
@@ -90,7 +112,8 @@ class Observer:
         columns = {name: float(values.sum()) for name, values in compare(batch, *facts).items()}
         add = self.metrics.add_mean
         if batch.on_policy:
-            add("rollouts/kl_nats_per_byte", columns["gap"], columns["num_bytes"])
+            name = "kl_nats_per_byte" if self.own_draws else "log_ratio_nats_per_byte"
+            add(f"rollouts/{name}", columns["gap"], columns["num_bytes"])
         add("rollouts/stop_agreement", columns["stop_common"], columns["stop_either"])
         markup = torch.from_numpy(np.isin(batch.teacher.role, [Role.STOP, Role.MARKUP]))
         add("rollouts/teacher_markup_surprisal", -float(facts[1].logp[markup].sum()), float(markup.sum()))
@@ -135,7 +158,9 @@ class Observer:
         batch, teacher = comparison.align(pairs, on_policy), local(comparison.teacher, "A record of completions")
         side, rows = batch.student, comparison.chunk_rows()
         with evaluating(model), self.autocast():
-            hidden_s = hidden_at_rows(model, side.input_ids, side.attention_mask, side.rows)
+            hidden_s = hidden_at_rows(
+                model, side.input_ids, side.attention_mask, side.rows, (side.host_ids, side.host_rows)
+            )
             hidden_t = teacher.hidden(batch.teacher)
         student = row_facts(hidden_s, side, self.head, stops[0], rows, top)
         return batch, (student, row_facts(hidden_t, batch.teacher, teacher.head, stops[1], rows, top))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from diglot.report import advise
+from diglot.report import Advice, advise
+from diglot.report.advice import selection
 from diglot.report.records import METRICS, ROLLOUTS, append, keep
 
 logger = logging.getLogger(__name__)
@@ -43,10 +44,13 @@ class RecordCallback(TrainerCallback):
 
     Args:
         observe: called on every rank before the first step ("before") and after the last ("after").
+        steps: gives how the student wrote, step by step; logs may come too rarely for what happens within twenty.
     """
 
-    def __init__(self, observe: Callable[[str], None]) -> None:
-        self.observe = observe
+    def __init__(
+        self, observe: Callable[[str], None], steps: Callable[[], Sequence[Mapping[str, Any]]] = lambda: ()
+    ) -> None:
+        self.observe, self.steps = observe, steps
         self._warned: set[str] = set()
         self._written = 0
 
@@ -64,10 +68,20 @@ class RecordCallback(TrainerCallback):
             return
         append(Path(args.output_dir) / METRICS, {"step": state.global_step, **logs})
         self._written += 1
-        for advice in advise([entry for entry in state.log_history if "train_runtime" not in entry]):
+        self._say(args, advise([entry for entry in state.log_history if "train_runtime" not in entry]))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero and (found := selection(self.steps())) is not None:
+            self._say(args, [found])
+
+    def _say(self, args: Any, found: Sequence[Advice]) -> None:
+        """Each kind once a run: in the terminal and in the log."""
+        for advice in found:
             if advice.name not in self._warned:
                 self._warned.add(advice.name)
                 logger.warning("Step %d: %s", advice.step, advice.text)
+                line = {"step": advice.step, "warning": advice.name, "text": advice.text}
+                append(Path(args.output_dir) / METRICS, line)
 
     def _take_up(self, folder: Path, step: int) -> None:
         if step:

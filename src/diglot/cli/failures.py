@@ -1,0 +1,78 @@
+"""What a person reads when something went wrong: one message on standard error. Tracebacks go into a file.
+
+Imports neither torch nor transformers: their errors are known by name.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+from diglot.errors import DiglotError, StoppedError
+
+INVALID, UNEXPECTED, INTERRUPTED = 2, 3, 130
+
+MEMORY = (
+    "Out of memory. Lower per_device_train_batch_size and raise gradient_accumulation_steps by the same factor (the "
+    "loss stays the same), then max_completion_length and max_length; --activation_checkpointing, --use_peft and "
+    "--rows_per_chunk take less as well."
+)
+DISK = (
+    "The disk is full or a quota is reached. Free some space (save_total_limit keeps fewer checkpoints), then continue "
+    "with the same command and --resume_from_checkpoint: complete checkpoints are untouched."
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The message for a person, and the exit code. What Diglot did not raise itself is written into a log file."""
+    if isinstance(error, StoppedError):
+        return str(error), error.code
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted by Ctrl-C. Nothing was saved after the last checkpoint.", INTERRUPTED
+    chain = list(_chain(error))
+    if any((isinstance(one, OSError) and one.errno in _FULL) or "os error 28" in str(one) for one in chain):
+        return _with_details(DISK, error), UNEXPECTED
+    if any(_is_memory(one) for one in chain):
+        return _with_details(MEMORY, error), UNEXPECTED
+    if isinstance(error, DiglotError):
+        return str(error), INVALID
+    if isinstance(error, OSError):  # a path, a network: what it says is all there is to know
+        return one_line(error), INVALID
+    if isinstance(error, ImportError):
+        return _with_details(f"A package is missing or does not fit: {one_line(error)}", error), INVALID
+    return _with_details(f"{type(error).__name__}, which Diglot did not expect: {one_line(error)}", error), UNEXPECTED
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks, its end cut."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 500 else f"{text[:500]} ..."
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _is_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def _with_details(message: str, error: BaseException) -> str:
+    path = Path(tempfile.gettempdir()) / f"diglot-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    try:
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    except OSError:
+        return message
+    return f"{message} Details: {path}"

@@ -1,0 +1,94 @@
+"""Names of models before anything is loaded: a wrong one is an error that says whose name it is, and of which option.
+
+A name is a folder on this machine, a copy in the hub's cache, or a repository of the hub, which is asked for at most
+`SECONDS`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diglot.errors import ConfigError
+
+SECONDS = 10.0  # that the hub may take to answer
+_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def check_model_name(name: str, side: str, option: str, revision: str | None = None) -> None:
+    """`ConfigError` if there is nothing to load under `name`.
+
+    Args:
+        side: whose name it is, as "teacher" or "student's tokenizer".
+        option: how the user gave it.
+    """
+    place = Path(name).expanduser()
+    if place.exists():
+        _check_folder(place, name, side, option)
+    elif name.startswith((".", "/", "~", "\\")) or name.count("/") > 1:
+        raise ConfigError(f"The {side} is {name!r} ({option}), and there is no such folder. Check the path.")
+    else:
+        _check_hub(name, side, option, revision)
+
+
+def _check_folder(place: Path, name: str, side: str, option: str) -> None:
+    if place.is_file():
+        if place.suffix == ".gguf":
+            return
+        raise ConfigError(f"The {side} is {name!r} ({option}): a file, expected the folder of a model.")
+    if not any((place / one).exists() for one in (*_FILES, "request.json")) and not any(place.glob("*.gguf")):
+        raise ConfigError(
+            f"The {side} is {name!r} ({option}): a folder without a model, it has none of {', '.join(_FILES)}."
+        )
+
+
+def _check_hub(name: str, side: str, option: str, revision: str | None) -> None:
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    what = f"The {side} is {name!r} ({option})"
+    here = f"and there is no folder of this name under {Path.cwd()}"
+    try:
+        known = [try_to_load_from_cache(name, one, revision=revision) for one in _FILES]
+    except HFValidationError:
+        raise ConfigError(f"{what}, {here}, nor can a repository of the hub be called so. Check the name.") from None
+    if any(isinstance(one, str) for one in known):
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError(f"{what}, {here}, nor a copy in the hub's cache; HF_HUB_OFFLINE forbids to fetch it.")
+    try:
+        _within(SECONDS, lambda: get_hf_file_metadata(hf_hub_url(name, _FILES[0], revision=revision), timeout=SECONDS))
+    except GatedRepoError:
+        raise ConfigError(f"{what}: the hub wants its terms accepted on its page first. Then: hf auth login.") from None
+    except RevisionNotFoundError:
+        raise ConfigError(f"{what}, and the hub has no revision {revision!r} of it.") from None
+    except RepositoryNotFoundError:
+        raise ConfigError(f"{what}, {here}, and the hub has no such repository, or a private one.") from None
+    except Exception as error:
+        if type(error).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
+            return  # the repository is there; what it lacks is said when it is loaded
+        raise ConfigError(
+            f"{what}, {here}, and the hub cannot be asked ({type(error).__name__}). Check the network and the name, or "
+            "give a folder."
+        ) from error
+
+
+def _within(seconds: float, work: Callable[[], Any]) -> None:
+    """What `work` raises, or `TimeoutError` where it takes longer: looking up an address has no limit of its own."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer after {seconds:g} s")
+    if raised:
+        raise raised[0]

@@ -1,0 +1,54 @@
+"""In which number type trainable weights are kept: steps of AdamW are lost in the rounding of 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from diglot.errors import ConfigError
+from diglot.options import DistillationConfig
+
+# Optimizers of `transformers` that make up for the rounding of 16-bit weights, and the argument that makes them do it.
+_COMPENSATED: Mapping[str, str | None] = {
+    "adamw_torch_4bit": "bf16_stochastic_round",
+    "adamw_torch_8bit": "bf16_stochastic_round",
+    "adamw_anyprecision": "use_kahan_summation",
+    "stable_adamw": None,
+}
+
+
+def check_trainable(student: nn.Module, args: DistillationConfig, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise `ConfigError` for trainable weights of 16 bits, unless the optimizer was chosen for them.
+
+    bfloat16 has 8 bits of precision: a weight moves only if a step is a 256th of it or more, and AdamW's steps are
+    about as large as the learning rate. A 16-bit base below float32 adapters is frozen, and is no matter.
+
+    Args:
+        optimizer: the caller's own, in place of `args.optim`; one of `torch.optim` keeps no float32 copy.
+    """
+    short = {n: p.dtype for n, p in student.named_parameters() if p.requires_grad and p.dtype in _SHORT}
+    if not short or args.deepspeed or _makes_up_for_rounding(args, optimizer):  # DeepSpeed keeps a float32 copy
+        return
+    name, dtype = next(iter(short.items()))
+    raise ConfigError(
+        f"{len(short)} trainable weights of the student are kept in 16 bits ({name}: {dtype}), in which most steps of "
+        f"a learning rate of {args.learning_rate:g} round to nothing. Load the student in float32 (leave dtype out) "
+        "and compute in 16 bits with bf16: true. To keep 16 bits, choose an optimizer that makes up for them: "
+        "optim: adamw_torch_8bit with optim_args: bf16_stochastic_round=True, or stable_adamw."
+    )
+
+
+_SHORT = (torch.bfloat16, torch.float16)
+
+
+def _makes_up_for_rounding(args: DistillationConfig, optimizer: torch.optim.Optimizer | None) -> bool:
+    if optimizer is not None:
+        return not type(optimizer).__module__.startswith("torch.optim")
+    name = str(getattr(args.optim, "value", args.optim))
+    if name not in _COMPENSATED:
+        return False
+    argument = _COMPENSATED[name]
+    chosen = dict(one.split("=", 1) for one in (args.optim_args or "").replace(" ", "").split(",") if "=" in one)
+    return argument is None or chosen.get(argument, "").lower() in ("true", "1", "yes")

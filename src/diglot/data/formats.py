@@ -1,0 +1,217 @@
+"""Rows as other programs write them, as rows with Diglot's own columns. Pure functions of one row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from diglot.errors import ConfigError, DataError
+
+Row = Mapping[str, Any]
+
+OWN = ("prompt", "completion", "messages", "text", "tools", "teacher_prompt", "teacher")
+# What a conversation is put together from, where a file has its parts in columns of their own.
+PARTS = ("system", "history", "user", "assistant")
+CONVERSATIONS = ("conversations", "conversation", "messages", "dialog", "dialogue")
+
+BAD = "__bad__"  # why a row could not be converted: it is refused when its turn comes, so that it can be skipped
+
+_SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+    "developer": "developer",
+}
+
+
+def column_mapping(value: str | Mapping[str, str] | None) -> dict[str, str] | None:
+    """New name -> name in the data, from a mapping or from text as in "user=question,assistant=answer".
+
+    A name alone stands for itself. None stays None.
+
+    Raises:
+        ConfigError: a name that nothing reads, or that stands twice; a value that is no name.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        parts = [part.strip().partition("=") for part in value.split(",") if part.strip()]
+        pairs: list[tuple[Any, Any]] = [(new.strip(), (old if equals else new).strip()) for new, equals, old in parts]
+    else:
+        pairs = list(value.items())
+    names = [new for new, _ in pairs]
+    if not pairs or len(set(names)) < len(names) or not all(isinstance(old, str) and old for _, old in pairs):
+        raise ConfigError(
+            f"dataset_columns={value!r} cannot work: it must be NAME=COLUMN with commas between, each name once, or a "
+            "mapping of them."
+        )
+    return dict(pairs)
+
+
+def check_mapping(mapping: Mapping[str, str], name: str | None, columns: Sequence[str] | None, where: str) -> None:
+    """Raise for names in a mapping that nothing reads (`ConfigError`) or columns that are not there (`DataError`)."""
+    known = (*OWN, *PARTS, *(READS[name] if name else ()))
+    if wrong := [new for new in mapping if new not in known]:
+        raise ConfigError(f"dataset_columns names {', '.join(wrong)}, which nothing reads; known: {', '.join(known)}.")
+    if columns is not None and (absent := [old for old in mapping.values() if old not in columns]):
+        raise DataError(
+            f"{where} has no column {', '.join(absent)}, which dataset_columns names; it has "
+            f"{', '.join(sorted(columns))}."
+        )
+
+
+def convert(row: Row, name: str | None, mapping: Mapping[str, str] | None) -> dict[str, Any]:
+    """A row with all of Diglot's own columns, None where it has nothing for one, and `__bad__`.
+
+    Args:
+        name: of a format, a key of `FORMATS`.
+        mapping: new name -> name in the data. Without a format, what it does not name is not read.
+    """
+    renamed = {new: row.get(old) for new, old in (mapping or {}).items()}
+    own: dict[str, Any] = {**row, **renamed} if name or mapping is None else renamed
+    bad = None
+    try:
+        own = _with_parts(FORMATS[name](own) if name else own)
+    except DataError as error:
+        own, bad = {}, str(error)
+    return {**{column: own.get(column) for column in OWN}, BAD: bad}
+
+
+# ---- parts of a conversation -------------------------------------------------------------------------------------
+
+
+def _with_parts(row: Row) -> dict[str, Any]:
+    """`user`, `assistant`, `history` and `system` as messages."""
+    own = {name: value for name, value in row.items() if name not in PARTS}
+    if row.get("user") is not None:
+        question = [*_history(row.get("history")), {"role": "user", "content": _text(row["user"], "user")}]
+        answer = row.get("assistant")
+        reply = [] if answer is None else [{"role": "assistant", "content": _text(answer, "assistant")}]
+        own["messages"] = [*question, *reply]
+    elif row.get("assistant") is not None:
+        raise DataError("the column that is read as `user` holds nothing, and `assistant` something.")
+    return _with_system(own, row.get("system"))
+
+
+def _with_system(row: dict[str, Any], system: Any) -> dict[str, Any]:
+    """The system text as the first message of the conversation."""
+    if not system:
+        return row
+    name = "messages" if row.get("messages") is not None else "prompt"
+    messages = row.get(name)
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise DataError(
+            "there is a system text and no conversation to put it before: `prompt` is plain text. Map it as `user`: "
+            "dataset_columns user=prompt,assistant=completion,system=..."
+        )
+    if messages and isinstance(messages[0], Mapping) and messages[0].get("role") == "system":
+        raise DataError("there is a system text beside a conversation that begins with a system message.")
+    return {**row, name: [{"role": "system", "content": _text(system, "system")}, *messages]}
+
+
+def _history(turns: Any) -> list[dict[str, str]]:
+    """Earlier turns as pairs of a question and an answer."""
+    messages = []
+    for turn in turns or ():
+        if not isinstance(turn, Sequence) or len(turn) != 2:
+            raise DataError(f"`history` holds {turn!r:.60}, expected pairs of a question and an answer.")
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            messages.append({"role": role, "content": _text(text, "history")})
+    return messages
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"`{name}` is {value!r:.60}, expected a string.")
+    return value
+
+
+def _parsed(value: Any, name: str) -> Any:
+    """Messages, also where they are written as JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        messages = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise DataError(f"`{name}` is text but not JSON: {error}.") from error
+    if not isinstance(messages, list):
+        raise DataError(f"`{name}` is JSON text of {messages!r:.60}, expected a list of messages.")
+    return messages
+
+
+# ---- formats -----------------------------------------------------------------------------------------------------
+
+
+def _sharegpt(row: Row) -> dict[str, Any]:
+    """Turns with `from` and `value`, a system text beside them."""
+    name = next((one for one in CONVERSATIONS if row.get(one) is not None), None)
+    if name is None:
+        raise DataError(f"there is no conversation in it; expected a column {' or '.join(CONVERSATIONS)}.")
+    turns = _parsed(row[name], name)
+    if not isinstance(turns, Sequence) or not turns:
+        raise DataError(f"`{name}` is {turns!r:.60}, expected a list of turns with `from` and `value`.")
+    return {**_shared(row), "messages": [_turn(turn, name) for turn in turns]}
+
+
+def _turn(turn: Any, name: str) -> dict[str, Any]:
+    if isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and turn.get("from") is None:
+        return dict(turn)
+    speaker = turn.get("from") if isinstance(turn, Mapping) else None
+    if speaker not in _SPEAKERS:
+        raise DataError(
+            f"`{name}` holds {turn!r:.80}, expected {{'from': ..., 'value': ...}} with one of {', '.join(_SPEAKERS)}."
+        )
+    return {"role": _SPEAKERS[speaker], "content": _text(turn.get("value"), "value")}
+
+
+def _alpaca(row: Row) -> dict[str, Any]:
+    """`instruction`, `input` below it if there is one, `output`."""
+    question = _text(row.get("instruction"), "instruction")
+    more = row.get("input")
+    return {
+        **_shared(row),
+        "user": f"{question}\n\n{_text(more, 'input')}" if more else question,
+        "assistant": row.get("output"),
+        "history": row.get("history"),
+    }
+
+
+def _preference(row: Row) -> dict[str, Any]:
+    """What was chosen of two answers; the other one is not read."""
+    chosen, prompt = row.get("chosen"), row.get("prompt")
+    if not chosen:
+        raise DataError(f"`chosen` is {chosen!r}, expected an answer or a conversation.")
+    if isinstance(chosen, str):
+        if prompt is None:
+            raise DataError("`chosen` is text and there is no `prompt`. Map it as plain text: dataset_columns text=...")
+        return {**_shared(row), "prompt": prompt, "completion": chosen}
+    if isinstance(prompt, list) and chosen[0].get("role") == "assistant":  # the answer alone, behind its prompt
+        return {**_shared(row), "prompt": prompt, "completion": chosen}
+    return {**_shared(row), "messages": chosen}
+
+
+def _json_text(row: Row) -> dict[str, Any]:
+    """Own columns, of which those that hold messages are written as JSON text."""
+    names = ("messages", "prompt", "completion", "teacher_prompt")
+    return {**row, **{name: _parsed(row[name], name) for name in names if row.get(name) is not None}}
+
+
+def _shared(row: Row) -> dict[str, Any]:
+    return {name: row.get(name) for name in ("tools", "teacher_prompt", "teacher", "system")}
+
+
+FORMATS: dict[str, Callable[[Row], dict[str, Any]]] = {
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "preference": _preference,
+    "json_text": _json_text,
+}
+READS: dict[str, tuple[str, ...]] = {
+    "sharegpt": CONVERSATIONS,
+    "alpaca": ("instruction", "input", "output"),
+    "preference": ("chosen",),
+    "json_text": (),
+}
+"""Which columns a format reads beside Diglot's own: names that `dataset_columns` may give."""

@@ -1,0 +1,183 @@
+"""What a dataset looks like, and which options make it readable: a proposal, never done by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diglot.data.formats import CONVERSATIONS, OWN
+from diglot.errors import DataError
+
+EXPECTED = "`prompt`, `prompt` and `completion`, `messages`, or `text`"
+QUESTIONS = ("question", "query", "problem", "user", "input", "instruction")
+ANSWERS = ("answer", "response", "solution", "assistant", "output", "answers", "target")
+SYSTEMS = ("system", "system_prompt", "system_message")
+MEDIA = ("images", "image", "videos", "video", "audio", "audios")
+
+
+def check_columns(columns: Sequence[str], row: Mapping[str, Any], where: str) -> list[str]:
+    """Raise DataError for columns that are not understood, with the option that says what they are.
+
+    Args:
+        row: the first of the dataset: what is in a column says more than its name.
+
+    Returns:
+        The columns that nothing reads, sorted. They do not look like text that a model should read.
+    """
+    looks = _suggestion(columns, row)
+    if looks is not None:
+        what, option = looks
+        raise DataError(f"{where} has the columns {_listed(columns)}: {what} Give {option}{_in_python(option)}.")
+    if not {"prompt", "messages", "text"} & set(columns):
+        raise DataError(
+            f"{where} has the columns {_listed(columns)}, expected {EXPECTED}. {_explanation(columns, row)}"
+        )
+    return sorted(set(columns) - _read(row) - {*MEDIA, "__row__", "__bad__"})
+
+
+def check_routes(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], labels: Sequence[str], where: str) -> None:
+    """Raise DataError where a column that nothing reads names teachers by their labels, row for row.
+
+    Args:
+        rows: the first of the dataset.
+        labels: of several teachers.
+    """
+    if "teacher" in columns or not rows:
+        return
+    for name in sorted(set(columns) - _read(rows[0])):
+        values = {str(row.get(name)) for row in rows}
+        if values <= set(labels):
+            own = ",".join(one for one in OWN if one in columns and rows[0].get(one) is not None)
+            option = f"--dataset_columns {own},teacher={name}"
+            raise DataError(
+                f"{where} names the teachers {', '.join(sorted(values))} in `{name}`, which nothing reads: every "
+                f"teacher would read every row. Give {option}{_in_python(option)}, or call the column otherwise."
+            )
+
+
+def _suggestion(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What the columns look like, and the option to give; None where they are Diglot's own or unknown."""
+    return _of_conversations(columns, row) or _of_answers(columns, row) or _of_system(columns, row)
+
+
+def _of_conversations(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
+    name = next((one for one in CONVERSATIONS if one in columns and row.get(one)), None)
+    if name is None or (name != "messages" and "messages" in columns):
+        return None
+    value = row[name]
+    if isinstance(value, str):
+        if value.lstrip().startswith("["):
+            option = "--dataset_format json_text" if name == "messages" else "--dataset_format sharegpt"
+            return f"`{name}` holds messages as JSON text.", option
+        return None
+    first = value[0] if isinstance(value, Sequence) else None
+    if isinstance(first, Mapping) and first.get("from") is not None:
+        return f"`{name}` looks like ShareGPT's turns (`from`, `value`).", "--dataset_format sharegpt"
+    if isinstance(first, Mapping) and first.get("role") is not None and name != "messages":
+        return f"`{name}` holds messages.", f"--dataset_columns messages={name}"
+    return None
+
+
+def _of_answers(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Alpaca, preferences, and questions with answers."""
+    if row.get("messages") is not None or row.get("text") is not None or row.get("completion") is not None:
+        return None
+    if "chosen" in columns:
+        return _of_preferences(row)
+    if "instruction" in columns and "prompt" not in columns:
+        return _of_instructions(columns)
+    question = next((one for one in QUESTIONS if one in columns), None)
+    answer = next((one for one in ANSWERS if one in columns and one != question), None)
+    if "prompt" in columns:
+        if answer is None:
+            return None
+        if isinstance(row.get("prompt"), str):
+            what = f"`{answer}` looks like the answer to `prompt`, and is not read."
+            return what, _joined({"user": "prompt", "assistant": answer}, columns)
+        return f"`{answer}` looks like the answer to `prompt`, and is not read.", _joined(
+            {"prompt": "prompt", "completion": answer}, columns
+        )
+    if question is None:
+        return None
+    parts = {"user": question, **({"assistant": answer} if answer else {})}
+    what = (
+        f"`{question}` and `{answer}` look like questions and answers."
+        if answer
+        else f"`{question}` looks like questions."
+    )
+    return what, _joined(parts, columns)
+
+
+def _of_instructions(columns: Sequence[str]) -> tuple[str, str]:
+    renamed = []
+    if "input" not in columns and "context" in columns:
+        renamed.append("input=context")
+    if "output" not in columns:
+        renamed += [f"output={one}" for one in ANSWERS if one in columns][:1]
+    system = [f"system={one}" for one in SYSTEMS[1:] if one in columns]
+    mapping = ",".join([*renamed, *system[:1]])
+    return "they look like Alpaca's.", "--dataset_format alpaca" + (f" --dataset_columns {mapping}" if mapping else "")
+
+
+def _of_preferences(row: Mapping[str, Any]) -> tuple[str, str]:
+    what = "they look like preferences, of which `chosen` is the answer to learn from."
+    if not isinstance(row.get("chosen"), str):
+        return what, "--dataset_format preference"
+    if isinstance(row.get("prompt"), str):
+        return what, "--dataset_columns user=prompt,assistant=chosen"
+    return what, "--dataset_columns text=chosen (plain text, for its whole length)"
+
+
+def _of_system(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A system text in a column of its own would be read by nobody."""
+    name = next((one for one in SYSTEMS if one in columns), None)
+    own = [one for one in OWN if one in columns and row.get(one) is not None]
+    if name is None or not own:
+        return None
+    parts = {one: one for one in own}
+    if isinstance(row.get("prompt"), str) and "messages" not in own:
+        parts = {"user": "prompt", **({"assistant": "completion"} if "completion" in own else {})}
+        parts |= {one: one for one in own if one not in ("prompt", "completion")}
+    return f"`{name}` looks like a system text, and is not read.", _joined({**parts, "system": name}, columns)
+
+
+def _joined(parts: Mapping[str, str], columns: Sequence[str]) -> str:
+    system = next((one for one in SYSTEMS if one in columns), None)
+    extra = {"system": system} if system else {}
+    extra |= {"history": "history"} if "history" in columns and "user" in parts else {}
+    extra |= {one: one for one in ("tools", "teacher_prompt", "teacher") if one in columns}
+    pairs = {**parts, **{new: old for new, old in extra.items() if old is not None}}
+    return "--dataset_columns " + ",".join(new if new == old else f"{new}={old}" for new, old in pairs.items())
+
+
+def _explanation(columns: Sequence[str], row: Mapping[str, Any]) -> str:
+    """What to do about columns that look like nothing known."""
+    if "input_ids" in columns:
+        return "Token ids belong to one tokenizer, and two models read these rows: give their text."
+    value = row.get(columns[0])
+    if len(columns) == 1 and isinstance(value, Sequence) and value and isinstance(value[0], Mapping):
+        return f"The rows seem to be inside of {columns[0]!r}: write that list alone into a file."
+    return (
+        "Say which of yours are which, in the models' chat templates, with --dataset_columns user=QUESTION,"
+        "assistant=ANSWER, or as plain text with prompt=TEXT,completion=TEXT; or in Python "
+        "load_dataset(..., columns={...})."
+    )
+
+
+def _in_python(option: str) -> str:
+    words = option.split()
+    names = {"--dataset_format": "format", "--dataset_columns": "columns"}
+    arguments = ", ".join(f"{names[a]}={b!r}" for a, b in zip(words[::2], words[1::2], strict=False) if a in names)
+    return f", or in Python load_dataset(..., {arguments})"
+
+
+def _read(row: Mapping[str, Any]) -> set[str]:
+    """Which columns a row like this is read from."""
+    always = {"tools", "teacher_prompt", "teacher"}
+    if row.get("messages") is not None:
+        return always | {"messages"}
+    return always | ({"prompt", "completion"} if row.get("prompt") is not None else {"text"})
+
+
+def _listed(columns: Sequence[str]) -> str:
+    return ", ".join(sorted(c for c in columns if not c.startswith("__")))

@@ -1,0 +1,232 @@
+"""Every row read once before training: which cannot be used, which do not fit, and what nobody would have said.
+
+Reading is what the trainer hands in: each row is rendered on both sides as it will be in training. What was found is
+kept in `rows` in `DIGLOT_CACHE` (default `~/.cache/diglot`; `off` keeps nothing), under a hash of the rows, of what
+reads them and of the code that does; the folder may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from datasets.utils import tqdm
+
+from diglot.data.loading import with_row_numbers
+from diglot.data.recognise import check_columns, check_routes
+from diglot.data.samples import Sample, to_sample
+from diglot.errors import DataError, DiglotError
+
+logger = logging.getLogger(__name__)
+
+LEAST = 1000  # rows from which on the result is kept: below that, reading them takes a second or two
+_ROUTED = 100  # rows that say whether a column names teachers
+_NAMED = 5  # reasons that a message gives
+_CODE = ("data", "vocabulary", "rendering", "batches")  # packages that decide what can be read
+
+Read = Callable[[Sample], bool]
+"""Reads a sample on both sides: False if it does not fit. Raises `DiglotError` if it cannot be read."""
+
+
+@dataclass
+class Survey:
+    """What was found about the rows of a dataset, by their place in it."""
+
+    bad: dict[int, str] = field(default_factory=dict)  # why it cannot be used
+    too_long: list[int] = field(default_factory=list)
+    plain_prompts: int = 0  # prompts that are text, not messages
+
+
+def usable_rows(
+    data: Any,
+    read: Read,
+    *,
+    name: str,
+    about: Mapping[str, Any],
+    on_bad_row: str,
+    templates: bool = False,
+    labels: Sequence[str] = (),
+) -> Any:
+    """The rows that can be trained on, and a word about the others.
+
+    Of a stream only the first row is read; with `on_bad_row="skip"` rows of a shape that is not understood are left out
+    and named as they come.
+
+    Args:
+        name: of the dataset, for messages.
+        about: what reads the rows, as plain values: part of the key under which the result is kept.
+        on_bad_row: "stop" or "skip".
+        templates: have both models a chat template?
+        labels: of several teachers, to which rows may be routed.
+
+    Raises:
+        DataError: the columns are not understood; a row cannot be used and `on_bad_row` is "stop"; no row is left.
+    """
+    if isinstance(data, IterableDataset):
+        return _usable_stream(data, read, name, on_bad_row)
+    if len(data) == 0:
+        raise DataError(f"{name} has no rows.")
+    if isinstance(data, Dataset):
+        unread = check_columns(data.column_names, data[0], name)
+        if unread and "__row__" not in data.column_names:  # else `load_dataset` said so
+            logger.warning("%s: nothing reads the columns %s.", name, ", ".join(unread))
+        check_routes(data.column_names, [data[i] for i in range(min(len(data), _ROUTED))], labels, name)
+        data = with_row_numbers(data)
+    result = _surveyed(data, read, name, about)
+    _tell(result, len(data), name, on_bad_row, templates)
+    if not result.bad:
+        return data
+    if not isinstance(data, Dataset):
+        raise DataError(f"{name} is {type(data).__name__}, of which no rows can be left out. Give a datasets.Dataset.")
+    usable = [i for i in range(len(data)) if i not in result.bad]
+    return data.select(usable)
+
+
+def survey(rows: Iterable[Mapping[str, Any]], read: Read, name: str) -> Survey:
+    """Read every row once."""
+    result = Survey()
+    for i, row in enumerate(rows):
+        try:
+            sample = to_sample(row, where(row, i, name))
+            result.plain_prompts += sample.conversation.messages is None and bool(sample.conversation.text)
+            if not read(sample):
+                result.too_long.append(i)
+        except DiglotError as error:
+            place = where(row, i, name)
+            result.bad[i] = str(error) if place in str(error) else f"{place}: {error}"
+    return result
+
+
+def where(row: Mapping[str, Any], place: int, name: str) -> str:
+    """How messages name a row."""
+    number = row.get("__row__")
+    return f"{name} row {place if number is None else number}"
+
+
+def _tell(result: Survey, rows: int, name: str, on_bad_row: str, templates: bool) -> None:
+    """Say what was found; raise where nothing can follow from it."""
+    bad, long = len(result.bad), len(result.too_long)
+    if bad:
+        first = _reasons(result.bad, name)
+        if on_bad_row == "stop" or bad == rows:
+            advice = "" if bad == rows else "\nMend them, or leave them out: on_bad_row: skip."
+            raise DataError(f"{bad} of {rows} rows of {name} cannot be used. The first:\n{first}{advice}")
+        logger.warning("%d of %d rows of %s cannot be used and are left out (on_bad_row):\n%s", bad, rows, name, first)
+    if long and bad + long == rows:
+        raise DataError(
+            f"No row of {name} fits: the prompts of {long} alone fill max_length (with what max_completion_length asks "
+            "for) or teacher_max_length. Raise them, or give shorter prompts."
+        )
+    if long:
+        logger.warning("%d of %d rows of %s do not fit max_length and will be dropped and counted.", long, rows, name)
+    if templates and result.plain_prompts:
+        logger.warning(
+            "%d of %d rows of %s have prompts of plain text, and both models have chat templates: neither is used. If "
+            "they are questions to an assistant, give --dataset_columns user=prompt,assistant=completion, or messages.",
+            result.plain_prompts,
+            rows,
+            name,
+        )
+
+
+def _reasons(bad: Mapping[int, str], name: str) -> str:
+    """Each reason once, a line each, with the first row that it is true of and how many others."""
+    grouped: dict[str, list[str]] = {}
+    for message in bad.values():
+        grouped.setdefault(re.sub(rf"^{re.escape(name)} row \d+( of [^ :]+)?", "", message), []).append(message)
+    lines = [f"{rows[0]} (and {len(rows) - 1} more)" if len(rows) > 1 else rows[0] for rows in grouped.values()]
+    return "\n".join([*lines[:_NAMED], *([f"and {len(lines) - _NAMED} reasons more"] if len(lines) > _NAMED else [])])
+
+
+# ---- streams -----------------------------------------------------------------------------------------------------
+
+
+def _usable_stream(data: IterableDataset, read: Read, name: str, on_bad_row: str) -> IterableDataset:
+    first = next(iter(data), None)
+    if first is None:
+        raise DataError(f"{name} has no rows.")
+    check_columns(list(first), first, name)
+    if on_bad_row == "stop" and (bad := survey([first], read, name).bad):
+        raise DataError(bad[0])
+    data = with_row_numbers(data)
+    return data.filter(_readable, fn_kwargs={"name": name}) if on_bad_row == "skip" else data
+
+
+def _readable(row: dict[str, Any], name: str) -> bool:
+    """Is a streamed row of a shape that is understood? Names one that is not."""
+    try:
+        to_sample(row, where(row, 0, name))
+        return True
+    except DiglotError as error:
+        logger.warning("Left out (on_bad_row): %s", error)
+        return False
+
+
+# ---- kept on disk ------------------------------------------------------------------------------------------------
+
+
+def _surveyed(data: Any, read: Read, name: str, about: Mapping[str, Any]) -> Survey:
+    """The survey of a dataset, from disk if it was made before."""
+    rows = data if isinstance(data, Dataset) else [data[i] for i in range(len(data))]
+    place = folder()
+    code = _code() if place is not None and len(data) >= LEAST else ""
+    if place is None or not code:
+        return survey(rows, read, name)
+    path = place / f"{_digest(rows, {**about, 'name': name, 'code': code})}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        return Survey(**{**entry, "bad": {int(i): why for i, why in entry["bad"].items()}})
+    result = survey(tqdm(rows, desc=f"Reading {name} on both sides", total=len(data), delay=2), read, name)
+    _write(path, asdict(result))
+    return result
+
+
+def folder() -> Path | None:
+    """Where surveys are kept; None where they are not."""
+    root = os.environ.get("DIGLOT_CACHE") or "~/.cache/diglot"
+    if root == "off":
+        return None
+    with contextlib.suppress(RuntimeError):  # nobody's home
+        return Path(root).expanduser() / "rows"
+    return None
+
+
+def _digest(rows: Iterable[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    """Whole, or not at all, whoever else writes it meanwhile."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(prefix=path.stem, suffix=".part", dir=path.parent)
+        with open(handle, "w", encoding="utf-8") as file:
+            json.dump(values, file)
+        os.replace(beside, path)
+    except OSError as error:
+        logger.info("What was found about the rows is not kept in %s: %s.", path.parent, error)
+
+
+@lru_cache
+def _code() -> str:
+    """Hash of the sources that decide what can be read; empty where there are none to read."""
+    root = Path(__file__).parents[1]
+    try:
+        sources: Sequence[bytes] = [p.read_bytes() for one in _CODE for p in sorted((root / one).glob("*.py"))]
+    except OSError:
+        return ""
+    return hashlib.sha256(b"\0".join(sources)).hexdigest() if sources else ""

@@ -1,0 +1,80 @@
+"""Files of every kind and encoding: read, or refused with the file, the line and what to do."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from diglot.data import load_dataset
+from diglot.errors import DataError
+
+ROWS = [{"prompt": "Eins?", "completion": "Ja, ça va."}, {"prompt": 'Zwei,\n"drei"?', "completion": "42"}]
+JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+
+
+def zstd(raw: bytes) -> bytes:
+    return pytest.importorskip("zstandard").compress(raw)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return [{k: row[k] for k in ("prompt", "completion")} for row in load_dataset(str(path))]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstd), (".bz2", bz2.compress), (".xz", lzma.compress)]
+)
+def test_packed_files_give_the_same_rows(suffix: str, pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = tmp_path / f"rows.jsonl{suffix}"
+    path.write_bytes(pack(JSONL))
+    assert read(path) == ROWS
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz"])
+def test_a_broken_line_of_a_packed_file_is_named(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.jsonl{suffix}"
+    path.write_bytes({".gz": gzip.compress, ".zst": zstd, ".xz": lzma.compress}[suffix](JSONL + b'{"prompt":\n'))
+    with pytest.raises(DataError, match=r"rows\.jsonl\S* line 3.*not JSON"):
+        load_dataset(str(path))
+
+
+def test_what_is_only_called_packed_cannot_be_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(JSONL)
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz cannot be"):
+        load_dataset(str(path))
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("d.csv", ","), ("d.csv", ";"), ("d.csv", "|"), ("d.tsv", "\t")])
+def test_tables_are_cut_as_their_header_is(name: str, delimiter: str, tmp_path: Path) -> None:
+    import csv
+
+    with (tmp_path / name).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerows([["prompt", "completion"], *([row["prompt"], row["completion"]] for row in ROWS)])
+    assert read(tmp_path / name) == ROWS
+
+
+@pytest.mark.parametrize(("name", "encoding", "said"), [
+    ("d.csv", "latin-1", "line 2 is not UTF-8: byte 0xe7. It may be Latin-1"),
+    ("d.jsonl", "latin-1", "line 2 is not UTF-8: byte 0xe7"),
+    ("d.txt", "latin-1", "line 2 is not UTF-8: byte 0xe7"),
+    ("d.jsonl", "utf-16", "line 1 is not UTF-8: byte 0xff. It is UTF-16"),
+    ("d.csv", "utf-16", "It is UTF-16.*iconv -f UTF-16 -t UTF-8 d.csv"),
+])  # fmt: skip
+def test_another_encoding_is_named_with_its_line(name: str, encoding: str, said: str, tmp_path: Path) -> None:
+    header = "prompt,completion\n" if name == "d.csv" else '{"prompt": "a", "completion": "b"}\n'
+    text = header + ('a,"ça va"\n' if name == "d.csv" else '{"prompt": "a", "completion": "ça va"}\n')
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    with pytest.raises(DataError, match=said):
+        load_dataset(str(tmp_path / name))
+
+
+def test_lines_of_a_text_file_are_rows_and_blank_ones_are_none(tmp_path: Path) -> None:
+    (tmp_path / "d.txt").write_text("one\n\n  \ntwo 数学\n", encoding="utf-8")
+    assert [row["text"] for row in load_dataset(str(tmp_path / "d.txt"))] == ["one", "two 数学"]

@@ -1,0 +1,149 @@
+"""Rows as other programs write them: refused with the option to give, and read with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diglot.data import Sample, load_dataset, to_sample
+from diglot.data.formats import column_mapping
+from diglot.data.recognise import check_columns, check_routes
+from diglot.errors import ConfigError, DataError
+
+ASK, SAY = {"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four, 四."}
+BRIEF = {"role": "system", "content": "Be brief."}
+HUMAN, GPT = {"from": "human", "value": ASK["content"]}, {"from": "gpt", "value": SAY["content"]}
+Q, A = ASK["content"], SAY["content"]
+
+
+def save(folder: Path, *rows: dict[str, Any]) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def first(name: str, **options: Any) -> Sample:
+    return to_sample(load_dataset(name, **options)[0], "row 0")
+
+
+# A row, the option that its refusal names, what is read before the reply.
+ROWS: list[tuple[dict[str, Any], str, list[dict[str, str]]]] = [
+    ({"conversations": [HUMAN, GPT]}, "--dataset_format sharegpt", [ASK]),
+    ({"conversations": [HUMAN, GPT], "system": "Be brief."}, "--dataset_format sharegpt", [BRIEF, ASK]),
+    ({"conversations": json.dumps([HUMAN, GPT])}, "--dataset_format sharegpt", [ASK]),
+    ({"messages": [HUMAN, GPT]}, "--dataset_format sharegpt", [ASK]),
+    ({"conversations": [ASK, SAY]}, "--dataset_columns messages=conversations", [ASK]),
+    ({"messages": json.dumps([ASK, SAY])}, "--dataset_format json_text", [ASK]),
+    ({"instruction": Q, "input": "", "output": A}, "--dataset_format alpaca", [ASK]),
+    ({"instruction": Q, "context": "", "response": A}, "--dataset_format alpaca", [ASK]),
+    ({"question": Q, "answer": A}, "--dataset_columns user=question,assistant=answer", [ASK]),
+    ({"problem": Q, "solution": A, "system_prompt": "Be brief."},
+     "--dataset_columns user=problem,assistant=solution,system=system_prompt", [BRIEF, ASK]),
+    ({"query": Q, "response": A, "history": [["Hi", "Hello"]]},
+     "--dataset_columns user=query,assistant=response,history",
+     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, ASK]),
+    ({"prompt": Q, "response": A}, "--dataset_columns user=prompt,assistant=response", [ASK]),
+    ({"prompt": [ASK], "response": A}, "--dataset_columns prompt,completion=response", [ASK]),
+    ({"prompt": Q, "chosen": A, "rejected": "Five."}, "--dataset_columns user=prompt,assistant=chosen", [ASK]),
+    ({"prompt": Q, "chosen": [ASK, SAY], "rejected": [ASK, ASK]}, "--dataset_format preference", [ASK]),
+    ({"prompt": [ASK], "chosen": [SAY], "rejected": [SAY]}, "--dataset_format preference", [ASK]),
+    ({"chosen": [ASK, SAY], "rejected": [ASK, SAY]}, "--dataset_format preference", [ASK]),
+    ({"prompt": Q, "completion": A, "system": "Be brief."},
+     "--dataset_columns user=prompt,assistant=completion,system", [BRIEF, ASK]),
+    ({"messages": [ASK, SAY], "system_prompt": "Be brief."}, "--dataset_columns messages,system=system_prompt",
+     [BRIEF, ASK]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "option", "read"), ROWS, ids=lambda x: "+".join(x) if isinstance(x, dict) else None)
+def test_a_row_of_another_program_is_refused_with_the_option_that_reads_it(
+    row: dict[str, Any], option: str, read: list[dict[str, str]], tmp_path: Path
+) -> None:
+    name = save(tmp_path, row)
+    with pytest.raises(DataError) as caught:
+        load_dataset(name)
+    given = str(caught.value).split(": ", 1)[1].split(" Give ")[1].split(", or in Python")[0].split()
+    assert " ".join(given).startswith(option)
+    names = {"--dataset_format": "format", "--dataset_columns": "columns"}
+    sample = first(name, **{names[n]: value for n, value in zip(given[::2], given[1::2], strict=True)})
+    assert list(sample.conversation.messages or ()) == read
+    assert sample.reply == A
+
+
+def test_an_instruction_with_an_input_is_one_question(tmp_path: Path) -> None:
+    name = save(tmp_path, {"instruction": "Translate.", "input": "Hallo", "output": "Hello"})
+    sample = first(name, format="alpaca")
+    assert sample.conversation.messages == ({"role": "user", "content": "Translate.\n\nHallo"},)
+    assert sample.reply == "Hello"
+
+
+def test_columns_alone_are_read_and_others_are_left(tmp_path: Path) -> None:
+    """Naming columns says that the others are to be left: a picture beside a text is then no error."""
+    name = save(tmp_path, {"messages": [ASK, SAY], "images": ["a.png"], "tools": '[{"name": "f"}]'})
+    with pytest.raises(DataError, match="row 0 has something in `images`"):
+        load_dataset(name)
+    assert first(name, columns="messages").conversation.tools is None
+    assert first(name, columns={"messages": "messages", "tools": "tools"}).conversation.tools == ({"name": "f"},)
+
+
+def test_an_empty_column_of_pictures_is_no_picture(tmp_path: Path) -> None:
+    assert first(save(tmp_path, {"messages": [ASK, SAY], "images": []})).reply == A
+
+
+@pytest.mark.parametrize(("row", "options", "said"), [
+    ({"conversations": [{"from": "narrator", "value": "x"}]}, {"format": "sharegpt"}, "'narrator'.*human"),
+    ({"conversations": []}, {"format": "sharegpt"}, "expected a list of turns"),
+    ({"messages": "[{"}, {"format": "json_text"}, "text but not JSON"),
+    ({"q": 3, "a": "x"}, {"columns": "user=q,assistant=a"}, "`user` is 3, expected a string"),
+    ({"q": None, "a": "x"}, {"columns": "user=q,assistant=a"}, "`assistant` something"),
+    ({"prompt": "x", "s": "y"}, {"columns": "prompt,system=s"}, "`prompt` is plain text. Map it as `user`"),
+    ({"messages": [BRIEF, ASK], "s": "y"}, {"columns": "messages,system=s"}, "begins with a system message"),
+    ({"chosen": None, "rejected": "x"}, {"format": "preference"}, "`chosen` is None"),
+    ({"q": "x", "h": ["y"]}, {"columns": "user=q,history=h"}, "pairs of a question and an answer"),
+])  # fmt: skip
+def test_a_row_that_a_format_cannot_read_is_named_with_what_is_in_it(
+    row: dict[str, Any], options: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=f"rows.jsonl .* row 0.*{said}"):
+        load_dataset(save(tmp_path, row), **options)
+
+
+@pytest.mark.parametrize("given", ["", "user=a,user=b", {"user": 3}, "user=", {"user": ""}])
+def test_a_mapping_that_says_nothing_or_too_much_is_refused(given: Any) -> None:
+    with pytest.raises(ConfigError, match="dataset_columns"):
+        column_mapping(given)
+
+
+def test_a_mapping_names_what_is_read_and_what_is_there(tmp_path: Path) -> None:
+    name = save(tmp_path, {"q": "x"})
+    with pytest.raises(ConfigError, match="names question, which nothing reads"):
+        load_dataset(name, columns="question=q")
+    with pytest.raises(DataError, match="has no column question, which dataset_columns names; it has q"):
+        load_dataset(name, columns="user=question")
+    with pytest.raises(ConfigError, match="none of sharegpt"):
+        load_dataset(name, format="shargpt")
+
+
+@pytest.mark.parametrize(("row", "said"), [
+    ({"input_ids": [1, 2], "labels": [1, 2]}, "Token ids belong to one tokenizer"),
+    ({"data": [{"prompt": "x"}]}, "seem to be inside of 'data'"),
+    ({"x": "y", "z": "w"}, "columns x, z, expected `prompt`"),
+])  # fmt: skip
+def test_columns_that_look_like_nothing_known_say_what_can_be_done(row: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        check_columns(list(row), row, "data")
+
+
+def test_columns_that_nothing_reads_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_dataset(save(tmp_path, {"prompt": [ASK], "data_source": "x", "reward_model": {"a": 1}}))
+    assert "nothing reads the columns data_source, reward_model" in caplog.text
+
+
+def test_a_column_of_teachers_that_nothing_reads_is_refused() -> None:
+    rows = [{"prompt": "x", "data_source": "math"}, {"prompt": "y", "data_source": "code"}]
+    with pytest.raises(DataError, match="--dataset_columns prompt,teacher=data_source"):
+        check_routes(list(rows[0]), rows, ["math", "code"], "train")
+    check_routes(list(rows[0]), rows, ["math", "law"], "train")

@@ -1,0 +1,121 @@
+"""Every row is read once before training: what is said, what is left out, what is kept on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from diglot.data import Sample, survey, usable_rows
+from diglot.errors import DataError, RenderingError
+
+ROWS: list[dict[str, Any]] = [{"prompt": f"p{i}", "completion": "c"} for i in range(6)]
+
+
+class Reading:
+    """Reads all rows but those that a test names."""
+
+    def __init__(self, bad: tuple[str, ...] = (), long: tuple[str, ...] = ()) -> None:
+        self.bad, self.long, self.seen = bad, long, 0
+
+    def __call__(self, sample: Sample) -> bool:
+        self.seen += 1
+        if sample.conversation.text in self.bad:
+            raise RenderingError("the template refuses it")
+        return sample.conversation.text not in self.long
+
+
+def usable(reading: Reading, rows: list[dict[str, Any]] = ROWS, on_bad_row: str = "stop", **more: Any) -> Any:
+    options = {"name": "train", "about": {"limit": 9}, "on_bad_row": on_bad_row, **more}
+    return usable_rows(Dataset.from_list(rows), reading, **options)
+
+
+def test_bad_rows_stop_with_their_names_and_number() -> None:
+    said = r"3 of 7 rows of train.*\ntrain row 1: the template refuses it \(and 1 more\)\ntrain row 6: `prompt` is"
+    with pytest.raises(DataError, match=said):
+        usable(Reading(bad=("p1", "p4")), [*ROWS, {"prompt": "", "completion": "c"}])
+
+
+def test_bad_rows_are_skipped_and_counted_and_the_others_keep_their_numbers(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [*ROWS, {"prompt": ""}]
+    kept = usable(Reading(bad=("p1",)), rows, on_bad_row="skip")
+    assert [(row["prompt"], row["__row__"]) for row in kept] == [("p0", 0), *((f"p{i}", i) for i in range(2, 6))]
+    assert "2 of 7 rows of train cannot be used and are left out" in caplog.text
+    assert "train row 1: the template" in caplog.text and "train row 6: `prompt` is empty" in caplog.text
+
+
+def test_a_dataset_without_a_usable_row_is_an_error_even_when_they_are_skipped() -> None:
+    with pytest.raises(DataError, match="6 of 6 rows"):
+        usable(Reading(bad=tuple(row["prompt"] for row in ROWS)), on_bad_row="skip")
+    with pytest.raises(DataError, match="No row of train fits"):
+        usable(Reading(long=tuple(row["prompt"] for row in ROWS)))
+    with pytest.raises(DataError, match="train has no rows"):
+        usable_rows(Dataset.from_dict({"prompt": []}), Reading(), name="train", about={}, on_bad_row="skip")
+
+
+def test_rows_that_do_not_fit_are_told_and_stay(caplog: pytest.LogCaptureFixture) -> None:
+    assert len(usable(Reading(long=("p2",)))) == 6
+    assert "1 of 6 rows of train do not fit" in caplog.text
+
+
+@pytest.mark.parametrize(("templates", "told"), [(True, True), (False, False)])
+def test_plain_prompts_beside_two_templates_are_told(
+    templates: bool, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    usable(Reading(), templates=templates)
+    assert ("6 of 6 rows of train have prompts of plain text" in caplog.text) is told
+
+
+def test_text_without_a_prompt_asks_for_no_template(caplog: pytest.LogCaptureFixture) -> None:
+    usable(Reading(), [{"text": "a"}], templates=True)
+    assert "plain text" not in caplog.text
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DIGLOT_CACHE", str(tmp_path))
+    monkeypatch.setattr(survey, "LEAST", 1)
+    return tmp_path / "rows"
+
+
+def test_what_was_found_is_kept_and_read_again(cache: Path) -> None:
+    first, again = Reading(bad=("p1",), long=("p2",)), Reading()
+    for reading in (first, again):
+        assert len(usable(reading, on_bad_row="skip")) == 5
+    assert (first.seen, again.seen) == (6, 0)
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("change", ["rows", "reader", "code"])
+def test_other_rows_readers_or_code_are_read_anew(change: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usable(Reading())
+    rows = [*ROWS[:5], {"prompt": "p5", "completion": "d"}] if change == "rows" else ROWS
+    if change == "code":
+        monkeypatch.setattr(survey, "_code", lambda: "other")
+    anew = Reading()
+    usable(anew, rows, about={"limit": 8 if change == "reader" else 9})
+    assert anew.seen == 6
+
+
+def test_an_entry_that_is_damaged_is_made_anew(cache: Path) -> None:
+    usable(Reading())
+    next(cache.iterdir()).write_text("{")
+    anew = Reading()
+    usable(anew)
+    assert anew.seen == 6
+
+
+def test_of_a_stream_only_shapes_are_looked_at(caplog: pytest.LogCaptureFixture) -> None:
+    stream = Dataset.from_list([*ROWS, {"prompt": "", "completion": "c"}]).to_iterable_dataset()
+    reading = Reading()
+    kept = list(usable_rows(stream, reading, name="train", about={}, on_bad_row="skip"))
+    assert [row["__row__"] for row in kept] == list(range(6)) and reading.seen == 0
+    assert "Left out (on_bad_row): train row 6" in caplog.text
+
+
+def test_the_first_row_of_a_stream_is_read_at_once() -> None:
+    stream = Dataset.from_list(ROWS).to_iterable_dataset()
+    with pytest.raises(DataError, match="train row 0: the template refuses it"):
+        usable_rows(stream, Reading(bad=("p0",)), name="train", about={}, on_bad_row="stop")
