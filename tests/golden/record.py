@@ -42,7 +42,10 @@ def trajectory(kind: str, out: Path) -> list[dict[str, float]]:
 
     student, teacher = tokenizer("smollm2"), tokenizer("gemma3")
     build = {"gkd": tiny.gkd, "minillm": tiny.minillm}[kind]
-    own: dict[str, Any] = {"gkd": {"lmbda": 0.5, "objective": "strict"}, "minillm": {"num_iterations": 2, "teacher_mixed_alpha": 0.2}}[kind]
+    own: dict[str, Any] = {
+        "gkd": {"lmbda": 0.5, "objective": "strict"},
+        "minillm": {"num_iterations": 2, "teacher_mixed_alpha": 0.2},
+    }[kind]
     small = dict(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
     )

@@ -596,6 +596,8 @@ class DistillationTrainer(Trainer):
         """Write `README.md` into the output folder: teacher, student, dataset, method and versions."""
         if not self.is_world_process_zero():
             return
-        folder, method = Path(str(self.args.output_dir)), type(self).__name__.removesuffix("Trainer")
-        student = finetuned_from or self.student.config._name_or_path
-        write_card(folder, self.comparisons, method, student, model_name, dataset, tags)
+        method, student = (
+            type(self).__name__.removesuffix("Trainer"),
+            finetuned_from or self.student.config._name_or_path,
+        )
+        write_card(Path(str(self.args.output_dir)), self.comparisons, method, student, model_name, dataset, tags)
