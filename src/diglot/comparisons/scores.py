@@ -166,6 +166,13 @@ class ModelScores:
         for at, logits in logits_by_parts(hidden, side.head, self.chunk_rows(False)):
             yield at, (logits.float() / self.temperature).log_softmax(-1)
 
+    @torch.no_grad()
+    def teacher_rows_behind(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
+        side = self.teacher
+        hidden = self.answers.branched(tail.ids, tail.before, tail.depth)[-len(tail.ids) :]
+        for at, logits in logits_by_parts(hidden, side.head, self.chunk_rows(False)):
+            yield at, (logits.float() / self.temperature).log_softmax(-1)
+
     # ---- single entries of rows --------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -11,17 +11,22 @@ Shapes: `R` rows, `C` cells of a row.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diglot.batches import Written
 from diglot.errors import ConfigError
 from diglot.objectives.base import Metrics, Pair, PairObjective, Rows, Scores, Values, at_least_float32, check_range
-from diglot.objectives.covering_plan import CoveringPlan, plan_covering
-from diglot.objectives.covering_target import CellMap, Continued, Neighbours, Targets, make_targets, read_teacher
+from diglot.objectives.covering_cells import CellMap, Continued, Neighbours, Seams
+from diglot.objectives.covering_inner import inner_places, with_inner
+from diglot.objectives.covering_plan import CoveringPlan, EarlierRows, plan_covering
+from diglot.objectives.covering_rows import NO_PAIRS, RowsRead, Table, read_rows
+from diglot.objectives.covering_target import Targets, TeacherRows, make_targets
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.levels import Level
 from diglot.objectives.masses import FLOOR
+from diglot.objectives.tail import TailTokens
 
 
 class Covering(PairObjective):
@@ -53,13 +58,14 @@ class Covering(PairObjective):
         self.beta, self.top_k, self.canonical = beta, top_k, canonical
         self.student, self.teacher, self.encode_t = tables.student, tables.teacher, tables.encode_t
         self.cells = CellMap(tables.student, tables.teacher, tables.encode_s, tables.encode_t)
-        self.continued = Continued(self.cells, tables.encode_t)
+        self.continued = Continued(self.cells, tables.encode_s, tables.encode_t)
         self.neighbours = Neighbours(tables.student, tables.encode_s) if canonical else None
+        self.seams = Seams(self.cells, tables.encode_s)
         cell = torch.from_numpy(self.cells.cell)
         self.moved = ((cell >= 0) & (cell != torch.arange(len(cell)))).nonzero()[:, 0]  # tokens in another one's cell
         self.cell_of_moved = cell[self.moved]
-        self.has_bytes = torch.from_numpy(tables.teacher.lengths > 0)
-        self.sorted_t = torch.from_numpy(tables.teacher.trie.sorted_ids)
+        has_bytes, order = (torch.from_numpy(x) for x in (tables.teacher.lengths > 0, tables.teacher.trie.sorted_ids))
+        self.table = Table(self.pair.stop_t, has_bytes, order, top_k)
 
     def plan(self, written: Written) -> CoveringPlan:
         return plan_covering(written, self.student, self.teacher, self.encode_t)
@@ -67,19 +73,32 @@ class Covering(PairObjective):
     def targets(self, plan: CoveringPlan, scores: Scores) -> Targets:
         """The teacher's side, constant."""
         written = scores.written
-        rows = read_teacher(
-            scores.teacher_rows(plan.branch),
-            plan,
-            written.teacher.ids,
-            written.teacher.stop,
-            self.pair.stop_t,
-            self.has_bytes,
-            self.sorted_t,
-            self.top_k,
-        )
-        neighbours = self.neighbours
-        ids_s, segment_t = written.student.ids, written.teacher.segment
-        return make_targets(plan, rows, self.cells, self.continued, neighbours, ids_s, segment_t)
+        ids_s, t = written.student.ids, written.teacher
+        count, asked = len(t.ids), len(plan.prefixes.row)
+        row = np.concatenate([np.arange(count), plan.branch.row, plan.prefixes.row])
+        token = np.concatenate([t.ids, plan.branch.ids, plan.prefixes.token])
+        read = read_rows(scores.teacher_rows(plan.branch), row, token, plan.earlier, 0, self.table)
+        text = np.where(t.stop, read.stop[:count], read.single[:count])
+        rows = TeacherRows(text, read.single[count : len(row) - asked], read)
+        prefix = read.single[len(row) - asked :]
+        places = inner_places(plan, rows, prefix, t.segment)
+        if len(places):
+            pairs = len(plan.earlier.row)
+            base = count + len(plan.branch.ids)
+            plan, more, first = with_inner(plan, written, places, prefix, self.teacher, self.encode_t)
+            deeper = np.flatnonzero(more.depth)
+            new = EarlierRows(*(getattr(plan.earlier, n)[pairs:] for n in EarlierRows.__dataclass_fields__))
+            behind = read_rows(
+                scores.teacher_rows_behind(more), more.row[deeper], more.ids[deeper], new, base, self.table
+            )
+            first[deeper] = behind.single
+            rows = TeacherRows(text, np.concatenate([rows.tail, first]), read.with_more(behind))
+
+        def look(tail: TailTokens) -> RowsRead:
+            none = np.zeros(0, dtype=np.int64)
+            return read_rows(scores.teacher_rows_behind(tail), none, none, NO_PAIRS, 0, self.table)
+
+        return make_targets(plan, rows, self.cells, self.continued, self.neighbours, self.seams, look, ids_s, t.segment)
 
     def loss(self, plan: CoveringPlan, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
         targets, device = self.targets(plan, scores), scores.device
