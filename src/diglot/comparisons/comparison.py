@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from diglot.batches import AlignedBatch, PackedSide, PairReader, ReadPair, align_pairs, pack, pad_id, sampler_logps
 from diglot.comparisons.terms import Term
 from diglot.errors import TeacherError
-from diglot.heads import Branches, default_chunk_rows
+from diglot.heads import Branches, TreeReading, default_chunk_rows
 from diglot.objectives import Pair, Plan, Rollout
+from diglot.objectives.tail import TailTokens
 from diglot.rendering import Conversation, Role
 from diglot.teachers import CachedTeacher, LocalTeacher, Teacher, local
 
@@ -103,17 +103,16 @@ class Answers:
         """The hidden states of a local teacher, `[N_t, H_t]`. `TeacherError` if it is none."""
         return self._local.hidden(self._side) if self._cache is None else self._cache.hidden(self._side)
 
-    def branched(self, ids: NDArray[np.int64], before: NDArray[np.int64], depth: NDArray[np.int64]) -> Tensor:
-        """`hidden`, and behind it the states after each token of branches off the text, `[N_t + E, H_t]`.
+    def branched(self, tail: TailTokens, reading: TreeReading | None) -> tuple[Tensor, TreeReading]:
+        """The states behind each token of branches off the text, `[E, H_t]`, and a reading of it to go on with.
 
         A branch is a few tokens in the place of the scored token `before` and what follows it; `depth` counts them.
         """
-        if not len(ids):
-            return self.hidden
-        after = self._side.rows.cpu().numpy()[before]
-        main, branches = self._local.branched(self._side, Branches(ids, after, depth))
-        self.__dict__.setdefault("hidden", main)  # one pass serves the other terms, too
-        return torch.cat([main, branches])
+        after = self._side.rows.cpu().numpy()[tail.before]
+        main, reading, behind = self._local.branched(self._side, Branches(tail.ids, after, tail.depth), reading)
+        if len(main):
+            self.__dict__.setdefault("hidden", main)  # one pass serves the other terms, too
+        return behind, reading
 
     def hidden_of(self, side: PackedSide) -> Tensor:
         """The same for another text."""

@@ -14,7 +14,7 @@ from diglot.batches import AlignedBatch, PackedSide, Written
 from diglot.batches.sending import sent
 from diglot.comparisons.comparison import Answers, Batch, View
 from diglot.errors import ConfigError, TeacherError
-from diglot.heads import Head, logits_by_parts, reads_few_columns, reduce_rows, summaries, token_logps
+from diglot.heads import Head, TreeReading, logits_by_parts, reads_few_columns, reduce_rows, summaries, token_logps
 from diglot.objectives import Part, Path, Rollout, Rows, Values
 from diglot.objectives.base import Compare, Summary
 from diglot.objectives.tail import TailTokens
@@ -72,6 +72,7 @@ class ModelScores:
         self.chunk_rows, self.temperature, self.stop_as_set = chunk_rows, temperature, stop_as_set
         self.rollout, self.sampler_weight, self._references = rollout, sampler_weight, references
         self._texts: dict[tuple[str, float], Tensor] = {}
+        self._reading: TreeReading | None = None  # what the teacher keeps of the text, as long as these scores live
 
     # ---- the text ----------------------------------------------------------------------------------------------
 
@@ -161,16 +162,22 @@ class ModelScores:
 
     @torch.no_grad()
     def teacher_rows(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
-        side = self.teacher
-        hidden = self.answers.branched(tail.ids, tail.before, tail.depth)
-        for at, logits in logits_by_parts(hidden, side.head, self.chunk_rows(False)):
-            yield at, (logits.float() / self.temperature).log_softmax(-1)
+        if not len(tail.ids):
+            return self._log_probs(self.hidden_t)
+        behind = self._behind(tail)
+        return self._log_probs(torch.cat([self.hidden_t, behind]))
 
     @torch.no_grad()
     def teacher_rows_behind(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
-        side = self.teacher
-        hidden = self.answers.branched(tail.ids, tail.before, tail.depth)[-len(tail.ids) :]
-        for at, logits in logits_by_parts(hidden, side.head, self.chunk_rows(False)):
+        return self._log_probs(self._behind(tail))
+
+    def _behind(self, tail: TailTokens) -> Tensor:
+        behind, self._reading = self.answers.branched(tail, self._reading)
+        return behind
+
+    @torch.no_grad()
+    def _log_probs(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        for at, logits in logits_by_parts(hidden, self.teacher.head, self.chunk_rows(False)):
             yield at, (logits.float() / self.temperature).log_softmax(-1)
 
     # ---- single entries of rows --------------------------------------------------------------------------------

@@ -260,6 +260,9 @@ class Scores(Protocol):
         Each part is a slice of the `N_t + E` rows and their log-probs `[r, V_t]`, constant, on the teacher's device.
         """
 
+    def teacher_rows_behind(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
+        """The same of the rows behind other branches alone, `E` of them: what the first rows gave reason to ask."""
+
     # ---- hidden states
 
     @property

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diglot.batches import Written
 from diglot.errors import ConfigError
 from diglot.objectives.base import Metrics, Pair, PairObjective, Rows, Scores, Values, at_least_float32, check_range
-from diglot.objectives.covering_cells import CellMap, Continued, Neighbours, Seams
-from diglot.objectives.covering_inner import inner_places, with_inner
+from diglot.objectives.covering_ahead import TeacherText
+from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams
+from diglot.objectives.covering_inner import with_inner
 from diglot.objectives.covering_plan import CoveringPlan, EarlierRows, plan_covering
 from diglot.objectives.covering_rows import NO_PAIRS, RowsRead, Table, read_rows
 from diglot.objectives.covering_target import Targets, TeacherRows, make_targets
@@ -27,6 +29,8 @@ from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.levels import Level
 from diglot.objectives.masses import FLOOR
 from diglot.objectives.tail import TailTokens
+
+Ints = NDArray[np.int64]
 
 
 class Covering(PairObjective):
@@ -58,8 +62,8 @@ class Covering(PairObjective):
         self.beta, self.top_k, self.canonical = beta, top_k, canonical
         self.student, self.teacher, self.encode_t = tables.student, tables.teacher, tables.encode_t
         self.cells = CellMap(tables.student, tables.teacher, tables.encode_s, tables.encode_t)
-        self.continued = Continued(self.cells, tables.encode_s, tables.encode_t)
-        self.neighbours = Neighbours(tables.student, tables.encode_s) if canonical else None
+        self.probes = Probes(self.cells, tables.encode_s, tables.encode_t)
+        self.neighbours = Neighbours(tables.student, tables.encode_s)
         self.seams = Seams(self.cells, tables.encode_s)
         cell = torch.from_numpy(self.cells.cell)
         self.moved = ((cell >= 0) & (cell != torch.arange(len(cell)))).nonzero()[:, 0]  # tokens in another one's cell
@@ -73,7 +77,7 @@ class Covering(PairObjective):
     def targets(self, plan: CoveringPlan, scores: Scores) -> Targets:
         """The teacher's side, constant."""
         written = scores.written
-        ids_s, t = written.student.ids, written.teacher
+        t = written.teacher
         count, asked = len(t.ids), len(plan.prefixes.row)
         row = np.concatenate([np.arange(count), plan.branch.row, plan.prefixes.row])
         token = np.concatenate([t.ids, plan.branch.ids, plan.prefixes.token])
@@ -81,24 +85,28 @@ class Covering(PairObjective):
         text = np.where(t.stop, read.stop[:count], read.single[:count])
         rows = TeacherRows(text, read.single[count : len(row) - asked], read)
         prefix = read.single[len(row) - asked :]
-        places = inner_places(plan, rows, prefix, t.segment)
-        if len(places):
-            pairs = len(plan.earlier.row)
-            base = count + len(plan.branch.ids)
-            plan, more, first = with_inner(plan, written, places, prefix, self.teacher, self.encode_t)
-            deeper = np.flatnonzero(more.depth)
-            new = EarlierRows(*(getattr(plan.earlier, n)[pairs:] for n in EarlierRows.__dataclass_fields__))
-            behind = read_rows(
-                scores.teacher_rows_behind(more), more.row[deeper], more.ids[deeper], new, base, self.table
-            )
-            first[deeper] = behind.single
-            rows = TeacherRows(text, np.concatenate([rows.tail, first]), read.with_more(behind))
+
+        def ask(tail: TailTokens, row: Ints, token: Ints, pairs: EarlierRows, first: int) -> RowsRead:
+            return read_rows(scores.teacher_rows_behind(tail), row, token, pairs, first, self.table)
+
+        plan, rows = with_inner(plan, rows, prefix, written, self.teacher, self.encode_t, ask)
+        none = np.zeros(0, dtype=np.int64)
 
         def look(tail: TailTokens) -> RowsRead:
-            none = np.zeros(0, dtype=np.int64)
-            return read_rows(scores.teacher_rows_behind(tail), none, none, NO_PAIRS, 0, self.table)
+            return ask(tail, none, none, NO_PAIRS, 0)
 
-        return make_targets(plan, rows, self.cells, self.continued, self.neighbours, self.seams, look, ids_s, t.segment)
+        return make_targets(
+            plan,
+            rows,
+            self.cells,
+            self.probes,
+            self.neighbours,
+            self.seams,
+            look,
+            written.student.ids,
+            TeacherText(t.ids, t.segment),
+            self.canonical,
+        )
 
     def loss(self, plan: CoveringPlan, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
         targets, device = self.targets(plan, scores), scores.device
@@ -119,7 +127,6 @@ class Covering(PairObjective):
         """What the comparison reads of each row beside the student's logits, `[R, ...]`."""
         return {
             "column": torch.from_numpy(targets.column).to(device),
-            "group": torch.from_numpy(targets.group).to(device),
             "mass": torch.from_numpy(targets.mass).float().to(device),
             "stop": torch.from_numpy(targets.stop).float().to(device),
             "split": torch.from_numpy(targets.own).to(device),
@@ -136,7 +143,6 @@ class Covering(PairObjective):
         column, split = given["column"], given["split"]
         some = column >= 0
         of_student = of_cells.gather(1, column.clamp(min=0)).masked_fill(~some, 0.0)
-        of_student = torch.zeros_like(of_student).scatter_add(1, given["group"], of_student)
         of_teacher = given["mass"].to(probs.dtype)
         apart = split >= 0
         own_s = probs.gather(1, given["written"][:, None])[:, 0] * apart

@@ -9,19 +9,19 @@ Shapes: `L` leaves, each a teacher token that may come next at a boundary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diglot.objectives.covering_cells import CellMap, Continued, Neighbours, Seams
+from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams
 from diglot.objectives.covering_rows import RowsRead
 from diglot.objectives.tail import TailTokens
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-_LOOK = 1e-2  # of the mass of a boundary: a leaf of less is not looked behind
+_LOOK = 3e-2  # of the mass of a boundary: a leaf of less is not looked behind
 _PIECES = 3  # of the teacher, behind the first, at most so many
 _SMALL = 1e-4  # of the mass of a boundary: what follows a leaf with less is not told apart
 
@@ -42,44 +42,74 @@ class Leaves:
         return Leaves(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
 
 
-def open_leaves(leaves: Leaves, previous: Ints, cells: CellMap, continued: Continued, neighbours: Neighbours) -> Ints:
-    """Which leaves begin one token or another, or none, depending on what follows them."""
-    heavy = np.flatnonzero((leaves.mass > _LOOK) & (leaves.cell >= 0))
-    before = previous[leaves.boundary[heavy]]
-    sure = neighbours.all_allowed(before, leaves.cell[heavy], cells)
-    longer = [
-        bool((continued.cells_of(token, consumed) != cell).any())
-        for token, consumed, cell in zip(
-            leaves.token[heavy].tolist(), leaves.consumed[heavy].tolist(), leaves.cell[heavy].tolist(), strict=True
-        )
-    ]
-    return heavy[~sure | np.array(longer, dtype=np.bool_)]
+@dataclass(frozen=True)
+class TeacherText:
+    """The teacher's scored tokens, `[N_t]` each."""
+
+    ids: Ints
+    segment: Ints
 
 
 @dataclass(frozen=True)
-class Paths:
-    """What may come next, as far as it was looked at: some pieces behind a row of the teacher, `[L]` each."""
+class Ahead:
+    """What is known by looking further."""
 
-    boundary: list[int]
-    row: list[int]
-    pieces: list[tuple[int, ...]]
-    text: list[bytes]  # not written yet
-    mass: list[float]
+    boundary: Ints  # [A]
+    cell: Ints  # [A] -1: the student's tokenizer would not have come here
+    mass: Floats  # [A]
+    left: Floats  # [L] of each leaf, what nothing more is known of
 
 
-def branches_behind(paths: Paths, branch: TailTokens, count: int) -> tuple[TailTokens, Ints]:
+def open_leaves(leaves: Leaves, previous: Ints, cells: CellMap, probes: Probes, neighbours: Neighbours) -> Ints:
+    """Which leaves begin one token or another, or none, depending on what follows them."""
+    heavy = np.flatnonzero((leaves.mass > _LOOK) & (leaves.cell >= 0))
+    some = leaves.at(heavy)
+    sure = neighbours.all_allowed(previous[some.boundary], some.cell, cells)
+    return heavy[~sure | probes.open(some.token, some.consumed, some.cell)]
+
+
+@dataclass(frozen=True)
+class _Path:
+    """What may come next, as far as it was looked at: some pieces behind a row of the teacher."""
+
+    leaf: int
+    boundary: int
+    row: int
+    pieces: tuple[int, ...]
+    text: bytes  # that is not written yet
+    mass: float
+    ends: bool = False  # the turn ends behind it
+
+    def advanced(self, there: Mapping[tuple[int, int], int]) -> _Path:
+        """From the last row of the path that is known already."""
+        row, pieces = self.row, self.pieces
+        while pieces and (row, pieces[0]) in there:
+            row, pieces = there[row, pieces[0]], pieces[1:]
+        return replace(self, row=row, pieces=pieces)
+
+    def continued(self, rows: RowsRead, at: int, token: Callable[[int], bytes]) -> Iterator[_Path]:
+        """With each piece that may come behind it, and its end; `at` is its row."""
+        yield replace(self, mass=float(np.exp(rows.stop[at])) * self.mass, ends=True)
+        masses = np.exp(rows.top[at]) * self.mass
+        for i, mass in zip(rows.top_ids[at].tolist(), masses.tolist(), strict=True):
+            if mass > _SMALL:
+                yield replace(self, pieces=(*self.pieces, i), text=self.text + token(i), mass=mass)
+
+
+def branches_behind(paths: Sequence[_Path], branch: TailTokens, count: int) -> tuple[TailTokens, Ints]:
     """The teacher's tokens to read for rows behind `paths`, and for each path the place of its last token there.
 
-    `count` is how many rows the text has; row `count + e` follows token `e` of `branch`.
+    `count` is how many rows the text has; row `count + e` follows token `e` of `branch`. A path without pieces has
+    the place -1: its row is there.
     """
     known: dict[tuple[int, tuple[int, ...]], int] = {}
     ids: list[int] = []
     before: list[int] = []
     depth: list[int] = []
-    place = np.zeros(len(paths.row), dtype=np.int64)
-    for k, key in enumerate(zip(paths.row, paths.pieces, strict=True)):
-        if key not in known:
-            row, pieces = key
+    place = np.full(len(paths), -1, dtype=np.int64)
+    for k, key in enumerate((path.row, path.pieces) for path in paths):
+        row, pieces = key
+        if key not in known and pieces:
             e = row - count
             earlier = branch.ids[e - int(branch.depth[e]) : e + 1].tolist() if e >= 0 else []
             path = [*earlier, *pieces]
@@ -87,59 +117,59 @@ def branches_behind(paths: Paths, branch: TailTokens, count: int) -> tuple[TailT
             before += [int(branch.before[e]) if e >= 0 else row] * len(path)
             depth += range(len(path))
             known[key] = len(ids) - 1
-        place[k] = known[key]
-    arrays = [np.array(x, dtype=np.int64) for x in (ids, before, depth)]
-    return TailTokens(*arrays, np.zeros(len(ids), dtype=np.int64)), place
+        place[k] = known.get(key, -1)
+    arrays = (np.array(x, dtype=np.int64) for x in (ids, before, depth, [-1] * len(ids)))
+    return TailTokens(*arrays), place
+
+
+def _next_rows(branch: TailTokens, text: TeacherText) -> dict[tuple[int, int], int]:
+    """Rows behind a row and a token, as far as they are there: of the text, and of branches."""
+    count = len(text.ids)
+    follows = np.flatnonzero(text.segment[1:] == text.segment[:-1])
+    known = {(i, int(text.ids[i])): i + 1 for i in follows.tolist()}
+    known |= {(r, i): count + e for e, (r, i) in enumerate(zip(branch.row.tolist(), branch.ids.tolist(), strict=True))}
+    return known
 
 
 def look_ahead(
     leaves: Leaves,
     previous: Ints,
     branch: TailTokens,
-    count: int,
+    text: TeacherText,
+    rows: RowsRead,
     cells: CellMap,
     seams: Seams,
     look: Callable[[TailTokens], RowsRead],
-) -> tuple[Ints, Ints, Floats, Floats]:
-    """Boundary, cell (-1: the student's tokenizer would not have come here) and mass of what follows the leaves; and
-    the mass of each leaf that nothing more is known of, `[L]`."""
-    token = cells.teacher.token
-    owner = list(range(len(leaves.token)))
-    pieces = [(int(i),) for i in leaves.token]
-    text = [token(i)[k:] for (i,), k in zip(pieces, leaves.consumed.tolist(), strict=True)]
-    paths = Paths(leaves.boundary.tolist(), leaves.row.tolist(), pieces, text, leaves.mass.tolist())
-    left = leaves.mass.copy()
-    known: list[tuple[int, int, float]] = []
+) -> Ahead:
+    """Which student token each of the leaves turns out to begin, once more of the teacher's pieces are known."""
+    token, there = cells.teacher.token, _next_rows(branch, text)
+    left, known = leaves.mass.copy(), list[tuple[int, int, float]]()
+    todo = [
+        _Path(k, b, r, (i,), token(i)[c:], m)
+        for k, (b, r, i, c, m) in enumerate(
+            zip(
+                *(x.tolist() for x in (leaves.boundary, leaves.row, leaves.token, leaves.consumed, leaves.mass)),
+                strict=True,
+            )
+        )
+    ]
     for level in range(_PIECES):
-        if not paths.row:
-            break
-        tail, place = branches_behind(paths, branch, count)
-        behind = look(tail)
-        more: list[tuple[int, int, int, tuple[int, ...], bytes, float]] = []
-        ends: list[bool] = []
-        for k, at in enumerate(place.tolist()):
-            of_path = owner[k], paths.boundary[k], paths.row[k], paths.pieces[k]
-            follows = np.exp(behind.top[at]) * paths.mass[k]
-            more.append((*of_path, paths.text[k], float(np.exp(behind.stop[at])) * paths.mass[k]))
-            ends.append(True)
-            for i, mass in zip(behind.top_ids[at].tolist(), follows.tolist(), strict=True):
-                if mass > _SMALL:
-                    more.append((*of_path[:3], (*of_path[3], i), paths.text[k] + token(i), mass))
-                    ends.append(False)
-        found = seams.begins([(int(previous[b]), text) for _, b, _, _, text, _ in more])
-        go_on = []
-        for one, end, begins in zip(more, ends, found, strict=True):
+        todo = [path.advanced(there) for path in todo]
+        tail, place = branches_behind(todo, branch, len(text.ids))
+        behind = look(tail) if len(tail.ids) else rows
+        more: list[_Path] = []
+        for path, at in zip(todo, place.tolist(), strict=True):
+            more += path.continued(rows, path.row, token) if at < 0 else path.continued(behind, at, token)
+        found = seams.begins([(int(previous[one.boundary]), one.text) for one in more])
+        todo = []
+        for one, begins in zip(more, found, strict=True):
             if begins is None:
                 continue
-            own, b, _, _, _, mass = one
             cell, is_open = begins
-            if is_open and not end and mass > _LOOK and level + 1 < _PIECES:
-                go_on.append(one)
-                continue
-            left[own] -= mass
-            known.append((b, cell, mass))
-        if level + 1 < _PIECES:
-            owner = [one[0] for one in go_on]
-            paths = Paths(*([one[n] for one in go_on] for n in range(1, 6)))
-    boundary, cell, mass = (np.array([one[n] for one in known]) for n in range(3))
-    return boundary.astype(np.int64), cell.astype(np.int64), mass.astype(np.float64), np.maximum(left, 0.0)
+            if is_open and not one.ends and one.mass > _LOOK and level + 1 < _PIECES:
+                todo.append(one)
+            else:
+                left[one.leaf] -= one.mass
+                known.append((one.boundary, cell, one.mass))
+    table = np.array(known, dtype=np.float64).reshape(-1, 3)
+    return Ahead(table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2], np.maximum(left, 0.0))

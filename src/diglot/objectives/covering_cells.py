@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,8 @@ from diglot.vocabulary import Vocabulary
 from diglot.vocabulary.maps import first_tokens, greedy_tokens
 
 Ints = NDArray[np.int64]
-_LONGER = 64  # student tokens that begin with the rest of a teacher token, at most so many, the shortest first
-_RUN_PAST = 8  # teacher tokens that run past the end of a student token, at most so many
+_PROBES = 48  # tokens of the teacher that are tried behind another, at most so many
+_CHANGED = 0.05  # of those that it would write there: so many must change what they follow
 _MEMBERS = 8  # of a cell, at most so many are tried before it is given up as not canonical
 
 
@@ -56,74 +57,43 @@ class CellMap:
         return np.where(first >= 0, self.cell[np.maximum(first, 0)], -1)
 
 
-class Continued:
-    """Which cells the rest of a teacher token may turn out to belong to, once more of the text is known.
+class Probes:
+    """Could what follows a teacher token change which student token it begins?
 
     Behind "b" the rest "a" of the teacher's "ba" is the student's "a", unless a "b" follows and its tokenizer writes
-    "ab". Then the two cells cannot be told apart yet, and are compared as one.
+    "ab"; two newlines are one token at the end of a text, and two before a word. Tried with tokens from all over the
+    teacher's vocabulary, those of them that it would write behind this one.
     """
 
     def __init__(self, cells: CellMap, encode_s: Encode, encode_t: Encode) -> None:
         self.cells, self.encode_s, self.encode_t = cells, encode_s, encode_t
-        self._known: dict[tuple[int, int], Ints] = {}
+        with_text = np.flatnonzero(cells.teacher.lengths > 0)
+        chosen = with_text[np.unique(np.linspace(0, len(with_text) - 1, _PROBES).astype(np.int64))]
+        self.probes = [cells.teacher.token(i) for i in chosen.tolist()]
+        self._known: dict[tuple[int, int], bool] = {}
 
-    def cells_of(self, token: int, consumed: int) -> Ints:
-        """Cells of the longer student tokens that the teacher would write as this token and more."""
-        key = (token, consumed)
-        if key not in self._known:
-            self._known[key] = self._find(token, consumed)
-        return self._known[key]
-
-    def _find(self, token: int, consumed: int) -> Ints:
-        cells, student = self.cells, self.cells.student
-        whole = cells.teacher.token(token)
-        rest = np.frombuffer(whole[consumed:], dtype=np.uint8)
-        node = _node(student.trie, rest)
-        if node < 0:
-            return np.zeros(0, dtype=np.int64)
-        longer = student.trie.sorted_ids[student.trie.low[node] : student.trie.high[node]]
-        longer = longer[student.lengths[longer] > len(rest)]
-        longer = longer[np.argsort(student.lengths[longer], kind="stable")][:_LONGER]
-        found = [self._written_alone(whole, consumed, longer), self._written_if_more(whole, consumed, longer)]
-        cell = cells.cell[np.concatenate(found)]
-        return np.unique(cell[cell >= 0])
-
-    def _written_alone(self, whole: bytes, consumed: int, longer: Ints) -> Ints:
-        """Those of the student's tokens that the teacher writes as this token and more."""
-        texts = [(whole[:consumed] + self.cells.student.token(i), i) for i in longer.tolist()]
-        read = _encoded([text for text, _ in texts], self.encode_t)
-        first = self.cells.teacher.token
-        kept = [i for (_, i), ids in zip(texts, read, strict=True) if ids and len(ids) > 1 and first(ids[0]) == whole]
-        return np.array(kept, dtype=np.int64)
-
-    def _written_if_more(self, whole: bytes, consumed: int, longer: Ints) -> Ints:
-        """Those that it would not, unless it goes on with a token that runs past their end."""
-        cells, trie = self.cells, self.cells.teacher.trie
-        rest, after = whole[consumed:], []
-        for i in longer.tolist():
-            more = np.frombuffer(cells.student.token(i)[len(rest) :], dtype=np.uint8)
-            node = _node(trie, more)
-            if node >= 0:
-                ids = trie.sorted_ids[trie.low[node] : trie.high[node]]
-                ids = ids[cells.teacher.lengths[ids] > len(more)][:_RUN_PAST]
-                after += [cells.teacher.token(w) for w in ids.tolist()]
-        after = list(dict.fromkeys(after))
-        token = cells.teacher.token
-        of_teacher = _encoded([whole + w for w in after], self.encode_t)
-        split = [w for w, ids in zip(after, of_teacher, strict=True) if ids and [token(i) for i in ids] == [whole, w]]
-        of_student = _encoded([rest + w for w in split], self.encode_s)
-        return np.array([ids[0] for ids in of_student if ids], dtype=np.int64)
+    def open(self, token: Ints, consumed: Ints, cell: Ints) -> NDArray[np.bool_]:
+        """For each token of which `consumed` bytes are written already, and the cell that it seems to begin, `[n]`."""
+        keys = list(zip(token.tolist(), consumed.tolist(), strict=True))
+        new = {key: c for key, c in zip(keys, cell.tolist(), strict=True) if key not in self._known}
+        piece = self.cells.teacher.token
+        wholes = [(key, piece(key[0]), w) for key in new for w in self.probes]
+        of_teacher = encoded([whole + w for _, whole, w in wholes], self.encode_t)
+        follows = [
+            (key, whole[key[1] :] + w)
+            for (key, whole, w), ids in zip(wholes, of_teacher, strict=True)
+            if ids and [piece(i) for i in ids] == [whole, w]
+        ]
+        tried, changed = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+        for (key, _), ids in zip(follows, encoded([text for _, text in follows], self.encode_s), strict=True):
+            if ids:
+                tried[key] += 1
+                changed[key] += int(self.cells.cell[ids[0]]) != new[key]
+        self._known |= {key: changed[key] > _CHANGED * tried[key] for key in new}
+        return np.array([self._known[key] for key in keys], dtype=np.bool_)
 
 
-def _node(trie: Any, text: NDArray[np.uint8]) -> int:
-    """The trie's node behind `text`, -1: there is none."""
-    for _, depth, nodes in trie.walk(text, np.zeros(1, np.int64), np.array([len(text)])):
-        if depth == len(text):
-            return int(nodes[0]) if len(nodes) else -1
-    return -1
-
-
-def _encoded(texts: list[bytes], encode: Encode) -> list[list[int] | None]:
+def encoded(texts: Sequence[bytes], encode: Encode) -> list[list[int] | None]:
     """The tokens of each text, None for what is no text by itself or is not written as it is."""
     found: list[list[int] | None] = [None] * len(texts)
     asked: list[tuple[int, str]] = []
@@ -146,20 +116,13 @@ class Neighbours:
     def allowed(self, pairs: list[tuple[int, int]]) -> list[bool]:
         """For each pair of ids. True for what is no text by itself: nothing can be said of it."""
         new = [p for p in dict.fromkeys(pairs) if p not in self._known]
-        texts, asked = [], []
-        for pair in new:
-            one, other = (self.student.token(i) for i in pair)
-            try:
-                texts.append((one + other).decode("utf-8"))
-                asked.append(pair)
-            except UnicodeDecodeError:
-                self._known[pair] = True
-        for pair, encoded in zip(asked, self.encode(texts) if texts else (), strict=True):
-            self._known[pair] = not encoded.exact.all() or encoded.ids.tolist() == list(pair)
+        token = self.student.token
+        read = encoded([token(one) + token(other) for one, other in new], self.encode)
+        self._known |= {pair: ids is None or ids == list(pair) for pair, ids in zip(new, read, strict=True)}
         return [self._known[pair] for pair in pairs]
 
     def some_allowed(self, before: Ints, cell: Ints, cells: CellMap) -> NDArray[np.bool_]:
-        """Does a cell hold a token that is written behind the one `before`? `[n]`; `before` is -1 where a text starts."""
+        """Does a cell hold a token that is written behind the one `before`, `[n]`? -1: a text starts there."""
         found, doubtful = self._named(before, cell)
         for at in doubtful.tolist():
             found[at] = any(self.allowed([(int(before[at]), m) for m in cells.others(int(cell[at]))]))
@@ -193,7 +156,7 @@ class Seams:
         more of the text could change that; None if nothing is known."""
         new = [one for one in dict.fromkeys(asked) if one not in self._known]
         before = [self.cells.student.token(i) if i >= 0 else b"" for i, _ in new]
-        read = _encoded([one + text for one, (_, text) in zip(before, new, strict=True)], self.encode)
+        read = encoded([one + text for one, (_, text) in zip(before, new, strict=True)], self.encode)
         for one, ids in zip(new, read, strict=True):
             if not ids:
                 self._known[one] = None

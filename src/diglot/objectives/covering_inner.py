@@ -7,6 +7,7 @@ about it, too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -14,65 +15,98 @@ from numpy.typing import NDArray
 
 from diglot.batches import Written
 from diglot.objectives.base import Encode
-from diglot.objectives.covering_plan import CoveringPlan, EarlierRows, branches_to, pairs_from
+from diglot.objectives.covering_cells import encoded
+from diglot.objectives.covering_plan import CoveringPlan, EarlierRows, Ground, branches_to, pairs_from
+from diglot.objectives.covering_rows import RowsRead
 from diglot.objectives.covering_target import TeacherRows, prefix_masses
 from diglot.objectives.tail import TailTokens
 from diglot.vocabulary import Vocabulary
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-_SOME = 1e-2  # of the mass of the next boundary: a place that can hold less is not asked about
+_TAIL, _PAIRS = TailTokens.__dataclass_fields__, EarlierRows.__dataclass_fields__
+_TRIED = 8  # tokens that run past a boundary, at most so many
+_SOME = 3e-2  # of the mass of the next boundary: a place that can hold less is not asked about
 
 
-def inner_places(plan: CoveringPlan, rows: TeacherRows, prefix: Floats, segment_t: Ints) -> Ints:
-    """Where the text is to be cut once more, as places of the ground; `prefix` is the log mass of `plan.prefixes`."""
-    ground = plan.ground
+def _heavy_places(plan: CoveringPlan, rows: TeacherRows, prefix: Floats, segment_t: Ints) -> Ints:
+    """Where a token of the teacher may end with some of the mass, as places of the ground."""
+    ground, prefixes = plan.ground, plan.prefixes
     log_prefix, _, _ = prefix_masses(plan, rows, segment_t)
+    begins, compared = np.flatnonzero(ground.main_at >= 0), np.flatnonzero(ground.row_at >= 0)
+    if not len(begins) or not len(compared):
+        return np.zeros(0, dtype=np.int64)
     key_of = np.full(len(segment_t), -1, dtype=np.int64)
-    at = np.flatnonzero(ground.main_at >= 0)
-    key_of[ground.main_at[at]] = at
-    after = np.full(len(ground.row_at) + 1, -1, dtype=np.int64)  # the next boundary that is compared
-    for place in range(len(ground.row_at) - 1, -1, -1):
-        after[place] = ground.row_at[place] if ground.row_at[place] >= 0 else after[place + 1]
+    key_of[ground.main_at[begins]] = begins
+    key = key_of[prefixes.row]
+    text_end = (ground.offset + ground.lengths)[np.searchsorted(ground.offset, key, side="right") - 1]
+    low = key + prefixes.length
+    high = np.minimum(np.append(begins, len(ground.row_at))[np.searchsorted(begins, key, side="right")], text_end)
+    next_at = np.append(compared, len(ground.row_at))[np.searchsorted(compared, low)]
+    inside = np.flatnonzero((low < high) & (next_at <= text_end))
     before = np.concatenate([[0.0], np.cumsum(rows.text)])
-    row, key = plan.prefixes.row, key_of[plan.prefixes.row]
+    row = prefixes.row[inside]
     reach = before[row] - before[np.searchsorted(segment_t, segment_t[row])]
-    ends = key + plan.prefixes.length
-    next_key = np.full(len(segment_t), len(ground.row_at), dtype=np.int64)
-    next_key[ground.main_at[at]] = np.append(at[1:], len(ground.row_at))
-    stops = np.minimum(
-        next_key[row],
-        np.append(ground.offset, len(ground.row_at))[np.searchsorted(ground.offset, key, side="right")] - 1,
-    )
-    to = after[ends]
-    heavy = (ends < stops) & (to >= 0)
-    heavy &= np.where(to >= 0, reach + prefix - log_prefix[to], -np.inf) > np.log(_SOME)
+    heavy = inside[reach + prefix[inside] - log_prefix[ground.row_at[next_at[inside]]] > np.log(_SOME)]
     places: set[int] = set()
-    for low, high in zip(ends[heavy].tolist(), stops[heavy].tolist(), strict=True):
-        places.update(range(low, high))
+    for one, other in zip(low[heavy].tolist(), high[heavy].tolist(), strict=True):
+        places.update(range(one, other))
     found = np.array(sorted(places), dtype=np.int64)
     return found[(ground.row_at[found] < 0) & (ground.main_at[found] < 0)]
 
 
 def with_inner(
-    plan: CoveringPlan, written: Written, places: Ints, prefix: Floats, teacher: Vocabulary, encode_t: Encode
-) -> tuple[CoveringPlan, TailTokens, Floats]:
-    """The plan with branches to `places`, these branches, and the log mass of their first tokens (0 for the others)."""
-    ground = plan.ground
+    plan: CoveringPlan,
+    rows: TeacherRows,
+    prefix: Floats,
+    written: Written,
+    teacher: Vocabulary,
+    encode_t: Encode,
+    ask: Callable[[TailTokens, Ints, Ints, EarlierRows, int], RowsRead],
+) -> tuple[CoveringPlan, TeacherRows]:
+    """The plan and its rows with those behind places that hold some of the mass.
+
+    Args:
+        prefix: log-probs of `plan.prefixes`.
+        ask: reads the teacher behind branches: these, rows and tokens of single entries, pairs, the first row's number.
+    """
+    ground, base = plan.ground, len(plan.branch.ids)
+    places = _heavy_places(plan, rows, prefix, written.teacher.segment)
     segment = np.searchsorted(ground.offset, places, side="right") - 1
-    more, last = branches_to(written, segment, places - ground.offset[segment], encode_t, len(plan.branch.ids))
+    more, last = branches_to(written, segment, places - ground.offset[segment], encode_t, base)
+    kept = _run_past(ground, places, last, more, teacher, encode_t)
+    if not kept.any():
+        return plan, rows
+    places, segment = places[kept], segment[kept]
+    more, last = branches_to(written, segment, places - ground.offset[segment], encode_t, base)
+    count = len(written.teacher.ids)
+    pairs = pairs_from(places, count + base + last, more.before[last], base + last, ground, teacher)
+    deeper = np.flatnonzero(more.depth)
+    behind = ask(more, more.row[deeper], more.ids[deeper], pairs, count + base)
     known = dict(zip(zip(plan.prefixes.row.tolist(), plan.prefixes.token.tolist(), strict=True), prefix, strict=True))
-    first = np.array(
-        [
-            0.0 if d else known.get((r, i), -np.inf)
-            for r, i, d in zip(more.row.tolist(), more.ids.tolist(), more.depth.tolist(), strict=True)
-        ]
-    )
-    usable = last >= 0
-    last, key = last[usable], places[usable]
-    base = len(plan.branch.ids)
-    row = len(written.teacher.ids) + base + last
-    pairs = pairs_from(key, row, more.before[last], base + last, ground, teacher)
-    join = [np.concatenate([getattr(plan.branch, n), getattr(more, n)]) for n in TailTokens.__dataclass_fields__]
-    both = [np.concatenate([getattr(plan.earlier, n), getattr(pairs, n)]) for n in EarlierRows.__dataclass_fields__]
-    return replace(plan, branch=TailTokens(*join), earlier=EarlierRows(*both)), more, first
+    tail = np.array([known.get(one, -np.inf) for one in zip(more.row.tolist(), more.ids.tolist(), strict=True)])
+    tail[deeper] = behind.single
+    branch = TailTokens(*(np.concatenate([getattr(plan.branch, n), getattr(more, n)]) for n in _TAIL))
+    earlier = EarlierRows(*(np.concatenate([getattr(plan.earlier, n), getattr(pairs, n)]) for n in _PAIRS))
+    found = TeacherRows(rows.text, np.concatenate([rows.tail, tail]), rows.read.with_more(behind))
+    return replace(plan, branch=branch, earlier=earlier), found
+
+
+def _run_past(
+    ground: Ground, places: Ints, last: Ints, branch: TailTokens, teacher: Vocabulary, encode_t: Encode
+) -> NDArray[np.bool_]:
+    """Where the teacher's tokenizer would write a token that runs past the next boundary, behind the one before."""
+    trie = teacher.trie
+    asked: list[tuple[int, int, int]] = []
+    begin, end = ground.span(places)
+    for on, depth, node in trie.walk(ground.data, begin, end):
+        hit = (ground.row_at[places[on] + depth] >= 0) & (last[on] >= 0)
+        for k, n in zip(on[hit].tolist(), node[hit].tolist(), strict=True):
+            ids = trie.sorted_ids[trie.low[n] : trie.high[n]]
+            ids = ids[teacher.lengths[ids] > depth]
+            some = ids[np.unique(np.linspace(0, len(ids) - 1, min(len(ids), _TRIED)).astype(np.int64))]
+            asked += [(k, int(branch.ids[last[k]]), i) for i in some.tolist()]
+    read = encoded([teacher.token(one) + teacher.token(other) for _, one, other in asked], encode_t)
+    found = np.zeros(len(places), dtype=np.bool_)
+    found[[k for (k, *pair), ids in zip(asked, read, strict=True) if ids == pair]] = True
+    return found

@@ -118,10 +118,10 @@ def plan_covering(written: Written, student: Vocabulary, teacher: Vocabulary, en
     previous = np.where(same, wanted - 1, -1)
 
     ground = Ground(data, lengths, offset, main_at, row_at)
-    own_key = np.flatnonzero((main_at >= 0) & (row_at < 0))  # the teacher's boundaries that are none of the student's
-    none = np.full(len(own_key), -1)
-    sources = [(key, own, main, last), (own_key, main_at[own_key], main_at[own_key], none)]
-    earlier = pairs_from(*(np.concatenate(x) for x in zip(*sources, strict=True)), ground, teacher)
+    alone = np.flatnonzero((main_at >= 0) & (row_at < 0))  # the teacher's boundaries that are none of the student's
+    of_alone = main_at[alone], main_at[alone], np.full(len(alone), -1)
+    at, row, first, end_of = (np.concatenate(x) for x in zip((key, own, main, last), (alone, *of_alone), strict=True))
+    earlier = pairs_from(at, row, first, end_of, ground, teacher)
     skipped = {"character": int((found < 0).sum())}
     prefixes = _prefixes(ground, teacher)
     return CoveringPlan(wanted, previous, following, own, branch, last, main, earlier, prefixes, skipped, ground)
@@ -194,7 +194,7 @@ def pairs_from(key: Ints, row: Ints, main: Ints, last: Ints, ground: Ground, tea
 
     `key` is the place of each row, `[n]`, the others as in `EarlierRows`.
     """
-    trie, parts = teacher.trie, [(np.zeros(0, dtype=np.int64),) * 7]
+    trie, parts = teacher.trie, [tuple(np.zeros(0, dtype=np.int64) for _ in range(7))]
     walked = trie.walk(ground.data, *ground.span(key)) if len(ground.data) and len(key) else ()
     for on, depth, node in walked:
         to = ground.row_at[key[on] + depth]
@@ -215,7 +215,7 @@ def pairs_from(key: Ints, row: Ints, main: Ints, last: Ints, ground: Ground, tea
 def _prefixes(ground: Ground, teacher: Vocabulary) -> Prefixes:
     """Of all rows of the text's own reading."""
     key, trie = np.flatnonzero(ground.main_at >= 0), teacher.trie
-    parts = [(np.zeros(0, dtype=np.int64),) * 3]
+    parts = [tuple(np.zeros(0, dtype=np.int64) for _ in range(3))]
     walked = trie.walk(ground.data, *ground.span(key)) if len(ground.data) and len(key) else ()
     for on, depth, node in walked:
         token = trie.sorted_ids[np.minimum(trie.low[node], len(trie.sorted_ids) - 1)]

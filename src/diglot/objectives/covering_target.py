@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diglot.objectives.covering_ahead import Leaves, look_ahead, open_leaves
-from diglot.objectives.covering_cells import CellMap, Continued, Neighbours, Seams
+from diglot.objectives.covering_ahead import Leaves, TeacherText, look_ahead, open_leaves
+from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams
 from diglot.objectives.covering_plan import CoveringPlan
 from diglot.objectives.covering_rows import RowsRead
 from diglot.objectives.tail import TailTokens
@@ -21,7 +21,6 @@ from diglot.objectives.tail import TailTokens
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 _NEGLIGIBLE = 1e-4  # of the mass of a range, or of a boundary: a leaf that is not looked at by itself
-_UNSURE = 1e-3  # of the mass of a boundary: below it, what a rest may turn into is not looked at
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,6 @@ class Targets:
 
     column: Ints  # [R, C] a student token that names its cell; -1 for padding
     mass: Floats  # [R, C] in [0, 1]
-    group: Ints  # [R, C] the first of the columns that are compared as one; its mass is theirs
     stop: Floats  # [R]
     own: Ints  # [R] the column of the cell that is split: the written token apart; -1: none is
     own_mass: Floats  # [R] of the written token, at most its cell's
@@ -52,62 +50,51 @@ def make_targets(
     plan: CoveringPlan,
     rows: TeacherRows,
     cells: CellMap,
-    continued: Continued,
-    neighbours: Neighbours | None,
+    probes: Probes,
+    neighbours: Neighbours,
     seams: Seams,
     look: Callable[[TailTokens], RowsRead],
     ids_s: Ints,
-    segment_t: Ints,
+    t: TeacherText,
+    canonical: bool,
 ) -> Targets:
     """Mix the rows of each boundary, drop what the student's tokenizer could not have written, and sum by cells.
 
     `look` reads the teacher behind tokens that may come next: one more piece, where the first does not tell.
     """
     count = len(plan.student)
-    log_prefix, weight, start = prefix_masses(plan, rows, segment_t)
-    stop = np.where(
-        np.isfinite(log_prefix), np.exp(rows.read.stop[plan.own]) * weight, np.nan
-    )  # not finite: so is the loss
-
-    previous = np.where(plan.previous >= 0, ids_s[np.maximum(plan.previous, 0)], -1)
+    log_prefix, weight, start = prefix_masses(plan, rows, t.segment)
+    stop = np.exp(rows.read.stop[plan.own]) * weight
+    stop = np.where(np.isfinite(log_prefix), stop, np.nan)  # not finite: so is the loss
+    previous = np.where((plan.previous >= 0) & canonical, ids_s[np.maximum(plan.previous, 0)], -1)
     leaves = _leaves(plan, rows, cells, weight, start - log_prefix[plan.earlier.to])
-    boundary, cell, mass = leaves.boundary, leaves.cell, leaves.mass.copy()
+    which = open_leaves(leaves, previous, cells, probes, neighbours)
+    ahead = look_ahead(leaves.at(which), previous, plan.branch, t, rows.read, cells, seams, look)
+    left = leaves.mass.copy()
+    left[which] = ahead.left
+    refused = np.zeros(len(left), dtype=np.bool_)
+    looked = np.flatnonzero((left > _NEGLIGIBLE) & (leaves.cell >= 0))
+    refused[looked] = ~neighbours.some_allowed(previous[leaves.boundary[looked]], leaves.cell[looked], cells)
     lost = np.zeros(count)
-    unsure = np.zeros((0, 3), dtype=np.int64)
-    if neighbours is not None:
-        which = open_leaves(leaves, previous, cells, continued, neighbours)
-        if len(which):
-            ahead = look_ahead(leaves.at(which), previous, plan.branch, len(segment_t), cells, seams, look)
-            b, c, m, mass[which] = ahead
-            lost += np.bincount(b, m * (c < 0), minlength=count)
-            sure = len(c)
-            boundary, cell, mass = (np.concatenate(x) for x in ((b, boundary), (c, cell), (m, mass)))
-        else:
-            sure = 0
-        refused = np.zeros(len(cell), dtype=np.bool_)
-        looked = sure + np.flatnonzero((mass[sure:] > _NEGLIGIBLE) & (cell[sure:] >= 0))
-        refused[looked] = ~neighbours.some_allowed(previous[boundary[looked]], cell[looked], cells)
-        lost += np.bincount(boundary, mass * refused, minlength=count)
-        hopeless = lost > 0.999  # the written tokens are not the student tokenizer's own: nothing to hold on to
-        refused &= ~hopeless[boundary]
-        lost[hopeless] = 0
-        cell = np.where(refused, -1, cell)
-    else:
-        unsure = _unsure(boundary, leaves.token, leaves.consumed, cell, mass, continued)
-    canonical = 1 - lost
-    known = cell >= 0
-    boundary = np.concatenate([boundary[known], unsure[:, 0]])
-    cell, mass = np.concatenate([cell[known], unsure[:, 2]]), np.concatenate([mass[known], np.zeros(len(unsure))])
-    boundary, cell, mass = _summed(boundary, cell, mass / canonical[boundary], len(cells.cell))
-    stop = stop / canonical
+    lost += np.bincount(ahead.boundary, ahead.mass * (ahead.cell < 0), minlength=count)
+    lost += np.bincount(leaves.boundary, left * refused, minlength=count)
+    hopeless = lost > 0.999  # the written tokens are not the student tokenizer's own: nothing to hold on to
+    lost[hopeless] = 0
+    left = np.where(hopeless[leaves.boundary], leaves.mass, np.where(refused, 0, left))
+    sure = (ahead.cell >= 0) & ~hopeless[ahead.boundary]
+    known = leaves.cell >= 0
+    share = 1 - lost
+    boundary = np.concatenate([leaves.boundary[known], ahead.boundary[sure]])
+    cell = np.concatenate([leaves.cell[known], ahead.cell[sure]])
+    mass = np.concatenate([left[known], ahead.mass[sure]])
+    boundary, cell, mass = _summed(boundary, cell, mass / share[boundary], len(cells.cell))
 
     place = np.arange(len(boundary)) - np.searchsorted(boundary, boundary)
     column = np.full((count, int(place.max(initial=-1)) + 1), -1, dtype=np.int64)
     dense = np.zeros(column.shape)
     column[boundary, place], dense[boundary, place] = cell, mass
-    group = _as_one(column, dense, unsure)
-    split, own_mass = _written_token(plan, cells, ids_s, column, dense, group, log_prefix + np.log(canonical))
-    return Targets(column, dense, group, stop, split, own_mass, canonical, 1 - weight)
+    split, own_mass = _written_token(plan, cells, ids_s, column, dense, log_prefix + np.log(share))
+    return Targets(column, dense, stop / share, split, own_mass, share, 1 - weight)
 
 
 def prefix_masses(plan: CoveringPlan, rows: TeacherRows, segment_t: Ints) -> tuple[Floats, Floats, Floats]:
@@ -137,37 +124,13 @@ def _leaves(plan: CoveringPlan, rows: TeacherRows, cells: CellMap, weight: Float
     return Leaves(boundary, row, token, consumed, cell, mass).at(np.flatnonzero(mass > 1e-9))
 
 
-def _unsure(boundary: Ints, token: Ints, consumed: Ints, cell: Ints, mass: Floats, continued: Continued) -> Ints:
-    """Pairs of cells that cannot be told apart yet, `[pairs, 3]`: boundary, cell, other cell."""
-    found = []
-    for k in np.flatnonzero((consumed > 0) & (cell >= 0) & (mass > _UNSURE)).tolist():
-        for other in continued.cells_of(int(token[k]), int(consumed[k])).tolist():
-            if other != cell[k]:
-                found.append((boundary[k], cell[k], other))
-    return np.array(found, dtype=np.int64).reshape(-1, 3)
-
-
-def _as_one(column: Ints, mass: Floats, unsure: Ints) -> Ints:
-    """The column that stands for each one's group, `[R, C]`; moves the masses there."""
-    group = np.tile(np.arange(column.shape[1]), (len(column), 1))
-    for boundary, one, other in unsure.tolist():
-        places = [np.flatnonzero(column[boundary] == cell) for cell in (one, other)]
-        if all(len(place) for place in places):
-            first, second = sorted(int(group[boundary, place[0]]) for place in places)
-            group[boundary, group[boundary] == second] = first
-    rows = np.arange(len(column))[:, None]
-    sums = np.zeros_like(mass)
-    np.add.at(sums, (rows, group), mass)
-    mass[:] = sums
-    return group
-
-
 def _reach(plan: CoveringPlan, rows: TeacherRows, segment_t: Ints) -> Callable[[Ints, Ints], Floats]:
     """Log mass of the teacher's own reading of the text up to a boundary, from the start of its segment."""
     before = np.concatenate([[0.0], np.cumsum(rows.text)])
-    running = np.concatenate([[0.0], np.cumsum(rows.tail)])
-    branch_start = np.arange(len(rows.tail)) - plan.branch.depth
-    tails = running[1:] - running[branch_start]
+    tails = rows.tail.copy()
+    for depth in range(1, int(plan.branch.depth.max(initial=0)) + 1):
+        at = np.flatnonzero(plan.branch.depth == depth)
+        tails[at] += tails[at - 1]
 
     def reach(main: Ints, last: Ints) -> Floats:
         found = before[main] - before[np.searchsorted(segment_t, segment_t[main])] if len(main) else np.zeros(0)
@@ -190,7 +153,7 @@ def _summed(boundary: Ints, cell: Ints, mass: Floats, width: int) -> tuple[Ints,
 
 
 def _written_token(
-    plan: CoveringPlan, cells: CellMap, ids_s: Ints, column: Ints, mass: Floats, group: Ints, log_prefix: Floats
+    plan: CoveringPlan, cells: CellMap, ids_s: Ints, column: Ints, mass: Floats, log_prefix: Floats
 ) -> tuple[Ints, Floats]:
     """Where the written token shares its cell: the column of the cell, and the token's own mass, from the row after it.
 
@@ -204,8 +167,8 @@ def _written_token(
     for r in np.flatnonzero(followed).tolist():
         cell = cells.cell[written[r]]
         at = np.flatnonzero(column[r] == cell)
-        if len(at) and (cells.size[cell] > 1 or (group[r] == group[r, at[0]]).sum() > 1):
-            split[r] = group[r, at[0]]
+        if len(at) and cells.size[cell] > 1:
+            split[r] = at[0]
             ratio = np.exp(min(log_prefix[plan.following[r]] - log_prefix[r], 0.0))
             own[r] = min(ratio, mass[r, split[r]])
     return split, own
