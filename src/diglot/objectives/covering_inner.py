@@ -29,6 +29,7 @@ _TRIED = 8  # tokens that run past a boundary, at most so many
 _SOME = 3e-2  # of the mass of the next boundary: a place that can hold less is not asked about
 
 
+@np.errstate(invalid="ignore")
 def _heavy_places(plan: CoveringPlan, rows: TeacherRows, prefix: Floats, segment_t: Ints) -> Ints:
     """Where a token of the teacher may end with some of the mass, as places of the ground."""
     ground, prefixes = plan.ground, plan.prefixes

@@ -78,7 +78,7 @@ def make_targets(
     lost = np.zeros(count)
     lost += np.bincount(ahead.boundary, ahead.mass * (ahead.cell < 0), minlength=count)
     lost += np.bincount(leaves.boundary, left * refused, minlength=count)
-    hopeless = lost > 0.999  # the written tokens are not the student tokenizer's own: nothing to hold on to
+    hopeless = lost > 0.99  # the written tokens are not the student tokenizer's own: nothing to hold on to
     lost[hopeless] = 0
     left = np.where(hopeless[leaves.boundary], leaves.mass, np.where(refused, 0, left))
     sure = (ahead.cell >= 0) & ~hopeless[ahead.boundary]
@@ -97,6 +97,7 @@ def make_targets(
     return Targets(column, dense, stop / share, split, own_mass, share, 1 - weight)
 
 
+@np.errstate(invalid="ignore")
 def prefix_masses(plan: CoveringPlan, rows: TeacherRows, segment_t: Ints) -> tuple[Floats, Floats, Floats]:
     """Log mass of all texts that begin with what is written up to each boundary, `[R]`, the share of the boundary's own
     row in it, `[R]`, and the log mass of the reading up to each earlier row, `[Q]`."""

@@ -33,7 +33,7 @@ GUIDE: dict[str, About] = {
     ),
     "covering": About(
         "the teacher's k likeliest continuations of the text so far, at every student token",
-        "equal distributions over texts, up to what a lookahead would tell",
+        "equal distributions over texts",
         "V_s + V_t + branches",
         "any pair: GKD's default across tokenizers",
     ),
