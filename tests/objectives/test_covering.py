@@ -111,7 +111,7 @@ def test_what_the_students_tokenizer_would_merge_gets_no_mass() -> None:
             if "\ufffd" not in text and encode([text])[0].ids.tolist() != [before, cell]:
                 merged += mass
             checked += 1
-        # Where nearly all that is expected would be merged, the written tokens cannot be gone on with canonically at all.
+        # Where nearly all that is expected would be merged, the written tokens cannot be gone on with canonically.
         assert merged == 0 or targets.canonical[r] == 1.0
         lost += merged > 0
     assert checked > 20 and lost < len(plan.student) / 4

@@ -17,10 +17,13 @@ import pytest
 import torch
 import toys
 from laboratory import MERGES
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from diglot.batches import PairReader, align_pairs
 from diglot.data import to_sample
 from diglot.objectives import Pair, covering_ahead, covering_inner, covering_rows, covering_target, make_objective
+from diglot.objectives.covering_cells import CellMap, Probes
 from diglot.objectives.tail import TailTokens
 from diglot.rendering import Renderer
 
@@ -131,3 +134,23 @@ def test_looking_only_where_it_matters_is_close(pair: str, mean: float, worst: f
     found = case.differences()
     assert found.mean() < mean and found.max() < worst
     assert case.asked < 3 * len(case.written.teacher.ids)
+
+
+def test_what_follows_is_asked_about_where_it_can_change_what_a_piece_means() -> None:
+    """A tokenizer that leaves the last space to the word behind it reads two newlines as one token, or as two."""
+    student, teacher = (_lines(regex) for regex in (True, False))
+    cells = CellMap(student.vocabulary, teacher.vocabulary, student.encoder.encode, teacher.encoder.encode)
+    probes = Probes(cells, student.encoder.encode, teacher.encoder.encode)
+    pieces = [teacher.vocabulary.token(i) for i in range(len(teacher.vocabulary))]
+    token, none = np.array([pieces.index(one) for one in (b"\n\n", b"the")]), np.zeros(2, dtype=np.int64)
+    assert probes.open(token, none, cells.of_leaves(token, none)).tolist() == [True, False]
+
+
+def _lines(regex: bool) -> Renderer:
+    """Letters, a few words and lines; with `regex` cut into words before anything is merged, as GPT-2 does."""
+    pieces = ["<stop>", *"ofthewrds", "Ġ", "Ċ", "ĊĊ", "of", "th", "the", "or", "Ġof"]
+    merges = [("Ċ", "Ċ"), ("o", "f"), ("t", "h"), ("th", "e"), ("o", "r"), ("Ġ", "of")]
+    made = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
+    made.decoder = decoders.ByteLevel()
+    return Renderer(PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<stop>"), name="lines")

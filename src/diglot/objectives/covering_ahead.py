@@ -1,4 +1,4 @@
-"""One more piece of the teacher, where its first one does not say how the student's tokenizer would cut the text.
+"""More pieces of the teacher, where its first one does not say how the student's tokenizer would cut the text.
 
 Behind the student's "b" the teacher's "a" may be the student's "a" (if a "b" follows, which its tokenizer puts with
 the "a"), or none at all (if the text stops, its tokenizer would have written "ba"). The teacher's row behind that piece
