@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -172,10 +173,9 @@ def test_the_demo_pair_has_something_to_learn(tmp_path: Path, capsys: pytest.Cap
 def test_the_output_in_the_documentation_is_what_the_program_prints(
     at: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Names of the hub stand for the folders of the real tokenizers; lines left out are `...`."""
+    """Names of the hub stand for the folders of the real tokenizers; lines left out are `...`. 120 columns."""
+    monkeypatch.setenv("COLUMNS", "120")
     command, expected = SHELL.findall(PAGE.read_text(encoding="utf-8"))[at]
-    import shlex
-
     words = shlex.split(command)[1:]
     folders = [str(tokenizer_folder(word)) for word in words[1:3]]
     assert main([words[0], *folders, *words[3:]]) == 0
