@@ -124,9 +124,9 @@ def test_every_recipe_trains_two_steps_with_stand_ins_for_its_models(
 
 def test_a_pair_of_262144_and_49152_pieces_is_inspected_in_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     student, teacher = str(tokenizer_folder("smollm2")), str(tokenizer_folder("gemma-3"))
-    start = time.monotonic()
+    start = time.process_time()  # what others do on the machine does not count
     assert main(["inspect", student, teacher, "--json"]) == 0
-    assert time.monotonic() - start < 30  # 4 s on a quiet machine once everything is imported, 9 on a busy one
+    assert time.process_time() - start < 30
     found = json.loads(capsys.readouterr().out)
     assert found["student"]["missing_bytes"] == 21 and found["teacher"]["missing_bytes"] == 0
     assert found["agreement"]["unalignable"] == 0 and found["overlap"]["count"] > 40_000
