@@ -132,6 +132,7 @@ class TeacherRows:
     text: Floats  # [N_t] of its tokens; of stop, the whole stop set
     tail: Floats  # [E] of the branches' tokens
     stop: Floats  # [N_t + E] of the stop set
+    silent: Floats  # [N_t + E] of control tokens that do not stop
     top_ids: Ints  # [N_t + E, K] likeliest tokens that have bytes
     top: Floats  # [N_t + E, K]
     leaf_pair: Ints  # [L] tokens of the pairs' ranges
@@ -147,6 +148,7 @@ def read_teacher(
     text_ids: Ints,
     text_stop: NDArray[np.bool_],
     stop_ids: Tensor,
+    silent_ids: Tensor,
     has_bytes: Tensor,
     sorted_ids: Tensor,
     top_k: int,
@@ -158,7 +160,7 @@ def read_teacher(
     order, by_row = np.argsort(query_row, kind="stable"), np.argsort(plan.earlier.row, kind="stable")
     sorted_query, sorted_pair = query_row[order], plan.earlier.row[by_row]
     found = np.zeros(len(query_row))
-    stop, top_ids, top = [], [], []
+    stop, quiet, top_ids, top = [], [], [], []
     leaf_pair, leaf_id, leaf = [], [], []
     total = np.full(len(plan.earlier.row), -np.inf)
     silent = torch.zeros(len(has_bytes), dtype=torch.float32, device=has_bytes.device).masked_fill(
@@ -168,6 +170,7 @@ def read_teacher(
     for at, logp in parts:
         device, rows = logp.device, slice(at.start, at.start + len(logp))
         stop.append(logp[:, stop_ids.to(device)].logsumexp(-1))
+        quiet.append(logp[:, silent_ids.to(device)].logsumexp(-1))
         best = (logp + silent.to(device)).topk(min(top_k, logp.shape[1]), dim=-1)
         top_ids.append(best.indices.cpu())
         top.append(best.values.cpu())
@@ -198,6 +201,7 @@ def read_teacher(
         text,
         found[count:],
         all_stop,
+        torch.cat(quiet).double().cpu().numpy(),
         torch.cat(top_ids).numpy(),
         torch.cat(top).double().numpy(),
         np.concatenate(leaf_pair or empty),
@@ -215,6 +219,7 @@ class Targets:
     mass: Floats  # [R, C] in [0, 1]
     group: Ints  # [R, C] the first of the columns that are compared as one; its mass is theirs
     stop: Floats  # [R]
+    silent: Floats  # [R] of control tokens that do not stop
     own: Ints  # [R] the column of the cell that is split: the written token apart; -1: none is
     own_mass: Floats  # [R] of the written token, at most its cell's
     canonical: Floats  # [R] share of the mass that the student's tokenizer could go on with, in (0, 1]
@@ -249,6 +254,7 @@ def make_targets(
     consumed = np.concatenate([np.zeros(top.size, dtype=np.int64), plan.earlier.consumed[rows.leaf_pair]])
     mass = np.concatenate([top.ravel(), of_pair])
     stop = np.where(np.isfinite(log_prefix), np.exp(rows.stop[plan.own]) * weight, np.nan)  # not finite: so is the loss
+    silent = np.exp(rows.silent[plan.own]) * weight
     some = mass > 1e-9
     boundary, mass = boundary[some], mass[some]
     cell = cells.of_leaves(token[some], consumed[some])
@@ -266,7 +272,7 @@ def make_targets(
     refused &= ~hopeless[boundary]
     canonical = 1 - np.where(hopeless, 0, lost)
     boundary, cell, mass = boundary[~refused], cell[~refused], mass[~refused] / canonical[boundary[~refused]]
-    stop = stop / canonical
+    stop, silent = stop / canonical, silent / canonical
 
     place = np.arange(len(boundary)) - np.searchsorted(boundary, boundary)
     column = np.full((count, int(place.max(initial=-1)) + 1), -1, dtype=np.int64)
@@ -274,7 +280,7 @@ def make_targets(
     column[boundary, place], dense[boundary, place] = cell, mass
     group = _as_one(column, dense, unsure)
     split, own_mass = _written_token(plan, cells, ids_s, column, dense, group, log_prefix + np.log(canonical))
-    return Targets(column, dense, group, stop, split, own_mass, canonical, 1 - weight)
+    return Targets(column, dense, group, stop, silent, split, own_mass, canonical, 1 - weight)
 
 
 def _unsure(boundary: Ints, token: Ints, consumed: Ints, cell: Ints, mass: Floats, continued: Continued) -> Ints:
