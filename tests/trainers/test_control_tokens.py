@@ -82,3 +82,16 @@ def test_control_tokens_do_not_take_the_place_of_text_that_the_teacher_alone_has
     assert (gradient[0, silent[0]] > 0).all()
     blind = strict_divergence(student, teacher, pair, **options)
     assert values.loss.item() > blind.loss.item() + 0.1
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_side_without_anything_beside_the_chosen_tokens_makes_no_loss_infinite(beta: float) -> None:
+    """All tokens of the teacher are shared or control tokens; the student has others, too."""
+    pair: Pair = scored_pair("chatml", "inst")
+    silent = no_text(pair)
+    student = torch.zeros(2, pair.size_s, requires_grad=True)
+    teacher = torch.zeros(2, pair.size_t)
+    teacher[:, ~torch.isin(torch.arange(pair.size_t), torch.cat([pair.shared_t, pair.stop_t, silent[1]]))] = -torch.inf
+    loss = strict_divergence(student, teacher, pair, top_k=None, beta=beta, residual=True, silent=silent).loss
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and student.grad is not None and torch.isfinite(student.grad).all()

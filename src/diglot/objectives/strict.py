@@ -39,12 +39,15 @@ def rest(logits: Tensor, columns: Tensor, stop_ids: Tensor) -> Tensor:
 
 
 def _others(logits: Tensor, columns: Tensor, stop_ids: Tensor, silent: Tensor, apart: bool) -> Tensor:
-    """What is not chosen: the rest, and before it, where it is `apart`, the mass of `silent`, at least 1e-8 of all."""
+    """What is not chosen: the rest, and before it, where it is `apart`, the mass of `silent`; then at least 1e-8 each.
+
+    One side may have no such token at all, which would make a KL divergence infinite.
+    """
     left = rest(logits, columns, torch.cat([stop_ids, silent]))
     if not apart:
         return left
-    least = logits.logsumexp(-1, keepdim=True) + math.log(FLOOR)
-    return torch.cat([torch.logaddexp(logits[:, silent].logsumexp(-1, keepdim=True), least), left], dim=-1)
+    both = torch.cat([logits[:, silent].logsumexp(-1, keepdim=True), left], dim=-1)
+    return torch.logaddexp(both, logits.logsumexp(-1, keepdim=True) + math.log(FLOOR))
 
 
 def strict_divergence(
