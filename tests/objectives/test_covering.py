@@ -135,6 +135,7 @@ def test_the_gradient_is_that_of_the_plain_formula() -> None:
         p = (hidden[i] @ weight.T).softmax(-1)
         own = int(batch.written.student.ids[i])
         pieces = [(p[objective.pair.stop_s].sum(), float(targets.stop[r]))]
+        pieces.append((p[objective.silent_s].sum(), float(targets.silent[r])))
         for c, (cell, mass) in enumerate(zip(targets.column[r].tolist(), targets.mass[r].tolist(), strict=True)):
             if cell < 0:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -253,10 +254,14 @@ def test_beta_reaches_every_objective_that_has_one_unless_its_entry_gives_one(tm
 
     assert betas(tiny.gkd, [name, {"name": name, "beta": 0.25}], beta=1.0) == [1.0, 0.25]
     assert betas(tiny.minillm, name) == [1.0]
+    own = inspect.signature(OBJECTIVES[name]).parameters["beta"].default
+    assert betas(tiny.gkd, name) == [own]
+    assert betas(tiny.gkd, name, beta=0.5) == [0.5]
 
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"objective": "span", "beta": 1.0}, "beta=1.0 has no part in objective 'span'"),
+    ({"objective": ["span", "alm"], "beta": 0.5}, "beta=0.5 has no part in objective 'span', 'alm'"),
     ({"objective": ["span", "bpm"], "strict_top_k": 4}, "strict_top_k=4 has no part in objective 'span', 'bpm'"),
     ({"objective": "alm", "kd_temperature": 2.0}, "kd_temperature=2.0 has no part in objective 'alm'"),
 ])  # fmt: skip

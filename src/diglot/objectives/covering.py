@@ -27,7 +27,7 @@ from diglot.objectives.covering_rows import NO_PAIRS, RowsRead, Table, read_rows
 from diglot.objectives.covering_target import Targets, TeacherRows, make_targets
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.levels import Level
-from diglot.objectives.masses import FLOOR
+from diglot.objectives.masses import FLOOR, no_text
 from diglot.objectives.tail import TailTokens
 
 Ints = NDArray[np.int64]
@@ -37,9 +37,10 @@ class Covering(PairObjective):
     """Generalised JSD between the teacher's covering distribution and the student's, in nats per student token.
 
     Cells of a row: the student tokens that begin the teacher's likeliest continuations, each with the longer tokens
-    that the teacher would begin alike; the written token apart where it shares its cell; stop; and the rest. What the
-    student's tokenizer would not have written behind the token before gets no mass. Zero, with zero gradient, for a
-    student with the teacher's distribution over texts, up to what docs/objectives.md names.
+    that the teacher would begin alike; the written token apart where it shares its cell; stop; control tokens that do
+    not stop; and the rest. What the student's tokenizer would not have written behind the token before gets no mass.
+    Zero, with zero gradient, for a student with the teacher's distribution over texts, up to what docs/objectives.md
+    names.
 
     Args:
         beta: in [0, 1]; 0 forward KL(teacher || student), 1 reverse KL(student || teacher).
@@ -69,7 +70,8 @@ class Covering(PairObjective):
         self.moved = ((cell >= 0) & (cell != torch.arange(len(cell)))).nonzero()[:, 0]  # tokens in another one's cell
         self.cell_of_moved = cell[self.moved]
         has_bytes, order = (torch.from_numpy(x) for x in (tables.teacher.lengths > 0, tables.teacher.trie.sorted_ids))
-        self.table = Table(self.pair.stop_t, has_bytes, order, top_k)
+        self.silent_s, silent_t = no_text(pair)
+        self.table = Table(self.pair.stop_t, silent_t, has_bytes, order, top_k)
 
     def plan(self, written: Written) -> CoveringPlan:
         return plan_covering(written, self.student, self.teacher, self.encode_t)
@@ -129,6 +131,7 @@ class Covering(PairObjective):
             "column": torch.from_numpy(targets.column).to(device),
             "mass": torch.from_numpy(targets.mass).float().to(device),
             "stop": torch.from_numpy(targets.stop).float().to(device),
+            "silent": torch.from_numpy(targets.silent).float().to(device),
             "split": torch.from_numpy(targets.own).to(device),
             "split_mass": torch.from_numpy(targets.own_mass).float().to(device),
             "written": torch.from_numpy(written.student.ids[plan.student]).to(device),
@@ -153,11 +156,16 @@ class Covering(PairObjective):
             of_teacher = of_teacher.scatter_add(1, at, -own_t[:, None])
         stop_s = probs[:, self.pair.stop_s].sum(-1)
         stop_t = given["stop"].to(probs.dtype)
-        rest_s = 1 - of_student.sum(-1) - stop_s - own_s
-        rest_t = 1 - of_teacher.sum(-1) - stop_t - own_t
+        silent_s = probs[:, self.silent_s].sum(-1)
+        silent_t = given["silent"].to(probs.dtype) * bool(len(self.silent_s))  # part of the rest where no token is its
+        rest_s = 1 - of_student.sum(-1) - stop_s - own_s - silent_s
+        rest_t = 1 - of_teacher.sum(-1) - stop_t - own_t - silent_t
         cells_s, cells_t = (
             torch.cat([known, torch.stack(others, -1)], -1).clamp(min=FLOOR).log()
-            for known, others in ((of_student, (own_s, stop_s, rest_s)), (of_teacher, (own_t, stop_t, rest_t)))
+            for known, others in (
+                (of_student, (own_s, stop_s, silent_s, rest_s)),
+                (of_teacher, (own_t, stop_t, silent_t, rest_t)),
+            )
         )
-        metrics = {"rest_s": rest_s.detach(), "rest_t": rest_t}
+        metrics = {"rest_s": rest_s.detach(), "rest_t": rest_t, "control_s": silent_s.detach(), "control_t": silent_t}
         return Values(generalized_jsd(cells_s, cells_t, self.beta), metrics)

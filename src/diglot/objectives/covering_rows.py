@@ -27,6 +27,7 @@ class Table:
     """What rows are read by."""
 
     stop_ids: Tensor
+    silent_ids: Tensor  # control tokens that do not stop
     has_bytes: Tensor  # bool [V_t]
     sorted_ids: Tensor  # [V_t] of the teacher's trie
     top_k: int
@@ -38,6 +39,7 @@ class RowsRead:
 
     single: Floats  # [q]
     stop: Floats  # [r] of the stop set
+    silent: Floats  # [r] of control tokens that do not stop
     top_ids: Ints  # [r, K] likeliest tokens that have bytes
     top: Floats  # [r, K]
     leaf_pair: Ints  # [L]
@@ -72,16 +74,15 @@ def read_rows(
     order, by_row = np.argsort(row, kind="stable"), np.argsort(pair_row, kind="stable")
     sorted_row, sorted_pair = row[order], pair_row[by_row]
     found, total = np.zeros(len(row)), np.full(len(pair_row), -np.inf)
-    stop, top_ids, top = [], [], []
+    stop, silent, top_ids, top = [], [], [], []
     leaf_pair, leaf_id, leaf = [], [], []
-    silent = torch.zeros(len(table.has_bytes), dtype=torch.float32, device=table.has_bytes.device).masked_fill(
-        ~table.has_bytes, -torch.inf
-    )
-    silent[table.stop_ids.to(silent.device)] = -torch.inf
+    no_piece = torch.zeros(len(table.has_bytes)).to(table.has_bytes.device).masked_fill(~table.has_bytes, -torch.inf)
+    no_piece[table.stop_ids.to(no_piece.device)] = -torch.inf
     for at, logp in parts:
         device, rows = logp.device, slice(at.start, at.start + len(logp))
         stop.append(logp[:, table.stop_ids.to(device)].logsumexp(-1))
-        best = (logp + silent.to(device)).topk(min(table.top_k, logp.shape[1]), dim=-1)
+        silent.append(logp[:, table.silent_ids.to(device)].logsumexp(-1))
+        best = (logp + no_piece.to(device)).topk(min(table.top_k, logp.shape[1]), dim=-1)
         top_ids.append(best.indices.cpu())
         top.append(best.values.cpu())
         low, high = np.searchsorted(sorted_row, [rows.start, rows.stop])
@@ -107,6 +108,7 @@ def read_rows(
     return RowsRead(
         found,
         torch.cat(stop).double().cpu().numpy(),
+        torch.cat(silent).double().cpu().numpy(),
         torch.cat(top_ids).numpy(),
         torch.cat(top).double().numpy(),
         np.concatenate(leaf_pair or empty),

@@ -39,6 +39,7 @@ class Targets:
     column: Ints  # [R, C] a student token that names its cell; -1 for padding
     mass: Floats  # [R, C] in [0, 1]
     stop: Floats  # [R]
+    silent: Floats  # [R] of control tokens that do not stop
     own: Ints  # [R] the column of the cell that is split: the written token apart; -1: none is
     own_mass: Floats  # [R] of the written token, at most its cell's
     canonical: Floats  # [R] share of the mass that the student's tokenizer could go on with, in (0, 1]
@@ -94,7 +95,8 @@ def make_targets(
     dense = np.zeros(column.shape)
     column[boundary, place], dense[boundary, place] = cell, mass
     split, own_mass = _written_token(plan, cells, ids_s, column, dense, log_prefix + np.log(share))
-    return Targets(column, dense, stop / share, split, own_mass, share, 1 - weight)
+    silent = np.exp(rows.read.silent[plan.own]) * weight
+    return Targets(column, dense, stop / share, silent / share, split, own_mass, share, 1 - weight)
 
 
 @np.errstate(invalid="ignore")
