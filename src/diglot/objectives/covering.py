@@ -11,14 +11,26 @@ Shapes: `R` rows, `C` cells of a row.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diglot.batches import Written
 from diglot.errors import ConfigError
 from diglot.objectives.base import Metrics, Pair, PairObjective, Rows, Scores, Values, at_least_float32, check_range
-from diglot.objectives.covering_plan import CoveringPlan, plan_covering
-from diglot.objectives.covering_target import CellMap, Continued, Neighbours, Targets, make_targets, read_teacher
+from diglot.objectives.covering_plan import CoveringPlan, Ints, plan_covering
+from diglot.objectives.covering_target import (
+    NEGLIGIBLE,
+    CellMap,
+    Continued,
+    Neighbours,
+    Targets,
+    make_targets,
+    read_teacher,
+)
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.levels import Level
 from diglot.objectives.masses import FLOOR
@@ -37,12 +49,16 @@ class Covering(PairObjective):
         top_k: how many continuations of a row are told apart, those of the teacher's `top_k` likeliest tokens; the
             others are one cell on both sides. At least 1.
         canonical: leave out of the target what the student's tokenizer would have cut in another way.
+        written_apart: take the written token out of a cell that it shares. False: the cells depend on the past alone,
+            as a control variate of a policy gradient needs (`is_single_step`); inside a cell nothing is compared.
     """
 
     name = "covering"
     needs = Level.HIDDEN
 
-    def __init__(self, pair: Pair, *, beta: float = 0.5, top_k: int = 64, canonical: bool = True) -> None:
+    def __init__(
+        self, pair: Pair, *, beta: float = 0.5, top_k: int = 64, canonical: bool = True, written_apart: bool = True
+    ) -> None:
         super().__init__(pair)
         check_range("beta", beta, 0.0, 1.0)
         if top_k < 1:
@@ -50,7 +66,7 @@ class Covering(PairObjective):
         tables = pair.need_tables(self.name)
         if tables.encode_s is None or tables.encode_t is None:
             raise ConfigError("objective 'covering' needs both tokenizers: use Pair.of with encode_s and encode_t.")
-        self.beta, self.top_k, self.canonical = beta, top_k, canonical
+        self.beta, self.top_k, self.canonical, self.written_apart = beta, top_k, canonical, written_apart
         self.student, self.teacher, self.encode_t = tables.student, tables.teacher, tables.encode_t
         self.cells = CellMap(tables.student, tables.teacher, tables.encode_s, tables.encode_t)
         self.continued = Continued(self.cells, tables.encode_t)
@@ -81,11 +97,28 @@ class Covering(PairObjective):
         ids_s, segment_t = written.student.ids, written.teacher.segment
         return make_targets(plan, rows, self.cells, self.continued, neighbours, ids_s, segment_t)
 
-    def loss(self, plan: CoveringPlan, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
-        targets, device = self.targets(plan, scores), scores.device
-        given = self.given(plan, targets, scores.written, device)
+    @property
+    def is_single_step(self) -> bool:
+        return self.beta == 1 and not self.written_apart
+
+    def explained(self, plan: CoveringPlan, scores: Scores) -> Tensor:
+        student, _, values = self._compared(plan, scores, self.targets(plan, scores), 0.0)
+        gain = values.metrics["gain"]
+        found = torch.full((len(scores.written.student.ids),), math.nan, dtype=gain.dtype, device=gain.device)
+        found[student] = gain
+        return found
+
+    def _compared(
+        self, plan: CoveringPlan, scores: Scores, targets: Targets, share: float
+    ) -> tuple[Tensor, Tensor, Values]:
+        device = scores.device
         student = torch.from_numpy(plan.student).to(device)
-        loss, values = scores.rows(self, Rows(student, student), given, share, with_teacher=False)
+        given = self.given(plan, targets, scores.written, device)
+        return student, *scores.rows(self, Rows(student, student), given, share, with_teacher=False)
+
+    def loss(self, plan: CoveringPlan, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
+        targets = self.targets(plan, scores)
+        _, loss, values = self._compared(plan, scores, targets, share)
         skipped = {
             f"skipped_{why}": torch.cat([torch.ones(n), torch.zeros(plan.items)]) for why, n in plan.skipped.items()
         }
@@ -98,15 +131,31 @@ class Covering(PairObjective):
 
     def given(self, plan: CoveringPlan, targets: Targets, written: Written, device: torch.device) -> dict[str, Tensor]:
         """What the comparison reads of each row beside the student's logits, `[R, ...]`."""
+        written_s = written.student.ids[plan.student]
+        stop = written.student.stop[plan.student]
+        split = targets.own if self.written_apart else np.full_like(targets.own, -1)
         return {
             "column": torch.from_numpy(targets.column).to(device),
             "group": torch.from_numpy(targets.group).to(device),
             "mass": torch.from_numpy(targets.mass).float().to(device),
             "stop": torch.from_numpy(targets.stop).float().to(device),
-            "split": torch.from_numpy(targets.own).to(device),
-            "split_mass": torch.from_numpy(targets.own_mass).float().to(device),
-            "written": torch.from_numpy(written.student.ids[plan.student]).to(device),
+            "split": torch.from_numpy(split).to(device),
+            "split_mass": torch.from_numpy(np.where(split >= 0, targets.own_mass, 0.0)).float().to(device),
+            "written": torch.from_numpy(written_s).to(device),
+            "place": torch.from_numpy(self._place(targets, written_s, split, stop)).to(device),
         }
+
+    def _place(self, targets: Targets, written: Ints, split: Ints, stop: NDArray[np.bool_]) -> Ints:
+        """Which of the values that are compared is the written token's: a column, or apart, stop and rest, `[R]`."""
+        columns = targets.column.shape[1]
+        cell = self.cells.cell[written]
+        here = (targets.column == cell[:, None]) & (cell >= 0)[:, None]
+        place = np.full(len(written), columns + 2, dtype=np.int64)
+        if columns:
+            found = targets.group[np.arange(len(written)), here.argmax(1)]
+            place = np.where(here.any(1), found, place)
+        place = np.where(split >= 0, columns, place)
+        return np.where(stop, columns + 1, place)
 
     def __call__(self, logits_s: Tensor, logits_t: Tensor | None, **given: Tensor) -> Values:
         """Values `[R]` of the student's logits `[R, V_s]` against what is given of the same rows."""
@@ -130,9 +179,13 @@ class Covering(PairObjective):
         stop_t = given["stop"].to(probs.dtype)
         rest_s = 1 - of_student.sum(-1) - stop_s - own_s
         rest_t = 1 - of_teacher.sum(-1) - stop_t - own_t
+        if not self.written_apart:  # a difference of sums, whose rounding must not tell texts of one past apart
+            rest_t = rest_t.clamp(min=NEGLIGIBLE)
         cells_s, cells_t = (
             torch.cat([known, torch.stack(others, -1)], -1).clamp(min=FLOOR).log()
             for known, others in ((of_student, (own_s, stop_s, rest_s)), (of_teacher, (own_t, stop_t, rest_t)))
         )
-        metrics = {"rest_s": rest_s.detach(), "rest_t": rest_t}
+        at_written = given["place"][:, None]
+        gain = (cells_t.gather(1, at_written) - cells_s.detach().gather(1, at_written))[:, 0]
+        metrics = {"rest_s": rest_s.detach(), "rest_t": rest_t, "gain": gain}
         return Values(generalized_jsd(cells_s, cells_t, self.beta), metrics)

@@ -72,7 +72,7 @@ def plan_covering(written: Written, student: Vocabulary, teacher: Vocabulary, en
     good_t = np.flatnonzero(t.exact & plain_tokens(t, teacher) & (t.start <= _at(lengths, t.segment)))[::-1]
     main_at[offset[t.segment[good_t]] + t.start[good_t]] = good_t
     inside = np.flatnonzero(main_at[key] < 0)
-    branch, found, why = _branches(written, wanted, inside, encode_t)
+    branch, found, why, ends = _branches(written, wanted, inside, encode_t)
     comparable = main_at[key] >= 0
     comparable[inside[found >= 0]] = True
     last = np.full(len(wanted), -1, dtype=np.int64)
@@ -90,7 +90,8 @@ def plan_covering(written: Written, student: Vocabulary, teacher: Vocabulary, en
     following = np.where(text_end, -1, row_at[np.minimum(end, len(row_at) - 1)])
 
     sources = _Sources(key, own, main, last)
-    earlier = _pairs(sources, main_at, row_at, data, lengths, offset, teacher, t.start)
+    at_branch = offset[t.segment[branch.before]] + ends if len(ends) else ends
+    earlier = _pairs(sources, main_at, row_at, data, lengths, offset, teacher, t.start, branch, at_branch)
     previous = np.where(same, wanted - 1, -1)
     return CoveringPlan(wanted, previous, following, own, branch, last, main, earlier, {"character": why})
 
@@ -99,8 +100,9 @@ def _at(lengths: Ints, segment: Ints) -> Ints:
     return lengths[segment] if len(lengths) else np.zeros(len(segment), dtype=np.int64)
 
 
-def _branches(written: Written, wanted: Ints, inside: Ints, encode_t: Encode) -> tuple[TailTokens, Ints, int]:
-    """The teacher's reading of the text up to each of the boundaries `inside`; the last token of each, -1: none."""
+def _branches(written: Written, wanted: Ints, inside: Ints, encode_t: Encode) -> tuple[TailTokens, Ints, int, Ints]:
+    """The teacher's reading of the text up to each of the boundaries `inside`; the last token of each, -1: none; how
+    many boundaries are inside a character; the byte end of each of the branches' tokens."""
     s, t, jobs, texts = written.student, written.teacher, [], []
     stride = int(max(t.start.max(initial=0), s.start.max(initial=0))) + 2
     at = np.searchsorted(t.segment * stride + t.start, s.segment[wanted[inside]] * stride + s.start[wanted[inside]])
@@ -118,6 +120,7 @@ def _branches(written: Written, wanted: Ints, inside: Ints, encode_t: Encode) ->
     before: list[int] = []
     depth: list[int] = []
     row: list[int] = []
+    ends: list[int] = []
     found = np.full(len(inside), -1, dtype=np.int64)
     for (k, first), encoded in zip(jobs, encode_t(texts) if texts else (), strict=True):
         if not len(encoded.ids) or not encoded.exact.all():
@@ -133,10 +136,11 @@ def _branches(written: Written, wanted: Ints, inside: Ints, encode_t: Encode) ->
             row.append(first + common if d == 0 else len(t.ids) + len(ids) - 1)
             ids.append(token)
             before.append(first + common)
+            ends.append(int(t.start[first] + encoded.ends[common + d]))
             depth.append(d)
         found[k] = len(ids) - 1
     arrays = (np.array(x, dtype=np.int64) for x in (ids, before, depth, row))
-    return TailTokens(*arrays), found, int((found < 0).sum())
+    return TailTokens(*arrays), found, int((found < 0).sum()), np.array(ends, dtype=np.int64)
 
 
 def _word_start(written: Written, j: int, text: bytes) -> int:
@@ -168,15 +172,24 @@ def _pairs(
     offset: Ints,
     teacher: Vocabulary,
     start_t: Ints,
+    branch: TailTokens,
+    at_branch: Ints,
 ) -> EarlierRows:
     """Which earlier rows have tokens that run past which boundaries: walks of the teacher's trie from all of them."""
     main, last = boundaries.main, boundaries.last
     own_key = np.flatnonzero(main_at >= 0)
     own_key = own_key[row_at[own_key] < 0]  # the teacher's boundaries that are none of the student's
-    key = np.concatenate([boundaries.key, own_key])
-    row, at_main = (np.concatenate([x, main_at[own_key]]) for x in (boundaries.row, boundaries.main))
-    at_last = np.concatenate([boundaries.last, np.full(len(own_key), -1)])
+    # Those in a branch belong to the reading of the text up to this branch's end. Without them a target would depend
+    # on whether the whole text's reading happens to have them, that is, on what comes later.
+    tails = np.flatnonzero(row_at[at_branch] < 0)
+    number = np.cumsum(branch.depth == 0)  # [E] from 1
+    key = np.concatenate([boundaries.key, own_key, at_branch[tails]])
+    rows = boundaries.row, main_at[own_key], len(start_t) + tails
+    row, at_main = np.concatenate(rows), np.concatenate([boundaries.main, main_at[own_key], branch.before[tails]])
+    at_last = np.concatenate([boundaries.last, np.full(len(own_key), -1), tails])
     only_teacher = np.arange(len(key)) >= len(boundaries.key)
+    only_in = np.concatenate([np.zeros(len(key) - len(tails), dtype=np.int64), number[tails]])
+    branch_of = np.where(last >= 0, number[last] if len(number) else 0, 0)
     segment = np.searchsorted(offset, key, side="right") - 1
     begin = key - segment  # `data` has no place for the ends of segments
     end = offset[segment] - segment + lengths[segment]
@@ -186,7 +199,8 @@ def _pairs(
         hit = to >= 0
         # A boundary of the whole text's reading belongs to that of the text so far up to where the two part.
         parted = only_teacher[on] & (last[np.maximum(to, 0)] >= 0)
-        hit &= ~parted | (start_t[at_main[on]] <= start_t[main[np.maximum(to, 0)]])
+        hit &= (only_in[on] == 0) | (only_in[on] == branch_of[np.maximum(to, 0)])
+        hit &= ~parted | (only_in[on] > 0) | (start_t[at_main[on]] <= start_t[main[np.maximum(to, 0)]])
         on, to, node = on[hit], to[hit], node[hit]
         low, high = trie.low[node].copy(), trie.high[node]
         for _ in range(4):  # tokens that end at the boundary come first; rarely several spell the same bytes

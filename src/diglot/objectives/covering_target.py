@@ -23,7 +23,7 @@ from diglot.vocabulary.maps import first_tokens, greedy_tokens
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-_NEGLIGIBLE = 1e-4  # of the mass of a range, or of a boundary: a leaf that is not looked at by itself
+NEGLIGIBLE = 1e-4  # of the mass of a range, or of a boundary: a leaf that is not looked at by itself
 _LONGER = 64  # student tokens that begin with the rest of a teacher token, at most so many, the shortest first
 _UNSURE = 1e-3  # of the mass of a boundary: below it, what a rest may turn into is not looked at
 _MEMBERS = 8  # of a cell, at most so many are tried before it is given up as not canonical
@@ -187,7 +187,7 @@ def read_teacher(
             most.scatter_reduce_(0, owner, value, "amax")
             sums = torch.zeros_like(most).index_add_(0, owner, (value - most[owner]).exp())
             total[pair] = (most + sums.log()).cpu().numpy()
-            kept = value > most[owner] + np.log(_NEGLIGIBLE)
+            kept = value > most[owner] + np.log(NEGLIGIBLE)
             leaf_pair.append(pair[owner[kept].cpu().numpy()])
             leaf_id.append(token[kept].cpu().numpy())
             leaf.append(value[kept].cpu().numpy())
@@ -341,7 +341,7 @@ def _refused(
     """Which cells hold no token that the student's tokenizer would write behind the one before, `[entries]`."""
     previous = np.where(plan.previous >= 0, ids_s[np.maximum(plan.previous, 0)], -1)[boundary]
     refused = np.zeros(len(cell), dtype=np.bool_)
-    looked = np.flatnonzero((previous >= 0) & (mass > _NEGLIGIBLE))
+    looked = np.flatnonzero((previous >= 0) & (mass > NEGLIGIBLE))
     pairs = list(zip(previous[looked].tolist(), cell[looked].tolist(), strict=True))
     doubtful = looked[~np.array(neighbours.allowed(pairs), dtype=np.bool_)] if len(looked) else looked
     for at in doubtful.tolist():
