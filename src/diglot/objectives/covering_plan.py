@@ -72,7 +72,7 @@ def plan_covering(written: Written, student: Vocabulary, teacher: Vocabulary, en
     good_t = np.flatnonzero(t.exact & plain_tokens(t, teacher) & (t.start <= _at(lengths, t.segment)))[::-1]
     main_at[offset[t.segment[good_t]] + t.start[good_t]] = good_t
     inside = np.flatnonzero(main_at[key] < 0)
-    branch, found, why, ends = _branches(written, wanted, inside, encode_t)
+    branch, found, why, ends = _branches(written, wanted, inside, encode_t, teacher.word_cuts)
     comparable = main_at[key] >= 0
     comparable[inside[found >= 0]] = True
     last = np.full(len(wanted), -1, dtype=np.int64)
@@ -100,7 +100,9 @@ def _at(lengths: Ints, segment: Ints) -> Ints:
     return lengths[segment] if len(lengths) else np.zeros(len(segment), dtype=np.int64)
 
 
-def _branches(written: Written, wanted: Ints, inside: Ints, encode_t: Encode) -> tuple[TailTokens, Ints, int, Ints]:
+def _branches(
+    written: Written, wanted: Ints, inside: Ints, encode_t: Encode, cuts: frozenset[int]
+) -> tuple[TailTokens, Ints, int, Ints]:
     """The teacher's reading of the text up to each of the boundaries `inside`; the last token of each, -1: none; how
     many boundaries are inside a character; the byte end of each of the branches' tokens."""
     s, t, jobs, texts = written.student, written.teacher, [], []
@@ -110,7 +112,7 @@ def _branches(written: Written, wanted: Ints, inside: Ints, encode_t: Encode) ->
         text, boundary = written.texts[s.segment[i]], int(s.start[i])
         if j < 0 or t.segment[j] != s.segment[i]:
             continue
-        first = _word_start(written, j, text)
+        first = _word_start(written, j, text, cuts)
         try:
             texts.append(text[t.start[first] : boundary].decode("utf-8"))
         except UnicodeDecodeError:
@@ -143,12 +145,15 @@ def _branches(written: Written, wanted: Ints, inside: Ints, encode_t: Encode) ->
     return TailTokens(*arrays), found, int((found < 0).sum()), np.array(ends, dtype=np.int64)
 
 
-def _word_start(written: Written, j: int, text: bytes) -> int:
-    """A teacher token not after `j` before which its tokenizer cuts the text whatever follows: where a word begins."""
+def _word_start(written: Written, j: int, text: bytes, cuts: frozenset[int]) -> int:
+    """A teacher token not after `j` before which its tokenizer cuts the text whatever follows: where a word begins.
+
+    `j` itself where there is none near: its boundary may then depend on what follows.
+    """
     t = written.teacher
     for first in range(j, max(j - _BACK, -1), -1):
         start = int(t.start[first])
-        if start == 0 or (text[start] in _SPACE and text[start - 1] not in _SPACE):
+        if start == 0 or (text[start] in cuts and text[start - 1] not in _SPACE):
             return first
         if first == 0 or t.segment[first - 1] != t.segment[j] or not t.exact[first - 1]:
             return first
