@@ -1,4 +1,4 @@
-"""Bias and variance of the gradients that MiniLLM and `span` estimate, on models small enough to enumerate or to sample.
+"""Bias and variance of the gradients that MiniLLM and `span` estimate, on models small enough to enumerate.
 
     python benchmarks/credit.py steps                   # MiniLLM: what its single step does; every path enumerated
     python benchmarks/credit.py lengths 16 64 256       # span: credit by chunks and of the whole text
@@ -72,7 +72,7 @@ def steps() -> None:
         for form, options in FORMS.items():
             found: list[Tensor] = []
 
-            def each(batch: Batch, form: str = form, found: list[Tensor] = found) -> None:
+            def each(batch: Batch, form: str = form, found: list[Tensor] = found, case: Case = case) -> None:
                 view = batch.views[0]
                 for path in range(len(case.paths)):
                     batch.views[0] = view
