@@ -119,8 +119,8 @@ def test_looking_far_enough_gives_the_exact_distribution(pair: str, monkeypatch:
     monkeypatch.setattr(covering_ahead, "_SMALL", 0.0)
     monkeypatch.setattr(covering_ahead, "_PIECES", 8)
     monkeypatch.setattr(covering_inner, "_SOME", 1e-12)
-    monkeypatch.setattr(covering_rows, "_NEGLIGIBLE", 1e-12)
-    monkeypatch.setattr(covering_target, "_NEGLIGIBLE", 0.0)
+    monkeypatch.setattr(covering_rows, "NEGLIGIBLE", 1e-12)
+    monkeypatch.setattr(covering_target, "NEGLIGIBLE", 0.0)
     case = Case(pair, top_k=10**6)
     assert len(case.plan.student) == len(case.written.student.ids)
     assert case.differences().max() < 1e-6

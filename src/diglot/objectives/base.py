@@ -152,6 +152,7 @@ class Rollout:
     logp_t: Tensor  # [N_t] the teacher's
     weight: Tensor | None = None  # importance weights of teacher-mixed sampling
     advantage: Tensor | None = None
+    explained: Tensor | None = None  # what a single step says of them, see `Objective.explained`
 
 
 class Scores(Protocol):
@@ -306,8 +307,15 @@ class Objective(ABC):
 
     @property
     def is_single_step(self) -> bool:
-        """Is it the whole single-step reverse KL of its rows, so that a policy gradient need not reward them for it?"""
+        """Is it the reverse KL of its rows against targets that depend on the past alone? See `explained`."""
         return False
+
+    def explained(self, plan: Any, scores: Scores) -> Tensor:
+        """What a single step says of each written token, its target's log-mass minus the student's, nats, `[N_s]`.
+
+        A policy gradient leaves it out. NaN at tokens whose row the objective does not compare.
+        """
+        raise NotImplementedError(f"objective {self.name!r} is no single step")
 
     @abstractmethod
     def plan(self, written: Written) -> Plan:

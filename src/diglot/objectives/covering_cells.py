@@ -29,13 +29,8 @@ class CellMap:
     def __init__(self, student: Vocabulary, teacher: Vocabulary, encode_s: Encode, encode_t: Encode) -> None:
         self.student, self.teacher = student, teacher
         self.rest = greedy_tokens(teacher, student)  # [D] the first student token of what is left of a teacher token
-        whole = np.where(teacher.lengths > 0, self.rest[np.minimum(teacher.offsets[:-1], len(self.rest) - 1)], -1)
-        self.first = first_tokens(teacher, encode_s, fallback=whole)  # [V_t]
-        greedy = greedy_tokens(student, teacher)
-        of_student = np.where(
-            student.lengths > 0, greedy[np.minimum(student.offsets[:-1], max(len(greedy) - 1, 0))], -1
-        )
-        of_student = first_tokens(student, encode_t, fallback=of_student)
+        self.first = first_tokens(teacher, student, encode_s)  # [V_t]
+        of_student = first_tokens(student, teacher, encode_t)
         cell = np.where(of_student >= 0, self.first[of_student], -1)
         for _ in range(8):
             cell = np.where(cell >= 0, cell[cell], -1)

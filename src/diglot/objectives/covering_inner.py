@@ -71,26 +71,34 @@ def with_inner(
         prefix: log-probs of `plan.prefixes`.
         ask: reads the teacher behind branches: these, rows and tokens of single entries, pairs, the first row's number.
     """
-    ground, base = plan.ground, len(plan.branch.ids)
+    count, base, ground = len(written.teacher.ids), len(plan.branch.ids), plan.ground
     places = _heavy_places(plan, rows, prefix, written.teacher.segment)
     segment = np.searchsorted(ground.offset, places, side="right") - 1
-    more, last = branches_to(written, segment, places - ground.offset[segment], encode_t, base)
+    position = places - ground.offset[segment]
+    more, last, _ = branches_to(written, segment, position, encode_t, teacher, base)
     kept = _run_past(ground, places, last, more, teacher, encode_t)
-    if not kept.any():
-        return plan, rows
-    places, segment = places[kept], segment[kept]
-    more, last = branches_to(written, segment, places - ground.offset[segment], encode_t, base)
-    count = len(written.teacher.ids)
-    pairs = pairs_from(places, count + base + last, more.before[last], base + last, ground, teacher)
-    deeper = np.flatnonzero(more.depth)
-    behind = ask(more, more.row[deeper], more.ids[deeper], pairs, count + base)
-    known = dict(zip(zip(plan.prefixes.row.tolist(), plan.prefixes.token.tolist(), strict=True), prefix, strict=True))
-    tail = np.array([known.get(one, -np.inf) for one in zip(more.row.tolist(), more.ids.tolist(), strict=True)])
-    tail[deeper] = behind.single
-    branch = TailTokens(*(np.concatenate([getattr(plan.branch, n), getattr(more, n)]) for n in _TAIL))
-    earlier = EarlierRows(*(np.concatenate([getattr(plan.earlier, n), getattr(pairs, n)]) for n in _PAIRS))
-    found = TeacherRows(rows.text, np.concatenate([rows.tail, tail]), rows.read.with_more(behind))
-    return replace(plan, branch=branch, earlier=earlier), found
+    if kept.any():
+        more, last, _ = branches_to(written, segment[kept], position[kept], encode_t, teacher, base)
+        pairs = pairs_from(places[kept], count + base + last, more.before[last], base + last, ground, teacher)
+        stride = int(max(plan.earlier.consumed.max(initial=0), pairs.consumed.max(initial=0))) + 1
+        known = plan.earlier.to * stride + plan.earlier.consumed
+        pairs = pairs.at(~np.isin(pairs.to * stride + pairs.consumed, known))
+        deeper = np.flatnonzero(more.depth)
+        behind = ask(more, more.row[deeper], more.ids[deeper], pairs, count + base)
+        first = dict(
+            zip(zip(plan.prefixes.row.tolist(), plan.prefixes.token.tolist(), strict=True), prefix, strict=True)
+        )
+        tail = np.array([first.get(one, -np.inf) for one in zip(more.row.tolist(), more.ids.tolist(), strict=True)])
+        tail[deeper] = behind.single
+        branch = TailTokens(*(np.concatenate([getattr(plan.branch, n), getattr(more, n)]) for n in _TAIL))
+        earlier = EarlierRows(*(np.concatenate([getattr(plan.earlier, n), getattr(pairs, n)]) for n in _PAIRS))
+        plan = replace(plan, branch=branch, earlier=earlier)
+        rows = TeacherRows(rows.text, np.concatenate([rows.tail, tail]), rows.read.with_more(behind))
+    # A target must not depend on whether a place with hardly any mass was found, that is, on what comes later.
+    log_prefix, _, start = prefix_masses(plan, rows, written.teacher.segment)
+    with np.errstate(invalid="ignore"):
+        light = start + rows.read.range_total - log_prefix[plan.earlier.to] < np.log(_SOME)
+    return plan, replace(rows, read=rows.read.without(plan.earlier.extra & light))
 
 
 def _run_past(

@@ -7,7 +7,7 @@ their ranges, `K` likeliest tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from diglot.objectives.masses import ragged
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-_NEGLIGIBLE = 1e-4  # of the mass of a range: a token that is not looked at by itself
+NEGLIGIBLE = 1e-4  # of the mass of a range: a token that is not looked at by itself
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class RowsRead:
     leaf: Floats  # [L]
     range_total: Floats  # [Q] of each pair's whole range
 
+    def without(self, pairs: NDArray[np.bool_]) -> RowsRead:
+        """With no mass of some pairs, `[Q]`."""
+        leaf = np.where(pairs[self.leaf_pair], -np.inf, self.leaf)
+        return replace(self, leaf=leaf, range_total=np.where(pairs, -np.inf, self.range_total))
+
     def with_more(self, more: RowsRead) -> RowsRead:
         """Both, one behind the other: rows and pairs of `more` are numbered behind these."""
         pairs = len(self.range_total)
@@ -57,7 +62,7 @@ class RowsRead:
         return RowsRead(*joined)
 
 
-NO_PAIRS = EarlierRows(*(np.zeros(0, dtype=np.int64),) * 7)
+NO_PAIRS = EarlierRows(*(np.zeros(0, dtype=np.int64),) * 7, np.zeros(0, dtype=np.bool_))
 
 
 @torch.no_grad()
@@ -100,7 +105,7 @@ def read_rows(
             most.scatter_reduce_(0, owner, value, "amax")
             sums = torch.zeros_like(most).index_add_(0, owner, (value - most[owner]).exp())
             total[pair] = (most + sums.log()).cpu().numpy()
-            kept = value > most[owner] + np.log(_NEGLIGIBLE)
+            kept = value > most[owner] + np.log(NEGLIGIBLE)
             leaf_pair.append(pair[owner[kept].cpu().numpy()])
             leaf_id.append(ids[kept].cpu().numpy())
             leaf.append(value[kept].cpu().numpy())

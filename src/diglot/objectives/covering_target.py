@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 from diglot.objectives.covering_ahead import Leaves, TeacherText, look_ahead, open_leaves
 from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams
 from diglot.objectives.covering_plan import CoveringPlan
-from diglot.objectives.covering_rows import RowsRead
+from diglot.objectives.covering_rows import NEGLIGIBLE, RowsRead
 from diglot.objectives.tail import TailTokens
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-_NEGLIGIBLE = 1e-4  # of the mass of a range, or of a boundary: a leaf that is not looked at by itself
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def make_targets(
     left = leaves.mass.copy()
     left[which] = ahead.left
     refused = np.zeros(len(left), dtype=np.bool_)
-    looked = np.flatnonzero((left > _NEGLIGIBLE) & (leaves.cell >= 0))
+    looked = np.flatnonzero((left > NEGLIGIBLE) & (leaves.cell >= 0))
     refused[looked] = ~neighbours.some_allowed(previous[leaves.boundary[looked]], leaves.cell[looked], cells)
     lost = np.zeros(count)
     lost += np.bincount(ahead.boundary, ahead.mass * (ahead.cell < 0), minlength=count)

@@ -121,10 +121,6 @@ class Strict(ColumnObjective):
         return strict_divergence(logits_s, logits_t, self.pair, silent=silent, **options)
 
     @property
-    def is_single_step(self) -> bool:
-        return self.beta == 1 and self.residual and not self.top_k
-
-    @property
     def reads_few(self) -> bool:
         """A top-k without a residual bin is all that is read of either side."""
         return bool(self.top_k) and not self.residual
