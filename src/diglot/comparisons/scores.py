@@ -18,7 +18,7 @@ from diglot.heads import Head, logits_by_parts, reads_few_columns, reduce_rows, 
 from diglot.objectives import Part, Path, Rollout, Rows, Values
 from diglot.objectives.base import Compare, Summary
 from diglot.objectives.tail import TailTokens
-from diglot.teachers import LocalTeacher
+from diglot.teachers import gives_rows
 from diglot.vocabulary import Vocabulary
 
 References = Callable[[], tuple[Tensor, Tensor]]
@@ -292,7 +292,7 @@ def scores_of(batch: Batch, view: View, hidden: Tensor, head: Head) -> ModelScor
     comparison, read = view.comparison, view.read
     student = Side(head, comparison.reader.student.vocabulary, comparison.pair.stop_s)
     held, teacher = comparison.teacher, None
-    if isinstance(held, LocalTeacher):
+    if gives_rows(held):
         teacher = Side(held.head, held.renderer.vocabulary, comparison.pair.stop_t)
     weight = batch.sampler_weight
     return ModelScores(

@@ -73,6 +73,10 @@ class LocalTeacher:
             ids, mask, rows = (x.to(model.device) for x in (side.input_ids, side.attention_mask, side.rows))
             return hidden_with_branches(model, ids, mask, rows, branches)
 
+    def behind(self, side: PackedSide, branches: Branches) -> Tensor:
+        """The second of these alone."""
+        return self.branched(side, branches)[1]
+
     @torch.no_grad()
     def at_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, host: Host | None = None) -> Tensor:
         """The hidden states at `rows` of the flattened `[B * T]`; inputs are padded on the right."""

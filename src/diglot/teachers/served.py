@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +26,9 @@ from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
 from diglot.teachers.probe import check_server
 from diglot.teachers.wire import Asking, TokenScores, Wire, find_wire
+
+if TYPE_CHECKING:
+    from diglot.teachers.readout import Readout
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +95,7 @@ class ServedTeacher:
         max_length: longest input in tokens; the server's window less one (it must generate one) when that is shorter.
         concurrency: requests under way at a time.
 
-    Raises `TeacherError` if the server cannot be a teacher (`probe`).
+    `connect` finds out whether the server can be a teacher.
     """
 
     level = Level.TOP_K
@@ -99,10 +104,8 @@ class ServedTeacher:
         self, client: Client, wire: Wire, renderer: Renderer, max_length: int | None = None, concurrency: int = 8
     ) -> None:
         self.client, self.wire, self.renderer = client, wire, renderer
-        window = None if wire.info.window is None else wire.info.window - 1
-        self.max_length = min((n for n in (max_length, window) if n is not None), default=None)
+        self.max_length = min((n for n in (max_length, wire.info.longest) if n is not None), default=None)
         self.top = _TOP_WITH_STOPS if len(renderer.stop_ids) > 1 else 1
-        check_server(client, wire, renderer, window)
         weakref.finalize(self, client.close)
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="diglot-teacher")
 
@@ -117,21 +120,37 @@ class ServedTeacher:
         concurrency: int = 8,
         timeout: float = 120.0,
         budget: float = 600.0,
+        load_readout: Callable[[], Readout] | None = None,
     ) -> ServedTeacher:
-        """The teacher at `url` (as `checked_address` gives it), after its start-up probe."""
+        """The teacher at `url` (as `checked_address` gives it), after its start-up probe.
+
+        One that gives whole rows, if the server hands out hidden states and `load_readout` brings norm and head.
+
+        Raises:
+            TeacherError: the server cannot be a teacher (`probe`).
+        """
+        from diglot.teachers.served_rows import ServedRows, gives_states  # they are made of this
+
         client = Client(url, connections=concurrency, timeout=timeout, budget=min(budget, _START_SECONDS))
         try:
-            teacher = cls(client, find_wire(client, model), renderer, max_length, concurrency)
+            wire = find_wire(client, model)
+            check_server(client, wire, renderer)
+            readout = None if load_readout is None else gives_states(client, wire, renderer, load_readout)
+            if readout is None:
+                teacher = cls(client, wire, renderer, max_length, concurrency)
+            else:
+                teacher = ServedRows(client, wire, renderer, max_length, concurrency, readout=readout)
         except BaseException:
             client.close()
             raise
         client.budget = budget
         logger.info(
-            "teacher: %s at %s, served by %s, window %s",
+            "teacher: %s at %s, served by %s, window %s, gives %s",
             teacher.wire.info.model,
             url,
             teacher.wire.name,
             teacher.wire.info.window,
+            teacher.level.name,
         )
         return teacher
 
@@ -202,8 +221,15 @@ class ServedTeacher:
         return f"it begins {str(self.renderer.tokenizer.decode(ids[:40]))[:80]!r}"
 
     def _score(self, ids: NDArray[np.int64], stops: NDArray[np.int64]) -> _Row:
-        try:
+        with self._explained(ids):
             scores = self.wire.score(self.client, ids.tolist(), Asking(top=self.top))
+        return _Row(scores, {int(t): self._stop_mass(ids, scores, int(t)) for t in stops})
+
+    @contextmanager
+    def _explained(self, ids: NDArray[np.int64]) -> Iterator[None]:
+        """A text that the server refuses is named."""
+        try:
+            yield
         except Refused as error:
             if error.status not in (400, 413, 422):
                 raise
@@ -211,7 +237,6 @@ class ServedTeacher:
                 f"The server refused a text of {len(ids)} tokens ({self._beginning(ids)}): {error} If its window is "
                 f"shorter, set teacher_max_length to what it holds."
             ) from None
-        return _Row(scores, {int(t): self._stop_mass(ids, scores, int(t)) for t in stops})
 
     def _stop_mass(self, ids: NDArray[np.int64], scores: TokenScores, t: int) -> float:
         """Log of the probability of the whole stop set at token `t`.

@@ -40,6 +40,11 @@ class ServerInfo:
     model: str
     window: int | None  # tokens of prompt and reply together
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest text that it scores: it must write one more."""
+        return None if self.window is None else max(self.window - 1, 0)
+
 
 @dataclass(frozen=True)
 class Asking:
