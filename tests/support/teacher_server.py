@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import socket
 import struct
@@ -13,9 +14,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,6 +39,18 @@ MANNERS = (
     "other_ids",
     "no_top",
 )
+STATES = (
+    "right",
+    "unfinite",
+    "other_ids",
+    "short",
+    "truncated",
+    "absent",
+    "narrow",
+    "unnamed",
+    "link",
+)
+"""What becomes of a file of hidden states, as `ExampleHiddenStatesConnector` of vLLM 0.32 writes it."""
 
 
 class TeacherServer:
@@ -50,6 +66,8 @@ class TeacherServer:
         self.under_way = self.most_under_way = 0
         self.held: threading.Event | None = None  # no answer before it is set
         self.gave_up_waiting = 0
+        self.states: Path | None = None  # a folder, as with `extract_hidden_states`
+        self.state, self.layer = "right", -1
         self.lock = threading.Lock()
         self.connections: set[socket.socket] = set()
         self.http: ThreadingHTTPServer | None = None
@@ -107,8 +125,42 @@ class TeacherServer:
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": 0, "text": "x", "finish_reason": "length"}
         if self.manner != "ignores":
-            choice["prompt_logprobs"] = self.entries(body)
-        return {"object": "text_completion", "choices": [choice]}
+            choice["prompt_logprobs"] = self.entries(body) if "prompt_logprobs" in body else None
+        found: dict[str, Any] = {"object": "text_completion", "choices": [choice]}
+        if self.states is not None and self.state != "unnamed":
+            found["kv_transfer_params"] = {"hidden_states_path": self.write_states(self.states, body["prompt"])}
+        return found
+
+    def write_states(self, folder: Path, ids: list[int]) -> str:
+        """`hidden_states [T, L, H]` before the final norm and `token_ids [T]`; the lock is held until they are whole."""
+        seen: list[Tensor] = []
+        layer = self.model.model.layers[self.layer]
+        with self.lock, torch.no_grad():
+            hook = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+            self.model(torch.tensor([ids]))
+            hook.remove()
+        states = (seen[0] if isinstance(seen[0], Tensor) else seen[0][0])[0]
+        path = folder / f"cmpl-{uuid4().hex}.safetensors"
+        if self.state == "unfinite":
+            states[-1, 0] = float("nan")
+        states = {"short": states[:-1], "narrow": states[:, 1:]}.get(self.state, states)
+        tokens = torch.tensor(ids) + (self.state == "other_ids")
+        tensors = {"hidden_states": states[:, None].contiguous(), "token_ids": tokens}
+        whole = save({k: v.contiguous() for k, v in tensors.items()})
+        lock = open(f"{path}.lock", "wb")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def write() -> None:
+            time.sleep(self.latency)
+            if self.state == "link":
+                (folder / "elsewhere").write_bytes(whole)
+                path.symlink_to(folder / "elsewhere")
+            elif self.state != "absent":
+                path.write_bytes(whole[: len(whole) // 2] if self.state == "truncated" else whole)
+            lock.close()
+
+        threading.Thread(target=write, daemon=True).start()
+        return str(path)
 
     def entries(self, body: dict[str, Any]) -> list[Any]:
         ids = [(i + 1) % self.vocabulary for i in body["prompt"]] if self.manner == "other_ids" else body["prompt"]

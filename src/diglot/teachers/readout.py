@@ -23,6 +23,10 @@ from diglot.heads.hidden import decoder_of
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+class NoWeights(TeacherError):
+    """A model's norm and head cannot be had from what lies at a place."""
+
+
 @dataclass(frozen=True)
 class Readout:
     """From the residual stream behind a model's last layer to logits."""
@@ -46,7 +50,7 @@ def load_readout(place: str, *, revision: str | None = None, trust_remote_code: 
     """Final norm and output head of the model at `place`, a model id or folder with safetensors files.
 
     Raises:
-        TeacherError: no weights lie there, or the two pieces are not where models of `transformers` have them.
+        NoWeights: no weights lie there, or the two pieces are not where models of `transformers` have them.
     """
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
@@ -55,10 +59,10 @@ def load_readout(place: str, *, revision: str | None = None, trust_remote_code: 
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         decoder, output = decoder_of(model), model.get_output_embeddings()
     except (OSError, ValueError, KeyError) as error:
-        raise TeacherError(f"No model is described at {place!r}: {str(error)[:200]}") from error
+        raise NoWeights(f"No model is described at {place!r}: {str(error)[:200]}") from error
     norms = [module for module in decoder.children() if "norm" in type(module).__name__.lower()]
     if not norms or output is None:
-        raise TeacherError(f"A {type(model).__name__} has no final norm or no output embeddings that could be found.")
+        raise NoWeights(f"A {type(model).__name__} has no final norm or no output embeddings that could be found.")
     tied = config.get_text_config().tie_word_embeddings
     names = {id(module): name for name, module in model.named_modules()}
     prefix = f"{model.base_model_prefix}."
@@ -77,7 +81,7 @@ def _fill(module: nn.Module, name: str, source: str, place: str, prefix: str, re
         full = f"{source}.{key}"
         tensor = _tensor([full, full.removeprefix(prefix)], place, revision)
         if tensor.shape != parameter.shape:
-            raise TeacherError(
+            raise NoWeights(
                 f"{full} at {place!r} is {tuple(tensor.shape)}, and {name} takes {tuple(parameter.shape)}: its weights "
                 "are stored in another form (quantised?). Name the model's unquantised weights."
             )
@@ -102,8 +106,8 @@ def _tensor(names: Sequence[str], place: str, revision: str | None) -> Tensor:
                 if name in tensors.keys():  # noqa: SIM118  (not a dictionary)
                     return tensors.get_tensor(name)
         except SafetensorError as error:
-            raise TeacherError(f"{path} cannot be read: {error}") from error
-    raise TeacherError(f"There is no {names[0]} in safetensors files at {place!r}.")
+            raise NoWeights(f"{path} cannot be read: {error}") from error
+    raise NoWeights(f"There is no {names[0]} in safetensors files at {place!r}.")
 
 
 def _file(place: str, name: str, revision: str | None) -> str | None:

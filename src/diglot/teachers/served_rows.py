@@ -21,7 +21,7 @@ from diglot.http.client import Client
 from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
 from diglot.teachers.probe import probe_ids
-from diglot.teachers.readout import Readout
+from diglot.teachers.readout import NoWeights, Readout
 from diglot.teachers.served import ServedTeacher
 from diglot.teachers.states import NotHere, read_states, request_states
 from diglot.teachers.wire import VLLM, Asking, Wire
@@ -121,7 +121,7 @@ class ServedRows(ServedTeacher):
         first, failed = int(at[0]), None
         for _ in range(_ATTEMPTS):
             with self._explained(ids):
-                name = request_states(self.client, self.wire.info, ids.tolist())
+                name = request_states(self.client, self.wire.info.model, ids.tolist())
             if name is None:
                 raise TeacherError(
                     f"{self.client.url} named no file of hidden states in its answer, as it did at the start. Was it "
@@ -148,13 +148,13 @@ def gives_states(client: Client, wire: Wire, renderer: Renderer, load: Callable[
     if not isinstance(wire, VLLM):
         return None
     ids = probe_ids(renderer)[: wire.info.longest]
-    name = request_states(client, wire.info, ids)
+    name = request_states(client, wire.info.model, ids)
     if name is None:
         return None
     try:
         readout = load()
         states = read_states(name, ids, readout.width, 0, min(_PROBE_SECONDS, client.timeout))
-    except NotHere as error:
+    except (NotHere, NoWeights) as error:
         logger.warning("%s hands out hidden states, and they are not used: %s", client.url, error)
         return None
     logits = readout.head(readout.hidden(states[:-1])).log_softmax(-1)

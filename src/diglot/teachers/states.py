@@ -10,6 +10,8 @@ from __future__ import annotations
 import fcntl
 import stat
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,19 @@ from torch import Tensor
 
 from diglot.errors import TeacherError
 from diglot.http.client import Client
-from diglot.teachers.wire import Ids, ServerInfo
 
 _PAUSE = 0.005  # seconds between two looks
+
+Ids = Sequence[int]
 
 
 class NotHere(TeacherError):
     """The file that the server named cannot be seen from this machine, or did not become whole in time."""
 
 
-def request_states(client: Client, info: ServerInfo, ids: Ids) -> str | None:
+def request_states(client: Client, model: str, ids: Ids) -> str | None:
     """The name of the file with the states of `ids`; None if the server makes none. No log-probs are asked for."""
-    body = {"model": info.model, "prompt": [int(i) for i in ids], "max_tokens": 1, "temperature": 0.0}
+    body = {"model": model, "prompt": [int(i) for i in ids], "max_tokens": 1, "temperature": 0.0}
     return path_of(client.post("/v1/completions", body))
 
 
@@ -61,7 +64,7 @@ def read_states(name: str, ids: Ids, width: int, first: int, seconds: float) -> 
             f"The server wrote hidden states to {name!r}, and that folder is not on this machine. Give the server a "
             "shared_storage_path (--kv-transfer-config) on a disk that both see, under the same name."
         )
-    _wait(path, lock, time.monotonic() + seconds, seconds)
+    _wait(path, lock, seconds)
     try:
         with safe_open(str(path), framework="pt") as file:
             written, states = file.get_tensor("token_ids"), file.get_slice("hidden_states")
@@ -79,8 +82,7 @@ def read_states(name: str, ids: Ids, width: int, first: int, seconds: float) -> 
             found = states[first:, shape[1] - 1 : shape[1], :][:, 0]
     except (SafetensorError, OSError, ValueError) as error:
         raise NotHere(f"The hidden states in {name!r} are no whole file: {error}.") from error
-    path.unlink(missing_ok=True)
-    lock.unlink(missing_ok=True)
+    _remove(path, lock)
     if not bool(torch.isfinite(found).all()):
         at = first + int((~torch.isfinite(found)).any(-1).nonzero()[0])
         raise TeacherError(
@@ -90,8 +92,28 @@ def read_states(name: str, ids: Ids, width: int, first: int, seconds: float) -> 
     return found
 
 
-def _wait(path: Path, lock: Path, until: float, seconds: float) -> None:
+def discard_states(answer: Any, ids: Ids, seconds: float = 1.0) -> None:
+    """Remove the file that an answer names beside what it was asked for, if it is here and about `ids`."""
+    name = path_of(answer)
+    if name is None or not Path(name).parent.is_dir():
+        return
+    path, lock = Path(name), Path(f"{name}.lock")
+    with suppress(NotHere, SafetensorError, OSError, ValueError):
+        _wait(path, lock, seconds)
+        with safe_open(name, framework="pt") as file:
+            own = file.get_tensor("token_ids").tolist() == [int(i) for i in ids]
+        if own:
+            _remove(path, lock)
+
+
+def _remove(path: Path, lock: Path) -> None:
+    path.unlink(missing_ok=True)
+    lock.unlink(missing_ok=True)
+
+
+def _wait(path: Path, lock: Path, seconds: float) -> None:
     """Return once the writer has let go of the lock and the file is there."""
+    until = time.monotonic() + seconds
     while True:
         if _released(lock) and _is_file(path):
             return
