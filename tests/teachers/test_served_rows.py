@@ -1,4 +1,4 @@
-"""A server that hands out hidden states is a teacher with whole rows: the numbers of the same model here, or a refusal."""
+"""A server that hands out hidden states is a teacher with whole rows: its numbers here, or a refusal."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from diglot.errors import TeacherError
 from diglot.heads import Branches, default_chunk_rows
 from diglot.objectives import Pair, Plan, Rollout
 from diglot.rendering import Conversation, Role
-from diglot.teachers import CachedTeacher, LocalTeacher, Teacher, WholeRows, gives_rows, whole_rows
+from diglot.teachers import CachedTeacher, LocalTeacher, Teacher, WholeRows, gives_rows, scores_chosen, whole_rows
 
 if TYPE_CHECKING:  # it needs packages that not everyone has
     from diglot.teachers.scored import KeptScores
@@ -122,6 +122,15 @@ class Answers:
         main, behind = teacher.branched(self._side, branches)
         self.__dict__.setdefault("hidden", main)  # one pass serves the other terms, too
         return torch.cat([main, behind])
+
+    def chosen(self, token: Tensor, ids: Tensor) -> Tensor:
+        """Log-probs of `ids` in the rows that predict the teacher's scored tokens `token`, `[Q]` nats, on the CPU.
+
+        For a teacher that gives no rows; waits for its server. `TeacherError` if it does not score chosen ids.
+        """
+        if self._teacher is None or not scores_chosen(self._teacher):
+            raise TeacherError("This teacher does not score chosen ids. Choose an objective that needs less of it.")
+        return self._teacher.chosen(self._side, token, ids)
 
     def hidden_of(self, side: PackedSide) -> Tensor:
         """The same for another text."""

@@ -206,8 +206,15 @@ class ModelScores:
     def student_logps(self, token: Tensor, ids: Tensor) -> Tensor:
         return self._row_logps(self.hidden_s, token, ids, self.student)
 
+    @property
+    def teacher_gives_rows(self) -> bool:
+        return self._teacher is not None
+
     @torch.no_grad()
     def teacher_logps(self, token: Tensor, ids: Tensor) -> Tensor:
+        if self._teacher is None:
+            check_temperature(self.temperature, "chosen ids")
+            return self.answers.chosen(token, ids).to(self.device)
         return self._row_logps(self.hidden_t, token, ids, self.teacher).to(self.device)
 
     def _row_logps(self, hidden: Tensor, token: Tensor, ids: Tensor, model: Side) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from diglot.errors import ConfigError
 from diglot.objectives.base import ColumnObjective, Pair, Values, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
+from diglot.objectives.levels import Level
 
 
 def chosen_columns(logits_s: Tensor, pair: Pair, top_k: int | None) -> tuple[Tensor, Tensor]:
@@ -74,6 +75,7 @@ class Strict(ColumnObjective):
     """
 
     name = "strict"
+    needs = Level.CHOSEN  # in its default form
 
     def __init__(self, pair: Pair, *, top_k: int | None = 16, beta: float = 1.0, residual: bool = False) -> None:
         super().__init__(pair)
@@ -88,6 +90,8 @@ class Strict(ColumnObjective):
                 f"{pair.size_s}, so its residual bin is empty, the teacher's is not. Choose beta > 0 or top_k > 0."
             )
         self.top_k, self.beta, self.residual = top_k, beta, residual
+        if not self.reads_few:
+            self.needs = Level.HIDDEN
 
     def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
         return strict_divergence(

@@ -3,7 +3,7 @@
 from diglot.teachers.cache import CachedTeacher
 from diglot.teachers.inputs import TeacherInputs, build_teacher_inputs_from_texts
 from diglot.teachers.local import LocalTeacher, find_teacher_tokenizer
-from diglot.teachers.teacher import Teacher, WholeRows, gives_rows, local, whole_rows
+from diglot.teachers.teacher import Teacher, WholeRows, gives_rows, local, scores_chosen, whole_rows
 
 __all__ = [
     "CachedTeacher",
@@ -15,5 +15,6 @@ __all__ = [
     "find_teacher_tokenizer",
     "gives_rows",
     "local",
+    "scores_chosen",
     "whole_rows",
 ]

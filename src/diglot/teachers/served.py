@@ -78,7 +78,7 @@ class Pending:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """Scores of one text and, for each of its stops, the log of the stop set's mass."""
 
     scores: TokenScores
@@ -124,11 +124,13 @@ class ServedTeacher:
     ) -> ServedTeacher:
         """The teacher at `url` (as `checked_address` gives it), after its start-up probe.
 
-        One that gives whole rows, if the server hands out hidden states and `load_readout` brings norm and head.
+        One that gives whole rows, if the server hands out hidden states and `load_readout` brings norm and head; one
+        that scores chosen ids, if the server does.
 
         Raises:
             TeacherError: the server cannot be a teacher (`probe`).
         """
+        from diglot.teachers.served_chosen import ServedChosen, gives_chosen
         from diglot.teachers.served_rows import ServedRows, gives_states  # they are made of this
 
         client = Client(url, connections=concurrency, timeout=timeout, budget=min(budget, _START_SECONDS))
@@ -136,10 +138,11 @@ class ServedTeacher:
             wire = find_wire(client, model)
             check_server(client, wire, renderer)
             readout = None if load_readout is None else gives_states(client, wire, renderer, load_readout)
-            if readout is None:
-                teacher = cls(client, wire, renderer, max_length, concurrency)
-            else:
+            if readout is not None:
                 teacher = ServedRows(client, wire, renderer, max_length, concurrency, readout=readout)
+            else:
+                kind = ServedChosen if gives_chosen(client, wire, renderer) else cls
+                teacher = kind(client, wire, renderer, max_length, concurrency)
         except BaseException:
             client.close()
             raise
@@ -202,7 +205,7 @@ class ServedTeacher:
             if len(at):
                 read = ids[b][mask[b] > 0][: at[-1] + 1]
                 self._check_length(read, b)
-                answers.append((b, self._pool.submit(self._score, read, at[stop[row == b] & stop_as_set])))
+                answers.append((b, self._pool.submit(self._score, read, at, at[stop[row == b] & stop_as_set])))
         return Pending(self, side, answers)
 
     def scores(self, side: PackedSide) -> TextScores:
@@ -220,10 +223,11 @@ class ServedTeacher:
     def _beginning(self, ids: NDArray[np.int64]) -> str:
         return f"it begins {str(self.renderer.tokenizer.decode(ids[:40]))[:80]!r}"
 
-    def _score(self, ids: NDArray[np.int64], stops: NDArray[np.int64]) -> _Row:
+    def _score(self, ids: NDArray[np.int64], at: NDArray[np.int64], stops: NDArray[np.int64]) -> Row:
+        """Scores of a text at its tokens `at`, of which `stops` are stops."""
         with self._explained(ids):
             scores = self.wire.score(self.client, ids.tolist(), Asking(top=self.top))
-        return _Row(scores, {int(t): self._stop_mass(ids, scores, int(t)) for t in stops})
+        return Row(scores, {int(t): self._stop_mass(ids, scores, int(t)) for t in stops})
 
     @contextmanager
     def _explained(self, ids: NDArray[np.int64]) -> Iterator[None]:
@@ -257,7 +261,7 @@ class ServedTeacher:
                 seen.append(float(other.logps[t]))
         return float(np.logaddexp.reduce(seen))
 
-    def packed(self, side: PackedSide, rows: Sequence[tuple[int, _Row]]) -> TextScores:
+    def packed(self, side: PackedSide, rows: Sequence[tuple[int, Row]]) -> TextScores:
         """Scores of the single texts in the order of the batch's scored tokens."""
         width, count = side.input_ids.shape[1], len(side.rows)
         row, place = np.divmod(side.rows.cpu().numpy(), width)

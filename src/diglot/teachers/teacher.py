@@ -65,6 +65,18 @@ class WholeRows(Teacher, Protocol):
         """The hidden states behind every token of branches off the texts, `[E, H_t]`."""
 
 
+class ChosenIds(Teacher, Protocol):
+    """A teacher of `Level.CHOSEN`."""
+
+    def chosen(self, side: PackedSide, token: Tensor, ids: Tensor) -> Tensor:
+        """Log-probs of `ids` in the rows that predict the scored tokens `token`, `[Q]` nats each, on the CPU."""
+
+
+def scores_chosen(teacher: Teacher) -> TypeGuard[ChosenIds]:
+    """Is it asked for ids, as it gives no whole rows?"""
+    return teacher.level == Level.CHOSEN
+
+
 def gives_rows(teacher: Teacher) -> TypeGuard[WholeRows]:
     """Does it give whole rows?"""
     return teacher.level >= Level.HIDDEN
