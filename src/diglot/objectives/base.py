@@ -409,7 +409,7 @@ class ColumnObjective(RowObjective):
 
         with torch.no_grad():
             of_all = scores.summarised_student(choices)[rows.student].long()
-        of_student, of_teacher = of_all.split(widths, dim=-1)
+        of_student, of_teacher = of_all[:, : widths[0]], of_all[:, widths[0] :]
         token = rows.teacher.repeat_interleave(of_teacher.shape[1])
         logps_t = scores.teacher_logps(token, of_teacher.flatten()).view_as(of_teacher)
         given = {"columns": of_student, "logps_t": logps_t}

@@ -138,6 +138,7 @@ class ServedTeacher:
             wire = find_wire(client, model)
             check_server(client, wire, renderer)
             readout = None if load_readout is None else gives_states(client, wire, renderer, load_readout)
+            teacher: ServedTeacher
             if readout is not None:
                 teacher = ServedRows(client, wire, renderer, max_length, concurrency, readout=readout)
             else:
