@@ -18,8 +18,8 @@ from diglot.heads import token_logps
 from diglot.objectives import Level
 from diglot.rendering import Conversation, Renderer
 from diglot.teachers import LocalTeacher
-from diglot.teachers.served import ServedTeacher
 from diglot.teachers.served_chosen import ServedChosen
+from diglot.teachers.serving import connect_server
 
 RENDERER = Renderer(zoo.turns(), name="teacher")
 TEXTS = ("hello", "one two three, as you asked", "naïve café 数学", "x = 1\n")
@@ -34,7 +34,7 @@ def server() -> Iterator[TeacherServer]:
 
 
 def connect(server: TeacherServer) -> ServedChosen:
-    teacher = ServedTeacher.connect(server.url, RENDERER, timeout=2.0, budget=2.0)
+    teacher = connect_server(server.url, RENDERER, timeout=2.0, budget=2.0)
     assert isinstance(teacher, ServedChosen) and teacher.level == Level.CHOSEN
     return teacher
 
@@ -86,12 +86,12 @@ def test_the_likeliest_ids_are_still_given_where_an_objective_wants_them(server:
 
 def test_a_server_without_the_route_gives_the_likeliest_ids(server: TeacherServer) -> None:
     server.scale_out = False
-    assert ServedTeacher.connect(server.url, RENDERER, timeout=2.0, budget=2.0).level == Level.TOP_K
+    assert connect_server(server.url, RENDERER, timeout=2.0, budget=2.0).level == Level.TOP_K
 
 
 def test_a_server_that_ignores_the_ids_gives_the_likeliest_ids(server: TeacherServer) -> None:
     server.choice = "ignores"
-    assert ServedTeacher.connect(server.url, RENDERER, timeout=2.0, budget=2.0).level == Level.TOP_K
+    assert connect_server(server.url, RENDERER, timeout=2.0, budget=2.0).level == Level.TOP_K
 
 
 def test_rows_one_position_late_are_refused_at_the_start(server: TeacherServer) -> None:

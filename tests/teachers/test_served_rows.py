@@ -23,6 +23,7 @@ from diglot.teachers import LocalTeacher
 from diglot.teachers.readout import Readout, load_readout
 from diglot.teachers.served import ServedTeacher
 from diglot.teachers.served_rows import ServedRows
+from diglot.teachers.serving import connect_server
 from diglot.trainers.gkd import GKDTrainer
 
 RENDERER = Renderer(zoo.turns(), name="teacher")
@@ -47,7 +48,7 @@ def server(tmp_path: Path) -> Iterator[TeacherServer]:
 
 def connect(server: TeacherServer, weights: Path, **options: Any) -> ServedTeacher:
     load: Callable[[], Readout] = lambda: load_readout(str(weights))  # noqa: E731
-    return ServedTeacher.connect(server.url, RENDERER, load_readout=load, **{"timeout": 2.0, "budget": 2.0, **options})
+    return connect_server(server.url, RENDERER, load_readout=load, **{"timeout": 2.0, "budget": 2.0, **options})
 
 
 def rows_of(server: TeacherServer, weights: Path) -> ServedRows:

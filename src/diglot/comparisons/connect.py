@@ -66,13 +66,13 @@ def connect_teacher(
         markers=args.markers,
         name="teacher",
     )
-    from diglot.teachers.served import ServedTeacher
+    from diglot.teachers.serving import connect_server
 
     def read_out() -> Readout:
         trust = args.teacher_trust_remote_code
         return load_readout(place or tokenizer.name_or_path, revision=options.revision, trust_remote_code=trust)
 
-    return ServedTeacher.connect(
+    return connect_server(
         address,
         renderer,
         model=model,

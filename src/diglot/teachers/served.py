@@ -5,14 +5,12 @@ Shapes: `N` scored tokens of a batch, `K` likeliest ids of a row.
 
 from __future__ import annotations
 
-import logging
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,18 +22,11 @@ from diglot.errors import TeacherError
 from diglot.http.client import Client, Refused
 from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
-from diglot.teachers.probe import check_server
-from diglot.teachers.wire import Asking, TokenScores, Wire, find_wire
-
-if TYPE_CHECKING:
-    from diglot.teachers.readout import Readout
-
-logger = logging.getLogger(__name__)
+from diglot.teachers.wire import Asking, TokenScores, Wire
 
 STOP_TOLERANCE = 1e-4
 """Nats by which the log of a stop set's mass may be too small before the missing stop ids are asked for."""
 _TOP_WITH_STOPS = 8
-_START_SECONDS = 60.0  # of retries while nothing has been trained that a stop could cost
 
 
 @dataclass(frozen=True)
@@ -95,7 +86,7 @@ class ServedTeacher:
         max_length: longest input in tokens; the server's window less one (it must generate one) when that is shorter.
         concurrency: requests under way at a time.
 
-    `connect` finds out whether the server can be a teacher.
+    `serving.connect_server` finds out whether the server can be a teacher.
     """
 
     level = Level.TOP_K
@@ -108,55 +99,6 @@ class ServedTeacher:
         self.top = _TOP_WITH_STOPS if len(renderer.stop_ids) > 1 else 1
         weakref.finalize(self, client.close)
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="diglot-teacher")
-
-    @classmethod
-    def connect(
-        cls,
-        url: str,
-        renderer: Renderer,
-        *,
-        model: str | None = None,
-        max_length: int | None = None,
-        concurrency: int = 8,
-        timeout: float = 120.0,
-        budget: float = 600.0,
-        load_readout: Callable[[], Readout] | None = None,
-    ) -> ServedTeacher:
-        """The teacher at `url` (as `checked_address` gives it), after its start-up probe.
-
-        One that gives whole rows, if the server hands out hidden states and `load_readout` brings norm and head; one
-        that scores chosen ids, if the server does.
-
-        Raises:
-            TeacherError: the server cannot be a teacher (`probe`).
-        """
-        from diglot.teachers.served_chosen import ServedChosen, gives_chosen
-        from diglot.teachers.served_rows import ServedRows, gives_states  # they are made of this
-
-        client = Client(url, connections=concurrency, timeout=timeout, budget=min(budget, _START_SECONDS))
-        try:
-            wire = find_wire(client, model)
-            check_server(client, wire, renderer)
-            readout = None if load_readout is None else gives_states(client, wire, renderer, load_readout)
-            teacher: ServedTeacher
-            if readout is not None:
-                teacher = ServedRows(client, wire, renderer, max_length, concurrency, readout=readout)
-            else:
-                kind = ServedChosen if gives_chosen(client, wire, renderer) else cls
-                teacher = kind(client, wire, renderer, max_length, concurrency)
-        except BaseException:
-            client.close()
-            raise
-        client.budget = budget
-        logger.info(
-            "teacher: %s at %s, served by %s, window %s, gives %s",
-            teacher.wire.info.model,
-            url,
-            teacher.wire.name,
-            teacher.wire.info.window,
-            teacher.level.name,
-        )
-        return teacher
 
     @property
     def name(self) -> str:
