@@ -18,7 +18,7 @@ from diglot.heads import Head, TreeReading, logits_by_parts, reads_few_columns, 
 from diglot.objectives import Part, Path, Rollout, Rows, Values
 from diglot.objectives.base import Compare, Summary
 from diglot.objectives.tail import TailTokens
-from diglot.teachers import LocalTeacher
+from diglot.teachers import gives_rows
 from diglot.vocabulary import Vocabulary
 
 References = Callable[[], tuple[Tensor, Tensor]]
@@ -220,8 +220,15 @@ class ModelScores:
     def student_logps(self, token: Tensor, ids: Tensor) -> Tensor:
         return self._row_logps(self.hidden_s, token, ids, self.student)
 
+    @property
+    def teacher_gives_rows(self) -> bool:
+        return self._teacher is not None
+
     @torch.no_grad()
     def teacher_logps(self, token: Tensor, ids: Tensor) -> Tensor:
+        if self._teacher is None:
+            check_temperature(self.temperature, "chosen ids")
+            return self.answers.chosen(token, ids).to(self.device)
         return self._row_logps(self.hidden_t, token, ids, self.teacher).to(self.device)
 
     def _row_logps(self, hidden: Tensor, token: Tensor, ids: Tensor, model: Side) -> Tensor:
@@ -306,7 +313,7 @@ def scores_of(batch: Batch, view: View, hidden: Tensor, head: Head) -> ModelScor
     comparison, read = view.comparison, view.read
     student = Side(head, comparison.reader.student.vocabulary, comparison.pair.stop_s)
     held, teacher = comparison.teacher, None
-    if isinstance(held, LocalTeacher):
+    if gives_rows(held):
         teacher = Side(held.head, held.renderer.vocabulary, comparison.pair.stop_t)
     weight = batch.sampler_weight
     return ModelScores(

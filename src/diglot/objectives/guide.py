@@ -10,6 +10,7 @@ from diglot.objectives.registry import OBJECTIVES
 NEEDS = {
     Level.TEXT_LOGPROBS: "log-probs of the text",
     Level.TOP_K: "top-k",
+    Level.CHOSEN: "chosen ids",
     Level.HIDDEN: "hidden states",
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from diglot.errors import ConfigError
 from diglot.objectives.base import ColumnObjective, Pair, Values, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
+from diglot.objectives.levels import Level
 from diglot.objectives.masses import FLOOR, no_text
 
 
@@ -99,6 +100,7 @@ class Strict(ColumnObjective):
     """
 
     name = "strict"
+    needs = Level.CHOSEN  # in its default form
 
     def __init__(self, pair: Pair, *, top_k: int | None = 16, beta: float = 1.0, residual: bool = False) -> None:
         super().__init__(pair)
@@ -114,6 +116,8 @@ class Strict(ColumnObjective):
             )
         self.top_k, self.beta, self.residual = top_k, beta, residual
         self.silent_s, self.silent_t = no_text(pair)
+        if not self.reads_few:
+            self.needs = Level.HIDDEN
 
     def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
         options: dict[str, Any] = dict(top_k=self.top_k, beta=self.beta, residual=self.residual)

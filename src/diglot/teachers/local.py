@@ -81,6 +81,10 @@ class LocalTeacher:
             main, behind = reading.first(branches)
             return main, reading, behind
 
+    def behind(self, side: PackedSide, branches: Branches) -> Tensor:
+        """The second of these alone."""
+        return self.branched(side, branches, None)[2]
+
     @torch.no_grad()
     def at_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, host: Host | None = None) -> Tensor:
         """The hidden states at `rows` of the flattened `[B * T]`; inputs are padded on the right."""

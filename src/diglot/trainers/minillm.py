@@ -42,7 +42,7 @@ from diglot.objectives.span import span_advantages
 from diglot.options import MiniLLMConfig
 from diglot.rendering import Conversation, Rendered
 from diglot.rollouts import TeacherMixture, continue_prefixes, mixture_weight, write_prefixes
-from diglot.teachers import local
+from diglot.teachers import LocalTeacher, local
 from diglot.trainers.base import DistillationTrainer, Ids, Texts, Window
 
 logger = logging.getLogger(__name__)
@@ -137,8 +137,8 @@ class MiniLLMTrainer(DistillationTrainer):
             return 0.0
         if len(self.comparisons) > 1:
             why = "with several teachers the student writes alone"
-        elif teacher.level < Level.HIDDEN:
-            why = f"the teacher cannot write, it is {teacher.name}, which gives {teacher.level.name}"
+        elif not isinstance(teacher, LocalTeacher):
+            why = f"the teacher cannot write here, it is {teacher.name}"
         elif self.args.use_vllm:
             why = "vLLM samples from the student alone (use_vllm)"
         else:
