@@ -61,8 +61,8 @@ def test_training_takes_the_mass_off_control_tokens_that_the_teacher_never_write
 ) -> None:
     tokenizer, other = zoo.chatml(), zoo.inst()
     student, teacher = tiny.tiny_model(tokenizer, 0), tiny.tiny_model(other, 1)
-    options: dict[str, Any] = dict(lmbda=0.0, max_steps=60, learning_rate=3e-3, logging_steps=60, objective=[objective])
-    trainer = tiny.gkd(tmp_path, tokenizer, other, models=(student, teacher), **options)
+    options: dict[str, Any] = dict(lmbda=0.0, max_steps=60, learning_rate=3e-3, logging_steps=60, beta=0.5)
+    trainer = tiny.gkd(tmp_path, tokenizer, other, models=(student, teacher), objective=[objective], **options)
     _talkative(trainer, student)
     before = _silent_mass(trainer)
     trainer.train()
