@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diglot.batches import Written
+from diglot.batches.sending import sent
 from diglot.errors import ConfigError
 from diglot.objectives.base import Metrics, Pair, PairObjective, Rows, Scores, Values, at_least_float32, check_range
 from diglot.objectives.covering_ahead import TeacherText
@@ -77,7 +78,12 @@ class Covering(PairObjective):
         self.cell_of_moved = cell[self.moved]
         has_bytes, order = (torch.from_numpy(x) for x in (tables.teacher.lengths > 0, tables.teacher.trie.sorted_ids))
         self.silent_s, silent_t = no_text(pair)
+        self._is_control = np.isin(np.arange(len(tables.student)), self.silent_s.numpy())
         self.table = Table(self.pair.stop_t, silent_t, has_bytes, order, top_k)
+
+    def to(self, device: torch.device | str) -> None:
+        super().to(device)
+        self.table = self.table.to(device)
 
     def plan(self, written: Written) -> CoveringPlan:
         return plan_covering(written, self.student, self.teacher, self.encode_t)
@@ -131,7 +137,7 @@ class Covering(PairObjective):
         self, plan: CoveringPlan, scores: Scores, targets: Targets, share: float
     ) -> tuple[Tensor, Tensor, Values]:
         device = scores.device
-        student = torch.from_numpy(plan.student).to(device)
+        student = sent(torch.from_numpy(plan.student), device)
         given = self.given(plan, targets, scores.written, device)
         return student, *scores.rows(self, Rows(student, student), given, share, with_teacher=False)
 
@@ -152,16 +158,17 @@ class Covering(PairObjective):
         """What the comparison reads of each row beside the student's logits, `[R, ...]`."""
         ids, stop = written.student.ids[plan.student], written.student.stop[plan.student]
         split = targets.own if self.written_apart else np.full_like(targets.own, -1)
-        return {
-            "column": torch.from_numpy(targets.column).to(device),
-            "mass": torch.from_numpy(targets.mass).float().to(device),
-            "stop": torch.from_numpy(targets.stop).float().to(device),
-            "silent": torch.from_numpy(targets.silent).float().to(device),
-            "split": torch.from_numpy(split).to(device),
-            "split_mass": torch.from_numpy(np.where(split >= 0, targets.own_mass, 0.0)).float().to(device),
-            "written": torch.from_numpy(ids).to(device),
-            "place": torch.from_numpy(self._place(targets, ids, split, stop)).to(device),
+        host = {
+            "column": targets.column,
+            "mass": targets.mass.astype(np.float32),
+            "stop": targets.stop.astype(np.float32),
+            "silent": targets.silent.astype(np.float32),
+            "split": split,
+            "split_mass": np.where(split >= 0, targets.own_mass, 0.0).astype(np.float32),
+            "written": ids,
+            "place": self._place(targets, ids, split, stop),
         }
+        return {name: sent(torch.from_numpy(values), device) for name, values in host.items()}
 
     def _place(self, targets: Targets, written: Ints, split: Ints, stop: NDArray[np.bool_]) -> Ints:
         """Which of the values that are compared is the written token's, `[R]`: a column, or one of those behind."""
@@ -171,7 +178,7 @@ class Covering(PairObjective):
         if columns:
             place = np.where(here.any(1), here.argmax(1), place)
         place = np.where(split >= 0, columns, place)
-        place = np.where(np.isin(written, self.silent_s.numpy(force=True)), columns + 2, place)
+        place = np.where(self._is_control[written], columns + 2, place)
         return np.where(stop, columns + 1, place)
 
     def __call__(self, logits_s: Tensor, logits_t: Tensor | None, **given: Tensor) -> Values:

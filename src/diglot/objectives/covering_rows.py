@@ -6,16 +6,18 @@ their ranges, `K` likeliest tokens of a row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diglot.batches.sending import sent
 from diglot.objectives.covering_plan import EarlierRows
-from diglot.objectives.masses import ragged
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -31,6 +33,13 @@ class Table:
     has_bytes: Tensor  # bool [V_t]
     sorted_ids: Tensor  # [V_t] of the teacher's trie
     top_k: int
+
+    def to(self, device: torch.device | str) -> Table:
+        """The same with its tensors on `device`."""
+        stop, silent, has_bytes, order = (
+            x.to(device) for x in (self.stop_ids, self.silent_ids, self.has_bytes, self.sorted_ids)
+        )
+        return Table(stop, silent, has_bytes, order, self.top_k)
 
 
 @dataclass(frozen=True)
@@ -78,46 +87,64 @@ def read_rows(
     row, pair_row = row - first, pairs.row - first
     order, by_row = np.argsort(row, kind="stable"), np.argsort(pair_row, kind="stable")
     sorted_row, sorted_pair = row[order], pair_row[by_row]
-    found, total = np.zeros(len(row)), np.full(len(pair_row), -np.inf)
-    stop, silent, top_ids, top = [], [], [], []
-    leaf_pair, leaf_id, leaf = [], [], []
-    no_piece = torch.zeros(len(table.has_bytes)).to(table.has_bytes.device).masked_fill(~table.has_bytes, -torch.inf)
-    no_piece[table.stop_ids.to(no_piece.device)] = -torch.inf
+    no_piece = ~table.has_bytes
+    no_piece[table.stop_ids.to(no_piece.device)] = True
+    numbers: dict[str, list[Tensor]] = {name: [] for name in ("stop", "silent", "top", "single", "total", "leaf")}
+    ids: dict[str, list[Tensor]] = {name: [] for name in ("top_ids", "leaf_at", "leaf_id")}
+    of_pairs = 0  # entries of ranges in earlier parts
+    owners: list[Ints] = []
     for at, logp in parts:
         device, rows = logp.device, slice(at.start, at.start + len(logp))
-        stop.append(logp[:, table.stop_ids.to(device)].logsumexp(-1))
-        silent.append(logp[:, table.silent_ids.to(device)].logsumexp(-1))
-        best = (logp + no_piece.to(device)).topk(min(table.top_k, logp.shape[1]), dim=-1)
-        top_ids.append(best.indices.cpu())
-        top.append(best.values.cpu())
+        numbers["stop"].append(logp[:, table.stop_ids.to(device)].logsumexp(-1))
+        numbers["silent"].append(logp[:, table.silent_ids.to(device)].logsumexp(-1))
+        best = logp.masked_fill(no_piece.to(device), -torch.inf).topk(min(table.top_k, logp.shape[1]), dim=-1)
+        numbers["top"].append(best.values)
+        ids["top_ids"].append(best.indices)
         low, high = np.searchsorted(sorted_row, [rows.start, rows.stop])
         here = order[low:high]
-        index = [torch.from_numpy(x).to(device) for x in (row[here] - rows.start, token[here])]
-        found[here] = logp[index[0], index[1]].double().cpu().numpy()
+        index = [sent(torch.from_numpy(x), device) for x in (row[here] - rows.start, token[here])]
+        numbers["single"].append(logp[index[0], index[1]])
         low, high = np.searchsorted(sorted_pair, [rows.start, rows.stop])
         if high > low:
             pair = by_row[low:high]
-            bounds = [torch.from_numpy(x[pair]).to(device) for x in (pairs.low, pairs.high)]
-            place, owner = ragged(*bounds)
-            ids = table.sorted_ids.to(device)[place]
-            value = logp[torch.from_numpy(pair_row[pair] - rows.start).to(device)[owner], ids].double()
+            length = pairs.high[pair] - pairs.low[pair]
+            owner = np.repeat(np.arange(len(pair)), length)
+            place = np.arange(len(owner)) - np.repeat(np.cumsum(length) - length - pairs.low[pair], length)
+            host = owner, place, pair_row[pair][owner] - rows.start
+            owner_at, place_at, row_at = (sent(torch.from_numpy(x), device) for x in host)
+            entry = table.sorted_ids.to(device)[place_at]
+            value = logp[row_at, entry].double()
             most = torch.full((len(pair),), -torch.inf, dtype=torch.float64, device=device)
-            most.scatter_reduce_(0, owner, value, "amax")
-            sums = torch.zeros_like(most).index_add_(0, owner, (value - most[owner]).exp())
-            total[pair] = (most + sums.log()).cpu().numpy()
-            kept = value > most[owner] + np.log(NEGLIGIBLE)
-            leaf_pair.append(pair[owner[kept].cpu().numpy()])
-            leaf_id.append(ids[kept].cpu().numpy())
-            leaf.append(value[kept].cpu().numpy())
-    empty = [np.zeros(0, dtype=np.int64)]
+            most.scatter_reduce_(0, owner_at, value, "amax")
+            sums = torch.zeros_like(most).index_add_(0, owner_at, (value - most[owner_at]).exp())
+            numbers["total"].append(most + sums.log())
+            kept = (value > most[owner_at] + math.log(NEGLIGIBLE)).nonzero()[:, 0]
+            numbers["leaf"].append(value[kept])
+            ids["leaf_id"].append(entry[kept])
+            ids["leaf_at"].append(kept + of_pairs)
+            owners.append(pair[owner])
+            of_pairs += len(owner)
+    number, whole = _to_host(numbers, np.float64), _to_host(ids, np.int64)
+    single, total = np.zeros(len(row)), np.full(len(pair_row), -np.inf)
+    single[order], total[by_row] = number["single"], number["total"]
+    count = len(number["stop"])
+    owner = np.concatenate(owners) if owners else np.zeros(0, dtype=np.int64)
     return RowsRead(
-        found,
-        torch.cat(stop).double().cpu().numpy(),
-        torch.cat(silent).double().cpu().numpy(),
-        torch.cat(top_ids).numpy(),
-        torch.cat(top).double().numpy(),
-        np.concatenate(leaf_pair or empty),
-        np.concatenate(leaf_id or empty),
-        np.concatenate(leaf or [np.zeros(0)]),
+        single,
+        number["stop"],
+        number["silent"],
+        whole["top_ids"].reshape(count, -1),
+        number["top"].reshape(count, -1),
+        owner[whole["leaf_at"]],
+        whole["leaf_id"],
+        number["leaf"],
         total,
     )
+
+
+def _to_host(parts: dict[str, list[Tensor]], kind: type[np.generic]) -> dict[str, NDArray[Any]]:
+    """The tensors of each name one behind the other, flat, in one copy for all."""
+    flat = [part.flatten() for of_name in parts.values() for part in of_name]
+    whole = torch.cat([x.double() if kind is np.float64 else x for x in flat]).cpu().numpy()
+    sizes = [sum(part.numel() for part in of_name) for of_name in parts.values()]
+    return dict(zip(parts, np.split(whole, np.cumsum(sizes)[:-1]), strict=True))
