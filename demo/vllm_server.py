@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -29,6 +30,7 @@ from assets import cache
 VERSION, TORCH = "0.32.0", "2.13.0"
 # Text models need no vision and no sound, and torchvision of PyPI does not import beside this torch.
 LEFT_OUT = re.compile(r"(torch|torchaudio|torchvision|torchcodec)\b")
+STATES_VARIABLES = {"PYTHONPATH": str(Path(__file__).parent), "VLLM_USE_V2_MODEL_RUNNER": "0"}
 ALSO = ("llguidance>=1.7,<1.8",)  # imported at the start, required for other machines only
 
 
@@ -70,6 +72,24 @@ def surroundings() -> dict[str, str]:
     """Its environment variables: one GiB for keys and values, nothing sent home."""
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     return {**os.environ, **quiet, "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+def hidden_states(model: Path, folder: Path) -> list[str]:
+    """Options with which the server writes hidden states of the last layer into `folder`; see `vllm_states`.
+
+    Environment variables that it needs beside them are `STATES_VARIABLES`.
+    """
+    layers = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    draft = {"hf_config": {"eagle_aux_hidden_state_layer_ids": [layers]}}
+    speculative = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": draft}
+    transfer = {
+        "kv_connector": "StatesOnCPU",
+        "kv_connector_module_path": "vllm_states",
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": {"shared_storage_path": str(folder)},
+    }
+    whole = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "512"]
+    return [*whole, "--speculative-config", json.dumps(speculative), "--kv-transfer-config", json.dumps(transfer)]
 
 
 def untie(model: Path, copy: Path) -> Path:

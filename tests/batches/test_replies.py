@@ -188,7 +188,7 @@ def test_all_of_several_teachers_compare_the_same_tokens_of_the_student() -> Non
     for student in ("thinks", "chatml"):
         readers = [PairReader(side(student), side(name), same_vocabulary=same) for name, same in names.items()]
         for reader in readers:
-            reader.others = tuple(other.teacher for other in readers if other is not reader)
+            reader.others = tuple(other for other in readers if other is not reader)
         ids = side(student).encoder.encode_markup(THINKS)
         for pairs in (
             [reader.sampled(HI, ids) for reader in readers],

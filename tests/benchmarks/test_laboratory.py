@@ -97,6 +97,15 @@ def test_the_control_learns_and_cells_are_not_run_twice(tmp_path: Path, monkeypa
     assert laboratory.measure(lab, arms, [0], ["other"], Cells(tmp_path, "changed", any_code=True), **run) == [result]
 
 
+@pytest.mark.parametrize("pair", ["finer", "coarser"])
+def test_a_student_learns_from_a_teacher_that_cuts_text_differently(pair: str, tmp_path: Path) -> None:
+    """By the distribution over whole texts, in nats per text, which no objective optimises as such."""
+    run = dict(steps=20, batch=16, rate=2e-3)
+    (result,) = laboratory.measure(small(pair), [Arm.parse("covering")], [0], ["other"], Cells(tmp_path, "code"), **run)
+    assert result["after"]["reverse_kl"] < 0.7 * result["before"]["reverse_kl"]
+    assert result["after"]["forward_kl"] < 0.7 * result["before"]["forward_kl"]
+
+
 def test_unequal_tokenizers_are_trained_with_both_trainers(tmp_path: Path) -> None:
     arms = [Arm.parse("strict"), Arm.parse("minillm:num_iterations=1")]
     run = dict(steps=2, batch=4, rate=2e-3)

@@ -43,7 +43,7 @@ def trajectory(kind: str, out: Path) -> list[dict[str, float]]:
     student, teacher = tokenizer("smollm2"), tokenizer("gemma3")
     build = {"gkd": tiny.gkd, "minillm": tiny.minillm}[kind]
     own: dict[str, Any] = {
-        "gkd": {"lmbda": 0.5, "objective": "strict"},
+        "gkd": {"lmbda": 0.5, "objective": "strict", "beta": 0.5},
         "minillm": {"num_iterations": 2, "teacher_mixed_alpha": 0.2},
     }[kind]
     small = dict(

@@ -14,7 +14,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from diglot.heads import Branches, hidden_with_branches, last_hidden
+from diglot.heads import Branches, TreeReading, last_hidden
 from diglot.heads import branches as module
 
 SIZES = dict(
@@ -41,13 +41,13 @@ def models() -> dict[str, torch.nn.Module]:
     }
 
 
-def alone(model: torch.nn.Module) -> torch.Tensor:
+def alone(model: torch.nn.Module, branches: Branches = BRANCHES) -> torch.Tensor:
     """Each branch token behind its own prefix, one text at a time."""
     found = []
-    for e in range(len(BRANCHES)):
-        first = e - int(BRANCHES.depth[e])
-        row, place = divmod(int(BRANCHES.after[e]), IDS.shape[1])
-        text = [*IDS[row, : place + 1].tolist(), *BRANCHES.ids[first : e + 1].tolist()]
+    for e in range(len(branches)):
+        first = e - int(branches.depth[e])
+        row, place = divmod(int(branches.after[e]), IDS.shape[1])
+        text = [*IDS[row, : place + 1].tolist(), *branches.ids[first : e + 1].tolist()]
         found.append(last_hidden(model, torch.tensor([text]), torch.ones(1, len(text), dtype=torch.long))[0, -1])
     return torch.stack(found)
 
@@ -56,17 +56,40 @@ def alone(model: torch.nn.Module) -> torch.Tensor:
 def test_branches_are_read_as_texts_of_their_own(name: str) -> None:
     model = models()[name]
     with torch.no_grad():
-        main, branches = hidden_with_branches(model, IDS, MASK, ROWS, BRANCHES)
+        main, branches = TreeReading(model, IDS, MASK, ROWS).first(BRANCHES)
         plain = last_hidden(model, IDS, MASK).flatten(0, 1)[ROWS]
         torch.testing.assert_close(main, plain, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(branches, alone(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "gemma3 with a short window"])
+def test_a_reading_is_gone_on_with(name: str) -> None:
+    """Later branches see the text, and nothing of earlier ones, whatever the model kept of them."""
+    model, later = models()[name], Branches(np.array([30, 31, 32]), np.array([3, 3, 6]), np.array([0, 1, 0]))
+    with torch.no_grad():
+        reading = TreeReading(model, IDS, MASK, ROWS)
+        reading.first(BRANCHES)
+        for branches in (later, BRANCHES, later):
+            torch.testing.assert_close(reading.more(branches), alone(model, branches), rtol=1e-4, atol=1e-5)
+
+
+def test_what_comes_later_costs_its_own_tokens() -> None:
+    model, seen = models()["llama"], list[int]()
+    reading = TreeReading(model, IDS, MASK, ROWS)
+    with torch.no_grad():
+        reading.first(BRANCHES)
+        model.register_forward_hook(
+            lambda module, args, kwargs, output: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        reading.more(Branches(np.array([30, 31, 32]), np.array([3, 3, 6]), np.array([0, 1, 0])))
+    assert seen == [2 * 2]  # two tokens behind the first row
 
 
 def test_a_model_that_takes_no_such_mask_reads_each_prefix_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models()["llama"]
     monkeypatch.setattr(module, "_takes_trees", lambda model: False)
     with torch.no_grad():
-        _, branches = hidden_with_branches(model, IDS, MASK, ROWS, BRANCHES)
+        _, branches = TreeReading(model, IDS, MASK, ROWS).first(BRANCHES)
         torch.testing.assert_close(branches, alone(model), rtol=1e-4, atol=1e-5)
 
 
@@ -78,15 +101,15 @@ def test_one_pass_reads_text_and_branches(monkeypatch: pytest.MonkeyPatch) -> No
         lambda module, args, kwargs, output: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     with torch.no_grad():
-        hidden_with_branches(model, IDS, MASK, ROWS, BRANCHES)
+        TreeReading(model, IDS, MASK, ROWS).first(BRANCHES)
         seen.clear()
-        hidden_with_branches(model, IDS, MASK, ROWS, BRANCHES)
+        TreeReading(model, IDS, MASK, ROWS).first(BRANCHES)
     assert seen == [2 * (6 + 4)]  # four branch tokens in the first row
 
 
 def test_a_batch_without_branches_is_the_plain_pass() -> None:
     model, none = models()["llama"], np.zeros(0, dtype=np.int64)
     with torch.no_grad():
-        main, branches = hidden_with_branches(model, IDS, MASK, ROWS, Branches(none, none, none))
+        main, branches = TreeReading(model, IDS, MASK, ROWS).first(Branches(none, none, none))
         torch.testing.assert_close(main, last_hidden(model, IDS, MASK).flatten(0, 1)[ROWS])
     assert branches.shape == (0, 16)

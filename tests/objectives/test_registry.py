@@ -15,7 +15,7 @@ PAIR = Pair(False, 4, 5, torch.tensor([0, 1]), torch.tensor([2, 1]), torch.tenso
 def test_each_objective_knows_its_name_and_what_it_needs(name: str) -> None:
     cls = objective_class(name)
     assert cls.name == name
-    of_rows = Level.TOP_K if name == "top_k" else Level.HIDDEN
+    of_rows = {"top_k": Level.TOP_K, "strict": Level.CHOSEN}.get(name, Level.HIDDEN)
     assert cls.needs == (Level.TEXT_LOGPROBS if issubclass(cls, PathObjective) else of_rows)
     assert issubclass(cls, Objective)
 
@@ -34,5 +34,5 @@ def test_a_misspelt_option_is_answered_with_the_nearest() -> None:
         make_objective("ce", PAIR, beta=1.0)
 
 
-def test_rungs_are_ordered_by_what_they_give() -> None:
-    assert Level.TEXT_LOGPROBS < Level.TOP_K < Level.HIDDEN
+def test_levels_are_ordered_by_what_they_give() -> None:
+    assert Level.TEXT_LOGPROBS < Level.TOP_K < Level.CHOSEN < Level.HIDDEN

@@ -96,13 +96,18 @@ def test_terms_of_earlier_tokens_of_a_chunk_are_dropped() -> None:
     assert suffix_in_chunk(logp_s, alignment.chunk_s, 1).tolist() == [-7, -6, -4]
 
 
-def test_dense_tokens_keep_the_long_part_only() -> None:
-    """Where an exact divergence covers the step, its own reward must not be counted a second time."""
+def test_what_a_single_step_explains_is_not_rewarded_again() -> None:
+    """One-to-one tokens keep the discounted long part; in a chunk, later steps and what no step explains."""
     alignment = aligned([[1, 2]], [[1, 2]])
     logp_s, logp_t = torch.tensor([-1.0, -1.0]), torch.tensor([-3.0, -4.0])
-    dense = torch.tensor([True, True])
-    found = span_advantages(logp_s, logp_t, alignment, gamma=0.5, length_normalization=False, dense=dense)
+    options = dict(gamma=0.5, length_normalization=False)
+    found = span_advantages(logp_s, logp_t, alignment, explained=logp_t - logp_s, **options)  # type: ignore[arg-type]
     assert found.tolist() == [0.5 * -3.0, 0.0]
+    logp_s, logp_t = torch.tensor([-1.0, -2.0, -4.0, -1.0]), torch.tensor([-3.0, -3.0])
+    steps = torch.tensor([0.5, torch.nan, -1.0, -2.5])
+    chunks = aligned([[1, 2, 3, 4]], [[3, 4]])  # chunks of log-ratios 4 and -2, of which 4.5 and 0.5 are unexplained
+    found = span_advantages(logp_s, logp_t, chunks, explained=steps, gamma=1.0, length_normalization=False)
+    assert found.tolist() == [4.5 - 1 - 2, 4.5 - 1 - 2, 4.5 - 2, 4.5 + 0.5]
 
 
 def test_unaligned_tokens_have_no_advantage() -> None:

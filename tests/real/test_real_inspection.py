@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -123,9 +124,9 @@ def test_every_recipe_trains_two_steps_with_stand_ins_for_its_models(
 
 def test_a_pair_of_262144_and_49152_pieces_is_inspected_in_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     student, teacher = str(tokenizer_folder("smollm2")), str(tokenizer_folder("gemma-3"))
-    start = time.monotonic()
+    start = time.process_time()  # what others do on the machine does not count
     assert main(["inspect", student, teacher, "--json"]) == 0
-    assert time.monotonic() - start < 30  # 4 s on a quiet machine once everything is imported, 9 on a busy one
+    assert time.process_time() - start < 30
     found = json.loads(capsys.readouterr().out)
     assert found["student"]["missing_bytes"] == 21 and found["teacher"]["missing_bytes"] == 0
     assert found["agreement"]["unalignable"] == 0 and found["overlap"]["count"] > 40_000
@@ -172,10 +173,9 @@ def test_the_demo_pair_has_something_to_learn(tmp_path: Path, capsys: pytest.Cap
 def test_the_output_in_the_documentation_is_what_the_program_prints(
     at: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Names of the hub stand for the folders of the real tokenizers; lines left out are `...`."""
+    """Names of the hub stand for the folders of the real tokenizers; lines left out are `...`. 120 columns."""
+    monkeypatch.setenv("COLUMNS", "120")
     command, expected = SHELL.findall(PAGE.read_text(encoding="utf-8"))[at]
-    import shlex
-
     words = shlex.split(command)[1:]
     folders = [str(tokenizer_folder(word)) for word in words[1:3]]
     assert main([words[0], *folders, *words[3:]]) == 0

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import support.tokenizers_zoo as zoo
 import torch
@@ -22,21 +23,23 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from diglot.batches import PackedSide, pack
 from diglot.errors import TeacherError
-from diglot.heads import token_logps
+from diglot.heads import Branches, token_logps
 from diglot.rendering import Conversation, Renderer
 from diglot.teachers import LocalTeacher
-from diglot.teachers.served import ServedTeacher
+from diglot.teachers.readout import load_readout
+from diglot.teachers.served_rows import ServedRows
+from diglot.teachers.serving import connect_server
 
 pytestmark = [pytest.mark.real, pytest.mark.server]
 MODEL = "smollm2-135m-instruct"
 
 
 @contextmanager
-def started(log: Path, *more: str) -> Iterator[str]:
+def started(log: Path, *more: str, **variables: str) -> Iterator[str]:
     """A server that answers; its address."""
     if not (vllm_server.environment() / "complete").exists():
         pytest.fail("vLLM is not installed. Run `make test-server`, which installs it.")
-    with vllm_server.running(model_folder(MODEL), log, *more) as found:
+    with vllm_server.running(model_folder(MODEL), log, *more, **variables) as found:
         yield found
 
 
@@ -67,7 +70,7 @@ def texts() -> PackedSide:
 
 def test_logprobs_of_vllm_are_those_of_transformers(url: str) -> None:
     """Both in float32: to 1e-3 nats at every token of 6 worked answers, stop included; the likeliest ids too."""
-    teacher, side = ServedTeacher.connect(url, renderer()), texts()
+    teacher, side = connect_server(url, renderer()), texts()
     teacher.want(16)
     found, local = teacher.scores(side), LocalTeacher(model(), renderer())
     hidden = local.hidden(side)
@@ -80,20 +83,41 @@ def test_logprobs_of_vllm_are_those_of_transformers(url: str) -> None:
     teacher.close()
 
 
+def test_hidden_states_of_vllm_give_the_rows_of_transformers(tmp_path: Path) -> None:
+    """Both in float32: every log-prob above -20 of 300 rows to 2e-4 nats, and of rows behind a branch."""
+    states, place = tmp_path / "states", model_folder(MODEL)
+    states.mkdir()
+    options = vllm_server.hidden_states(place, states)
+    with started(tmp_path / "server.log", *options, **vllm_server.STATES_VARIABLES) as url:
+        teacher = connect_server(url, renderer(), load_readout=lambda: load_readout(str(place)))
+        assert isinstance(teacher, ServedRows)
+        local, side = LocalTeacher(model(), renderer()), texts()
+        branches = Branches(np.array([300, 301, 400]), side.rows.numpy()[[2, 2, 90]], np.array([0, 1, 0]))
+        pairs = (
+            (teacher.hidden(side), local.hidden(side)),
+            (teacher.behind(side, branches), local.behind(side, branches)),
+        )
+        for served, here in pairs:
+            found, expected = teacher.head(served).log_softmax(-1), local.head(here).log_softmax(-1)
+            assert float((found - expected)[expected > -20].abs().max()) < 2e-4
+        assert len(side.rows) > 300 and not list(states.iterdir())
+        teacher.close()
+
+
 def test_another_tokenizer_is_refused(url: str) -> None:
     with pytest.raises(TeacherError, match="The server's tokenizer is not the teacher's"):
-        ServedTeacher.connect(url, Renderer(tokenizer("qwen3"), name="teacher"))
+        connect_server(url, Renderer(tokenizer("qwen3"), name="teacher"))
 
 
 def test_more_likeliest_ids_than_the_server_gives_are_refused(url: str) -> None:
-    teacher = ServedTeacher.connect(url, renderer())
+    teacher = connect_server(url, renderer())
     with pytest.raises(TeacherError, match="--max-logprobs 65"):
         teacher.want(65)
     teacher.close()
 
 
 def test_a_text_beyond_the_window_is_refused_with_both_lengths(url: str) -> None:
-    teacher = ServedTeacher.connect(url, renderer())
+    teacher = connect_server(url, renderer())
     read = renderer().render(Conversation(None, "Count:"), " one" * 600)
     teacher.max_length = None  # as if the server had not said
     with pytest.raises(TeacherError, match=r"text of 60\d tokens .*maximum context length is 512"):
@@ -138,4 +162,4 @@ def test_logits_instead_of_logprobs_are_refused(tmp_path: Path) -> None:
         started(tmp_path / "server.log", "--logprobs-mode", "raw_logits") as other,
         pytest.raises(TeacherError, match=reason),
     ):
-        ServedTeacher.connect(other, renderer())
+        connect_server(other, renderer())

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from diglot.batches import PairReader, ReadPair, align_pairs
 from diglot.data import Sample
-from diglot.rendering import Conversation, Renderer
+from diglot.rendering import Conversation, Renderer, Role
 
 
 def check_pair(student: Renderer, teacher: Renderer, texts: Sequence[str]) -> tuple[int, int]:
@@ -23,24 +23,62 @@ def check_pair(student: Renderer, teacher: Renderer, texts: Sequence[str]) -> tu
 
 
 def check_sampled(student: Renderer, teacher: Renderer, completions: Sequence[NDArray]) -> tuple[int, int]:
-    """The same of ids that a student sampled. Their text must be the longest valid beginning of what they spell."""
+    """The same of ids that a student sampled: every run of text between control tokens is a segment, on both sides.
+
+    The last run may be cut: at the end of the last token before its first byte that is no text. Tokens in no segment
+    are counted, as an edge or as markup.
+    """
     reader = PairReader(student, teacher, same_vocabulary=False)
     pairs = [reader.sampled(Conversation(None, "Say:"), ids) for ids in completions]
     wholes = []
     for pair, ids in zip(pairs, completions, strict=True):
         assert pair is not None
-        table, text = student.vocabulary, pair.student.segment_bytes[-1]
-        stops = np.flatnonzero(np.isin(ids, student.stop_ids))
-        spelt = []
-        for token in ids[: stops[0]] if len(stops) else ids:
-            if table.control[token]:
-                break
-            spelt.append(table.token(token))
-        ends = [0, *np.cumsum([len(part) for part in spelt]).tolist()]
-        assert len(text) == max(end for end in ends if _is_utf8(b"".join(spelt)[:end])), ids
-        assert b"".join(spelt).startswith(text), ids
-        wholes.append(text)
+        segments = pair.student.segment_bytes
+        assert segments == _runs(student, ids), ids
+        assert pair.teacher.segment_bytes == segments, ids
+        _check_tokens(student, pair, ids)
+        wholes += segments
     return _check(student, teacher, pairs, wholes)
+
+
+def _before_stop(student: Renderer, ids: NDArray) -> NDArray:
+    stops = np.flatnonzero(np.isin(ids, student.stop_ids))
+    return ids[: stops[0]] if len(stops) else ids
+
+
+def _runs(student: Renderer, ids: NDArray) -> tuple[bytes, ...]:
+    """The text of `ids` between its control tokens. Empty runs are no segments, but for the last, which may stop."""
+    table, runs = student.vocabulary, [b""]
+    rest = [b"", *(b"" if table.control[token] else table.token(token) for token in ids)]
+    written = _before_stop(student, ids)
+    at = 0
+    while at < len(written):
+        if table.control[written[at]]:
+            runs.append(b"")
+            at += 1
+            continue
+        end = next((i for i in range(at, len(written)) if table.control[written[i]]), len(written))
+        spelt = [b"".join(rest[at + 1 : k + 1]) for k in range(at, end + 1)]
+        runs[-1] = max((text for text in spelt if _is_utf8(text)), key=len)
+        if runs[-1] != spelt[-1]:
+            break
+        at = end
+    return tuple(run for k, run in enumerate(runs) if run or k == len(runs) - 1)
+
+
+def _check_tokens(student: Renderer, pair: ReadPair, ids: NDArray) -> None:
+    """Exact tokens spell their bytes of their segment, and no token is left out without being counted."""
+    side, written = pair.student, _before_stop(student, ids)
+    tail = slice(len(side.ids) - min(len(written) + 1, len(ids)), None)
+    read = zip(*(a[tail].tolist() for a in (side.ids, side.segment, side.end, side.exact, side.roles)), strict=True)
+    unscored = 0
+    for token, segment, end, exact, role in read:
+        unscored += segment < 0
+        if segment >= 0 and exact and role != Role.STOP:
+            spelt = student.vocabulary.token(token)
+            assert side.segment_bytes[segment][:end].endswith(spelt), ids
+    assert side.reply is not None
+    assert unscored == sum(len(slot.edges) for slot in side.reply.slots) + side.own_markup, ids
 
 
 def _is_utf8(data: bytes) -> bool:

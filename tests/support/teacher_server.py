@@ -5,7 +5,12 @@
 
 from __future__ import annotations
 
+import base64
+import fcntl
+import io
 import json
+import math
+import os
 import socket
 import struct
 import threading
@@ -13,9 +18,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,6 +44,32 @@ MANNERS = (
     "other_ids",
     "no_top",
 )
+STATES = (
+    "right",
+    "unfinite",
+    "other_ids",
+    "short",
+    "truncated",
+    "absent",
+    "narrow",
+    "unnamed",
+    "link",
+)
+CHOSEN = (
+    "right",
+    "ignores",
+    "nan",
+    "infinite",
+    "positive",
+    "other_ids",
+    "rows",
+    "float64",
+    "truncated",
+    "pickle",
+    "late",
+)
+"""How scores of chosen ids come back."""
+"""What becomes of a file of hidden states, as `ExampleHiddenStatesConnector` of vLLM 0.32 writes it."""
 
 
 class TeacherServer:
@@ -50,6 +85,9 @@ class TeacherServer:
         self.under_way = self.most_under_way = 0
         self.held: threading.Event | None = None  # no answer before it is set
         self.gave_up_waiting = 0
+        self.states: Path | None = None  # a folder, as with `extract_hidden_states`
+        self.state, self.layer = "right", -1
+        self.scale_out, self.choice = False, "right"  # as with `--enable-scale-out`
         self.lock = threading.Lock()
         self.connections: set[socket.socket] = set()
         self.http: ThreadingHTTPServer | None = None
@@ -107,8 +145,66 @@ class TeacherServer:
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": 0, "text": "x", "finish_reason": "length"}
         if self.manner != "ignores":
-            choice["prompt_logprobs"] = self.entries(body)
-        return {"object": "text_completion", "choices": [choice]}
+            choice["prompt_logprobs"] = self.entries(body) if "prompt_logprobs" in body else None
+        found: dict[str, Any] = {"object": "text_completion", "choices": [choice]}
+        if self.states is not None and self.state != "unnamed":
+            found["kv_transfer_params"] = {"hidden_states_path": self.write_states(self.states, body["prompt"])}
+        return found
+
+    def generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        """`/inference/v1/generate` of vLLM 0.32 with chosen ids: row i scores them as token `start + i + 1`."""
+        ids, sampling = body["token_ids"], body["sampling_params"]
+        start, chosen = sampling["prompt_logprob_start"], torch.tensor(sampling["prompt_logprob_token_ids"])
+        assert len(chosen) <= len(ids) - 1 - start and chosen.shape[1] <= self.max_logprobs
+        with self.lock, torch.no_grad():
+            logps = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        first = start + (self.choice == "late")
+        found = logps[first : first + len(chosen)].gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, -math.inf)
+        value = {"nan": math.nan, "infinite": -math.inf, "positive": 0.5}.get(self.choice)
+        if value is not None:
+            found[-1, 0] = value
+        array = {"rows": found[:-1], "float64": found.double()}.get(self.choice, found).numpy()
+        buffer = io.BytesIO()
+        np.save(
+            buffer, array.astype(object) if self.choice == "pickle" else array, allow_pickle=self.choice == "pickle"
+        )
+        raw = buffer.getvalue()
+        packed = base64.b64encode(raw[: len(raw) // 2] if self.choice == "truncated" else raw).decode()
+        echo = [*ids, 1] if self.choice == "other_ids" else ids
+        scores = None if self.choice == "ignores" else packed
+        choices = [{"index": 0, "token_ids": [1], "finish_reason": "length", "logprobs": None}]
+        return {"choices": choices, "prompt_token_id_logprobs": scores, "prompt_token_ids": echo}
+
+    def write_states(self, folder: Path, ids: list[int]) -> str:
+        """`hidden_states [T, L, H]` before the norm and `token_ids [T]`; the lock is held until they are whole."""
+        seen: list[Tensor] = []
+        layer = self.model.model.layers[self.layer]
+        with self.lock, torch.no_grad():
+            hook = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+            self.model(torch.tensor([ids]))
+            hook.remove()
+        states = (seen[0] if isinstance(seen[0], Tensor) else seen[0][0])[0]
+        path = folder / f"cmpl-{uuid4().hex}.safetensors"
+        if self.state == "unfinite":
+            states[-1, 0] = float("nan")
+        states = {"short": states[:-1], "narrow": states[:, 1:]}.get(self.state, states)
+        tokens = torch.tensor(ids) + (self.state == "other_ids")
+        tensors = {"hidden_states": states[:, None].contiguous(), "token_ids": tokens}
+        whole = save({k: v.contiguous() for k, v in tensors.items()})
+        lock = os.open(f"{path}.lock", os.O_CREAT | os.O_WRONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def write() -> None:
+            time.sleep(self.latency)
+            if self.state == "link":
+                (folder / "elsewhere").write_bytes(whole)
+                path.symlink_to(folder / "elsewhere")
+            elif self.state != "absent":
+                path.write_bytes(whole[: len(whole) // 2] if self.state == "truncated" else whole)
+            os.close(lock)
+
+        threading.Thread(target=write, daemon=True).start()
+        return str(path)
 
     def entries(self, body: dict[str, Any]) -> list[Any]:
         ids = [(i + 1) % self.vocabulary for i in body["prompt"]] if self.manner == "other_ids" else body["prompt"]
@@ -183,6 +279,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/generate" and self.owner.form == "sglang":
             self.owner.requests.append(body)
             return self.send(self.owner.sglang(body))
+        if self.path == "/inference/v1/generate" and self.owner.scale_out:
+            self.owner.requests.append(body)
+            return self.send(self.owner.generate(body))
         if self.path != "/v1/completions":
             return self.send({"detail": "Not Found"}, 404)
         with self.counted(body):

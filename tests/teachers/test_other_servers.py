@@ -24,7 +24,7 @@ from diglot.errors import TeacherError
 from diglot.http.client import Client
 from diglot.rendering import Renderer
 from diglot.teachers.loading import load_teacher_model
-from diglot.teachers.served import ServedTeacher
+from diglot.teachers.serving import connect_server
 from diglot.teachers.wire import VLLM, Asking, ServerInfo
 
 IDS = list(range(5, 30))
@@ -86,7 +86,7 @@ def serve(folder: Path) -> Iterator[str]:
 
 def test_llama_cpp_is_refused_with_what_to_do_instead(llama: str) -> None:
     with pytest.raises(TeacherError, match=r"is llama\.cpp's server.* or load the GGUF file as a local teacher"):
-        ServedTeacher.connect(llama, Renderer(zoo.inst(), name="teacher"))
+        connect_server(llama, Renderer(zoo.inst(), name="teacher"))
 
 
 def test_llama_cpp_is_refused_behind_a_proxy_that_hides_its_name(llama: str) -> None:
@@ -111,4 +111,4 @@ def test_a_teacher_out_of_a_gguf_file_has_the_distribution_of_llama_cpp(llama: s
 def test_transformers_serve_is_refused(serve: str) -> None:
     """It lists the model, has no /tokenize, and takes no request for log-probs of a given text."""
     with pytest.raises(TeacherError, match=r"does not take what a teacher is asked .*prompt_logprobs.*vLLM does"):
-        ServedTeacher.connect(serve, Renderer(zoo.inst(), name="teacher"), model="tiny/teacher")
+        connect_server(serve, Renderer(zoo.inst(), name="teacher"), model="tiny/teacher")

@@ -27,6 +27,7 @@ from diglot.http.client import Client
 from diglot.rendering import Conversation, Renderer
 from diglot.teachers import LocalTeacher, served
 from diglot.teachers.served import ServedTeacher
+from diglot.teachers.serving import connect_server
 
 RENDERER = Renderer(zoo.turns(), name="teacher")
 TEXTS = ("hello", "one two three, as you asked", "naïve café 数学", "x = 1\n")
@@ -40,7 +41,7 @@ def server() -> Iterator[TeacherServer]:
 
 
 def connect(server: TeacherServer, renderer: Renderer = RENDERER, **options: Any) -> ServedTeacher:
-    return ServedTeacher.connect(server.url, renderer, **{"timeout": 5.0, "budget": 5.0, **options})
+    return connect_server(server.url, renderer, **{"timeout": 5.0, "budget": 5.0, **options})
 
 
 def side(*texts: str, prompt: str = "Say it:") -> PackedSide:
@@ -217,7 +218,7 @@ def test_fewer_likeliest_ids_than_an_objective_reads_are_refused(server: Teacher
 def test_no_server_at_all_is_said_within_the_budget() -> None:
     began = time.monotonic()
     with pytest.raises(TeacherUnavailable, match=r"http://127\.0\.0\.1:9 gave no answer for \d+ s of the 1 s"):
-        ServedTeacher.connect("http://127.0.0.1:9", RENDERER, timeout=1.0, budget=1.0)
+        connect_server("http://127.0.0.1:9", RENDERER, timeout=1.0, budget=1.0)
     assert time.monotonic() - began < 3
 
 

@@ -101,8 +101,8 @@ def test_the_log_ratio_is_of_text_that_both_sides_read(tmp_path: Path) -> None:
     assert log["align/coverage"] < 0.9 and abs(log["reverse_kl"]) < 1e-3
 
 
-@pytest.mark.parametrize("teacher", ["chatml", "nfc"])
-def test_lowers_the_reverse_kl(tmp_path: Path, teacher: str) -> None:
+@pytest.mark.parametrize(("teacher", "share"), [("chatml", 0.7), ("nfc", 0.9)])
+def test_lowers_the_reverse_kl(tmp_path: Path, teacher: str, share: float) -> None:
     trainer = tiny.minillm(
         tmp_path,
         zoo.chatml(),
@@ -118,7 +118,7 @@ def test_lowers_the_reverse_kl(tmp_path: Path, teacher: str) -> None:
     trainer.eval_dataset = Dataset.from_list(ROWS * 16)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
-    assert trainer.evaluate()["eval_loss"] < 0.7 * before
+    assert trainer.evaluate()["eval_loss"] < share * before
 
 
 def test_policy_gradient_alone_lowers_the_reverse_kl(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_evaluation_is_that_of_the_model_here_but_for_what_takes_whole_rows(
 def test_objectives_of_a_higher_rung_are_refused_with_those_that_work(
     server: TeacherServer, tmp_path: Path, objective: Any
 ) -> None:
-    with pytest.raises(TeacherError, match=r"needs HIDDEN .* offers TOP_K.*These would work: .*top_k.*span"):
+    with pytest.raises(TeacherError, match=r"needs (HIDDEN|CHOSEN) .* offers TOP_K.*These would work: .*top_k.*span"):
         made(tiny.gkd, tmp_path / "out", server, "served", objective=objective)
     assert not (tmp_path / "out").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -143,13 +144,15 @@ def test_minillm_adds_terms_to_the_policy_gradient_with_their_own_weights(tmp_pa
     assert losses["both"] - losses["none"] == pytest.approx(2 * parts["ce"] + 0.5 * parts["prefix"], rel=1e-4)
 
 
-def test_in_minillm_an_exact_single_step_is_not_rewarded_again(tmp_path: Path) -> None:
-    exact = [{"name": "strict", "top_k": 0, "residual": True}]
-    for objective, covered in ((exact, True), ([{"name": "strict"}], False), ("auto", True)):
+def test_in_minillm_only_a_step_whose_targets_depend_on_the_past_is_subtracted(tmp_path: Path) -> None:
+    past = {"name": "covering", "written_apart": False}
+    steps = ([past], True), ([{"name": "covering"}], False), ([{"name": "strict", "top_k": 0, "residual": True}], False)
+    for objective, subtracted in (*steps, ("auto", True)):
         trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), objective=objective)
         (batch,) = _window(trainer, 4)
-        dense = trainer.dense(batch.views[0])
-        assert (dense is not None and bool(dense.any())) == covered
+        rollout = batch.views[0].rollout
+        assert rollout is not None and (rollout.explained is not None) == subtracted
+        assert rollout.explained is None or rollout.explained.isfinite().any()
 
 
 def test_a_reference_teacher_changes_the_rewards_and_both_references_are_asked(tmp_path: Path) -> None:
@@ -253,10 +256,14 @@ def test_beta_reaches_every_objective_that_has_one_unless_its_entry_gives_one(tm
 
     assert betas(tiny.gkd, [name, {"name": name, "beta": 0.25}], beta=1.0) == [1.0, 0.25]
     assert betas(tiny.minillm, name) == [1.0]
+    own = inspect.signature(OBJECTIVES[name]).parameters["beta"].default
+    assert betas(tiny.gkd, name) == [own]
+    assert betas(tiny.gkd, name, beta=0.5) == [0.5]
 
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"objective": "span", "beta": 1.0}, "beta=1.0 has no part in objective 'span'"),
+    ({"objective": ["span", "alm"], "beta": 0.5}, "beta=0.5 has no part in objective 'span', 'alm'"),
     ({"objective": ["span", "bpm"], "strict_top_k": 4}, "strict_top_k=4 has no part in objective 'span', 'bpm'"),
     ({"objective": "alm", "kd_temperature": 2.0}, "kd_temperature=2.0 has no part in objective 'alm'"),
 ])  # fmt: skip

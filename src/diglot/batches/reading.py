@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diglot.alignment import check_bytes
+from diglot.batches.by_id import scored_by_id, unscored
 from diglot.data import Sample
 from diglot.errors import DataError
 from diglot.rendering import Conversation, Rendered, Renderer, Reply, Role, Score, text_reply, truncate
@@ -65,7 +66,7 @@ class PairReader:
         self.max_length, self.teacher_max_length = max_length, teacher_max_length
         self.score_turns, self.teacher_system = score_turns, teacher_system
         self.label: str | None = None  # of this teacher, where rows say which of several reads them
-        self.others: tuple[Renderer, ...] = ()  # the other teachers, which compare the same tokens of the student
+        self.others: tuple[PairReader, ...] = ()  # of the other teachers, which compare the same tokens of the student
         self.dropped: Counter[str] = Counter()  # reason -> samples, since the last `take_dropped`
 
     def take_dropped(self) -> Counter[str]:
@@ -78,7 +79,8 @@ class PairReader:
 
     def _sides(self, conversation: Conversation) -> tuple[Renderer, ...]:
         """All that read the text. Where one of them needs it in parts all have it so: the student is run once."""
-        return (self.student, self.teacher, *(self.others if conversation.route is None else ()))
+        others = self.others if conversation.route is None else ()
+        return (self.student, self.teacher, *(one.teacher for one in others))
 
     def teacher_reads(self, conversation: Conversation) -> Conversation:
         """The conversation as the teacher is given it."""
@@ -102,15 +104,22 @@ class PairReader:
         thinking, reads = self.student.opens_thinking(conversation), self.teacher_reads(conversation)
         reply, finished = student.reply, student.stopped[-1]
         assert reply is not None
-        teachers = self._sides(conversation)[1:]
-        apart = [one for one in teachers if one is not self.teacher or not self.same_vocabulary]
+        by_id = self._all_read_ids(conversation)
+        apart = [] if by_id else self._sides(conversation)[1:]
+        if self.same_vocabulary:
+            apart = [one for one in apart if one is not self.teacher]
         split = reply.whole is not None and any(has_other_markup(one, reply, thinking, finished) for one in apart)
         if split:
             student = self.student.from_sampled(conversation, completion_ids, prompt_ids=prompt_ids, split=True)
         if self.same_vocabulary:
             student = replace(student, exact=student.exact | (student.segment >= 0))  # both sides read the same ids
             own = self.teacher.as_written(reads, student, thinking=thinking)
-            return self._fit(conversation, student, own, self._noncanonical(student))
+            odd = self._noncanonical(student)
+            if by_id and unscored(student):
+                stopped = int(student.ids[-1]) in self.student.stop_ids
+                own, odd = scored_by_id(self.teacher, own, student, stopped), _of_all(odd, student)
+                student = scored_by_id(self.student, student, student, stopped)
+            return self._fit(conversation, student, own, odd)
         if split:
             reply = replace(reply, whole=None)
         if reply.is_plain or reply.whole is not None:
@@ -119,6 +128,11 @@ class PairReader:
         else:
             own = self.teacher.render(reads, reply, stopped=finished, thinking=False)
         return self._fit(conversation, student, own, self._noncanonical(student))
+
+    def _all_read_ids(self, conversation: Conversation) -> bool:
+        """Do all teachers that compare this text read the student's very ids? They share one row of scored tokens."""
+        others = self.others if conversation.route is None else ()
+        return all(one.same_vocabulary for one in (self, *others))
 
     def _noncanonical(self, sampled: Rendered) -> NDArray[np.bool_]:
         """Which scored tokens of a completion the student's own tokenizer does not give for its text.
@@ -220,6 +234,13 @@ class PairReader:
             check_bytes(of_student[:shared], of_teacher[:shared], where="student and teacher")
         kept = int((cut_student.segment >= 0).sum())
         return ReadPair(conversation, cut_student, cut_teacher, noncanonical[:kept])
+
+
+def _of_all(values: NDArray[np.bool_], written: Rendered) -> NDArray[np.bool_]:
+    """Values of the scored tokens for all tokens of the reply; False for the others."""
+    found = np.zeros(len(written.ids), dtype=np.bool_)
+    found[written.segment >= 0] = values
+    return found[int(np.flatnonzero(written.roles == Role.PROMPT)[-1]) + 1 :]
 
 
 def has_other_markup(side: Renderer, reply: Reply, opened: bool, finished: bool) -> bool:

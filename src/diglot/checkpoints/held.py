@@ -19,6 +19,7 @@ from torch import Tensor
 from diglot.rendering import Conversation
 
 Ids = NDArray[np.int64]
+_OPTIONAL = ("sampler_weight", "explained")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class HeldBatch:
     logp_old: Tensor  # float32 [N_s]
     places: list[int] | None = None  # of each completion in the window, in the order of the data
     sampler_weight: Tensor | None = None  # float32 [N_s], of an engine with weights of its own
+    explained: Tensor | None = None  # [N_s] nats, what single steps said of the tokens when they were written
 
 
 def save_held(folder: Path, rank: int | str, batches: Sequence[HeldBatch]) -> None:
@@ -45,8 +47,9 @@ def save_held(folder: Path, rank: int | str, batches: Sequence[HeldBatch]) -> No
     (folder / f"rollouts-{rank}.json").write_text(json.dumps(text, ensure_ascii=False), encoding="utf-8")
     tensors = {str(i): b.logp_old.detach().cpu().contiguous() for i, b in enumerate(batches)}
     for i, b in enumerate(batches):
-        if b.sampler_weight is not None:
-            tensors[f"{i}.sampler_weight"] = b.sampler_weight.cpu().contiguous()
+        for name in _OPTIONAL:
+            if (value := getattr(b, name)) is not None:
+                tensors[f"{i}.{name}"] = value.detach().cpu().contiguous()
     save_file(tensors, folder / f"rollouts-{rank}.safetensors")
 
 
@@ -55,13 +58,14 @@ def load_held(folder: Path, rank: int | str) -> list[HeldBatch] | None:
     path = folder / f"rollouts-{rank}.json"
     if not path.exists():
         return None
-    logp_old = load_file(folder / f"rollouts-{rank}.safetensors")
+    tensors = load_file(folder / f"rollouts-{rank}.safetensors")
     batches = []
     for i, rows in enumerate(json.loads(path.read_text(encoding="utf-8"))):
         completions = [np.array(row.pop("completion"), dtype=np.int64) for row in rows]
         places = [row.pop("place") for row in rows] if all("place" in row for row in rows) else None
-        weight = logp_old.get(f"{i}.sampler_weight")
-        batches.append(HeldBatch([conversation_of(row) for row in rows], completions, logp_old[str(i)], places, weight))
+        optional = {name: tensors.get(f"{i}.{name}") for name in _OPTIONAL}
+        conversations = [conversation_of(row) for row in rows]
+        batches.append(HeldBatch(conversations, completions, tensors[str(i)], places, **optional))
     return batches
 
 

@@ -77,6 +77,7 @@ def describe_objective(trainer: str, terms: Sequence[Term], args: DistillationCo
         "terms": [[term.name, term.weight] for term in terms if not term.built_in],
         "requested": args.objective,
         **{name: getattr(args, name) for name in heading},
+        "beta": [getattr(term.objective, "beta", None) for term in terms if not term.built_in],
     }
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diglot.comparisons.comparison import Comparison
-from diglot.objectives import Level
+import torch
+from torch import Tensor
+
+from diglot.comparisons.comparison import Comparison, View
+from diglot.comparisons.scores import ModelScores
+from diglot.objectives import Level, Objective, make_objective
 
 ACROSS = "covering"
 
@@ -29,3 +33,17 @@ def auto_objective(comparison: Comparison) -> Choice:
         return Choice("jsd", "both sides have one table of ids, so whole distributions are compared")
     shared = len(comparison.pair.shared_s)
     return Choice(ACROSS, f"the vocabularies differ, {shared:,} tokens are shared, and the teacher gives whole rows")
+
+
+def single_step(comparison: Comparison) -> Objective:
+    """The single-step part of a reverse KL over texts. Its targets depend on the past alone."""
+    if comparison.reader.same_vocabulary:
+        return make_objective("jsd", comparison.pair, beta=1.0)
+    return make_objective(ACROSS, comparison.pair, beta=1.0, written_apart=False)
+
+
+def explained_by(view: View, scores: ModelScores) -> Tensor | None:
+    """What the single steps among a view's terms say of each token, nats, `[N_s]`; see `Objective.explained`."""
+    steps = [term for term in view.comparison.terms if term.objective.is_single_step]
+    found = [term.weight * term.objective.explained(view.plans[term.name], scores) for term in steps]
+    return torch.stack(found).sum(0) if found else None

@@ -98,7 +98,7 @@ def prepare_comparisons(
         made.reader.label = options.label
         found.append(replace(made, weight=options.weight / total))
     for one in found:
-        one.reader.others = tuple(other.teacher.renderer for other in found if other is not one)
+        one.reader.others = tuple(other.reader for other in found if other is not one)
     return found
 
 

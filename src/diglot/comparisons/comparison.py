@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from diglot.batches import AlignedBatch, PackedSide, PairReader, ReadPair, align_pairs, pack, pad_id, sampler_logps
 from diglot.comparisons.terms import Term
 from diglot.errors import TeacherError
-from diglot.heads import Branches, default_chunk_rows
+from diglot.heads import Branches, TreeReading, default_chunk_rows
 from diglot.objectives import Pair, Plan, Rollout
+from diglot.objectives.tail import TailTokens
 from diglot.rendering import Conversation, Role
-from diglot.teachers import CachedTeacher, LocalTeacher, Teacher, local
+from diglot.teachers import CachedTeacher, LocalTeacher, Teacher, WholeRows, gives_rows, scores_chosen, whole_rows
 
 if TYPE_CHECKING:  # it needs packages that not everyone has
     from diglot.teachers.scored import KeptScores
@@ -91,39 +91,55 @@ class Answers:
         self, teacher: Teacher | None, side: PackedSide, stop_as_set: bool = True, cache: CachedTeacher | None = None
     ) -> None:
         self._teacher, self._side, self._cache = teacher, side, cache
-        self._pending = None if teacher is None else teacher.ask(side, stop_as_set)
+        self._pending: Any = None if teacher is None else teacher.ask(side, stop_as_set)
+        self._gives_rows = teacher is not None and gives_rows(teacher)
 
     @property
     def said(self) -> TextScores | KeptScores | None:
         """What a teacher that gives no hidden states has answered; waits for it."""
-        return None if self._pending is None else self._pending.result()
+        return None if self._pending is None or self._gives_rows else self._pending.result()
 
     @cached_property
     def hidden(self) -> Tensor:
-        """The hidden states of a local teacher, `[N_t, H_t]`. `TeacherError` if it is none."""
-        return self._local.hidden(self._side) if self._cache is None else self._cache.hidden(self._side)
+        """The teacher's hidden states, `[N_t, H_t]`. `TeacherError` if it gives none."""
+        teacher = self._whole
+        if self._pending is not None:
+            answered: Tensor = self._pending.result()
+            return answered
+        return teacher.hidden(self._side) if self._cache is None else self._cache.hidden(self._side)
 
-    def branched(self, ids: NDArray[np.int64], before: NDArray[np.int64], depth: NDArray[np.int64]) -> Tensor:
-        """`hidden`, and behind it the states after each token of branches off the text, `[N_t + E, H_t]`.
+    def branched(self, tail: TailTokens, reading: TreeReading | None) -> tuple[Tensor, TreeReading | None]:
+        """The states behind each token of branches off the text, `[E, H_t]`, and a reading of it to go on with.
 
         A branch is a few tokens in the place of the scored token `before` and what follows it; `depth` counts them.
         """
-        if not len(ids):
-            return self.hidden
-        after = self._side.rows.cpu().numpy()[before]
-        main, branches = self._local.branched(self._side, Branches(ids, after, depth))
-        self.__dict__.setdefault("hidden", main)  # one pass serves the other terms, too
-        return torch.cat([main, branches])
+        after = self._side.rows.cpu().numpy()[tail.before]
+        teacher, branches = self._whole, Branches(tail.ids, after, tail.depth)
+        if not isinstance(teacher, LocalTeacher):
+            return teacher.behind(self._side, branches), None
+        main, reading, behind = teacher.branched(self._side, branches, reading)
+        if len(main):
+            self.__dict__.setdefault("hidden", main)  # one pass serves the other terms, too
+        return behind, reading
+
+    def chosen(self, token: Tensor, ids: Tensor) -> Tensor:
+        """Log-probs of `ids` in the rows that predict the teacher's scored tokens `token`, `[Q]` nats, on the CPU.
+
+        For a teacher that gives no rows; waits for its server. `TeacherError` if it does not score chosen ids.
+        """
+        if self._teacher is None or not scores_chosen(self._teacher):
+            raise TeacherError("This teacher does not score chosen ids. Choose an objective that needs less of it.")
+        return self._teacher.chosen(self._side, token, ids)
 
     def hidden_of(self, side: PackedSide) -> Tensor:
         """The same for another text."""
-        return self._local.hidden(side)
+        return self._whole.hidden(side)
 
     @property
-    def _local(self) -> LocalTeacher:
+    def _whole(self) -> WholeRows:
         if self._teacher is None:
             raise TeacherError("This text has no teacher. Choose an objective that asks none, such as 'ce'.")
-        return local(self._teacher, "This objective")
+        return whole_rows(self._teacher, "This objective")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from diglot.options import DistillationConfig, TeacherOptions
 from diglot.rendering import Renderer
 from diglot.teachers import Teacher
 from diglot.teachers.kept import is_scores
+from diglot.teachers.readout import Readout, load_readout
 from diglot.teachers.scored import ScoredTeacher
 
 
@@ -65,9 +66,13 @@ def connect_teacher(
         markers=args.markers,
         name="teacher",
     )
-    from diglot.teachers.served import ServedTeacher
+    from diglot.teachers.serving import connect_server
 
-    return ServedTeacher.connect(
+    def read_out() -> Readout:
+        trust = args.teacher_trust_remote_code
+        return load_readout(place or tokenizer.name_or_path, revision=options.revision, trust_remote_code=trust)
+
+    return connect_server(
         address,
         renderer,
         model=model,
@@ -75,6 +80,7 @@ def connect_teacher(
         concurrency=args.teacher_server_concurrency,
         timeout=args.teacher_server_timeout,
         budget=args.teacher_server_retry_seconds,
+        load_readout=read_out,
     )
 
 

@@ -14,11 +14,11 @@ from diglot.batches import AlignedBatch, PackedSide, Written
 from diglot.batches.sending import sent
 from diglot.comparisons.comparison import Answers, Batch, View
 from diglot.errors import ConfigError, TeacherError
-from diglot.heads import Head, logits_by_parts, reads_few_columns, reduce_rows, summaries, token_logps
+from diglot.heads import Head, TreeReading, logits_by_parts, reads_few_columns, reduce_rows, summaries, token_logps
 from diglot.objectives import Part, Path, Rollout, Rows, Values
 from diglot.objectives.base import Compare, Summary
 from diglot.objectives.tail import TailTokens
-from diglot.teachers import LocalTeacher
+from diglot.teachers import gives_rows
 from diglot.vocabulary import Vocabulary
 
 References = Callable[[], tuple[Tensor, Tensor]]
@@ -72,6 +72,7 @@ class ModelScores:
         self.chunk_rows, self.temperature, self.stop_as_set = chunk_rows, temperature, stop_as_set
         self.rollout, self.sampler_weight, self._references = rollout, sampler_weight, references
         self._texts: dict[tuple[str, float], Tensor] = {}
+        self._reading: TreeReading | None = None  # what the teacher keeps of the text, as long as these scores live
 
     # ---- the text ----------------------------------------------------------------------------------------------
 
@@ -161,9 +162,22 @@ class ModelScores:
 
     @torch.no_grad()
     def teacher_rows(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
-        side = self.teacher
-        hidden = self.answers.branched(tail.ids, tail.before, tail.depth)
-        for at, logits in logits_by_parts(hidden, side.head, self.chunk_rows(False)):
+        if not len(tail.ids):
+            return self._log_probs(self.hidden_t)
+        behind = self._behind(tail)
+        return self._log_probs(torch.cat([self.hidden_t, behind]))
+
+    @torch.no_grad()
+    def teacher_rows_behind(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
+        return self._log_probs(self._behind(tail))
+
+    def _behind(self, tail: TailTokens) -> Tensor:
+        behind, self._reading = self.answers.branched(tail, self._reading)
+        return behind
+
+    @torch.no_grad()
+    def _log_probs(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        for at, logits in logits_by_parts(hidden, self.teacher.head, self.chunk_rows(False)):
             yield at, (logits.float() / self.temperature).log_softmax(-1)
 
     # ---- single entries of rows --------------------------------------------------------------------------------
@@ -206,8 +220,15 @@ class ModelScores:
     def student_logps(self, token: Tensor, ids: Tensor) -> Tensor:
         return self._row_logps(self.hidden_s, token, ids, self.student)
 
+    @property
+    def teacher_gives_rows(self) -> bool:
+        return self._teacher is not None
+
     @torch.no_grad()
     def teacher_logps(self, token: Tensor, ids: Tensor) -> Tensor:
+        if self._teacher is None:
+            check_temperature(self.temperature, "chosen ids")
+            return self.answers.chosen(token, ids).to(self.device)
         return self._row_logps(self.hidden_t, token, ids, self.teacher).to(self.device)
 
     def _row_logps(self, hidden: Tensor, token: Tensor, ids: Tensor, model: Side) -> Tensor:
@@ -292,7 +313,7 @@ def scores_of(batch: Batch, view: View, hidden: Tensor, head: Head) -> ModelScor
     comparison, read = view.comparison, view.read
     student = Side(head, comparison.reader.student.vocabulary, comparison.pair.stop_s)
     held, teacher = comparison.teacher, None
-    if isinstance(held, LocalTeacher):
+    if gives_rows(held):
         teacher = Side(held.head, held.renderer.vocabulary, comparison.pair.stop_t)
     weight = batch.sampler_weight
     return ModelScores(

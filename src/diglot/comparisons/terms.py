@@ -40,13 +40,14 @@ def entries_of(requested: Any) -> list[dict[str, Any]]:
 
 
 def terms_of(entries: Sequence[Mapping[str, Any]], pair: Pair, defaults: Mapping[str, Any]) -> list[Term]:
-    """Terms for what `entries_of` gives. `defaults` reach every objective that has an option of that name."""
+    """Terms for what `entries_of` gives. `defaults` reach every objective that has an option of that name, unless None:
+    what nobody has set is each objective's own affair."""
     terms: list[Term] = []
     for entry in entries:
         given = dict(entry)
         name, weight = str(given.pop("name")), float(given.pop("weight", 1.0))
         known = options_of(name)
-        options = {k: v for k, v in defaults.items() if k in known}
+        options = {k: v for k, v in defaults.items() if k in known and v is not None}
         if name == "strict" and "strict_top_k" in defaults:
             options["top_k"] = defaults["strict_top_k"]
         made = make_objective(name, pair, **{**options, **given})
@@ -82,6 +83,9 @@ def check_options(args: DistillationConfig, terms: Sequence[Term], *, always: Co
             raise ConfigError(f"{option.name}={value!r} has no part in objective {names}. Drop it, or choose another.")
 
 
-def defaults_of(args: DistillationConfig, beta: float) -> dict[str, Any]:
-    """The options of objectives that stand for all of them: each reaches those that have it, if their entry has not."""
+def defaults_of(args: DistillationConfig, beta: float | None) -> dict[str, Any]:
+    """The options of objectives that stand for all of them: each reaches those that have it, if their entry has not.
+
+    `beta` None: each objective's own.
+    """
     return {"beta": beta, "kd_temperature": args.kd_temperature, "strict_top_k": args.strict_top_k}

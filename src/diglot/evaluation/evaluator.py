@@ -19,7 +19,7 @@ from diglot.heads import Head, default_chunk_rows, evaluating, last_hidden
 from diglot.objectives import Pair
 from diglot.rendering import Conversation
 from diglot.rollouts import TransformersSampler
-from diglot.teachers import LocalTeacher, Teacher
+from diglot.teachers import Teacher, gives_rows
 
 Item = TypeVar("Item")
 
@@ -105,8 +105,8 @@ class Evaluator:
 
     def _teacher_facts(self, batch: AlignedBatch, asked: Any) -> RowFacts:
         """As `_facts`; NaN for stop probabilities that a served teacher does not give."""
-        if isinstance(self.teacher, LocalTeacher):
-            hidden = self.teacher.hidden(batch.teacher)
+        if gives_rows(self.teacher):
+            hidden = self.teacher.hidden(batch.teacher) if asked is None else asked.result()
             return self._facts(hidden, batch.teacher, self.teacher.head, self.pair.stop_t)
         said = asked.result()
         logps = said.text(stop_as_set=True)

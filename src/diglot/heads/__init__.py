@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diglot.heads.branches import Branches, hidden_with_branches
+from diglot.heads.branches import Branches, TreeReading
 from diglot.heads.head import Head
 from diglot.heads.hidden import last_hidden
 from diglot.heads.modes import evaluating
@@ -14,11 +14,11 @@ from diglot.heads.summaries import summaries, token_logps
 __all__ = [
     "Branches",
     "Head",
+    "TreeReading",
     "default_chunk_rows",
     "evaluating",
     "gathered",
     "hidden_at_rows",
-    "hidden_with_branches",
     "keep_after_forward",
     "last_hidden",
     "logits_by_parts",

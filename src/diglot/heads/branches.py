@@ -1,8 +1,9 @@
-"""Hidden states of other continuations of prefixes of a batch, in the same pass: a tree of tokens, not a row.
+"""Hidden states of other continuations of prefixes of a batch: a tree of tokens, not a row.
 
 A branch is a few tokens that follow a prefix of one row of the batch: "the same text so far, but its last bytes cut
 into other tokens". Its tokens stand behind the row and see the prefix and each other only. So a branch costs its own
-tokens, not its prefix once more. Models whose pass cannot take a mask of that form read each branch with its prefix.
+tokens, not its prefix once more, in the same pass or, from what the model keeps of the batch, in a later one. Models
+whose pass cannot take a mask of that form read each branch with its prefix.
 
 Shapes: `B` rows, `T` their length, `N` chosen places, `E` tokens of all branches, in the order of the branches.
 """
@@ -10,12 +11,14 @@ Shapes: `B` rows, `T` their length, `N` chosen places, `E` tokens of all branche
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from diglot.heads.hidden import is_compiled, last_hidden, unwrap
 
@@ -35,54 +38,68 @@ class Branches:
         return len(self.ids)
 
 
-def hidden_with_branches(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, branches: Branches
-) -> tuple[Tensor, Tensor]:
-    """Hidden states `[N, H]` at `rows` of the flattened `[B * T]`, and behind every token of the branches, `[E, H]`.
+class TreeReading:
+    """A batch that is read once, and then behind any of its prefixes.
 
-    Inputs are padded on the right. Equal, up to rounding, to reading every prefix and branch as a text of its own.
+    Args:
+        model: is run in evaluation mode, without gradients.
+        input_ids, attention_mask: `[B, T]`, padded on the right.
+        rows: `[N]`, of the flattened `[B * T]`, whose hidden states are wanted.
     """
-    if not len(branches):
-        return last_hidden(model, input_ids, attention_mask).flatten(0, 1)[rows], _nothing(model, rows)
-    if _takes_trees(model) and _no_window(model, input_ids, branches):
-        return _as_tree(model, input_ids, attention_mask, rows, branches)
-    main = last_hidden(model, input_ids, attention_mask).flatten(0, 1)[rows]
-    return main, _one_by_one(model, input_ids, branches)
 
+    def __init__(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> None:
+        self.model, self.input_ids, self.attention_mask, self.rows = model, input_ids, attention_mask, rows
+        self._cache: Any = None
+        self._trees = True
 
-def _nothing(model: nn.Module, rows: Tensor) -> Tensor:
-    weight = unwrap(model).get_input_embeddings().weight
-    return weight.new_zeros(0, unwrap(model).config.get_text_config().hidden_size).to(rows.device)
+    def first(self, branches: Branches) -> tuple[Tensor, Tensor]:
+        """Hidden states `[N, H]` of the batch, and behind every token of the branches, `[E, H]`.
 
+        Equal, up to rounding, to reading every prefix and branch as a text of its own. What the model keeps of the
+        batch is kept for `more`.
+        """
+        self._trees = _takes_trees(self.model) and _no_window(self.model, self.input_ids, branches)
+        if self._trees:
+            self._cache = DynamicCache()
+            return self._tree(branches)
+        main = last_hidden(self.model, self.input_ids, self.attention_mask).flatten(0, 1)[self.rows]
+        return main, _one_by_one(self.model, self.input_ids, branches)
 
-def _as_tree(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, branches: Branches
-) -> tuple[Tensor, Tensor]:
-    device, (count, width) = input_ids.device, input_ids.shape
-    row, place = branches.after // width, branches.after % width
-    number = np.cumsum(branches.depth == 0) - 1
-    slot = np.zeros(len(row), dtype=np.int64)  # behind the row, in order
-    for b in np.unique(row):
-        slot[row == b] = np.arange(int((row == b).sum()))
-    more = int(slot.max()) + 1
-    at_row, at = torch.from_numpy(row).to(device), torch.from_numpy(width + slot).to(device)
-    prefix, depth = torch.from_numpy(place).to(device), torch.from_numpy(branches.depth).to(device)
-    ids = torch.cat([input_ids, input_ids[:, :1].expand(-1, more)], dim=1)
-    ids[at_row, at] = torch.from_numpy(branches.ids).to(device)
-    positions = torch.arange(width + more, device=device).repeat(count, 1)
-    positions[at_row, at] = prefix + 1 + depth
-    sees = torch.zeros(count, width + more, width + more, dtype=torch.bool, device=device)
-    sees[:, :width, :width] = torch.tril(torch.ones(width, width, dtype=torch.bool, device=device))
-    sees[:, :, :width] &= attention_mask.bool()[:, None, :]
-    sees[at_row, at, :width] = torch.arange(width, device=device) <= prefix[:, None]
-    whose = torch.full((count, more), -1, device=device)
-    whose[at_row, at - width] = torch.from_numpy(number).to(device)
-    earlier = torch.tril(torch.ones(more, more, dtype=torch.bool, device=device))
-    sees[:, width:, width:] = (whose[:, :, None] == whose[:, None, :]) & earlier
-    every = torch.arange(width + more, device=device)
-    sees[:, every, every] = True  # padding sees itself, so that no row of the softmax is empty
-    hidden = last_hidden(model, ids, sees[:, None], position_ids=positions)
-    return hidden[:, :width].flatten(0, 1)[rows], hidden[at_row, at]
+    def more(self, branches: Branches) -> Tensor:
+        """Behind every token of other branches, `[E, H]`; only these tokens are read."""
+        if self._trees and _no_window(self.model, self.input_ids, branches):
+            return self._tree(branches)[1]
+        return _one_by_one(self.model, self.input_ids, branches)
+
+    def _tree(self, branches: Branches) -> tuple[Tensor, Tensor]:
+        device, (count, width) = self.input_ids.device, self.input_ids.shape
+        row, place = branches.after // width, branches.after % width
+        number = np.cumsum(branches.depth == 0) - 1
+        slot = np.zeros(len(row), dtype=np.int64)
+        for b in np.unique(row):
+            slot[row == b] = np.arange(int((row == b).sum()))
+        more, kept = int(slot.max(initial=-1)) + 1, int(self._cache.get_seq_length())
+        new = 0 if kept else width  # tokens of the batch itself in this pass
+        at_row, at = torch.from_numpy(row).to(device), torch.from_numpy(new + slot).to(device)
+        prefix, depth = torch.from_numpy(place).to(device), torch.from_numpy(branches.depth).to(device)
+        ids = torch.cat([self.input_ids[:, :new], self.input_ids[:, :1].expand(-1, more)], dim=1)
+        ids[at_row, at] = torch.from_numpy(branches.ids).to(device)
+        positions = torch.arange(new + more, device=device).repeat(count, 1)
+        positions[at_row, at] = prefix + 1 + depth
+        sees = torch.zeros(count, new + more, kept + new + more, dtype=torch.bool, device=device)
+        sees[:, :new, :new] = torch.tril(torch.ones(new, new, dtype=torch.bool, device=device))
+        sees[:, :new, :new] &= self.attention_mask.bool()[:, None, :new]
+        sees[at_row, at, :width] = torch.arange(width, device=device) <= prefix[:, None]
+        whose = torch.full((count, more), -1, device=device)
+        whose[at_row, at - new] = torch.from_numpy(number).to(device)
+        earlier = torch.tril(torch.ones(more, more, dtype=torch.bool, device=device))
+        sees[:, new:, kept + new :] = (whose[:, :, None] == whose[:, None, :]) & earlier
+        every = torch.arange(new + more, device=device)
+        sees[:, every, kept + every] = True  # padding sees itself, so that no row of the softmax is empty
+        options = dict(position_ids=positions, past_key_values=self._cache, use_cache=True)
+        hidden = last_hidden(self.model, ids, sees[:, None], **options)
+        main = hidden[:, :new].flatten(0, 1)[self.rows] if new else hidden[:0, 0]
+        return main, hidden[at_row, at]
 
 
 def _one_by_one(model: nn.Module, input_ids: Tensor, branches: Branches) -> Tensor:
@@ -110,7 +127,7 @@ def _no_window(model: nn.Module, input_ids: Tensor, branches: Branches) -> bool:
     """Is the text short enough that a sliding window sees all of it, so that one mask is right for every layer?"""
     config = unwrap(model).config.get_text_config()
     window = getattr(config, "sliding_window", None)
-    return not window or input_ids.shape[1] + int(branches.depth.max()) + 1 <= window
+    return not window or input_ids.shape[1] + int(branches.depth.max(initial=0)) + 1 <= window
 
 
 def _takes_trees(model: nn.Module) -> bool:
@@ -132,14 +149,18 @@ def _same_on_a_few_tokens(model: nn.Module) -> bool:
     mask[1, 4:] = 0
     rows = torch.tensor([0, 5, 6, 9], device=ids.device)
     branches = Branches(np.array([5, 3, 4, 7]) % len(embedding), np.array([2, 2, 4, 8]), np.array([0, 1, 0, 0]))
+    others = Branches(np.array([2, 9, 6]) % len(embedding), np.array([1, 8, 8]), np.array([0, 0, 1]))
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        plain = last_hidden(model, ids, mask).flatten(0, 1)[rows], _one_by_one(model, ids, branches)
-        tree = _as_tree(model, ids, mask, rows, branches)
+        main = last_hidden(model, ids, mask).flatten(0, 1)[rows]
+        plain = main, *(_one_by_one(model, ids, some) for some in (branches, others))
+        reading = TreeReading(model, ids, mask, rows)
+        reading._cache = DynamicCache()
+        tree = *reading._tree(branches), reading._tree(others)[1]
     finally:
         for module in training:
             module.training = True
-    rounding = max(torch.finfo(plain[0].dtype).eps, torch.finfo(torch.float32).eps)
-    tolerance = 32 * rounding * float(plain[0].abs().max())
+    rounding = max(torch.finfo(main.dtype).eps, torch.finfo(torch.float32).eps)
+    tolerance = 32 * rounding * float(main.abs().max())
     return all(float((a - b).abs().max()) <= tolerance for a, b in zip(plain, tree, strict=True))

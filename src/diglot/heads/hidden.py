@@ -44,7 +44,7 @@ def run_with_hidden(
     if not all_logits and "logits_to_keep" in inspect.signature(type(inner).forward).parameters:
         kwargs["logits_to_keep"] = 1
     seen: list[Any] = []
-    decoder = _decoder(inner)
+    decoder = decoder_of(inner)
     handle = decoder.register_forward_hook(lambda module, args, output: seen.append(output)) if hooked else None
     try:
         output = model(
@@ -60,7 +60,8 @@ def run_with_hidden(
     return (_hidden_of(seen[-1]) if hooked else output.hidden_states[-1]), output.logits
 
 
-def _decoder(model: Any) -> nn.Module:
+def decoder_of(model: Any) -> nn.Module:
+    """What makes the hidden states that the output head reads. `ConfigError` if it is not apart from the head."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if decoder is not None and decoder is not model and getattr(decoder, "lm_head", None) is not None:
         decoder = decoder.model  # Llama 4 with pictures holds a whole language model, with its head

@@ -50,7 +50,9 @@ def inspect_pair(
         samples: rows of the data; a few built-in texts when not given.
         data: the name of the dataset, for the command that the verdict proposes.
         offered: how much of its distributions the teacher will give; a local model gives hidden states.
-        min_coverage, markers, fold_system: as in the trainers' options.
+        min_coverage: as in the trainers' options.
+        markers: as in the trainers' options.
+        fold_system: as in the trainers' options.
     """
     student = load_input(student, "student") if isinstance(student, str) else student
     teacher = load_input(teacher, "teacher") if isinstance(teacher, str) else teacher

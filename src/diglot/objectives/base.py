@@ -152,6 +152,7 @@ class Rollout:
     logp_t: Tensor  # [N_t] the teacher's
     weight: Tensor | None = None  # importance weights of teacher-mixed sampling
     advantage: Tensor | None = None
+    explained: Tensor | None = None  # what a single step says of them, see `Objective.explained`
 
 
 class Scores(Protocol):
@@ -203,6 +204,10 @@ class Scores(Protocol):
     @property
     def reference_texts(self) -> tuple[Tensor, Tensor]:
         """Log-probs of the text under the student before training and a reference teacher, `[N_s]` and `[N_t]`."""
+
+    @property
+    def teacher_gives_rows(self) -> bool:
+        """Are there whole rows of the teacher? Else what is read of it is asked for by its ids."""
 
     # ---- single entries of rows
 
@@ -260,6 +265,9 @@ class Scores(Protocol):
         Each part is a slice of the `N_t + E` rows and their log-probs `[r, V_t]`, constant, on the teacher's device.
         """
 
+    def teacher_rows_behind(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
+        """The same of the rows behind other branches alone, `E` of them: what the first rows gave reason to ask."""
+
     # ---- hidden states
 
     @property
@@ -303,8 +311,15 @@ class Objective(ABC):
 
     @property
     def is_single_step(self) -> bool:
-        """Is it the whole single-step reverse KL of its rows, so that a policy gradient need not reward them for it?"""
+        """Is it the reverse KL of its rows against targets that depend on the past alone? See `explained`."""
         return False
+
+    def explained(self, plan: Any, scores: Scores) -> Tensor:
+        """What a single step says of each written token, its target's log-mass minus the student's, nats, `[N_s]`.
+
+        A policy gradient leaves it out. NaN at tokens whose row the objective does not compare.
+        """
+        raise NotImplementedError(f"objective {self.name!r} is no single step")
 
     @abstractmethod
     def plan(self, written: Written) -> Plan:
@@ -388,7 +403,37 @@ class ColumnObjective(RowObjective):
 
     @abstractmethod
     def compare(self, chosen_s: Tensor, chosen_t: Tensor) -> Tensor:
-        """Values `[R]` from the logits of the chosen columns, `[R, k_s]` and `[R, k_t]`."""
+        """Values `[R]` from the logits of the chosen columns, `[R, k_s]` and `[R, k_t]`, of which each row may be
+        shifted."""
+
+    def loss(self, plan: Rows, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
+        """As of any rows; a teacher that gives no whole ones is asked for the chosen columns, once they are known."""
+        if scores.teacher_gives_rows:
+            return super().loss(plan, scores, share)
+        rows = plan.to(scores.device)
+        widths = [0, 0]
+
+        def choices(logits: Tensor, at: slice) -> Tensor:
+            chosen = self.choose(logits)
+            widths[:] = [columns.shape[1] for columns in chosen]
+            return torch.cat(chosen, dim=-1).double()
+
+        with torch.no_grad():
+            of_all = scores.summarised_student(choices)[rows.student].long()
+        of_student, of_teacher = of_all[:, : widths[0]], of_all[:, widths[0] :]
+        token = rows.teacher.repeat_interleave(of_teacher.shape[1])
+        logps_t = scores.teacher_logps(token, of_teacher.flatten()).view_as(of_teacher)
+        given = {"columns": of_student, "logps_t": logps_t}
+        loss, values = scores.rows(self._chosen, rows, given, share, with_teacher=False)
+        return loss, {"loss": values.loss, **values.metrics}
+
+    def _chosen(self, logits_s: Tensor, logits_t: Tensor | None, *, columns: Tensor, logps_t: Tensor) -> Values:
+        logits_s = at_least_float32(logits_s)
+        chosen = logits_s.gather(-1, columns)
+        with torch.no_grad():
+            mass_s = (chosen.logsumexp(-1) - logits_s.logsumexp(-1)).exp()
+        loss = self.compare(chosen, logps_t.to(chosen.dtype))
+        return Values(loss, {"mass_s": mass_s, "mass_t": logps_t.exp().sum(-1)})
 
 
 class SummaryObjective(PairObjective):

@@ -74,7 +74,7 @@ class BPM(RowObjective):
         if first_token == "encode":
             if tables.encode_s is None:
                 raise ConfigError("first_token='encode' needs the student's encoder: use Pair.of(..., encode_s=...).")
-            greedy, whole = whole, first_tokens(teacher, tables.encode_s, fallback=whole)
+            greedy, whole = whole, first_tokens(teacher, student, tables.encode_s)
             self._differ = greedy != whole
         self._blank = blank_tokens(student)
         self.none = len(student) + 1  # columns of the cells: tokens, stop, none

@@ -11,38 +11,54 @@ Shapes: `R` rows, `C` cells of a row.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diglot.batches import Written
 from diglot.errors import ConfigError
 from diglot.objectives.base import Metrics, Pair, PairObjective, Rows, Scores, Values, at_least_float32, check_range
-from diglot.objectives.covering_plan import CoveringPlan, plan_covering
-from diglot.objectives.covering_target import CellMap, Continued, Neighbours, Targets, make_targets, read_teacher
+from diglot.objectives.covering_ahead import TeacherText
+from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams
+from diglot.objectives.covering_inner import with_inner
+from diglot.objectives.covering_plan import CoveringPlan, EarlierRows, plan_covering
+from diglot.objectives.covering_rows import NEGLIGIBLE, NO_PAIRS, RowsRead, Table, read_rows
+from diglot.objectives.covering_target import Targets, TeacherRows, make_targets
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.levels import Level
-from diglot.objectives.masses import FLOOR
+from diglot.objectives.masses import FLOOR, no_text
+from diglot.objectives.tail import TailTokens
+
+Ints = NDArray[np.int64]
 
 
 class Covering(PairObjective):
     """Generalised JSD between the teacher's covering distribution and the student's, in nats per student token.
 
     Cells of a row: the student tokens that begin the teacher's likeliest continuations, each with the longer tokens
-    that the teacher would begin alike; the written token apart where it shares its cell; stop; and the rest. What the
-    student's tokenizer would not have written behind the token before gets no mass. Zero, with zero gradient, for a
-    student with the teacher's distribution over texts, up to what docs/objectives.md names.
+    that the teacher would begin alike; the written token apart where it shares its cell; stop; control tokens that do
+    not stop; and the rest. What the student's tokenizer would not have written behind the token before gets no mass.
+    Zero, with zero gradient, for a student with the teacher's distribution over texts, up to what docs/objectives.md
+    names.
 
     Args:
         beta: in [0, 1]; 0 forward KL(teacher || student), 1 reverse KL(student || teacher).
         top_k: how many continuations of a row are told apart, those of the teacher's `top_k` likeliest tokens; the
             others are one cell on both sides. At least 1.
         canonical: leave out of the target what the student's tokenizer would have cut in another way.
+        written_apart: take the written token out of a cell that it shares. False: the cells depend on the past alone,
+            as a control variate of a policy gradient needs (`is_single_step`); inside a cell nothing is compared.
     """
 
     name = "covering"
     needs = Level.HIDDEN
 
-    def __init__(self, pair: Pair, *, beta: float = 0.5, top_k: int = 64, canonical: bool = True) -> None:
+    def __init__(
+        self, pair: Pair, *, beta: float = 0.5, top_k: int = 64, canonical: bool = True, written_apart: bool = True
+    ) -> None:
         super().__init__(pair)
         check_range("beta", beta, 0.0, 1.0)
         if top_k < 1:
@@ -50,16 +66,18 @@ class Covering(PairObjective):
         tables = pair.need_tables(self.name)
         if tables.encode_s is None or tables.encode_t is None:
             raise ConfigError("objective 'covering' needs both tokenizers: use Pair.of with encode_s and encode_t.")
-        self.beta, self.top_k, self.canonical = beta, top_k, canonical
+        self.beta, self.top_k, self.canonical, self.written_apart = beta, top_k, canonical, written_apart
         self.student, self.teacher, self.encode_t = tables.student, tables.teacher, tables.encode_t
         self.cells = CellMap(tables.student, tables.teacher, tables.encode_s, tables.encode_t)
-        self.continued = Continued(self.cells, tables.encode_t)
-        self.neighbours = Neighbours(tables.student, tables.encode_s) if canonical else None
+        self.probes = Probes(self.cells, tables.encode_s, tables.encode_t)
+        self.neighbours = Neighbours(tables.student, tables.encode_s)
+        self.seams = Seams(self.cells, tables.encode_s)
         cell = torch.from_numpy(self.cells.cell)
         self.moved = ((cell >= 0) & (cell != torch.arange(len(cell)))).nonzero()[:, 0]  # tokens in another one's cell
         self.cell_of_moved = cell[self.moved]
-        self.has_bytes = torch.from_numpy(tables.teacher.lengths > 0)
-        self.sorted_t = torch.from_numpy(tables.teacher.trie.sorted_ids)
+        has_bytes, order = (torch.from_numpy(x) for x in (tables.teacher.lengths > 0, tables.teacher.trie.sorted_ids))
+        self.silent_s, silent_t = no_text(pair)
+        self.table = Table(self.pair.stop_t, silent_t, has_bytes, order, top_k)
 
     def plan(self, written: Written) -> CoveringPlan:
         return plan_covering(written, self.student, self.teacher, self.encode_t)
@@ -67,25 +85,59 @@ class Covering(PairObjective):
     def targets(self, plan: CoveringPlan, scores: Scores) -> Targets:
         """The teacher's side, constant."""
         written = scores.written
-        rows = read_teacher(
-            scores.teacher_rows(plan.branch),
+        t = written.teacher
+        count, asked = len(t.ids), len(plan.prefixes.row)
+        row = np.concatenate([np.arange(count), plan.branch.row, plan.prefixes.row])
+        token = np.concatenate([t.ids, plan.branch.ids, plan.prefixes.token])
+        read = read_rows(scores.teacher_rows(plan.branch), row, token, plan.earlier, 0, self.table)
+        text = np.where(t.stop, read.stop[:count], read.single[:count])
+        rows = TeacherRows(text, read.single[count : len(row) - asked], read)
+        prefix = read.single[len(row) - asked :]
+
+        def ask(tail: TailTokens, row: Ints, token: Ints, pairs: EarlierRows, first: int) -> RowsRead:
+            return read_rows(scores.teacher_rows_behind(tail), row, token, pairs, first, self.table)
+
+        plan, rows = with_inner(plan, rows, prefix, written, self.teacher, self.encode_t, ask)
+        none = np.zeros(0, dtype=np.int64)
+
+        def look(tail: TailTokens) -> RowsRead:
+            return ask(tail, none, none, NO_PAIRS, 0)
+
+        return make_targets(
             plan,
-            written.teacher.ids,
-            written.teacher.stop,
-            self.pair.stop_t,
-            self.has_bytes,
-            self.sorted_t,
-            self.top_k,
+            rows,
+            self.cells,
+            self.probes,
+            self.neighbours,
+            self.seams,
+            look,
+            written.student.ids,
+            TeacherText(t.ids, t.segment),
+            self.canonical,
         )
-        neighbours = self.neighbours
-        ids_s, segment_t = written.student.ids, written.teacher.segment
-        return make_targets(plan, rows, self.cells, self.continued, neighbours, ids_s, segment_t)
+
+    @property
+    def is_single_step(self) -> bool:
+        return self.beta == 1 and not self.written_apart
+
+    def explained(self, plan: CoveringPlan, scores: Scores) -> Tensor:
+        student, _, values = self._compared(plan, scores, self.targets(plan, scores), 0.0)
+        gain = values.metrics["gain"]
+        found = torch.full((len(scores.written.student.ids),), math.nan, dtype=gain.dtype, device=gain.device)
+        found[student] = gain
+        return found
+
+    def _compared(
+        self, plan: CoveringPlan, scores: Scores, targets: Targets, share: float
+    ) -> tuple[Tensor, Tensor, Values]:
+        device = scores.device
+        student = torch.from_numpy(plan.student).to(device)
+        given = self.given(plan, targets, scores.written, device)
+        return student, *scores.rows(self, Rows(student, student), given, share, with_teacher=False)
 
     def loss(self, plan: CoveringPlan, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
-        targets, device = self.targets(plan, scores), scores.device
-        given = self.given(plan, targets, scores.written, device)
-        student = torch.from_numpy(plan.student).to(device)
-        loss, values = scores.rows(self, Rows(student, student), given, share, with_teacher=False)
+        targets = self.targets(plan, scores)
+        _, loss, values = self._compared(plan, scores, targets, share)
         skipped = {
             f"skipped_{why}": torch.cat([torch.ones(n), torch.zeros(plan.items)]) for why, n in plan.skipped.items()
         }
@@ -98,15 +150,29 @@ class Covering(PairObjective):
 
     def given(self, plan: CoveringPlan, targets: Targets, written: Written, device: torch.device) -> dict[str, Tensor]:
         """What the comparison reads of each row beside the student's logits, `[R, ...]`."""
+        ids, stop = written.student.ids[plan.student], written.student.stop[plan.student]
+        split = targets.own if self.written_apart else np.full_like(targets.own, -1)
         return {
             "column": torch.from_numpy(targets.column).to(device),
-            "group": torch.from_numpy(targets.group).to(device),
             "mass": torch.from_numpy(targets.mass).float().to(device),
             "stop": torch.from_numpy(targets.stop).float().to(device),
-            "split": torch.from_numpy(targets.own).to(device),
-            "split_mass": torch.from_numpy(targets.own_mass).float().to(device),
-            "written": torch.from_numpy(written.student.ids[plan.student]).to(device),
+            "silent": torch.from_numpy(targets.silent).float().to(device),
+            "split": torch.from_numpy(split).to(device),
+            "split_mass": torch.from_numpy(np.where(split >= 0, targets.own_mass, 0.0)).float().to(device),
+            "written": torch.from_numpy(ids).to(device),
+            "place": torch.from_numpy(self._place(targets, ids, split, stop)).to(device),
         }
+
+    def _place(self, targets: Targets, written: Ints, split: Ints, stop: NDArray[np.bool_]) -> Ints:
+        """Which of the values that are compared is the written token's, `[R]`: a column, or one of those behind."""
+        columns, cell = targets.column.shape[1], self.cells.cell[written]
+        here = (targets.column == cell[:, None]) & (cell >= 0)[:, None]
+        place = np.full(len(written), columns + 3, dtype=np.int64)
+        if columns:
+            place = np.where(here.any(1), here.argmax(1), place)
+        place = np.where(split >= 0, columns, place)
+        place = np.where(np.isin(written, self.silent_s.numpy(force=True)), columns + 2, place)
+        return np.where(stop, columns + 1, place)
 
     def __call__(self, logits_s: Tensor, logits_t: Tensor | None, **given: Tensor) -> Values:
         """Values `[R]` of the student's logits `[R, V_s]` against what is given of the same rows."""
@@ -117,7 +183,6 @@ class Covering(PairObjective):
         column, split = given["column"], given["split"]
         some = column >= 0
         of_student = of_cells.gather(1, column.clamp(min=0)).masked_fill(~some, 0.0)
-        of_student = torch.zeros_like(of_student).scatter_add(1, given["group"], of_student)
         of_teacher = given["mass"].to(probs.dtype)
         apart = split >= 0
         own_s = probs.gather(1, given["written"][:, None])[:, 0] * apart
@@ -128,11 +193,20 @@ class Covering(PairObjective):
             of_teacher = of_teacher.scatter_add(1, at, -own_t[:, None])
         stop_s = probs[:, self.pair.stop_s].sum(-1)
         stop_t = given["stop"].to(probs.dtype)
-        rest_s = 1 - of_student.sum(-1) - stop_s - own_s
-        rest_t = 1 - of_teacher.sum(-1) - stop_t - own_t
+        silent_s = probs[:, self.silent_s].sum(-1)
+        silent_t = given["silent"].to(probs.dtype) * bool(len(self.silent_s))  # part of the rest where no token is its
+        rest_s = 1 - of_student.sum(-1) - stop_s - own_s - silent_s
+        rest_t = 1 - of_teacher.sum(-1) - stop_t - own_t - silent_t
+        if not self.written_apart:  # a difference of sums, whose rounding must not tell texts of one past apart
+            rest_t = rest_t.clamp(min=NEGLIGIBLE)
         cells_s, cells_t = (
             torch.cat([known, torch.stack(others, -1)], -1).clamp(min=FLOOR).log()
-            for known, others in ((of_student, (own_s, stop_s, rest_s)), (of_teacher, (own_t, stop_t, rest_t)))
+            for known, others in (
+                (of_student, (own_s, stop_s, silent_s, rest_s)),
+                (of_teacher, (own_t, stop_t, silent_t, rest_t)),
+            )
         )
-        metrics = {"rest_s": rest_s.detach(), "rest_t": rest_t}
-        return Values(generalized_jsd(cells_s, cells_t, self.beta), metrics)
+        at_written = given["place"][:, None]
+        gain = (cells_t.gather(1, at_written) - cells_s.detach().gather(1, at_written))[:, 0]
+        metrics = {"rest_s": rest_s.detach(), "rest_t": rest_t, "control_s": silent_s.detach(), "control_t": silent_t}
+        return Values(generalized_jsd(cells_s, cells_t, self.beta), {**metrics, "gain": gain})

@@ -11,7 +11,8 @@ boundary that tokens of this row run past.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,40 @@ class EarlierRows:
     low: Ints  # sorted_ids[low:high] are the tokens that run past it
     high: Ints
     consumed: Ints  # how many bytes of them lie before it
+    extra: NDArray[np.bool_]  # the row's place may be known from what comes later only
+
+    def at(self, which: NDArray[Any]) -> EarlierRows:
+        """Some of them, by numbers or by a mask."""
+        return EarlierRows(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+
+    def where(self, kept: NDArray[np.bool_], extra: NDArray[np.bool_]) -> EarlierRows:
+        """Those that are kept, marked anew."""
+        return replace(self, extra=extra).at(kept)
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Tokens of the teacher that spell what comes next in the text behind its own rows, `[P]` each."""
+
+    row: Ints
+    token: Ints
+    length: Ints  # in bytes
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The texts as one row of bytes with a place more at the end of each, `[D + S]`, and what starts where."""
+
+    data: NDArray[np.uint8]  # [D] without these places
+    lengths: Ints  # [S] of the segments, in bytes
+    offset: Ints  # [S] where they begin
+    main_at: Ints  # [D + S] the teacher's token that starts there, -1: none
+    row_at: Ints  # [D + S] the boundary that is compared there, -1: none
+
+    def span(self, key: Ints) -> tuple[Ints, Ints]:
+        """Places of `data` from `key` to the end of its segment."""
+        segment = np.searchsorted(self.offset, key, side="right") - 1
+        return key - segment, self.offset[segment] - segment + self.lengths[segment]
 
 
 @dataclass(frozen=True)
@@ -52,7 +87,9 @@ class CoveringPlan:
     last: Ints  # [R] the branch's last token, -1: the boundary is one of the teacher's own
     main: Ints  # [R] the teacher token that starts at the boundary, or in whose place the branch begins
     earlier: EarlierRows
+    prefixes: Prefixes
     skipped: dict[str, int]  # why boundaries are not compared -> how many
+    ground: Ground
 
     @property
     def items(self) -> int:
@@ -72,7 +109,7 @@ def plan_covering(written: Written, student: Vocabulary, teacher: Vocabulary, en
     good_t = np.flatnonzero(t.exact & plain_tokens(t, teacher) & (t.start <= _at(lengths, t.segment)))[::-1]
     main_at[offset[t.segment[good_t]] + t.start[good_t]] = good_t
     inside = np.flatnonzero(main_at[key] < 0)
-    branch, found, why = _branches(written, wanted, inside, encode_t)
+    branch, found, ends = branches_to(written, s.segment[wanted[inside]], s.start[wanted[inside]], encode_t, teacher)
     comparable = main_at[key] >= 0
     comparable[inside[found >= 0]] = True
     last = np.full(len(wanted), -1, dtype=np.int64)
@@ -88,27 +125,36 @@ def plan_covering(written: Written, student: Vocabulary, teacher: Vocabulary, en
     end = offset[s.segment[wanted]] + s.end[wanted]
     text_end = s.stop[wanted] | (s.end[wanted] > _at(lengths, s.segment[wanted]))
     following = np.where(text_end, -1, row_at[np.minimum(end, len(row_at) - 1)])
-
-    sources = _Sources(key, own, main, last)
-    earlier = _pairs(sources, main_at, row_at, data, lengths, offset, teacher, t.start)
     previous = np.where(same, wanted - 1, -1)
-    return CoveringPlan(wanted, previous, following, own, branch, last, main, earlier, {"character": why})
+
+    ground = Ground(data, lengths, offset, main_at, row_at)
+    earlier = _earlier(written, (key, own, main, last), branch, ends, ground, teacher)
+    skipped = {"character": int((found < 0).sum())}
+    prefixes = _prefixes(ground, teacher)
+    return CoveringPlan(wanted, previous, following, own, branch, last, main, earlier, prefixes, skipped, ground)
 
 
 def _at(lengths: Ints, segment: Ints) -> Ints:
     return lengths[segment] if len(lengths) else np.zeros(len(segment), dtype=np.int64)
 
 
-def _branches(written: Written, wanted: Ints, inside: Ints, encode_t: Encode) -> tuple[TailTokens, Ints, int]:
-    """The teacher's reading of the text up to each of the boundaries `inside`; the last token of each, -1: none."""
-    s, t, jobs, texts = written.student, written.teacher, [], []
-    stride = int(max(t.start.max(initial=0), s.start.max(initial=0))) + 2
-    at = np.searchsorted(t.segment * stride + t.start, s.segment[wanted[inside]] * stride + s.start[wanted[inside]])
-    for k, (i, j) in enumerate(zip(wanted[inside].tolist(), (at - 1).tolist(), strict=True)):
-        text, boundary = written.texts[s.segment[i]], int(s.start[i])
-        if j < 0 or t.segment[j] != s.segment[i]:
+def branches_to(
+    written: Written, segment: Ints, position: Ints, encode_t: Encode, teacher: Vocabulary, first_row: int = 0
+) -> tuple[TailTokens, Ints, Ints]:
+    """The teacher's reading of the text up to `position` of a segment; the last token of each, -1: none; and the byte
+    end of each of the branches' tokens.
+
+    `first_row` is how many branch tokens there are already.
+    """
+    t = written.teacher
+    base, jobs, texts = len(t.ids) + first_row, [], []
+    stride = int(max(t.start.max(initial=0), position.max(initial=0))) + 2
+    at = np.searchsorted(t.segment * stride + t.start, segment * stride + position)
+    for k, (which, boundary, j) in enumerate(zip(segment.tolist(), position.tolist(), (at - 1).tolist(), strict=True)):
+        text = written.texts[which]
+        if j < 0 or t.segment[j] != which:
             continue
-        first = _word_start(written, j, text)
+        first = _word_start(written, j, text, teacher.word_cuts)
         try:
             texts.append(text[t.start[first] : boundary].decode("utf-8"))
         except UnicodeDecodeError:
@@ -118,7 +164,8 @@ def _branches(written: Written, wanted: Ints, inside: Ints, encode_t: Encode) ->
     before: list[int] = []
     depth: list[int] = []
     row: list[int] = []
-    found = np.full(len(inside), -1, dtype=np.int64)
+    ends: list[int] = []
+    found = np.full(len(position), -1, dtype=np.int64)
     for (k, first), encoded in zip(jobs, encode_t(texts) if texts else (), strict=True):
         if not len(encoded.ids) or not encoded.exact.all():
             continue
@@ -130,63 +177,83 @@ def _branches(written: Written, wanted: Ints, inside: Ints, encode_t: Encode) ->
         ):
             common += 1
         for d, token in enumerate(encoded.ids[common:].tolist()):
-            row.append(first + common if d == 0 else len(t.ids) + len(ids) - 1)
+            row.append(first + common if d == 0 else base + len(ids) - 1)
             ids.append(token)
             before.append(first + common)
+            ends.append(int(t.start[first] + encoded.ends[common + d]))
             depth.append(d)
         found[k] = len(ids) - 1
     arrays = (np.array(x, dtype=np.int64) for x in (ids, before, depth, row))
-    return TailTokens(*arrays), found, int((found < 0).sum())
+    return TailTokens(*arrays), found, np.array(ends, dtype=np.int64)
 
 
-def _word_start(written: Written, j: int, text: bytes) -> int:
-    """A teacher token not after `j` before which its tokenizer cuts the text whatever follows: where a word begins."""
+def _word_start(written: Written, j: int, text: bytes, cuts: frozenset[int]) -> int:
+    """A teacher token not after `j` before which its tokenizer cuts the text whatever follows: where a word begins.
+
+    `j` itself where there is none near: its boundary may then depend on what follows.
+    """
     t = written.teacher
     for first in range(j, max(j - _BACK, -1), -1):
         start = int(t.start[first])
-        if start == 0 or (text[start] in _SPACE and text[start - 1] not in _SPACE):
+        if start == 0 or (text[start] in cuts and text[start - 1] not in _SPACE):
             return first
         if first == 0 or t.segment[first - 1] != t.segment[j] or not t.exact[first - 1]:
             return first
     return j
 
 
-@dataclass(frozen=True)
-class _Sources:
-    key: Ints
-    row: Ints
-    main: Ints
-    last: Ints
-
-
-def _pairs(
-    boundaries: _Sources,
-    main_at: Ints,
-    row_at: Ints,
-    data: NDArray[np.uint8],
-    lengths: Ints,
-    offset: Ints,
+def _earlier(
+    written: Written,
+    boundaries: tuple[Ints, Ints, Ints, Ints],
+    branch: TailTokens,
+    ends: Ints,
+    ground: Ground,
     teacher: Vocabulary,
-    start_t: Ints,
 ) -> EarlierRows:
-    """Which earlier rows have tokens that run past which boundaries: walks of the teacher's trie from all of them."""
-    main, last = boundaries.main, boundaries.last
-    own_key = np.flatnonzero(main_at >= 0)
-    own_key = own_key[row_at[own_key] < 0]  # the teacher's boundaries that are none of the student's
-    key = np.concatenate([boundaries.key, own_key])
-    row, at_main = (np.concatenate([x, main_at[own_key]]) for x in (boundaries.row, boundaries.main))
-    at_last = np.concatenate([boundaries.last, np.full(len(own_key), -1)])
-    only_teacher = np.arange(len(key)) >= len(boundaries.key)
-    segment = np.searchsorted(offset, key, side="right") - 1
-    begin = key - segment  # `data` has no place for the ends of segments
-    end = offset[segment] - segment + lengths[segment]
-    trie, parts = teacher.trie, [(np.zeros(0, dtype=np.int64),) * 7]
-    for on, depth, node in trie.walk(data, begin, end) if len(main) else ():  # nothing scored: nothing to reach
-        to = row_at[key[on] + depth]
+    """Pairs of rows that are known from the text: of the student's boundaries (place, row, main, last), of the
+    teacher's own, and of those inside branches."""
+    main_at, t, (_, _, main, last) = ground.main_at, written.teacher, boundaries
+    alone = np.flatnonzero((main_at >= 0) & (ground.row_at < 0))
+    in_branch = ground.offset[t.segment[branch.before]] + ends if len(ends) else ends
+    tails = np.flatnonzero(ground.row_at[in_branch] < 0)
+    sources = (
+        boundaries,
+        (alone, main_at[alone], main_at[alone], np.full(len(alone), -1)),
+        (in_branch[tails], len(t.ids) + tails, branch.before[tails], tails),
+    )
+    key, row, first, end_of = (np.concatenate(x) for x in zip(*sources, strict=True))
+    pairs = pairs_from(key, row, first, end_of, ground, teacher)
+    # A boundary inside a branch belongs to the reading of the text up to this branch's end. One of the whole text's
+    # reading belongs to that of the text so far up to where the two part; behind, it depends on what comes later.
+    number = np.cumsum(branch.depth == 0)  # [E] from 1
+    ends_in = np.where(last >= 0, number[last] if len(number) else 0, 0)[pairs.to]
+    of_text, of_tail = pairs.row < len(t.ids), np.isin(pairs.row, len(t.ids) + tails)
+    number_of = np.concatenate([np.zeros(len(t.ids), dtype=np.int64), number])[pairs.row]
+    own = ~of_tail | (number_of == ends_in)
+    alone_row = of_text & np.isin(pairs.row, main_at[alone])
+    extra = alone_row & (last[pairs.to] >= 0) & (t.start[pairs.main] > t.start[main[pairs.to]])
+    return unlike(pairs.where(own, extra))
+
+
+def unlike(pairs: EarlierRows) -> EarlierRows:
+    """One pair for each place and boundary: of those that are there twice, one whose place is known from the past."""
+    order = np.lexsort((pairs.extra, pairs.consumed, pairs.to))
+    to, consumed = pairs.to[order], pairs.consumed[order]
+    again = np.zeros(len(order), dtype=np.bool_)
+    again[1:] = (to[1:] == to[:-1]) & (consumed[1:] == consumed[:-1])
+    return pairs.at(np.sort(order[~again]))
+
+
+def pairs_from(key: Ints, row: Ints, main: Ints, last: Ints, ground: Ground, teacher: Vocabulary) -> EarlierRows:
+    """Which rows have tokens that run past which boundaries: walks of the teacher's trie from all of them.
+
+    `key` is the place of each row, `[n]`, the others as in `EarlierRows`. All are marked as extra.
+    """
+    trie, parts = teacher.trie, [tuple(np.zeros(0, dtype=np.int64) for _ in range(7))]
+    walked = trie.walk(ground.data, *ground.span(key)) if len(ground.data) and len(key) else ()
+    for on, depth, node in walked:
+        to = ground.row_at[key[on] + depth]
         hit = to >= 0
-        # A boundary of the whole text's reading belongs to that of the text so far up to where the two part.
-        parted = only_teacher[on] & (last[np.maximum(to, 0)] >= 0)
-        hit &= ~parted | (start_t[at_main[on]] <= start_t[main[np.maximum(to, 0)]])
         on, to, node = on[hit], to[hit], node[hit]
         low, high = trie.low[node].copy(), trie.high[node]
         for _ in range(4):  # tokens that end at the boundary come first; rarely several spell the same bytes
@@ -195,6 +262,20 @@ def _pairs(
             )
             low += ends_here
         some = low < high
-        found = row[on], at_main[on], at_last[on], to, low, high, np.full(len(on), depth)
+        found = row[on], main[on], last[on], to, low, high, np.full(len(on), depth)
         parts.append(tuple(x[some] for x in found))
-    return EarlierRows(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+    fields: list[Any] = [np.concatenate(x) for x in zip(*parts, strict=True)]
+    fields.append(np.ones(len(fields[0]), dtype=np.bool_))
+    return EarlierRows(*fields)
+
+
+def _prefixes(ground: Ground, teacher: Vocabulary) -> Prefixes:
+    """Of all rows of the text's own reading."""
+    key, trie = np.flatnonzero(ground.main_at >= 0), teacher.trie
+    parts = [tuple(np.zeros(0, dtype=np.int64) for _ in range(3))]
+    walked = trie.walk(ground.data, *ground.span(key)) if len(ground.data) and len(key) else ()
+    for on, depth, node in walked:
+        token = trie.sorted_ids[np.minimum(trie.low[node], len(trie.sorted_ids) - 1)]
+        some = (trie.low[node] < trie.high[node]) & (teacher.lengths[token] == depth)
+        parts.append((ground.main_at[key[on[some]]], token[some], np.full(int(some.sum()), depth)))
+    return Prefixes(*(np.concatenate(x) for x in zip(*parts, strict=True)))

@@ -44,7 +44,7 @@ def span_advantages(
     gamma: float,
     length_normalization: bool,
     reward_clip: float = 100.0,
-    dense: Tensor | None = None,
+    explained: Tensor | None = None,
     credit: str = "variance_reduced",
     shares: Tensor | None = None,
     bonus: Tensor | None = None,
@@ -69,8 +69,11 @@ def span_advantages(
         shares: log-probs [N_s] by which "proportional" divides, where `logp_s` are not plain log-probs.
         bonus: added to each chunk's reward, [C].
         usable: which chunks are rewarded, bool [C]; the exact ones if not given.
-        dense: bool [N_s], tokens whose own chunk is covered by an exact single-step divergence. Their advantage is
-            the long part only, `gamma * G_{k+1}` (MiniLLM, eq. 5).
+        explained: what a single-step divergence beside the policy gradient says of each token (`Objective.explained`),
+            [N_s], NaN where it says nothing. It is a control variate: a token is credited with what the steps behind
+            it say, and with all that no step explains of the whole segment. At gamma 1, with no chunk clipped, both
+            parts together have the expected gradient of the reverse KL, whatever the targets of the steps are.
+            `credit` has no part in it.
         length_normalization: divide by the number of chunks that the sum ranges over (MiniLLM, section 2.2).
         reward_clip: each chunk's reward is clipped to `[-reward_clip, reward_clip]` nats.
     """
@@ -82,13 +85,17 @@ def span_advantages(
     usable = alignment.chunk_exact if usable is None else usable
     gain = chunk_sums(logp_t, alignment.chunk_t, alignment.num_chunks)
     gain = gain if bonus is None else gain + bonus
-    rewards = (gain - chunk_sums(logp_s, chunk_s, alignment.num_chunks)).clamp(-reward_clip, reward_clip)
+    ratio = gain - chunk_sums(logp_s, chunk_s, alignment.num_chunks)
+    rewards = ratio.clamp(-reward_clip, reward_clip)
     rewards = torch.where(usable, rewards, 0.0)
     future = gamma * _next_in_segment(discounted_returns(rewards, segment, gamma), segment)
 
     chunk = chunk_s.clamp(min=0)
     scored = (chunk_s >= 0) & usable[chunk]
-    if credit == "whole":
+    if explained is not None:
+        explained = explained.to(ratio)
+        own = _unexplained(ratio, explained, alignment, usable, reward_clip)
+    elif credit == "whole":
         own = _whole(gain, logp_s, alignment, usable, scored)
         future = torch.zeros_like(future)
     elif credit == "variance_reduced":
@@ -98,10 +105,26 @@ def span_advantages(
         by = logp_s if shares is None else at_least_float32(shares.detach())
         own = rewards[chunk] * _share(credit, by, alignment)
     count = remaining_chunks(segment)[chunk] if length_normalization else torch.ones_like(own)
-    if dense is not None:
-        own = torch.where(dense, 0.0, own)
-        count = torch.where(dense, (count - 1).clamp(min=1), count) if length_normalization else count
+    if explained is not None and length_normalization:
+        count = torch.where(explained.isnan(), count, (count - 1).clamp(min=1))
     return torch.where(scored, (own + future[chunk]) / count, 0.0)
+
+
+def _unexplained(ratio: Tensor, explained: Tensor, alignment: Alignment, usable: Tensor, clip: float) -> Tensor:
+    """What the single steps do not say, but for chunks behind the token's own, `[N_s]`.
+
+    The steps of later tokens of its chunk, and the log-ratios of all chunks up to its own less the steps in them. The
+    past is in it since a token may decide where the teacher's tokens before it end. Steps of the past are not: they
+    depend on nothing that comes later.
+    """
+    chunk, segment = alignment.chunk_s.clamp(min=0), alignment.chunk_segment
+    steps = explained.nan_to_num(nan=0.0)
+    left = (ratio - chunk_sums(steps, alignment.chunk_s, alignment.num_chunks)).clamp(-clip, clip)
+    left = torch.where(usable, left, 0.0).double()
+    of_segment = left.new_zeros(alignment.num_segments).index_add(0, segment, left)
+    so_far = (left.cumsum(0) - (of_segment.cumsum(0) - of_segment)[segment]).to(ratio.dtype)
+    later = suffix_in_chunk(steps, alignment.chunk_s, alignment.num_chunks) - steps
+    return so_far[chunk] + later
 
 
 def _whole(gain: Tensor, logp_s: Tensor, alignment: Alignment, usable: Tensor, scored: Tensor) -> Tensor:

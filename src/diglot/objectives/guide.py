@@ -10,6 +10,7 @@ from diglot.objectives.registry import OBJECTIVES
 NEEDS = {
     Level.TEXT_LOGPROBS: "log-probs of the text",
     Level.TOP_K: "top-k",
+    Level.CHOSEN: "chosen ids",
     Level.HIDDEN: "hidden states",
 }
 
@@ -33,7 +34,7 @@ GUIDE: dict[str, About] = {
     ),
     "covering": About(
         "the teacher's k likeliest continuations of the text so far, at every student token",
-        "equal distributions over texts, up to what a lookahead would tell",
+        "equal distributions over texts",
         "V_s + V_t + branches",
         "any pair: GKD's default across tokenizers",
     ),

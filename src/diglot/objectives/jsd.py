@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diglot.errors import ConfigError
-from diglot.objectives.base import Pair, RowObjective, Values, at_least_float32, check_range
+from diglot.objectives.base import Pair, RowObjective, Rows, Scores, Values, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.masses import FLOOR
 
@@ -74,3 +74,9 @@ class JSD(RowObjective):
     @property
     def is_single_step(self) -> bool:
         return self.beta == 1
+
+    def explained(self, plan: Rows, scores: Scores) -> Tensor:
+        assert scores.rollout is not None
+        found = torch.full_like(scores.rollout.logp_old, math.nan)
+        found[plan.student] = (scores.rollout.logp_t[plan.teacher] - scores.rollout.logp_old[plan.student]).to(found)
+        return found

@@ -12,5 +12,7 @@ class Level(IntEnum):
     """The log-probability of each token of a given text."""
     TOP_K = 2
     """Also the most likely ids of each position with their log-probabilities."""
-    HIDDEN = 3
+    CHOSEN = 3
+    """Also the log-probabilities of any ids that are named at each position, such as the student's likeliest."""
+    HIDDEN = 4
     """Hidden states and the output head: whole distributions, formed where they are needed."""

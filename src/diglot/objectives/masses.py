@@ -3,8 +3,13 @@ sides share."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from diglot.objectives.base import Pair
 
 FLOOR = 1e-8
 """A mass that no token can carry to a cell counts as this much where a KL divergence would be infinite."""
@@ -13,6 +18,20 @@ FLOOR = 1e-8
 def log_mass(mass: Tensor) -> Tensor:
     """Log of masses; those that have underflowed count as the smallest normal number, and get no gradient."""
     return mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
+
+
+def no_text(pair: Pair) -> tuple[Tensor, Tensor]:
+    """Ids of the student and of the teacher that are neither text nor stop: control tokens, padding of the embedding.
+
+    One event for both sides, since no name of one side need mean anything on the other: a student that writes control
+    tokens where its teacher writes none is to be told so. Empty for a pair without vocabularies.
+    """
+    if pair.tables is None:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    sides = (pair.tables.student, pair.stop_s), (pair.tables.teacher, pair.stop_t)
+    silent = [(torch.from_numpy((table.lengths == 0).nonzero()[0]), stop.cpu()) for table, stop in sides]
+    of_student, of_teacher = (ids[~torch.isin(ids, stop)] for ids, stop in silent)
+    return of_student, of_teacher
 
 
 def gathered(probs: Tensor, cells: Tensor, count: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from diglot.errors import ConfigError
 from diglot.objectives.base import ColumnObjective, Pair, Values, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
+from diglot.objectives.levels import Level
+from diglot.objectives.masses import FLOOR, no_text
 
 
 def chosen_columns(logits_s: Tensor, pair: Pair, top_k: int | None) -> tuple[Tensor, Tensor]:
@@ -36,6 +39,18 @@ def rest(logits: Tensor, columns: Tensor, stop_ids: Tensor) -> Tensor:
     return others.logsumexp(-1, keepdim=True)
 
 
+def _others(logits: Tensor, columns: Tensor, stop_ids: Tensor, silent: Tensor, apart: bool) -> Tensor:
+    """What is not chosen: the rest, and before it, where it is `apart`, the mass of `silent`; then at least 1e-8 each.
+
+    One side may have no such token at all, which would make a KL divergence infinite.
+    """
+    left = rest(logits, columns, torch.cat([stop_ids, silent]))
+    if not apart:
+        return left
+    both = torch.cat([logits[:, silent].logsumexp(-1, keepdim=True), left], dim=-1)
+    return torch.logaddexp(both, logits.logsumexp(-1, keepdim=True) + math.log(FLOOR))
+
+
 def strict_divergence(
     logits_s: Tensor,
     logits_t: Tensor,
@@ -44,6 +59,7 @@ def strict_divergence(
     top_k: int | None = 16,
     beta: float = 1.0,
     residual: bool = False,
+    silent: tuple[Tensor, Tensor] | None = None,
 ) -> Values:
     """Generalised JSD in nats, `[R]`, on the student's `top_k` likeliest shared tokens and one semantic stop column.
 
@@ -51,7 +67,9 @@ def strict_divergence(
     Both sides are renormalised on the chosen columns: the divergence of the distributions *given* that one of them
     comes next.
     With `residual`, one more bin holds each side's remaining mass instead: a proper divergence of coarsened
-    distributions. Metrics: `mass_s`, `mass_t`, each side's probability of the chosen columns, in [0, 1].
+    distributions. Of that bin, the mass of `silent` ids of each side, control tokens that do not stop, is a bin of its
+    own if the student has any: else it could take the place of text that the teacher alone has.
+    Metrics: `mass_s`, `mass_t`, each side's probability of the chosen columns, in [0, 1].
     """
     logits_s, logits_t = at_least_float32(logits_s), at_least_float32(logits_t)
     columns_s, columns_t = chosen_columns(logits_s, pair, top_k)
@@ -60,8 +78,16 @@ def strict_divergence(
         mass_s = (chosen_s.logsumexp(-1) - logits_s.logsumexp(-1)).exp()
         mass_t = (chosen_t.logsumexp(-1) - logits_t.logsumexp(-1)).exp()
     if residual:
-        chosen_s = torch.cat([chosen_s, rest(logits_s, columns_s, pair.stop_s)], dim=-1)
-        chosen_t = torch.cat([chosen_t, rest(logits_t, columns_t, pair.stop_t)], dim=-1)
+        apart = silent is not None and len(silent[0]) > 0
+        silent_s, silent_t = silent if silent is not None and apart else (pair.stop_s[:0], pair.stop_t[:0])
+        others = (
+            _others(logits, columns, stop, ids, apart)
+            for logits, columns, stop, ids in (
+                (logits_s, columns_s, pair.stop_s, silent_s),
+                (logits_t, columns_t, pair.stop_t, silent_t),
+            )
+        )
+        chosen_s, chosen_t = (torch.cat(x, -1) for x in zip((chosen_s, chosen_t), others, strict=True))
     loss = generalized_jsd(chosen_s.log_softmax(-1), chosen_t.log_softmax(-1), beta)
     return Values(loss, {"mass_s": mass_s, "mass_t": mass_t})
 
@@ -74,6 +100,7 @@ class Strict(ColumnObjective):
     """
 
     name = "strict"
+    needs = Level.CHOSEN  # in its default form
 
     def __init__(self, pair: Pair, *, top_k: int | None = 16, beta: float = 1.0, residual: bool = False) -> None:
         super().__init__(pair)
@@ -88,15 +115,14 @@ class Strict(ColumnObjective):
                 f"{pair.size_s}, so its residual bin is empty, the teacher's is not. Choose beta > 0 or top_k > 0."
             )
         self.top_k, self.beta, self.residual = top_k, beta, residual
+        self.silent_s, self.silent_t = no_text(pair)
+        if not self.reads_few:
+            self.needs = Level.HIDDEN
 
     def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
-        return strict_divergence(
-            logits_s, logits_t, self.pair, top_k=self.top_k, beta=self.beta, residual=self.residual
-        )
-
-    @property
-    def is_single_step(self) -> bool:
-        return self.beta == 1 and self.residual and not self.top_k
+        options: dict[str, Any] = dict(top_k=self.top_k, beta=self.beta, residual=self.residual)
+        silent = self.silent_s, self.silent_t
+        return strict_divergence(logits_s, logits_t, self.pair, silent=silent, **options)
 
     @property
     def reads_few(self) -> bool:

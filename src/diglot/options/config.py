@@ -271,10 +271,11 @@ class GKDConfig(DistillationConfig):
     lmbda: float = option(
         0.5, "Share of steps on the student's own completions (one draw a step, the same on all ranks).", "Objective"
     )
-    beta: float = option(
-        0.5,
+    beta: float | None = option(
+        None,
         "The divergence, of every objective that has one: 0 is forward KL(teacher || student), 1 is reverse "
-        "KL(student || teacher), between them the generalised Jensen-Shannon divergence.",
+        "KL(student || teacher), between them the generalised Jensen-Shannon divergence. Default: each objective's "
+        "own, 0.5 of `covering` and `jsd`.",
         "Objective",
     )
     teacher_cache_dir: str | None = option(

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError
-from diglot.heads import Branches, Head, hidden_at_rows, hidden_with_branches
+from diglot.heads import Branches, Head, TreeReading, hidden_at_rows
 from diglot.heads.shared_prompts import Host
 from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
@@ -67,11 +67,23 @@ class LocalTeacher:
         return self.at_rows(side.input_ids, side.attention_mask, side.rows, (side.host_ids, side.host_rows))
 
     @torch.no_grad()
-    def branched(self, side: PackedSide, branches: Branches) -> tuple[Tensor, Tensor]:
-        """The same, and the hidden states behind every token of the branches, `[E, H_t]`."""
+    def branched(
+        self, side: PackedSide, branches: Branches, reading: TreeReading | None
+    ) -> tuple[Tensor, TreeReading, Tensor]:
+        """The hidden states behind every token of the branches, `[E, H_t]`; before, those of `hidden` if no `reading`
+        of the side is there yet, `[N_t, H_t]` or `[0, H_t]`; and the reading, to go on with."""
         with self.running() as model:
+            if reading is not None:
+                behind = reading.more(branches)
+                return behind[:0], reading, behind
             ids, mask, rows = (x.to(model.device) for x in (side.input_ids, side.attention_mask, side.rows))
-            return hidden_with_branches(model, ids, mask, rows, branches)
+            reading = TreeReading(model, ids, mask, rows)
+            main, behind = reading.first(branches)
+            return main, reading, behind
+
+    def behind(self, side: PackedSide, branches: Branches) -> Tensor:
+        """The second of these alone."""
+        return self.branched(side, branches, None)[2]
 
     @torch.no_grad()
     def at_rows(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, host: Host | None = None) -> Tensor:

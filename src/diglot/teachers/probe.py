@@ -28,12 +28,10 @@ _OVER = 0.02  # a distribution's mass may exceed 1 by this much: rounding
 _NONSENSE, _SHORTEST = 8, 8
 
 
-def check_server(client: Client, wire: Wire, renderer: Renderer, window: int | None) -> None:
+def check_server(client: Client, wire: Wire, renderer: Renderer) -> None:
     """Raise `TeacherError` unless the server reads our ids and gives raw log-probs at their own positions."""
     check_tokenizer(client, wire, renderer)
-    ids = probe_ids(renderer)
-    if window is not None:
-        ids = ids[: max(window, 0)]
+    ids, window = probe_ids(renderer)[: wire.info.longest], wire.info.longest
     if len(ids) < _SHORTEST:
         raise TeacherError(
             f"{client.url} takes {window} tokens, too few for a text of {_SHORTEST}. Start it with a longer window."

@@ -40,7 +40,7 @@ from diglot.teachers.kept import (
 )
 from diglot.teachers.local import LocalTeacher
 from diglot.teachers.scored import tokenizer_of
-from diglot.teachers.teacher import Teacher
+from diglot.teachers.teacher import Teacher, gives_rows
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _request(
     """All that decides the files, as plain values."""
     if manner.level not in RUNGS:
         raise TeacherError(f"level={manner.level!r} is unknown: choose one of {', '.join(RUNGS)}.")
-    if manner.level == "bytes" and not isinstance(teacher, LocalTeacher):
+    if manner.level == "bytes" and not gives_rows(teacher):
         raise TeacherError(
             f"Next-byte distributions take whole rows, and the teacher is {teacher.name}, which gives "
             f"{teacher.level.name}. "
@@ -233,13 +233,13 @@ class _Scorer:
     def answers(self, side: PackedSide) -> list[Answer]:
         """One for each row of the batch."""
         ends = np.unique(side.segment, return_index=True)[1]
-        if isinstance(self.teacher, LocalTeacher):
+        if gives_rows(self.teacher):
             hidden = self.teacher.hidden(side)
             columns, distributions = self._columns(hidden, side), self._distributions(hidden, side)
         else:
             asked = self.teacher.ask(side)
             assert asked is not None
-            said = asked.result()
+            said: Any = asked.result()
             columns = [said.logps, said.written, said.top_ids[:, : self.k], said.top_logps[:, : self.k]]
             distributions = [np.zeros((0, 257), np.float16)] * len(ends)
         row = (side.rows // side.input_ids.shape[1]).cpu().numpy()
@@ -257,7 +257,7 @@ class _Scorer:
 
     def _columns(self, hidden: Tensor, side: PackedSide) -> list[Tensor]:
         """Log-probs of the text and of the written ids, the likeliest ids and theirs: one pass over the head."""
-        assert isinstance(self.teacher, LocalTeacher)
+        assert gives_rows(self.teacher)
         size, stop_ids = len(self.teacher.renderer.vocabulary), self.stop.to(hidden.device)
         found = []
         chunk_rows, side = default_chunk_rows(size, size, hidden.device), side.to(hidden.device)
@@ -274,7 +274,7 @@ class _Scorer:
         segments = np.unique(side.segment)
         if self.distributions is None:
             return [np.zeros((0, 257), np.float16)] * len(segments)
-        assert isinstance(self.teacher, LocalTeacher)
+        assert gives_rows(self.teacher)
         written = WrittenSide(side.targets.cpu().numpy(), side.end, side.segment, side.exact, side.stop.cpu().numpy())
         plan, segment, position = self.distributions.plan(written)
         size = len(self.teacher.renderer.vocabulary)

@@ -5,11 +5,11 @@ Shapes: `N` scored tokens of a batch, `K` likeliest ids of a row.
 
 from __future__ import annotations
 
-import logging
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,15 +22,11 @@ from diglot.errors import TeacherError
 from diglot.http.client import Client, Refused
 from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
-from diglot.teachers.probe import check_server
-from diglot.teachers.wire import Asking, TokenScores, Wire, find_wire
-
-logger = logging.getLogger(__name__)
+from diglot.teachers.wire import Asking, TokenScores, Wire
 
 STOP_TOLERANCE = 1e-4
 """Nats by which the log of a stop set's mass may be too small before the missing stop ids are asked for."""
 _TOP_WITH_STOPS = 8
-_START_SECONDS = 60.0  # of retries while nothing has been trained that a stop could cost
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class Pending:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """Scores of one text and, for each of its stops, the log of the stop set's mass."""
 
     scores: TokenScores
@@ -90,7 +86,7 @@ class ServedTeacher:
         max_length: longest input in tokens; the server's window less one (it must generate one) when that is shorter.
         concurrency: requests under way at a time.
 
-    Raises `TeacherError` if the server cannot be a teacher (`probe`).
+    `serving.connect_server` finds out whether the server can be a teacher.
     """
 
     level = Level.TOP_K
@@ -99,41 +95,10 @@ class ServedTeacher:
         self, client: Client, wire: Wire, renderer: Renderer, max_length: int | None = None, concurrency: int = 8
     ) -> None:
         self.client, self.wire, self.renderer = client, wire, renderer
-        window = None if wire.info.window is None else wire.info.window - 1
-        self.max_length = min((n for n in (max_length, window) if n is not None), default=None)
+        self.max_length = min((n for n in (max_length, wire.info.longest) if n is not None), default=None)
         self.top = _TOP_WITH_STOPS if len(renderer.stop_ids) > 1 else 1
-        check_server(client, wire, renderer, window)
         weakref.finalize(self, client.close)
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="diglot-teacher")
-
-    @classmethod
-    def connect(
-        cls,
-        url: str,
-        renderer: Renderer,
-        *,
-        model: str | None = None,
-        max_length: int | None = None,
-        concurrency: int = 8,
-        timeout: float = 120.0,
-        budget: float = 600.0,
-    ) -> ServedTeacher:
-        """The teacher at `url` (as `checked_address` gives it), after its start-up probe."""
-        client = Client(url, connections=concurrency, timeout=timeout, budget=min(budget, _START_SECONDS))
-        try:
-            teacher = cls(client, find_wire(client, model), renderer, max_length, concurrency)
-        except BaseException:
-            client.close()
-            raise
-        client.budget = budget
-        logger.info(
-            "teacher: %s at %s, served by %s, window %s",
-            teacher.wire.info.model,
-            url,
-            teacher.wire.name,
-            teacher.wire.info.window,
-        )
-        return teacher
 
     @property
     def name(self) -> str:
@@ -183,7 +148,7 @@ class ServedTeacher:
             if len(at):
                 read = ids[b][mask[b] > 0][: at[-1] + 1]
                 self._check_length(read, b)
-                answers.append((b, self._pool.submit(self._score, read, at[stop[row == b] & stop_as_set])))
+                answers.append((b, self._pool.submit(self._score, read, at, at[stop[row == b] & stop_as_set])))
         return Pending(self, side, answers)
 
     def scores(self, side: PackedSide) -> TextScores:
@@ -201,9 +166,17 @@ class ServedTeacher:
     def _beginning(self, ids: NDArray[np.int64]) -> str:
         return f"it begins {str(self.renderer.tokenizer.decode(ids[:40]))[:80]!r}"
 
-    def _score(self, ids: NDArray[np.int64], stops: NDArray[np.int64]) -> _Row:
-        try:
+    def _score(self, ids: NDArray[np.int64], at: NDArray[np.int64], stops: NDArray[np.int64]) -> Row:
+        """Scores of a text at its tokens `at`, of which `stops` are stops."""
+        with self._explained(ids):
             scores = self.wire.score(self.client, ids.tolist(), Asking(top=self.top))
+        return Row(scores, {int(t): self._stop_mass(ids, scores, int(t)) for t in stops})
+
+    @contextmanager
+    def _explained(self, ids: NDArray[np.int64]) -> Iterator[None]:
+        """A text that the server refuses is named."""
+        try:
+            yield
         except Refused as error:
             if error.status not in (400, 413, 422):
                 raise
@@ -211,7 +184,6 @@ class ServedTeacher:
                 f"The server refused a text of {len(ids)} tokens ({self._beginning(ids)}): {error} If its window is "
                 f"shorter, set teacher_max_length to what it holds."
             ) from None
-        return _Row(scores, {int(t): self._stop_mass(ids, scores, int(t)) for t in stops})
 
     def _stop_mass(self, ids: NDArray[np.int64], scores: TokenScores, t: int) -> float:
         """Log of the probability of the whole stop set at token `t`.
@@ -232,7 +204,7 @@ class ServedTeacher:
                 seen.append(float(other.logps[t]))
         return float(np.logaddexp.reduce(seen))
 
-    def packed(self, side: PackedSide, rows: Sequence[tuple[int, _Row]]) -> TextScores:
+    def packed(self, side: PackedSide, rows: Sequence[tuple[int, Row]]) -> TextScores:
         """Scores of the single texts in the order of the batch's scored tokens."""
         width, count = side.input_ids.shape[1], len(side.rows)
         row, place = np.divmod(side.rows.cpu().numpy(), width)

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from diglot.errors import TeacherError
 from diglot.http.client import Client, Refused
+from diglot.teachers.states import discard_states
 
 NO_MASS = -9000.0
 """vLLM writes -9999 for log 0. A softmax gives every id a mass, so what is below this is no softmax."""
-_ROUNDING = 1e-2  # a log-probability above 0 by less is rounding
+ROUNDING = 1e-2  # a log-probability above 0 by less is rounding
 _ENTRY_BYTES, _FIXED_BYTES = 512, 2**20  # of an answer, at most
 
 Ids = Sequence[int]
@@ -39,6 +40,11 @@ class ServerInfo:
 
     model: str
     window: int | None  # tokens of prompt and reply together
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest text that it scores: it must write one more."""
+        return None if self.window is None else max(self.window - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,9 @@ class Wire(ABC):
         """Ask and read."""
         path, body = self.request(ids, asking)
         limit = _FIXED_BYTES + _ENTRY_BYTES * (len(ids) + 1) * (asking.top + 2)
-        return self.read(client.post(path, body, limit=limit), ids, asking)
+        answer = client.post(path, body, limit=limit)
+        discard_states(answer, ids)  # a server that hands them out writes them for every request
+        return self.read(answer, ids, asking)
 
 
 class VLLM(Wire):
@@ -240,7 +248,7 @@ def _collect(ids: Ids, entries: Sequence[Any], top: int) -> TokenScores:
 def _check_values(entry: dict[int, Any], t: int) -> None:
     for i, logp in entry.items():
         number = isinstance(logp, (int, float)) and not isinstance(logp, bool) and logp == logp
-        if not number or logp > _ROUNDING:
+        if not number or logp > ROUNDING:
             raise TeacherError(
                 f"The server's log-prob of id {i} at token {t} is {logp!r}, expected a finite number of at most 0. "
                 "With vLLM, look for NaN in the model's weights and start it with --logprobs-mode raw_logprobs."

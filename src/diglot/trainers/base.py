@@ -384,9 +384,9 @@ class DistillationTrainer(Trainer):
         base = self.seed_for(what)
         return [[row_seed(base, place, i) for place in batch for i in range(per_row)] for batch in places]
 
-    def count_over_ranks(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """Sum each count over all ranks; every rank calls it at the same place."""
-        return sum_over_ranks(self.accelerator, counts)
+    def count_over_ranks(self, counts: Mapping[str, Any]) -> dict[str, float]:
+        """Sum each count, or array of counts, over all ranks; every rank calls it at the same place."""
+        return sum_over_ranks(self.accelerator, {name: float(np.sum(count)) for name, count in counts.items()})
 
     # ---- the optimizer's step ------------------------------------------------------------------------------------
 
@@ -546,7 +546,7 @@ class DistillationTrainer(Trainer):
         reference = evaluator.on_reference([s for s in samples if s.reply is not None])
         columns = {f"reference/{n}": getattr(reference, n) for n in ("nats", "num_bytes")}
         if isinstance(comparison.teacher, ScoredTeacher):  # of which nobody can ask anything about new text
-            return reference_metrics(self._totals(columns))
+            return reference_metrics(self.count_over_ranks(columns))
         written = evaluator.on_policy(
             [s.conversation for s in samples],
             self.own_sampler,
@@ -555,10 +555,7 @@ class DistillationTrainer(Trainer):
         )
         comparison.reader.take_dropped()
         columns |= {n: getattr(written, n) for n in OnPolicyReport.columns()}
-        return evaluation_metrics(self._totals(columns), whole_rows=comparison.teacher.level >= Level.HIDDEN)
-
-    def _totals(self, columns: Mapping[str, Any]) -> dict[str, float]:
-        return self.count_over_ranks({name: float(values.sum()) for name, values in columns.items()})
+        return evaluation_metrics(self.count_over_ranks(columns), whole_rows=comparison.teacher.level >= Level.HIDDEN)
 
     # ---- logging -------------------------------------------------------------------------------------------------
 

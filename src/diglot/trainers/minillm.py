@@ -5,8 +5,8 @@ everything that follows:
 
     - sum_t w_t [ grad E_{y ~ student}[ log teacher(y) - log student(y) ] + R_{t+1} grad log student(y_t) ]
 
-With two tokenizers `t` runs over aligned chunks. Where a chunk is one token on both sides the single-step part is a
-divergence of the two next-token distributions; where it is not, the chunk's own log-ratio stays in the policy gradient.
+With two tokenizers the single-step part is the divergence from the covering distribution, and a control variate: what
+it does not explain of the text's log-ratio stays in the policy gradient (docs/objectives.md).
 Rewards, returns and advantages are constants: no gradient flows through them.
 """
 
@@ -30,6 +30,7 @@ from diglot.batches import ReadPair, pad_id
 from diglot.batches.windows import RepeatedWindows, repeated_stream
 from diglot.checkpoints.held import HeldBatch, load_held, save_held
 from diglot.comparisons import Batch, Comparison, Term, View, defaults_of, entries_of, make_batch, scores_of, terms_of
+from diglot.comparisons.auto import explained_by, single_step
 from diglot.comparisons.counts import set_counts
 from diglot.comparisons.rows import checked_texts
 from diglot.comparisons.scores import check_temperature
@@ -41,7 +42,7 @@ from diglot.objectives.span import span_advantages
 from diglot.options import MiniLLMConfig
 from diglot.rendering import Conversation, Rendered
 from diglot.rollouts import TeacherMixture, continue_prefixes, mixture_weight, write_prefixes
-from diglot.teachers import local
+from diglot.teachers import LocalTeacher, local
 from diglot.trainers.base import DistillationTrainer, Ids, Texts, Window
 
 logger = logging.getLogger(__name__)
@@ -108,10 +109,7 @@ class MiniLLMTrainer(DistillationTrainer):
             if entry["name"] != "auto":
                 named.append(entry)
             elif self._has_single_step(comparison):
-                weight, auto = float(entry.get("weight", 1.0)), _single_step(comparison)
-                # All shared tokens and one bin for the rest: nothing of the single step is ignored.
-                exact: dict[str, Any] = {} if auto == "jsd" else {"top_k": None, "residual": True}
-                found.append(Term("single_step", weight, make_objective(auto, comparison.pair, beta=1.0, **exact)))
+                found.append(Term("single_step", float(entry.get("weight", 1.0)), single_step(comparison)))
         return found + terms_of(named, comparison.pair, defaults_of(args, 1.0))
 
     def _has_single_step(self, comparison: Comparison) -> bool:
@@ -139,8 +137,8 @@ class MiniLLMTrainer(DistillationTrainer):
             return 0.0
         if len(self.comparisons) > 1:
             why = "with several teachers the student writes alone"
-        elif teacher.level < Level.HIDDEN:
-            why = f"the teacher cannot write, it is {teacher.name}, which gives {teacher.level.name}"
+        elif not isinstance(teacher, LocalTeacher):
+            why = f"the teacher cannot write here, it is {teacher.name}"
         elif self.args.use_vllm:
             why = "vLLM samples from the student alone (use_vllm)"
         else:
@@ -209,31 +207,34 @@ class MiniLLMTrainer(DistillationTrainer):
     def _views(batches: Sequence[Batch]) -> list[tuple[View, Rollout]]:
         return [(view, view.rollout) for batch in batches for view in batch.views if view.rollout is not None]
 
-    def rewarded(self, batches: list[Batch], known: Mapping[tuple[int, int], Tensor] | None = None) -> list[Batch]:
+    def rewarded(self, batches: list[Batch], known: Mapping[tuple[int, int], HeldBatch] | None = None) -> list[Batch]:
         """Log-probs of the completions under both models as they are now, weights of sampling, and advantages.
 
         Under the autocast of training: the ratio of the first inner step is one.
 
-        `known`: the student's log-probs of batch and view, where they were kept from when it wrote.
+        `known`: what the student said of batch and view, where it was kept from when it wrote.
         """
         with self.accelerator.autocast(), torch.no_grad():
             return self._rewarded(batches, known)
 
-    def _rewarded(self, batches: list[Batch], known: Mapping[tuple[int, int], Tensor] | None) -> list[Batch]:
+    def _rewarded(self, batches: list[Batch], known: Mapping[tuple[int, int], HeldBatch] | None) -> list[Batch]:
         temperature, alpha = self.args.kd_temperature, self.mixed_alpha
         for i, batch in enumerate(batches):
             hidden = self.hidden_at_rows(self.student, batch.student)
             self.rollouts.measure(batch, hidden, self.student_head, self.state.global_step)
             for k, view in enumerate(batch.views):
                 scores = scores_of(batch, view, hidden, self.student_head)
-                logp_old = scores.student_text(temperature) if known is None else known[i, k]
+                held = None if known is None else known[i, k]
+                logp_old = scores.student_text(temperature) if held is None else held.logp_old.to(self.args.device)
                 logp_t = scores.teacher_text(temperature)  # the student first: a served teacher answers meanwhile
                 weight = None
                 if alpha > 0:
                     by_token = view.comparison.reader.same_vocabulary
                     longest = None if by_token else self.args.max_completion_length
                     weight = mixture_weight(logp_old, logp_t, view.read.alignment, alpha, longest)
-                batch.views[k] = replace(view, rollout=Rollout(logp_old, logp_t, weight))
+                scores.rollout = rollout = Rollout(logp_old, logp_t, weight)
+                explained = explained_by(view, scores) if held is None else held.explained
+                batch.views[k] = replace(view, rollout=replace(rollout, explained=explained))
         self._set_advantages(batches)
         return batches
 
@@ -268,19 +269,8 @@ class MiniLLMTrainer(DistillationTrainer):
             gamma=self.args.gamma,
             length_normalization=self.args.length_normalization,
             reward_clip=self.args.reward_clip,
-            dense=self.dense(view),
+            explained=view.rollout.explained,
         )
-
-    def dense(self, view: View) -> Tensor | None:
-        """Which student tokens have the single-step part as an exact divergence, bool [N_s]: not rewarded for it."""
-        exact = [term for term in view.comparison.terms if term.objective.is_single_step]
-        if not exact:
-            return None
-        covered = torch.zeros_like(view.read.alignment.chunk_s, dtype=torch.bool)
-        for term in exact:
-            rows: Any = view.plans[term.name]
-            covered.index_fill_(0, rows.student.to(covered.device), True)
-        return covered
 
     def _attach_references(self, batches: Sequence[Batch]) -> None:
         """Give each micro-batch rows of `lm_dataset`, chosen by seed, step and place: the same after a resume."""
@@ -354,7 +344,7 @@ class MiniLLMTrainer(DistillationTrainer):
         routed = any(c.route is not None for of_k in held for one in of_k for c in one.conversations)
         routed &= len(self.comparisons) > 1
         batches = [self._restored(of_views, routed) for of_views in zip(*held, strict=True)]
-        known = {(i, k): one.logp_old.to(self.args.device) for k, of_k in enumerate(held) for i, one in enumerate(of_k)}
+        known = {(i, k): one for k, of_k in enumerate(held) for i, one in enumerate(of_k)}
         set_counts(batches, self.items, self.count_over_ranks, routed)
         self.held = self.rewarded(batches, known)
 
@@ -396,9 +386,5 @@ def held_of(batch: Batch, k: int) -> HeldBatch:
     completions = [pair.student.ids[pair.prompt_length :] for pair in pairs]
     places = batch.places if view.texts is None else [batch.places[i] for i in view.texts]
     own = None if weight is None else view.of_own(weight)
-    return HeldBatch([pair.conversation for pair in pairs], completions, view.rollout.logp_old, places, own)
-
-
-def _single_step(comparison: Comparison) -> str:
-    """The objective whose rows are the exact single step of one-to-one tokens, which the policy gradient leaves out."""
-    return "jsd" if comparison.reader.same_vocabulary else "strict"
+    conversations, rollout = [pair.conversation for pair in pairs], view.rollout
+    return HeldBatch(conversations, completions, rollout.logp_old, places, own, rollout.explained)

@@ -89,6 +89,15 @@ class Vocabulary:
         return texts[np.isin(self.data[self.offsets[texts]], np.frombuffer(b" \t\n\r", dtype=np.uint8))]
 
     @cached_property
+    def word_cuts(self) -> frozenset[int]:
+        """Bytes of white space that no token has behind another byte: a text is cut before them, whatever follows."""
+        space = np.isin(self.data, np.frombuffer(b" \t\n\r", dtype=np.uint8))
+        inside = np.ones(len(self.data), dtype=np.bool_)
+        inside[self.offsets[:-1][self.lengths > 0]] = False
+        crossed = self.data[1:][inside[1:] & space[1:] & ~space[:-1]]
+        return frozenset(b" \t\n\r") - frozenset(crossed.tolist())
+
+    @cached_property
     def trie(self) -> ByteTrie:
         """All tokens in order of their bytes."""
         return ByteTrie(**cached("trie", [self], lambda: vars(ByteTrie.of(self))))

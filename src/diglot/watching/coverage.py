@@ -42,8 +42,9 @@ def watch_coverage(
     worst = min(range(len(labels)), key=shares.__getitem__)
     if shares[worst] < min_coverage:
         whose = f"those of teacher {labels[worst]!r}" if len(labels) > 1 else "the teacher's"
+        tokens = _comparable(sums[worst]) or sums[worst]["written"]
         raise AlignmentError(
-            f"Only {shares[worst]:.1%} of the {int(_comparable(sums[worst]))} tokens that were written in step {step} "
+            f"Only {shares[worst]:.1%} of the {int(tokens)} tokens that were written in step {step} "
             f"could be aligned with {whose} ({int(sums[worst]['tokens'])} are scored): a coverage below min_coverage, "
             f"which is {min_coverage:.0%}. Look at the pair: a lossy normaliser on one side, text that the teacher's "
             "context cannot hold, or replies made of control tokens are the usual reasons."

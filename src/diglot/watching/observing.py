@@ -32,7 +32,7 @@ from diglot.options import DistillationConfig
 from diglot.rendering import Role
 from diglot.report.completions import CompletionRow, print_completions
 from diglot.report.records import METRICS, ROLLOUTS, append
-from diglot.teachers import local
+from diglot.teachers import whole_rows
 from diglot.watching.drift import Drift, fixed_texts, is_due, text_sums_of
 from diglot.watching.metrics import StepMetrics
 
@@ -155,7 +155,7 @@ class Observer:
     ) -> tuple[AlignedBatch, tuple[RowFacts, RowFacts]]:
         """Both models read the pairs, in evaluation mode; every model is left in the mode it was in."""
         comparison, stops = self.comparison, (self.comparison.pair.stop_s, self.comparison.pair.stop_t)
-        batch, teacher = comparison.align(pairs, on_policy), local(comparison.teacher, "A record of completions")
+        batch, teacher = comparison.align(pairs, on_policy), whole_rows(comparison.teacher, "A record of completions")
         side, rows = batch.student, comparison.chunk_rows()
         with evaluating(model), self.autocast():
             hidden_s = hidden_at_rows(

@@ -137,7 +137,7 @@ class ServedUpstream:
         client = Client(url, connections=1, timeout=timeout, budget=budget)
         try:
             wire = find_wire(client, model)
-            check_server(client, wire, renderer, None if wire.info.window is None else wire.info.window - 1)
+            check_server(client, wire, renderer)
         finally:
             client.close()
         key = key_from_environment()

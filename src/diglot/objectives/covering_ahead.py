@@ -1,0 +1,175 @@
+"""More pieces of the teacher, where its first one does not say how the student's tokenizer would cut the text.
+
+Behind the student's "b" the teacher's "a" may be the student's "a" (if a "b" follows, which its tokenizer puts with
+the "a"), or none at all (if the text stops, its tokenizer would have written "ba"). The teacher's row behind that piece
+says how likely each is.
+
+Shapes: `L` leaves, each a teacher token that may come next at a boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams
+from diglot.objectives.covering_rows import RowsRead
+from diglot.objectives.tail import TailTokens
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+_LOOK = 3e-2  # of the mass of a boundary: a leaf of less is not looked behind
+_PIECES = 3  # of the teacher, behind the first, at most so many
+_SMALL = 1e-4  # of the mass of a boundary: what follows a leaf with less is not told apart
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """Teacher tokens that may come next, `[L]` each."""
+
+    boundary: Ints
+    row: Ints  # which row of the teacher gave them
+    token: Ints
+    consumed: Ints  # bytes of the token that are written already
+    cell: Ints  # the student's cell that they seem to begin, -1: none
+    mass: Floats  # of all that begins with the text up to the boundary
+
+    def at(self, which: Ints) -> Leaves:
+        """Some of them."""
+        return Leaves(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class TeacherText:
+    """The teacher's scored tokens, `[N_t]` each."""
+
+    ids: Ints
+    segment: Ints
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What is known by looking further."""
+
+    boundary: Ints  # [A]
+    cell: Ints  # [A] -1: the student's tokenizer would not have come here
+    mass: Floats  # [A]
+    left: Floats  # [L] of each leaf, what nothing more is known of
+
+
+def open_leaves(leaves: Leaves, previous: Ints, cells: CellMap, probes: Probes, neighbours: Neighbours) -> Ints:
+    """Which leaves begin one token or another, or none, depending on what follows them."""
+    heavy = np.flatnonzero((leaves.mass > _LOOK) & (leaves.cell >= 0))
+    some = leaves.at(heavy)
+    sure = neighbours.all_allowed(previous[some.boundary], some.cell, cells)
+    return heavy[~sure | probes.open(some.token, some.consumed, some.cell)]
+
+
+@dataclass(frozen=True)
+class _Path:
+    """What may come next, as far as it was looked at: some pieces behind a row of the teacher."""
+
+    leaf: int
+    boundary: int
+    row: int
+    pieces: tuple[int, ...]
+    text: bytes  # that is not written yet
+    mass: float
+    ends: bool = False  # the turn ends behind it
+
+    def advanced(self, there: Mapping[tuple[int, int], int]) -> _Path:
+        """From the last row of the path that is known already."""
+        row, pieces = self.row, self.pieces
+        while pieces and (row, pieces[0]) in there:
+            row, pieces = there[row, pieces[0]], pieces[1:]
+        return replace(self, row=row, pieces=pieces)
+
+    def continued(self, rows: RowsRead, at: int, token: Callable[[int], bytes]) -> Iterator[_Path]:
+        """With each piece that may come behind it, and its end; `at` is its row."""
+        yield replace(self, mass=float(np.exp(rows.stop[at])) * self.mass, ends=True)
+        masses = np.exp(rows.top[at]) * self.mass
+        for i, mass in zip(rows.top_ids[at].tolist(), masses.tolist(), strict=True):
+            if mass > _SMALL:
+                yield replace(self, pieces=(*self.pieces, i), text=self.text + token(i), mass=mass)
+
+
+def branches_behind(paths: Sequence[_Path], branch: TailTokens, count: int) -> tuple[TailTokens, Ints]:
+    """The teacher's tokens to read for rows behind `paths`, and for each path the place of its last token there.
+
+    `count` is how many rows the text has; row `count + e` follows token `e` of `branch`. A path without pieces has
+    the place -1: its row is there.
+    """
+    known: dict[tuple[int, tuple[int, ...]], int] = {}
+    ids: list[int] = []
+    before: list[int] = []
+    depth: list[int] = []
+    place = np.full(len(paths), -1, dtype=np.int64)
+    for k, key in enumerate((path.row, path.pieces) for path in paths):
+        row, pieces = key
+        if key not in known and pieces:
+            e = row - count
+            earlier = branch.ids[e - int(branch.depth[e]) : e + 1].tolist() if e >= 0 else []
+            path = [*earlier, *pieces]
+            ids += path
+            before += [int(branch.before[e]) if e >= 0 else row] * len(path)
+            depth += range(len(path))
+            known[key] = len(ids) - 1
+        place[k] = known.get(key, -1)
+    arrays = (np.array(x, dtype=np.int64) for x in (ids, before, depth, [-1] * len(ids)))
+    return TailTokens(*arrays), place
+
+
+def _next_rows(branch: TailTokens, text: TeacherText) -> dict[tuple[int, int], int]:
+    """Rows behind a row and a token, as far as they are there: of the text, and of branches."""
+    count = len(text.ids)
+    follows = np.flatnonzero(text.segment[1:] == text.segment[:-1])
+    known = {(i, int(text.ids[i])): i + 1 for i in follows.tolist()}
+    known |= {(r, i): count + e for e, (r, i) in enumerate(zip(branch.row.tolist(), branch.ids.tolist(), strict=True))}
+    return known
+
+
+def look_ahead(
+    leaves: Leaves,
+    previous: Ints,
+    branch: TailTokens,
+    text: TeacherText,
+    rows: RowsRead,
+    cells: CellMap,
+    seams: Seams,
+    look: Callable[[TailTokens], RowsRead],
+) -> Ahead:
+    """Which student token each of the leaves turns out to begin, once more of the teacher's pieces are known."""
+    token, there = cells.teacher.token, _next_rows(branch, text)
+    left, known = leaves.mass.copy(), list[tuple[int, int, float]]()
+    todo = [
+        _Path(k, b, r, (i,), token(i)[c:], m)
+        for k, (b, r, i, c, m) in enumerate(
+            zip(
+                *(x.tolist() for x in (leaves.boundary, leaves.row, leaves.token, leaves.consumed, leaves.mass)),
+                strict=True,
+            )
+        )
+    ]
+    for level in range(_PIECES):
+        todo = [path.advanced(there) for path in todo]
+        tail, place = branches_behind(todo, branch, len(text.ids))
+        behind = look(tail) if len(tail.ids) else rows
+        more: list[_Path] = []
+        for path, at in zip(todo, place.tolist(), strict=True):
+            more += path.continued(rows, path.row, token) if at < 0 else path.continued(behind, at, token)
+        found = seams.begins([(int(previous[one.boundary]), one.text) for one in more])
+        todo = []
+        for one, begins in zip(more, found, strict=True):
+            if begins is None:
+                continue
+            cell, is_open = begins
+            if is_open and not one.ends and one.mass > _LOOK and level + 1 < _PIECES:
+                todo.append(one)
+            else:
+                left[one.leaf] -= one.mass
+                known.append((one.boundary, cell, one.mass))
+    table = np.array(known, dtype=np.float64).reshape(-1, 3)
+    return Ahead(table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2], np.maximum(left, 0.0))

@@ -1,0 +1,121 @@
+"""Places of the text where the teacher could have a boundary, though neither side has one there.
+
+Behind "aab" the teacher's next token may be the rest of "ba", which began behind its "a", "a": a reading that neither
+its tokens for the whole text nor those for "aab" show. Where such a place holds some of the mass, the teacher is asked
+about it, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diglot.batches import Written
+from diglot.objectives.base import Encode
+from diglot.objectives.covering_cells import encoded
+from diglot.objectives.covering_plan import CoveringPlan, EarlierRows, Ground, branches_to, pairs_from
+from diglot.objectives.covering_rows import RowsRead
+from diglot.objectives.covering_target import TeacherRows, prefix_masses
+from diglot.objectives.tail import TailTokens
+from diglot.vocabulary import Vocabulary
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+_TAIL, _PAIRS = TailTokens.__dataclass_fields__, EarlierRows.__dataclass_fields__
+_TRIED = 8  # tokens that run past a boundary, at most so many
+_SOME = 3e-2  # of the mass of the next boundary: a place that can hold less is not asked about
+
+
+@np.errstate(invalid="ignore")
+def _heavy_places(plan: CoveringPlan, rows: TeacherRows, prefix: Floats, segment_t: Ints) -> Ints:
+    """Where a token of the teacher may end with some of the mass, as places of the ground."""
+    ground, prefixes = plan.ground, plan.prefixes
+    log_prefix, _, _ = prefix_masses(plan, rows, segment_t)
+    begins, compared = np.flatnonzero(ground.main_at >= 0), np.flatnonzero(ground.row_at >= 0)
+    if not len(begins) or not len(compared):
+        return np.zeros(0, dtype=np.int64)
+    key_of = np.full(len(segment_t), -1, dtype=np.int64)
+    key_of[ground.main_at[begins]] = begins
+    key = key_of[prefixes.row]
+    text_end = (ground.offset + ground.lengths)[np.searchsorted(ground.offset, key, side="right") - 1]
+    low = key + prefixes.length
+    high = np.minimum(np.append(begins, len(ground.row_at))[np.searchsorted(begins, key, side="right")], text_end)
+    next_at = np.append(compared, len(ground.row_at))[np.searchsorted(compared, low)]
+    inside = np.flatnonzero((low < high) & (next_at <= text_end))
+    before = np.concatenate([[0.0], np.cumsum(rows.text)])
+    row = prefixes.row[inside]
+    reach = before[row] - before[np.searchsorted(segment_t, segment_t[row])]
+    heavy = inside[reach + prefix[inside] - log_prefix[ground.row_at[next_at[inside]]] > np.log(_SOME)]
+    places: set[int] = set()
+    for one, other in zip(low[heavy].tolist(), high[heavy].tolist(), strict=True):
+        places.update(range(one, other))
+    found = np.array(sorted(places), dtype=np.int64)
+    return found[(ground.row_at[found] < 0) & (ground.main_at[found] < 0)]
+
+
+def with_inner(
+    plan: CoveringPlan,
+    rows: TeacherRows,
+    prefix: Floats,
+    written: Written,
+    teacher: Vocabulary,
+    encode_t: Encode,
+    ask: Callable[[TailTokens, Ints, Ints, EarlierRows, int], RowsRead],
+) -> tuple[CoveringPlan, TeacherRows]:
+    """The plan and its rows with those behind places that hold some of the mass.
+
+    Args:
+        prefix: log-probs of `plan.prefixes`.
+        ask: reads the teacher behind branches: these, rows and tokens of single entries, pairs, the first row's number.
+    """
+    count, base, ground = len(written.teacher.ids), len(plan.branch.ids), plan.ground
+    places = _heavy_places(plan, rows, prefix, written.teacher.segment)
+    segment = np.searchsorted(ground.offset, places, side="right") - 1
+    position = places - ground.offset[segment]
+    more, last, _ = branches_to(written, segment, position, encode_t, teacher, base)
+    kept = _run_past(ground, places, last, more, teacher, encode_t)
+    if kept.any():
+        more, last, _ = branches_to(written, segment[kept], position[kept], encode_t, teacher, base)
+        pairs = pairs_from(places[kept], count + base + last, more.before[last], base + last, ground, teacher)
+        stride = int(max(plan.earlier.consumed.max(initial=0), pairs.consumed.max(initial=0))) + 1
+        known = plan.earlier.to * stride + plan.earlier.consumed
+        pairs = pairs.at(~np.isin(pairs.to * stride + pairs.consumed, known))
+        deeper = np.flatnonzero(more.depth)
+        behind = ask(more, more.row[deeper], more.ids[deeper], pairs, count + base)
+        first = dict(
+            zip(zip(plan.prefixes.row.tolist(), plan.prefixes.token.tolist(), strict=True), prefix, strict=True)
+        )
+        tail = np.array([first.get(one, -np.inf) for one in zip(more.row.tolist(), more.ids.tolist(), strict=True)])
+        tail[deeper] = behind.single
+        branch = TailTokens(*(np.concatenate([getattr(plan.branch, n), getattr(more, n)]) for n in _TAIL))
+        earlier = EarlierRows(*(np.concatenate([getattr(plan.earlier, n), getattr(pairs, n)]) for n in _PAIRS))
+        plan = replace(plan, branch=branch, earlier=earlier)
+        rows = TeacherRows(rows.text, np.concatenate([rows.tail, tail]), rows.read.with_more(behind))
+    # A target must not depend on whether a place with hardly any mass was found, that is, on what comes later.
+    log_prefix, _, start = prefix_masses(plan, rows, written.teacher.segment)
+    with np.errstate(invalid="ignore"):
+        light = start + rows.read.range_total - log_prefix[plan.earlier.to] < np.log(_SOME)
+    return plan, replace(rows, read=rows.read.without(plan.earlier.extra & light))
+
+
+def _run_past(
+    ground: Ground, places: Ints, last: Ints, branch: TailTokens, teacher: Vocabulary, encode_t: Encode
+) -> NDArray[np.bool_]:
+    """Where the teacher's tokenizer would write a token that runs past the next boundary, behind the one before."""
+    trie = teacher.trie
+    asked: list[tuple[int, int, int]] = []
+    begin, end = ground.span(places)
+    for on, depth, node in trie.walk(ground.data, begin, end):
+        hit = (ground.row_at[places[on] + depth] >= 0) & (last[on] >= 0)
+        for k, n in zip(on[hit].tolist(), node[hit].tolist(), strict=True):
+            ids = trie.sorted_ids[trie.low[n] : trie.high[n]]
+            ids = ids[teacher.lengths[ids] > depth]
+            some = ids[np.unique(np.linspace(0, len(ids) - 1, min(len(ids), _TRIED)).astype(np.int64))]
+            asked += [(k, int(branch.ids[last[k]]), i) for i in some.tolist()]
+    read = encoded([teacher.token(one) + teacher.token(other) for _, one, other in asked], encode_t)
+    found = np.zeros(len(places), dtype=np.bool_)
+    found[[k for (k, *pair), ids in zip(asked, read, strict=True) if ids == pair]] = True
+    return found

@@ -1,0 +1,156 @@
+"""With a teacher whose distribution over texts is known, the target of every row is the exact one.
+
+The teacher writes one of all texts of up to five letters with a known probability, always in its own tokens. So what a
+student with the same distribution over texts, in its own tokens, expects next is a sum over texts. Three pairs of
+tokenizers whose merges depend on what follows: the student's tokens are shorter, longer, or cut across the teacher's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toys
+from laboratory import MERGES
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from diglot.batches import PairReader, align_pairs
+from diglot.data import to_sample
+from diglot.objectives import Pair, covering_ahead, covering_inner, covering_rows, covering_target, make_objective
+from diglot.objectives.covering_cells import CellMap, Probes
+from diglot.objectives.tail import TailTokens
+from diglot.rendering import Renderer
+
+SPACE = toys.Texts(length=5, prompts=("a",))
+MASS = SPACE.random_distribution(5)[0]
+TEXTS = [SPACE.strings[i] for i in np.random.default_rng(0).choice(len(MASS), 60, p=MASS / MASS.sum())]
+Tokens = tuple[int, ...]
+
+
+class Known:
+    """Distribution over the next token behind tokens, of one who writes all texts in its tokenizer's own tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.paths = [toys.encode(tokenizer, text) for text in SPACE.strings]
+        self.width, self.seen = len(tokenizer), dict[Tokens, Counter[int]]()
+
+    def next(self, before: Tokens) -> Counter[int]:
+        if before not in self.seen:
+            found: Counter[int] = Counter()
+            for path, mass in zip(self.paths, MASS, strict=True):
+                if path[: len(before)] == before:
+                    found[path[len(before)] if len(path) > len(before) else toys.STOP] += mass
+            total = sum(found.values())
+            self.seen[before] = Counter({i: m / total for i, m in found.items()}) if total else Counter()
+        return self.seen[before]
+
+    def log_probs(self, before: Tokens) -> list[float]:
+        row = self.next(before)
+        return [float(np.log(max(row[i], 1e-300))) for i in range(self.width)]
+
+
+class Case:
+    """A pair of tokenizers, some texts, and what a perfect student expects at each of its tokens."""
+
+    def __init__(self, pair: str, texts: list[str] = TEXTS, **options: Any) -> None:
+        student, teacher = (Renderer(toys.bpe(merges), name=pair) for merges in MERGES[pair])
+        self.known_s, self.known_t = Known(student.tokenizer), Known(teacher.tokenizer)
+        reader = PairReader(student, teacher, same_vocabulary=False)
+        reads = [reader.written(to_sample({"prompt": "a", "completion": text}, where="test")) for text in texts]
+        batch = align_pairs(reads, pad_s=student.stop_id, pad_t=teacher.stop_id, on_policy=False)
+        self.written = batch.written
+        sides = student.vocabulary, teacher.vocabulary, student.stop_ids, teacher.stop_ids
+        made = Pair.of(*sides, student.encoder.encode, teacher.encoder.encode)
+        self.objective: Any = make_objective("covering", made, **options)
+        self.asked = 0
+        scores: Any = SimpleNamespace(written=self.written, teacher_rows=self.rows, teacher_rows_behind=self.behind)
+        self.plan = self.objective.plan(self.written)
+        self.targets = self.objective.targets(self.plan, scores)
+
+    def before(self, side: Any, at: int) -> Tokens:
+        return tuple(side.ids[np.flatnonzero(side.segment[:at] == side.segment[at])].tolist())
+
+    def rows(self, tail: TailTokens) -> Iterator[tuple[slice, torch.Tensor]]:
+        t = self.written.teacher
+        text = [self.known_t.log_probs(self.before(t, j)) for j in range(len(t.ids))]
+        yield slice(0, len(text)), torch.tensor(text, dtype=torch.float64)
+        for at, rows in self.behind(tail):
+            yield slice(len(text) + at.start, len(text) + at.stop), rows
+
+    def behind(self, tail: TailTokens) -> Iterator[tuple[slice, torch.Tensor]]:
+        self.asked += len(tail.ids)
+        found = []
+        for e in range(len(tail.ids)):
+            branch = tail.ids[e - int(tail.depth[e]) : e + 1].tolist()
+            found.append(self.known_t.log_probs((*self.before(self.written.teacher, int(tail.before[e])), *branch)))
+        if found:
+            yield slice(0, len(found)), torch.tensor(found, dtype=torch.float64)
+
+    def differences(self) -> np.ndarray:
+        """Of each row, the total variation between its target and what a perfect student expects."""
+        s, cells, found = self.written.student, self.objective.cells.cell, []
+        for r, i in enumerate(self.plan.student.tolist()):
+            wanted, targets = self.known_s.next(self.before(s, i)), self.targets
+            stop = wanted[toys.STOP]
+            of_cells: Counter[int] = Counter()
+            for token, mass in wanted.items():
+                if token != toys.STOP:
+                    of_cells[int(cells[token])] += mass
+            gap = abs(stop - targets.stop[r])
+            for column, mass in zip(targets.column[r].tolist(), targets.mass[r].tolist(), strict=True):
+                if column >= 0:
+                    gap += abs(of_cells.pop(column, 0.0) - mass)
+            if targets.own[r] >= 0:
+                gap = max(gap, 2 * abs(wanted[int(s.ids[i])] - targets.own_mass[r]))
+            found.append((gap + sum(of_cells.values())) / 2)
+        return np.array(found)
+
+
+@pytest.mark.parametrize("pair", ["finer", "coarser", "overlapping"])
+def test_looking_far_enough_gives_the_exact_distribution(pair: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A perfect student has the very distribution that it is compared with, so its loss and its gradient are zero."""
+    monkeypatch.setattr(covering_ahead, "_LOOK", 0.0)
+    monkeypatch.setattr(covering_ahead, "_SMALL", 0.0)
+    monkeypatch.setattr(covering_ahead, "_PIECES", 8)
+    monkeypatch.setattr(covering_inner, "_SOME", 1e-12)
+    monkeypatch.setattr(covering_rows, "NEGLIGIBLE", 1e-12)
+    monkeypatch.setattr(covering_target, "NEGLIGIBLE", 0.0)
+    case = Case(pair, top_k=10**6)
+    assert len(case.plan.student) == len(case.written.student.ids)
+    assert case.differences().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("pair", "mean", "worst"), [("finer", 1e-3, 0.03), ("coarser", 0.01, 0.1), ("overlapping", 0.01, 0.1)]
+)
+def test_looking_only_where_it_matters_is_close(pair: str, mean: float, worst: float) -> None:
+    case = Case(pair)
+    found = case.differences()
+    assert found.mean() < mean and found.max() < worst
+    assert case.asked < 3 * len(case.written.teacher.ids)
+
+
+def test_what_follows_is_asked_about_where_it_can_change_what_a_piece_means() -> None:
+    """A tokenizer that leaves the last space to the word behind it reads two newlines as one token, or as two."""
+    student, teacher = (_lines(regex) for regex in (True, False))
+    cells = CellMap(student.vocabulary, teacher.vocabulary, student.encoder.encode, teacher.encoder.encode)
+    probes = Probes(cells, student.encoder.encode, teacher.encoder.encode)
+    pieces = [teacher.vocabulary.token(i) for i in range(len(teacher.vocabulary))]
+    token, none = np.array([pieces.index(one) for one in (b"\n\n", b"the")]), np.zeros(2, dtype=np.int64)
+    assert probes.open(token, none, cells.of_leaves(token, none)).tolist() == [True, False]
+
+
+def _lines(regex: bool) -> Renderer:
+    """Letters, a few words and lines; with `regex` cut into words before anything is merged, as GPT-2 does."""
+    pieces = ["<stop>", *"ofthewrds", "Ġ", "Ċ", "ĊĊ", "of", "th", "the", "or", "Ġof"]
+    merges = [("Ċ", "Ċ"), ("o", "f"), ("t", "h"), ("th", "e"), ("o", "r"), ("Ġ", "of")]
+    made = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
+    made.decoder = decoders.ByteLevel()
+    return Renderer(PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<stop>"), name="lines")
