@@ -89,14 +89,14 @@ def _check_size(row: Mapping[str, Any], where: str) -> None:
 def _check_unicode(row: Mapping[str, Any], where: str) -> None:
     """Half of a surrogate pair has no bytes in UTF-8: JSON can spell it, no tokenizer can read it."""
     for name in ("prompt", "completion", "messages", "text", "tools", "teacher_prompt"):
-        if (half := _lone_surrogate(row.get(name))) is not None:
+        if (half := lone_surrogate(row.get(name))) is not None:
             raise DataError(
                 f"{where} holds the lone surrogate U+{ord(half):04X} in `{name}`, expected Unicode text: it was "
                 "probably cut in the middle of an emoji. Mend the row, or leave it out (on_bad_row: skip)."
             )
 
 
-def _lone_surrogate(value: Any) -> str | None:
+def lone_surrogate(value: Any) -> str | None:
     """The first lone surrogate in a value's texts, keys included."""
     if isinstance(value, str):
         try:
@@ -107,7 +107,7 @@ def _lone_surrogate(value: Any) -> str | None:
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
-        return next((half for item in value if (half := _lone_surrogate(item)) is not None), None)
+        return next((half for item in value if (half := lone_surrogate(item)) is not None), None)
     return None
 
 
