@@ -60,6 +60,16 @@ def test_the_option_that_a_refusal_names_trains(
     assert train(folders, tmp_path / "out", folders["qa"], *option) == 0
 
 
+def test_a_row_cut_in_an_emoji_stops_before_training(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "cut.jsonl"
+    data.write_text(Path(folders["plain"]).read_text() + r'{"prompt": "Say e.", "completion": "e \ud83d"}' + "\n")
+    assert train(folders, tmp_path / "out", str(data)) == 2
+    assert f"{data} line 5 holds the lone surrogate U+D83D in `completion`" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
 def test_several_datasets_with_weights_train(folders: dict[str, str], tmp_path: Path) -> None:
     given = [{"name": folders["chat"], "weight": 3}, {"name": folders["turns"], "weight": 1, "format": "sharegpt"}]
     assert train(folders, tmp_path / "out", json.dumps(given)) == 0

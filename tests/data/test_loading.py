@@ -89,6 +89,24 @@ def test_a_broken_line_of_json_is_named(tmp_path: Path, text: str, said: str) ->
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        (r'{"prompt": "c", "completion": "cut \ud83d"}', "completion"),
+        (r'{"messages": [{"role": "user", "content": "\ude00 cut"}]}', "messages"),
+        (r'{"prompt": "c", "note": "\ud83d, which nothing reads"}', "note"),
+    ],
+)
+def test_half_of_a_surrogate_pair_in_a_file_is_named_by_line_and_column(
+    tmp_path: Path, row: str, column: str, streaming: bool
+) -> None:
+    path = tmp_path / "cut.jsonl"
+    path.write_text(r'{"prompt": "a whole one: \ud83d\ude00"}' + f"\n\n{row}\n")
+    with pytest.raises(DataError, match=rf"cut\.jsonl line 3 holds the lone surrogate U\+D[8E]\w\w in `{column}`"):
+        load_dataset(str(path), streaming=streaming)
+
+
 def test_plain_and_conversational_rows_may_stand_in_one_file(tmp_path: Path) -> None:
     rows = [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]}]
     assert plain(load_dataset(write_jsonl(tmp_path / "d.jsonl", rows))) == rows

@@ -56,3 +56,22 @@ def test_fields_that_a_table_filled_with_none_are_gone_at_every_depth() -> None:
 
 def test_tools_may_be_a_string_of_json() -> None:
     assert to_sample({"prompt": [ASK], "tools": '[{"name": "f"}]'}, "row").conversation.tools == ({"name": "f"},)
+
+
+@pytest.mark.parametrize(
+    ("column", "row"),
+    [
+        ("prompt", {"prompt": "half \ud83d", "completion": "fine"}),
+        ("completion", {"prompt": "fine", "completion": "\ude00 half"}),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "half \ud83d"}]}]}),
+        ("text", {"text": "half \ud83d"}),
+        ("teacher_prompt", {"prompt": "fine", "teacher_prompt": "half \ud83d"}),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused_by_row_and_column(column, row):
+    with pytest.raises(DataError, match=rf"rows.jsonl row 3 holds the lone surrogate U\+D[0-9A-F]{{3}} in `{column}`"):
+        to_sample(row, "rows.jsonl row 3")
+
+
+def test_a_whole_emoji_is_taken():
+    assert to_sample({"text": "whole \U0001f600"}, "rows.jsonl row 3").reply == "whole \U0001f600"

@@ -15,6 +15,7 @@ import datasets
 import pyarrow
 
 from diglot.data.recognise import EXPECTED
+from diglot.data.samples import lone_surrogate
 from diglot.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,8 @@ def load_file(path: Path, split: str, streaming: bool) -> Any:
 
 
 def explain(path: Path) -> str | None:
-    """What is wrong with a file: its first line that is not UTF-8 or, of a JSON file, no JSON object; None: nothing
-    that was looked for."""
+    """What is wrong with a file: its first line that is not UTF-8 or, of a JSON file, no JSON object or not Unicode
+    text; None: nothing that was looked for."""
     builder = _builder(path)
     if builder == "parquet":
         return None
@@ -154,6 +155,12 @@ def _not_json(path: Path) -> str | None:
     for number, row in _json_rows(path):
         if not isinstance(row, dict):
             return f"{path} line {number}: {str(row)[:60]!r} is not a JSON object. Expected one with {EXPECTED}."
+        for name, value in row.items():  # of any column: one such string and the whole file cannot be read
+            if (half := lone_surrogate(value)) is not None:
+                return (
+                    f"{path} line {number} holds the lone surrogate U+{ord(half):04X} in `{name}`, expected Unicode "
+                    "text: it was probably cut in the middle of an emoji. Mend the line, or take it out of the file."
+                )
     return None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 from datasets import Dataset, Features, IterableDataset
 
 from diglot.data.files import BUILDERS, explain, first_cause, is_file_name, load_file
@@ -82,6 +83,9 @@ def load_dataset(
     except UnicodeDecodeError as error:
         reason = explain(path) if path.is_file() else f"{where} is not UTF-8: {error.reason} in {error.object[:40]!r}."
         raise DataError(str(reason)) from error
+    except pyarrow.ArrowInvalid as error:  # a file that is streamed is read here first
+        reason = explain(path) if path.is_file() else None
+        raise DataError(reason or f"{where} cannot be read: {first_cause(error)}") from error
     return with_row_numbers(data)
 
 

@@ -53,6 +53,7 @@ def _own_columns(row: Mapping[str, Any], where: str) -> Sample:
             "skip), or read their text alone (dataset_columns names the columns to read)."
         )
     _check_size(row, where)
+    _check_unicode(row, where)
     tools = _tools(row.get("tools"), where)
     if row.get("messages") is not None:
         return _from_messages(_messages(row["messages"], "messages", where), tools, where)
@@ -83,6 +84,31 @@ def _check_size(row: Mapping[str, Any], where: str) -> None:
     )
     if size > LONGEST:
         raise DataError(f"{where} holds {size} characters, expected at most {LONGEST}. Cut it, or leave it out.")
+
+
+def _check_unicode(row: Mapping[str, Any], where: str) -> None:
+    """Half of a surrogate pair has no bytes in UTF-8: JSON can spell it, no tokenizer can read it."""
+    for name in ("prompt", "completion", "messages", "text", "tools", "teacher_prompt"):
+        if (half := lone_surrogate(row.get(name))) is not None:
+            raise DataError(
+                f"{where} holds the lone surrogate U+{ord(half):04X} in `{name}`, expected Unicode text: it was "
+                "probably cut in the middle of an emoji. Mend the row, or leave it out (on_bad_row: skip)."
+            )
+
+
+def lone_surrogate(value: Any) -> str | None:
+    """The first lone surrogate in a value's texts, keys included."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return value[error.start]
+        return None
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return next((half for item in value if (half := lone_surrogate(item)) is not None), None)
+    return None
 
 
 def _letters(value: Any) -> int:

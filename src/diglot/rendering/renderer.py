@@ -31,6 +31,7 @@ from diglot.rendering.template import (
 )
 from diglot.rendering.types import Conversation, Rendered, Reply, Role, Score, Slot
 from diglot.vocabulary import ByteEncoder, Vocabulary
+from diglot.vocabulary.own_file import describe_difference, difference_from_file
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ class Renderer:
             self.stop_sources[after_call.stop] = "template, after a tool call"
         self.stop_ids = tuple(self.stop_sources)
         self._said: set[str] = set()
+        if (difference := difference_from_file(tokenizer)) is not None:
+            logger.warning(describe_difference(difference, name))
         logger.info(
             "%s: %s vocabulary of %d, stops at %s",
             name,
