@@ -21,6 +21,7 @@ from diglot.data import to_sample
 from diglot.errors import DataError
 from diglot.phases import phase
 from diglot.report.runs import Run, load_run
+from diglot.report.verdict import verdict
 from diglot.teachers import LocalTeacher
 from diglot.teachers.adapter import AdapterOff
 from diglot.trainers.base import DistillationTrainer
@@ -197,15 +198,6 @@ def end_lines(found: Run) -> list[Line]:
     if read_before is not None and read_after is not None:
         lines.append(("to the data", f"{read_before:.3f} -> {read_after:.3f} bits a byte of its replies"))
     return lines
-
-
-def verdict(before: float, after: float, noise: float) -> str:
-    """In words: is the student closer to the teacher than it was? Lower is closer."""
-    if abs(after - before) <= 2 * noise:
-        return "no clear change: the difference is within its noise. Train longer, or evaluate on more rows."
-    if after > before:
-        return "worse: the student is further from the teacher than before. Lower learning_rate."
-    return f"better: {1 - after / before:.0%} of the distance to the teacher is gone." if before > 0 else "better."
 
 
 def next_commands(out: Path, script: TrainArguments, teacher: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from diglot.report.colours import (
 from diglot.report.plots import CURVES, Curve, drawn, svg
 from diglot.report.records import Record
 from diglot.report.runs import Run
+from diglot.report.verdict import judge
 
 MAX_CHUNKS = 800  # of one completion that are drawn
 MAX_STEPS = 8  # of the training that are shown, evenly spaced, first and last among them
@@ -47,22 +49,43 @@ def page(runs: Sequence[Run]) -> str:
     environment.filters.update(number=_number, gap=_gap, visible=visible, percent=_percent)
     environment.tests["table"] = _is_table
     curves = [
-        {"curve": curve, "svg": Markup(svg(curve, runs, f"plot{i}"))}
-        for i, curve in enumerate(CURVES)
-        if drawn(curve, runs)
+        {"curve": curve, "runs": shown, "svg": Markup(svg(curve, shown, f"plot{i}", list(runs).index(shown[0])))}
+        for i, (curve, shown) in enumerate(_pictures(runs))
     ]
     return environment.get_template("report.html.j2").render(
         runs=runs,
         title=" and ".join(run.name for run in runs),
         changes=[_changes(curve, runs) for curve in CURVES if curve.fixed and drawn(curve, runs)],
         advice=[(run, one) for run in runs for one in all_advice(run.logs)],
+        verdicts=[(run, judge(run)) for run in runs],
         curves=curves,
+        columns=_columns(len(curves)),
         groups=side_by_side(runs),
         training=[(run, training_groups(run)) for run in runs],
+        options=[{name: value for name, value in run.config.items() if value is not None} for run in runs],
         differing=_differing(runs),
         css_colours=Markup(_css_colours()),
         limit=LIMIT,
     )
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+def _pictures(runs: Sequence[Run]) -> list[tuple[Curve, Sequence[Run]]]:
+    """What is drawn with what: losses of different objectives have an axis each."""
+    defining = ("trainer", "objective", "beta")
+    same = all([run.config.get(n) for n in defining] == [runs[0].config.get(n) for n in defining] for run in runs)
+    found: list[tuple[Curve, Sequence[Run]]] = []
+    for curve in CURVES:
+        groups = [runs] if same or not curve.of_objective else [[run] for run in runs]
+        found += [(curve, group) for group in groups if drawn(curve, group)]
+    return found
+
+
+def _columns(number: int) -> int:
+    """Pictures side by side, such that none is alone in the last line where that can be."""
+    return next((columns for columns in (3, 4, 2) if number % columns != 1), 3)
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -74,7 +97,13 @@ def _changes(curve: Curve, runs: Sequence[Run]) -> dict[str, Any]:
     for run in runs:
         before, after = run.before_after(curve.fixed)
         values.append((before, after, after - before if before is not None and after is not None else None))
-    return {"curve": curve, "values": values}
+    return {"curve": curve, "values": values, "digits": _digits([v for row in values for v in row[:2]])}
+
+
+def _digits(values: Sequence[float | None]) -> int:
+    """Decimals of a row of numbers: three significant digits of the largest, at most four decimals."""
+    largest = max((abs(value) for value in values if value is not None), default=0.0)
+    return 3 if not 0 < largest < math.inf else min(4, max(0, 2 - math.floor(math.log10(largest))))
 
 
 def _differing(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
@@ -84,10 +113,8 @@ def _differing(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     return [(name, values) for name, values in found if any(value != values[0] for value in values)]
 
 
-def _number(value: Any) -> str:
-    if value is None:
-        return "\N{EN DASH}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+def _number(value: float | None, digits: int) -> str:
+    return "\N{EN DASH}" if value is None else f"{value:,.{digits}f}"
 
 
 def _gap(value: float, digits: int = 2) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,19 +28,25 @@ class Curve:
     fixed: str = ""
     better: str = ""
     log_scale: bool = False
+    bounds: tuple[float, float] = (-math.inf, math.inf)  # values that are possible; the axis does not leave them
+    of_objective: bool = False  # its unit is the objective's own: runs of two objectives do not share an axis
 
+
+_SHARE, _SIZE = (0.0, 1.0), (0.0, math.inf)
 
 CURVES = (
     Curve(
         "Divergence student → teacher",
         "nats per byte",
-        ("rollouts/kl_nats_per_byte", "rollouts/log_ratio_nats_per_byte"),
+        ("rollouts/kl_nats_per_byte",),
         ("*reverse_kl_nats_per_byte",),
         "fixed/kl_nats_per_byte",
         "lower",
+        bounds=_SIZE,
     ),
-    Curve("Reference text", "bits per byte", (), ("*bits_per_byte",), "fixed/bits_per_byte", "lower"),
-    Curve("Length of completions", "bytes", ("completions/mean_bytes",), (), "fixed/mean_bytes"),
+    Curve("Log-ratio student / teacher", "nats per byte", ("rollouts/log_ratio_nats_per_byte",)),
+    Curve("Reference text", "bits per byte", (), ("*bits_per_byte",), "fixed/bits_per_byte", "lower", bounds=_SIZE),
+    Curve("Length of completions", "bytes", ("completions/mean_bytes",), (), "fixed/mean_bytes", bounds=_SIZE),
     Curve(
         "Stop agreement",
         "share",
@@ -47,11 +54,20 @@ CURVES = (
         ("*stop_agreement",),
         "fixed/stop_agreement",
         "higher",
+        bounds=_SHARE,
     ),
-    Curve("Alignment coverage", "share of tokens", ("align/coverage",), ("*coverage",), "fixed/coverage", "higher"),
-    Curve("Repetition", "share of text", ("completions/repetition",), (), "", "lower"),
-    Curve("Loss", "nats per item", ("loss",), (), "", "lower"),
-    Curve("Gradient norm", "", ("grad_norm",), log_scale=True),
+    Curve(
+        "Alignment coverage",
+        "share of tokens",
+        ("align/coverage",),
+        ("*coverage",),
+        "fixed/coverage",
+        "higher",
+        bounds=_SHARE,
+    ),
+    Curve("Repetition", "share of text", ("completions/repetition",), (), "", "lower", bounds=_SHARE),
+    Curve("Loss", "nats per item", ("loss",), (), "", "lower", of_objective=True),
+    Curve("Gradient norm", "", ("grad_norm",), log_scale=True, bounds=_SIZE, of_objective=True),
 )
 
 
@@ -65,8 +81,10 @@ def drawn(curve: Curve, runs: Sequence[Run]) -> bool:
     )
 
 
-def svg(curve: Curve, runs: Sequence[Run], name: str) -> str:
+def svg(curve: Curve, runs: Sequence[Run], name: str, first: int = 0) -> str:
     """The picture of `curve` as an `<svg>` element; `name` makes its ids unique in the page.
+
+    `first` is the place of the first of `runs` among all runs of the page: its colour.
 
     Thin lines are logs of training, dots evaluations, diamonds the fixed prompts before and after.
     """
@@ -80,8 +98,9 @@ def svg(curve: Curve, runs: Sequence[Run], name: str) -> str:
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5, "axes.formatter.useoffset": False}
     with rc_context(style):
         figure = Figure(figsize=(4.6, 2.3), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.14)  # type: ignore[union-attr]  # the reader's font may be wider
         axes: Any = figure.add_subplot()
-        for number, run in enumerate(runs[:2]):
+        for number, run in enumerate(runs[:2], start=first):
             _draw(axes, curve, run, (_RUN_0, _RUN_1)[number], number)
         _dress(axes, curve)
         last = max(1, *(run.steps for run in runs))
@@ -109,15 +128,27 @@ def _dress(axes: Any, curve: Curve) -> None:
     if curve.log_scale and _spans_decades(axes):
         axes.set_yscale("log")
     axes.set_xlabel("step", color=_INK)
-    axes.set_ylabel(curve.unit, color=_INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.grid(axis="y", color=_LINE, lw=0.8)
     axes.set_axisbelow(True)
     axes.margins(x=0.03, y=0.12)
+    _stay_possible(axes, curve.bounds)
     axes.tick_params(colors=_INK, which="both", length=0)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(_LINE)
+
+
+def _stay_possible(axes: Any, bounds: tuple[float, float]) -> None:
+    """No axis goes on beyond values that exist, unless one that was logged lies there."""
+    values = [y for line in axes.get_lines() for y in line.get_ydata() if math.isfinite(y)]
+    if not values or axes.get_yscale() == "log":
+        return
+    low, high = axes.get_ylim()
+    low = max(low, bounds[0]) if min(values) >= bounds[0] else low
+    high = min(high, bounds[1]) if max(values) <= bounds[1] else high
+    if low < high:
+        axes.set_ylim(low, high)
 
 
 def _spans_decades(axes: Any) -> bool:
