@@ -192,6 +192,13 @@ def test_a_run_without_numbers_of_both_ends_is_not_called_a_success(tmp_path: Pa
     assert judge(load_run(folder)).answer.startswith("Whether it worked cannot be said")
 
 
+def test_a_change_whose_noise_is_unknown_is_not_called_certain_and_a_text_is_named_once(tmp_path: Path) -> None:
+    found = judge(load_run(make_run(tmp_path / "run")))
+    assert found.answer.startswith("Not certain") and "interval" not in found.answer
+    places = re.findall("“(.*?)”", found.where)
+    assert places and len(places) == len(set(places))
+
+
 def test_axes_end_where_values_end(tmp_path: Path) -> None:
     """A share that reaches 1 has no label above it, and a distance that reaches 0 none below."""
     run = load_run(with_metrics(tmp_path / "run", coverage=1.0, kl_nats_per_byte=0.0))
