@@ -128,13 +128,14 @@ def read_rows(
     single, total = np.zeros(len(row)), np.full(len(pair_row), -np.inf)
     single[order], total[by_row] = number["single"], number["total"]
     count = len(number["stop"])
+    shape = count, len(whole["top_ids"]) // max(count, 1)  # a rank may have nothing to read
     owner = np.concatenate(owners) if owners else np.zeros(0, dtype=np.int64)
     return RowsRead(
         single,
         number["stop"],
         number["silent"],
-        whole["top_ids"].reshape(count, -1),
-        number["top"].reshape(count, -1),
+        whole["top_ids"].reshape(shape),
+        number["top"].reshape(shape),
         owner[whole["leaf_at"]],
         whole["leaf_id"],
         number["leaf"],
