@@ -1,9 +1,8 @@
 """The truth about strings for toy models: exact sums over all tokenisations, to hold objectives against.
 
 A toy is a tokenizer of a few pieces over four letters. A distribution is a language model over its tokens, written
-down as rows
-of probabilities in float64. Whatever a distribution says about *text* is computed here without sampling and without
-a limit on beams: by a sum over every token path that spells the text, or that runs past its end.
+down as rows of probabilities in float64. Whatever a distribution says about *text* is computed here without sampling
+and without a limit on beams: by a sum over every token path that spells the text, or that runs past its end.
 
 Bytes are numbered 0 to 255 in next-byte distributions, and stop, "the text ends here", is number 256.
 """

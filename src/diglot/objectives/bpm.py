@@ -39,10 +39,10 @@ class BPM(RowObjective):
     the reverse; there cells without target mass count as 1e-8, since `t` only bounds the true marginal from below.
 
     Zero if and only if `p = t`. That is the teacher's distribution over student tokens up to three things: the
-    longest prefix
-    need not be what the student's tokenizer gives (`first_token="encode"` asks it); past the written teacher token only
-    the written continuation is followed; both read one tokenization of the text before. With equal vocabularies `t = q`
-    and the value is the JSD of the two distributions with control ids in one cell and stop ids in another.
+    longest prefix need not be what the student's tokenizer gives (`first_token="encode"` asks it); past the written
+    teacher token only the written continuation is followed; both read one tokenization of the text before. With equal
+    vocabularies `t = q` and the value is the JSD of the two distributions with control ids in one cell and stop ids
+    in another.
 
     Args:
         beta: in [0, 1].
@@ -149,8 +149,7 @@ class BPM(RowObjective):
         column = np.where(inside > 0, self.suffix_column.cpu().numpy()[at], self.column_of.cpu().numpy()[t.ids[j]])
         return torch.from_numpy(column)
 
-    # ---- the two distributions
-    # ------------------------------------------------------------------------------------------
+    # ---- the two distributions ---------------------------------------------------------------------------------
 
     def target(self, logits_t: Tensor, **given: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """`t` over student tokens, stop and none, `[R, V_s + 2]`; which columns can be reached; metrics `[R]`."""

@@ -67,9 +67,9 @@ class ByteDistribution(SummaryObjective):
     student.
 
     Distribution at a byte that begins a token, with `e` the mass of the token before as it was written and `l(b)`
-    that of longer
-    tokens which go on with `b`: `(e * p_first(b) + l(b)) / (e + sum l)`. Inside a token: `l(b) / sum l`. Both are exact
-    given that the text before was cut as written, with one token under way; the exact distribution sums over all cuts.
+    that of longer tokens which go on with `b`: `(e * p_first(b) + l(b)) / (e + sum l)`. Inside a token: `l(b) / sum
+    l`. Both are exact given that the text before was cut as written, with one token under way; the exact distribution
+    sums over all cuts.
 
     The divergence is zero if and only if the distributions agree at every byte of the text. It is symmetric in the two
     tokenizers and leaves the student free to cut text in any way, so alone it lets canonical likelihood decay. `anchor`

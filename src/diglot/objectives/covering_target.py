@@ -221,6 +221,7 @@ class Targets:
     longer: Floats  # [R] share that comes from earlier rows
 
 
+@np.errstate(invalid="ignore")  # numbers that are not finite are noticed where the loss is
 def make_targets(
     plan: CoveringPlan,
     rows: TeacherRows,
@@ -231,19 +232,6 @@ def make_targets(
     segment_t: Ints,
 ) -> Targets:
     """Mix the rows of each boundary, drop what the student's tokenizer could not have written, and sum by cells."""
-    with np.errstate(invalid="ignore"):  # numbers that are not finite are noticed where the loss is
-        return _targets(plan, rows, cells, continued, neighbours, ids_s, segment_t)
-
-
-def _targets(
-    plan: CoveringPlan,
-    rows: TeacherRows,
-    cells: CellMap,
-    continued: Continued,
-    neighbours: Neighbours | None,
-    ids_s: Ints,
-    segment_t: Ints,
-) -> Targets:
     count = len(plan.student)
     reach = _reach(plan, rows, segment_t)
     own, earlier = reach(plan.main, plan.last), reach(plan.earlier.main, plan.earlier.last) + rows.range_total

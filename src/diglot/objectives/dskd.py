@@ -25,9 +25,8 @@ class DSKD(ProjectedObjective):
     - teacher space: `p' = softmax(U_t P_st h_s)`; `KL(q || p')`, whose gradient goes to `P_st` and the student.
 
     The gradient never reaches an output embedding through a projection. Zero of the sum says nothing about the
-    distributions
-    themselves: what is compared has gone through a trained map. Shared tokens give the map its start: the logits of
-    shared tokens are kept as well as a linear map can (least squares on `U_t P = U_s` over them).
+    distributions themselves: what is compared has gone through a trained map. Shared tokens give the map its start:
+    the logits of shared tokens are kept as well as a linear map can (least squares on `U_t P = U_s` over them).
     """
 
     name = "dskd"

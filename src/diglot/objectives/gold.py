@@ -30,33 +30,29 @@ class Gold(RowObjective):
     KL(teacher || student), 1 reverse).
 
     A chunk's merged distribution is the distribution of its last token times the probability of the tokens of the
-    chunk before it as
-    they were written, `P(v) = p_e(v) * prod_{i<e} p_i(s_i)`: at most 1 in sum. The student's factor carries gradient.
-    M are the tokens of equal bytes, and stop: the mass of each side's whole stop set. On M nothing is renormalised.
+    chunk before it as they were written, `P(v) = p_e(v) * prod_{i<e} p_i(s_i)`: at most 1 in sum. The student's
+    factor carries gradient. M are the tokens of equal bytes, and stop: the mass of each side's whole stop set. On M
+    nothing is renormalised.
 
     `weights="mass"`: both weights are 1. The masses in M and outside it are factors of the two parts already.
     `weights="count"`, TRL's: `w_M = |M| / |V_T|`, `w_U = 1 - w_M`, ids of the teacher counted. The fewer tokens are
     shared, the closer this comes to ULD, however likely the shared ones are.
 
     Sees every alternative, but outside M only spectra (see `uld`), so zero does not mean that the distributions
-    agree. For
-    0 < beta < 1 it is never negative, and zero with zero gradient where the distributions agree. At 0 and 1 the KL
-    of distributions that
-    do not sum to one may be negative and is stationary at equal distributions only if M holds all mass and the chunk
-    is one
-    token: at 0 each student token outside M is pushed down by its probability times the teacher's mass on M, whatever
-    the teacher thinks of it. Merging asks about the written cut of a chunk: other cuts of the same bytes are not
-    summed, and unlikely beginnings make their chunk weigh little.
+    agree. For 0 < beta < 1 it is never negative, and zero with zero gradient where the distributions agree. At 0 and
+    1 the KL of distributions that do not sum to one may be negative and is stationary at equal distributions only if
+    M holds all mass and the chunk is one token: at 0 each student token outside M is pushed down by its probability
+    times the teacher's mass on M, whatever the teacher thinks of it. Merging asks about the written cut of a chunk:
+    other cuts of the same bytes are not summed, and unlikely beginnings make their chunk weigh little.
 
     `gold_as_shipped`: TRL 1.16.0's default reading instead, faults included, to compare with. Each token is read one
     row late, in the row that predicts the token after it; a chunk is the distribution read for its *first* token
-    times the
-    probabilities read for the later ones ("observed"); weights by count; stop is no event; tokens match by their
-    strings, special tokens too. Probabilities below 1e-8 are raised to that where a logarithm is taken. Its
+    times the probabilities read for the later ones ("observed"); weights by count; stop is no event; tokens match by
+    their strings, special tokens too. Probabilities below 1e-8 are raised to that where a logarithm is taken. Its
     cross-entropy weight is 0 by default, its temperatures are 1. A chunk that ends its segment has no row that late
-    and is left out, as TRL leaves out the end-of-text token; of text that was cut off, TRL leaves out each side's last
-    token and compares what precedes it, chunk or not. Its reduction is a mean over the chunks of a text, then over
-    texts; here the values are per chunk.
+    and is left out, as TRL leaves out the end-of-text token; of text that was cut off, TRL leaves out each side's
+    last token and compares what precedes it, chunk or not. Its reduction is a mean over the chunks of a text, then
+    over texts; here the values are per chunk.
 
     Metrics: `matched` and `unmatched`, the two parts before their weights; `mass_s`, `mass_t`, the probability of M in
     the row that is read, in [0, 1].

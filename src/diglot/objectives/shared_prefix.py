@@ -1,8 +1,8 @@
 """Both vocabularies coarse-grained onto one partition: the longest shared token that a token's bytes start with.
 
 At every boundary that both tokenizations share, both models have read the same bytes, and both distributions of the
-next token
-become distributions over the same cells: shared tokens, first bytes where no shared token fits, stop, and the rest.
+next token become distributions over the same cells: shared tokens, first bytes where no shared token fits, stop, and
+the rest.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from diglot.vocabulary.maps import shared_prefix_cells
 class SharedPrefix(RowObjective):
     """Generalised JSD between the two distributions of the next token's cell, in nats per shared boundary.
 
-    Rows: those that predict the first token of each chunk on either side. Both are proper distributions over the
-    same `K + 258`
-    cells, so every divergence is proper on them: zero if and only if the cell distributions agree. With equal
-    vocabularies the cells are the tokens and the value is the JSD (control ids in one cell, the stop set in another).
+    Rows: those that predict the first token of each chunk on either side. Both are proper distributions over the same
+    `K + 258` cells, so every divergence is proper on them: zero if and only if the cell distributions agree. With
+    equal vocabularies the cells are the tokens and the value is the JSD (control ids in one cell, the stop set in
+    another).
 
     It sees all alternatives to what was written, also where the two sides cut the text differently, but tells tokens
     apart only as far as they begin with different shared tokens: "un|believ|able" and "un|bear|able" are one cell for a

@@ -27,14 +27,12 @@ class SimCT(RowObjective):
     softmax of the scores over the candidates. A unit whose bytes one shared token spells is left out: that text is a
     candidate already, scored as that token. Stop is always the stop column, never a unit.
 
-    It sees the shared part of every distribution at a chunk's start, and of what is not shared only the unit
-    written. Because
-    of 1/r a unit's score is no log-prob of its text: pi is no distribution over text, units of many tokens look
-    likelier than
-    they are, and where the two sides' r differ it is *not* zero for equal distributions over text (nor does zero
-    mean that they
-    are equal). Candidates also overlap: "a" and the unit "ab" both cover text that starts with "ab". Renormalised, so
-    mass outside the candidates is not compared. (The paper's formula; its code averages raw logits instead.)
+    It sees the shared part of every distribution at a chunk's start, and of what is not shared only the unit written.
+    Because of 1/r a unit's score is no log-prob of its text: pi is no distribution over text, units of many tokens
+    look likelier than they are, and where the two sides' r differ it is *not* zero for equal distributions over text
+    (nor does zero mean that they are equal). Candidates also overlap: "a" and the unit "ab" both cover text that
+    starts with "ab". Renormalised, so mass outside the candidates is not compared. (The paper's formula; its code
+    averages raw logits instead.)
 
     Metrics: `mass_s`, `mass_t`, each side's probability of the shared tokens and stop; `unit`, 1 where there is a unit.
     """

@@ -58,12 +58,11 @@ class Span(PathObjective):
 
     The gradient is zero where the two likelihoods of every chunk agree: all rewards are 0 then. It sees only what was
     sampled. On the student's own text, at gamma 1 and with credit "whole", the expected gradient is that of
-    KL(distribution of the student's paths || teacher's distribution of canonical paths). With "variance_reduced"
-    or "shared" it is so if
-    where chunks end does not depend on bytes that come later; they have less variance. Biases: a teacher that merges
-    across a boundary depending on what follows, since rewards of "earlier chunks" that are left out of a return then
-    still depend on the token; text is scored by one of the teacher's spellings of it (canonical-path bias); gamma below
-    1, clipping, and the other forms of credit (`span_advantages`).
+    KL(distribution of the student's paths || teacher's distribution of canonical paths). With "variance_reduced" or
+    "shared" it is so if where chunks end does not depend on bytes that come later; they have less variance. Biases: a
+    teacher that merges across a boundary depending on what follows, since rewards of "earlier chunks" that are left
+    out of a return then still depend on the token; text is scored by one of the teacher's spellings of it
+    (canonical-path bias); gamma below 1, clipping, and the other forms of credit (`span_advantages`).
 
     Args:
         credit: how a chunk's reward is shared among its tokens, see `span_advantages`.

@@ -25,11 +25,10 @@ class TopK(RowObjective):
     the value is at most the divergence of the whole distributions, and zero if and only if the coarsened
     distributions are equal.
 
-    Exact but for one thing: of the teacher's stop set only the ids among the `k` are in the stop cell. Another holds at
-    most the least of the `k` masses, so the teacher's distribution differs from the exact coarsened one by a total
-    variation of
-    at most (stop ids not seen) x (that mass), which the metric `stop_bound` reports. The teacher's rest is 1 minus the
-    others' sum; it counts as at least 1e-8.
+    Exact but for one thing: of the teacher's stop set only the ids among the `k` are in the stop cell. Another holds
+    at most the least of the `k` masses, so the teacher's distribution differs from the exact coarsened one by a total
+    variation of at most (stop ids not seen) x (that mass), which the metric `stop_bound` reports. The teacher's rest
+    is 1 minus the others' sum; it counts as at least 1e-8.
 
     Args:
         k: how many of the teacher's tokens; vLLM's servers give 20 unless told otherwise.

@@ -80,17 +80,16 @@ class XTokenP(_Projected):
     """P-KL (X-Token, arXiv 2605.21699): `T^2 KL(q || p~)` in the teacher's vocabulary, with `p~ = W^T p_student`.
 
     Both distributions, at temperature T = `kd_temperature`, are renormalised on the `top_k` teacher columns of
-    largest teacher
-    logit and one stop column, the mass of each side's whole stop set. The factors of the chain-rule merge cancel in
-    this. The columns are chosen per row, not per micro-batch as in the authors' code: a value must not depend on what
-    else is in the block. Only teacher tokens that W names can be chosen; the others would have p~ = 0.
+    largest teacher logit and one stop column, the mass of each side's whole stop set. The factors of the chain-rule
+    merge cancel in this. The columns are chosen per row, not per micro-batch as in the authors' code: a value must
+    not depend on what else is in the block. Only teacher tokens that W names can be chosen; the others would have p~
+    = 0.
 
     Sees every alternative that W can express. Zero iff both renormalised distributions agree; for equal vocabularies
-    it is the
-    forward KL on the chosen columns. Known biases: W is one step and its decay weights are no probabilities, so the
-    loss is in general not zero for a student to which every text is as likely as to the teacher; teacher tokens without
-    preimage have no part; the rows may start at different bytes (see the module). Metrics `mass_s`, `mass_t`: each
-    side's probability of the chosen columns, in [0, 1].
+    it is the forward KL on the chosen columns. Known biases: W is one step and its decay weights are no
+    probabilities, so the loss is in general not zero for a student to which every text is as likely as to the
+    teacher; teacher tokens without preimage have no part; the rows may start at different bytes (see the module).
+    Metrics `mass_s`, `mass_t`: each side's probability of the chosen columns, in [0, 1].
     """
 
     name = "xtoken_p"
@@ -131,11 +130,10 @@ class XTokenP(_Projected):
 class XTokenH(_Projected):
     """H-KL (X-Token, arXiv 2605.21699): KL on a relaxed common part, and sorted L1 on the rest.
 
-    `T^2 (sum_M q log(q / p) + sum_r |q^(r) - p^(r)|)`, with `M = {(v, u): W[v, u] >= 0.6, u = argmax W[v]}`, one
-    `v` per `u`: the heaviest, of equals the shortest. The stop sets are one more member of M. Both distributions, at
-    temperature
-    T = `kd_temperature`, are whole softmaxes, not renormalised on M. `q^(r)`, `p^(r)` are the `rest` largest
-    probabilities outside M of each side, in descending order.
+    `T^2 (sum_M q log(q / p) + sum_r |q^(r) - p^(r)|)`, with `M = {(v, u): W[v, u] >= 0.6, u = argmax W[v]}`, one `v`
+    per `u`: the heaviest, of equals the shortest. The stop sets are one more member of M. Both distributions, at
+    temperature T = `kd_temperature`, are whole softmaxes, not renormalised on M. `q^(r)`, `p^(r)` are the `rest`
+    largest probabilities outside M of each side, in descending order.
 
     Neither term alone is a divergence, since the common parts may have unequal mass, but their sum is at least zero
     (unless `rest` cuts off more than rounding), and zero iff p and q agree on M and have equal spectra outside. Unless
