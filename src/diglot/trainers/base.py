@@ -43,7 +43,7 @@ from diglot.comparisons.rows import checked_rows
 from diglot.data import Sample, to_sample
 from diglot.errors import ConfigError, RolloutsUnavailable, TeacherUnavailable
 from diglot.evaluation import Evaluator, OnPolicyReport
-from diglot.heads import Head, gathered, hidden_at_rows, keep_after_forward
+from diglot.heads import Head, even_passes, gathered, hidden_at_rows, keep_after_forward
 from diglot.objectives import Level
 from diglot.options import DistillationConfig
 from diglot.phases import phase as working
@@ -154,7 +154,7 @@ class DistillationTrainer(Trainer):
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = True  # every micro-batch's loss is already a share of the window's
-        check_wrapping(self.accelerator, len(self.comparisons))
+        check_wrapping(self.accelerator)
         self.student_head = Head.of(self.student)
         self.student_head.verify(self.student)
         self.projectors = self._to_device()
@@ -263,14 +263,15 @@ class DistillationTrainer(Trainer):
             hidden = self.hidden_at_rows(model, part.student)
             self.rollouts.measure(part, hidden, self.student_head, self.state.global_step)
             total = total + hidden.sum() * 0.0  # a rank with nothing to compare takes part in the backward pass too
-            for view in part.views:
-                scores = scores_of(part, view, hidden, self.student_head)
-                for term in view.comparison.terms:
-                    share = view.weight * term.weight * self.accelerator.num_processes
-                    share = share / max(view.counts[term.name], 1.0)
-                    loss, metrics = term.objective.loss(view.plans[term.name], scores, share)
-                    total = total + loss
-                    self.metrics.add_values(metrics, term.logged)
+            with even_passes(*self.teacher_models()):
+                for view in part.views:
+                    scores = scores_of(part, view, hidden, self.student_head)
+                    for term in view.comparison.terms:
+                        share = view.weight * term.weight / max(view.counts[term.name], 1.0)
+                        share = share * self.accelerator.num_processes
+                        loss, metrics = term.objective.loss(view.plans[term.name], scores, share)
+                        total = total + loss
+                        self.metrics.add_values(metrics, term.logged)
         return total
 
     def hidden_at_rows(self, model: torch.nn.Module, side: PackedSide) -> Tensor:

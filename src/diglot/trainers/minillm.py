@@ -33,10 +33,10 @@ from diglot.comparisons import Batch, Comparison, Term, View, defaults_of, entri
 from diglot.comparisons.auto import explained_by, single_step
 from diglot.comparisons.counts import set_counts
 from diglot.comparisons.rows import checked_texts
-from diglot.comparisons.scores import check_temperature
+from diglot.comparisons.scores import ModelScores, check_temperature
 from diglot.data import to_sample
 from diglot.errors import ConfigError
-from diglot.heads import gathered
+from diglot.heads import even_passes, gathered
 from diglot.objectives import Level, PolicyGradient, Rollout, make_objective
 from diglot.objectives.span import span_advantages
 from diglot.options import MiniLLMConfig
@@ -218,25 +218,28 @@ class MiniLLMTrainer(DistillationTrainer):
             return self._rewarded(batches, known)
 
     def _rewarded(self, batches: list[Batch], known: Mapping[tuple[int, int], HeldBatch] | None) -> list[Batch]:
-        temperature, alpha = self.args.kd_temperature, self.mixed_alpha
         for i, batch in enumerate(batches):
             hidden = self.hidden_at_rows(self.student, batch.student)
             self.rollouts.measure(batch, hidden, self.student_head, self.state.global_step)
-            for k, view in enumerate(batch.views):
-                scores = scores_of(batch, view, hidden, self.student_head)
-                held = None if known is None else known[i, k]
-                logp_old = scores.student_text(temperature) if held is None else held.logp_old.to(self.args.device)
-                logp_t = scores.teacher_text(temperature)  # the student first: a served teacher answers meanwhile
-                weight = None
-                if alpha > 0:
-                    by_token = view.comparison.reader.same_vocabulary
-                    longest = None if by_token else self.args.max_completion_length
-                    weight = mixture_weight(logp_old, logp_t, view.read.alignment, alpha, longest)
-                scores.rollout = rollout = Rollout(logp_old, logp_t, weight)
-                explained = explained_by(view, scores) if held is None else held.explained
-                batch.views[k] = replace(view, rollout=replace(rollout, explained=explained))
+            with even_passes(*self.teacher_models()):
+                for k, view in enumerate(batch.views):
+                    scores = scores_of(batch, view, hidden, self.student_head)
+                    rollout = self._rollout(view, scores, None if known is None else known[i, k])
+                    batch.views[k] = replace(view, rollout=rollout)
         self._set_advantages(batches)
         return batches
+
+    def _rollout(self, view: View, scores: ModelScores, held: HeldBatch | None) -> Rollout:
+        """What both models say of one view's completions; `held`, what the student said when it wrote them."""
+        temperature, alpha = self.args.kd_temperature, self.mixed_alpha
+        logp_old = scores.student_text(temperature) if held is None else held.logp_old.to(self.args.device)
+        logp_t = scores.teacher_text(temperature)  # the student first: a served teacher answers meanwhile
+        weight = None
+        if alpha > 0:
+            longest = None if view.comparison.reader.same_vocabulary else self.args.max_completion_length
+            weight = mixture_weight(logp_old, logp_t, view.read.alignment, alpha, longest)
+        scores.rollout = rollout = Rollout(logp_old, logp_t, weight)
+        return replace(rollout, explained=explained_by(view, scores) if held is None else held.explained)
 
     def _set_advantages(self, batches: Sequence[Batch]) -> None:
         """Advantages of the window, whitened for each comparison over all its tokens on all ranks."""
