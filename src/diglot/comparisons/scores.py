@@ -157,9 +157,6 @@ class ModelScores:
             raise TeacherError("This teacher gives no head. Choose an objective that needs less of it.")
         return self._teacher
 
-    def teacher_hidden(self, side: PackedSide) -> Tensor:
-        return self.answers.hidden_of(side)
-
     @torch.no_grad()
     def teacher_rows(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
         if not len(tail.ids):

@@ -258,7 +258,7 @@ class DistillationTrainer(Trainer):
 
     def batch_loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """The student is run once; every term pulls what it needs of both models, and is divided by its own count."""
-        total = torch.zeros((), device=self.args.device)
+        total, world = torch.zeros((), device=self.args.device), self.accelerator.num_processes
         for part in batch.parts:
             hidden = self.hidden_at_rows(model, part.student)
             self.rollouts.measure(part, hidden, self.student_head, self.state.global_step)
@@ -267,8 +267,7 @@ class DistillationTrainer(Trainer):
                 for view in part.views:
                     scores = scores_of(part, view, hidden, self.student_head)
                     for term in view.comparison.terms:
-                        share = view.weight * term.weight / max(view.counts[term.name], 1.0)
-                        share = share * self.accelerator.num_processes
+                        share = view.weight * term.weight * world / max(view.counts[term.name], 1.0)
                         loss, metrics = term.objective.loss(view.plans[term.name], scores, share)
                         total = total + loss
                         self.metrics.add_values(metrics, term.logged)
