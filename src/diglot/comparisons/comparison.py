@@ -113,7 +113,7 @@ class Answers:
 
         A branch is a few tokens in the place of the scored token `before` and what follows it; `depth` counts them.
         """
-        after = self._side.rows.cpu().numpy()[tail.before]
+        after = self._side.host_rows[tail.before]
         teacher, branches = self._whole, Branches(tail.ids, after, tail.depth)
         if not isinstance(teacher, LocalTeacher):
             return teacher.behind(self._side, branches), None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from diglot.batches.sending import sent
+from diglot.batches.sending import sent, sent_together
 from diglot.errors import ConfigError
 from diglot.objectives.levels import Level
 
@@ -124,16 +124,23 @@ class Rows:
     given: Mapping[str, Tensor] = field(default_factory=dict)  # each [R, ...], handed to the objective by name
     count: int | None = None  # over how many items the values are averaged, if not over the rows
     skipped: Mapping[str, int] = field(default_factory=dict)  # reason -> rows that were left out on purpose
+    planned: Rows | None = None  # the same on the host, of rows that were sent to a device
 
     @property
     def items(self) -> int:
         """Over how many items the values are averaged."""
         return len(self.student) if self.count is None else self.count
 
+    @property
+    def on_host(self) -> Rows:
+        """As they were planned: reading them waits for no device."""
+        return self if self.planned is None else self.planned
+
     def to(self, device: torch.device | str) -> Rows:
         """The same with its tensors on `device`."""
-        given = {name: sent(value, device) for name, value in self.given.items()}
-        return replace(self, student=sent(self.student, device), teacher=sent(self.teacher, device), given=given)
+        student, teacher, *given = sent_together([self.student, self.teacher, *self.given.values()], device)
+        named = dict(zip(self.given, given, strict=True))
+        return replace(self, student=student, teacher=teacher, given=named, planned=self.on_host)
 
 
 class Plan(Protocol):
@@ -362,7 +369,10 @@ class RowObjective(PairObjective):
         return self.rows(written)
 
     def extra(self, rows: Rows, written: Written, scores: Scores) -> dict[str, Tensor]:
-        """More that the objective is given of each row, `[R, ...]`, from scores of the text; may carry gradient."""
+        """More that the objective is given of each row, `[R, ...]`, from scores of the text; may carry gradient.
+
+        Sizes that the host has to know stay on it: what is given of some rows is a slice of these tensors.
+        """
         return {}
 
     def loss(self, plan: Rows, scores: Scores, share: float) -> tuple[Tensor, Metrics]:

@@ -127,14 +127,14 @@ def read_rows(
     number, whole = _to_host(numbers, np.float64), _to_host(ids, np.int64)
     single, total = np.zeros(len(row)), np.full(len(pair_row), -np.inf)
     single[order], total[by_row] = number["single"], number["total"]
-    count = len(number["stop"])
+    count, top_k = len(number["stop"]), numbers["top"][0].shape[1]
     owner = np.concatenate(owners) if owners else np.zeros(0, dtype=np.int64)
     return RowsRead(
         single,
         number["stop"],
         number["silent"],
-        whole["top_ids"].reshape(count, -1),
-        number["top"].reshape(count, -1),
+        whole["top_ids"].reshape(count, top_k),
+        number["top"].reshape(count, top_k),
         owner[whole["leaf_at"]],
         whole["leaf_id"],
         number["leaf"],
