@@ -134,13 +134,14 @@ class Rows:
     @property
     def on_host(self) -> Rows:
         """As they were planned: reading them waits for no device."""
-        return self if self.planned is None else self.planned
+        return self.planned or self
 
     def to(self, device: torch.device | str) -> Rows:
         """The same with its tensors on `device`."""
-        student, teacher, *given = sent_together([self.student, self.teacher, *self.given.values()], device)
-        named = dict(zip(self.given, given, strict=True))
-        return replace(self, student=student, teacher=teacher, given=named, planned=self.on_host)
+        s, t, *given = sent_together([self.student, self.teacher, *self.given.values()], device)
+        return replace(
+            self, student=s, teacher=t, given=dict(zip(self.given, given, strict=True)), planned=self.on_host
+        )
 
 
 class Plan(Protocol):
@@ -269,7 +270,7 @@ class Scores(Protocol):
     def teacher_rows(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
         """Log-probs of the teacher's rows, part by part: those that predict its tokens, then those behind branches.
 
-        Each part is a slice of the `N_t + E` rows and their log-probs `[r, V_t]`, constant, on the teacher's device.
+        Each part is a slice of the `N_t + E` rows and their log-probs `[r, V_t]`, on the teacher's device, to write on.
         """
 
     def teacher_rows_behind(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
@@ -370,9 +371,7 @@ class RowObjective(PairObjective):
 
     def extra(self, rows: Rows, written: Written, scores: Scores) -> dict[str, Tensor]:
         """More that the objective is given of each row, `[R, ...]`, from scores of the text; may carry gradient.
-
-        Sizes that the host has to know stay on it: what is given of some rows is a slice of these tensors.
-        """
+        Sizes that the host has to know stay on the host."""
         return {}
 
     def loss(self, plan: Rows, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
@@ -600,5 +599,4 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 
 
 def _moved(record: Any, device: torch.device | str) -> dict[str, Any]:
-    values = {f.name: getattr(record, f.name) for f in fields(record)}
-    return {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    return {f.name: v.to(device) for f in fields(record) if isinstance(v := getattr(record, f.name), Tensor)}

@@ -17,7 +17,6 @@ from diglot.objectives.strict import check_columns
 
 if TYPE_CHECKING:
     from diglot.batches import Written
-from diglot.batches.sending import sent
 
 
 class SimCT(RowObjective):
