@@ -184,3 +184,13 @@ def test_every_student_token_of_an_exact_text_is_compared() -> None:
     plan = plan_covering(batch.written, made.tables.student, made.tables.teacher, made.tables.encode_t)
     assert len(plan.student) == len(batch.written.student.ids) and plan.skipped == {"character": 0}
     assert (plan.last >= 0).any()  # somewhere the teacher had to be asked about the text so far
+
+
+def test_a_batch_without_anything_to_read_has_no_loss() -> None:
+    """As a rank has where all its texts were cut before the first scored token."""
+    student, name = "chatml", "inst"
+    batch = scored.read(student, name, ())
+    objective: Any = make_objective("covering", scored.pair(student, name))
+    plan = objective.plan(batch.written)
+    loss, _ = objective.loss(plan, scores(batch, student, name), 1.0)
+    assert plan.items == 0 and float(loss.detach()) == 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import json
 import re
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from support.made_runs import EVIL, WORDS, make_run
 from diglot.cli.main import main
 from diglot.errors import DataError
 from diglot.report import colours
-from diglot.report.page import page, visible
+from diglot.report.page import _columns, page, visible
+from diglot.report.plots import CURVES, drawn, svg
 from diglot.report.runs import load_run
+from diglot.report.verdict import judge
 
 
 class Reader(html.parser.HTMLParser):
@@ -152,3 +155,79 @@ def test_the_scale_is_symmetric_and_ends() -> None:
 
 def test_white_space_and_control_characters_can_be_seen() -> None:
     assert visible(" a\n\t\x0e\u202e") == "·a⏎⇥\\x0e\\u202e"
+
+
+def with_metrics(folder: Path, **after: float) -> Path:
+    """A made run whose numbers after the last step are these, with a standard error of 0.01 on both sides."""
+    make_run(folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        if "phase" in line:
+            line["fixed/kl_error"] = 0.01
+            line |= {f"fixed/{name}": value for name, value in after.items()} if line["phase"] == "after" else {}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("after", "answer"),
+    [
+        (0.1, "Yes, it worked. The distance to the teacher went from 0.300 to 0.100 nats per byte"),
+        (0.31, "No clear change."),
+        (0.5, "No, it got worse."),
+    ],
+)
+def test_the_first_line_says_whether_it_worked_with_an_interval_then_where_then_what_next(
+    tmp_path: Path, after: float, answer: str
+) -> None:
+    text = Reader(page([load_run(with_metrics(tmp_path / "run", kl_nats_per_byte=after))])).text
+    places = [text.index(part) for part in (answer, "95% interval", "likes these least", "Next:", "What changed")]
+    assert places == sorted(places)
+
+
+def test_a_run_without_numbers_of_both_ends_is_not_called_a_success(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join(one for one in lines if '"after"' not in one), encoding="utf-8")
+    assert judge(load_run(folder)).answer.startswith("Whether it worked cannot be said")
+
+
+def test_a_change_whose_noise_is_unknown_is_not_called_certain_and_a_text_is_named_once(tmp_path: Path) -> None:
+    found = judge(load_run(make_run(tmp_path / "run")))
+    assert found.answer.startswith("Not certain") and "interval" not in found.answer
+    places = re.findall("“(.*?)”", found.where)
+    assert places and len(places) == len(set(places))
+
+
+def test_axes_end_where_values_end(tmp_path: Path) -> None:
+    """A share that reaches 1 has no label above it, and a distance that reaches 0 none below."""
+    run = load_run(with_metrics(tmp_path / "run", coverage=1.0, kl_nats_per_byte=0.0))
+    for curve in (one for one in CURVES if one.bounds[0] == 0 and not one.log_scale and drawn(one, [run])):
+        labels = re.findall(r">([\N{MINUS SIGN}\d.]+)</text>", svg(curve, [run], "p"))
+        numbers = [float(label.replace("\N{MINUS SIGN}", "-")) for label in labels]
+        assert numbers and min(numbers) >= 0, curve.title
+        if curve.bounds[1] == 1:  # the other labels are steps, which are 0 or more than 1
+            assert not [n for n in numbers if 1 < n < 5], (curve.title, numbers)
+
+
+def test_losses_of_two_objectives_have_an_axis_each(tmp_path: Path) -> None:
+    runs = [load_run(make_run(tmp_path / name)) for name in ("a", "b")]
+    assert Reader(page(runs)).tags.count("figure") == 8
+    runs[1].config["objective"] = "alm"
+    found = Reader(page(runs))
+    assert found.tags.count("figure") == 10 and "Loss: a" in found.text and "Loss: b" in found.text
+
+
+def test_options_without_a_value_are_not_listed_and_numbers_of_a_row_have_the_same_decimals(tmp_path: Path) -> None:
+    run = load_run(with_metrics(tmp_path / "run", mean_bytes=118.25))
+    run.config["lm_coef"] = None
+    made = page([run])
+    text = Reader(made).text
+    assert "lm_coef" not in text and "None" not in text
+    cells = re.findall(r"<td>\s*(\S+?)\s*</td>", made[made.index("Length of completions") :])
+    assert cells[:3] == ["120", "118", "\N{MINUS SIGN}2"]
+
+
+@pytest.mark.parametrize("number", range(2, 12))
+def test_no_picture_is_alone_in_the_last_line(number: int) -> None:
+    assert number % _columns(number) != 1

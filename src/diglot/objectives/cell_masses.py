@@ -87,6 +87,8 @@ class CellMasses(torch.autograd.Function):
             mean = mean + gradient * mass
         # d logit = p (g - mean), where g is not zero for few tokens only.
         of_logits = probs * -mean[:, None]
+        for gradient, ids in zip(of_sets, sets, strict=True):
+            of_logits.index_copy_(1, ids, probs[:, ids] * (gradient - mean)[:, None])
         if len(cells.moved):
             each = of_masses.new_zeros(len(probs), cells.names + 1)
             each.scatter_add_(1, cells.number_of[at], of_masses)  # cells without others meet in the last place
@@ -94,6 +96,4 @@ class CellMasses(torch.autograd.Function):
             of_logits.index_copy_(1, cells.moved, of_moved)
         of_logits.scatter_add_(1, at, probs.gather(1, at) * of_masses)
         of_logits.scatter_add_(1, token[:, None], (single * of_single)[:, None])
-        for gradient, ids in zip(of_sets, sets, strict=True):
-            of_logits.index_copy_(1, ids, probs[:, ids] * (gradient - mean)[:, None])
         return of_logits, None, None, None, *(None for _ in sets)

@@ -108,14 +108,15 @@ def read_rows(
     whole = _to_host({"top_ids": top_ids, "leaf_at": ranges.places, "leaf_id": ranges.ids}, np.int64)
     single, total = np.zeros(len(row)), np.full(len(pair_row), -np.inf)
     single[order], total[by_row] = number["single"], number["total"]
-    count, top_k = len(number["stop"]), numbers["top"][0].shape[1]
+    count = len(number["stop"])
+    shape = count, len(whole["top_ids"]) // max(count, 1)  # a rank may have nothing to read
     owner = np.concatenate([np.zeros(0, dtype=np.int64), *ranges.owners])
     return RowsRead(
         single,
         number["stop"],
         number["silent"],
-        whole["top_ids"].reshape(count, top_k),
-        number["top"].reshape(count, top_k),
+        whole["top_ids"].reshape(shape),
+        number["top"].reshape(shape),
         owner[whole["leaf_at"]],
         whole["leaf_id"],
         number["leaf"],

@@ -91,14 +91,14 @@ def svg(curve: Curve, runs: Sequence[Run], name: str, first: int = 0) -> str:
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise ConfigError(
             "Reports are drawn with matplotlib, which is not installed: pip install 'diglot[report]'."
         ) from error
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5, "axes.formatter.useoffset": False}
     with rc_context(style):
-        figure = Figure(figsize=(4.6, 2.3), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.14)  # type: ignore[union-attr,call-arg]  # the reader's font may be wider
+        figure = Figure(figsize=(4.6, 2.3), layout=ConstrainedLayoutEngine(w_pad=0.14))  # a reader's font may be wider
         axes: Any = figure.add_subplot()
         for number, run in enumerate(runs[:2], start=first):
             _draw(axes, curve, run, (_RUN_0, _RUN_1)[number], number)

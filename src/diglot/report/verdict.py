@@ -51,7 +51,7 @@ def judge(run: Run) -> Verdict:
     within = "" if noise is None else f" (95% interval {change - _Z * noise:+.3f} to {change + _Z * noise:+.3f})"
     numbers = f"The distance to the teacher went from {before:.3f} to {after:.3f} nats per byte, {change:+.3f}{within}."
     if noise is None:
-        answer, following = "Its noise was not measured", "Measure it on more rows with diglot eval."
+        answer, following = "Not certain: the noise was not measured", "Measure it on more rows with diglot eval."
     elif abs(change) <= 2 * noise:
         answer, following = "No clear change", "Train longer, or measure on more rows with diglot eval."
     elif change > 0:
@@ -69,7 +69,8 @@ def _worst(run: Run) -> str:
         for chunk in record["chunks"]
         if chunk["comparable"] and chunk["logp_s"] is not None and chunk["logp_t"] is not None
     ]
-    worst = [(gap, text) for gap, text in sorted(gaps)[:_WORST] if gap < 0]
+    lowest = {text: gap for gap, text in sorted(gaps, reverse=True) if gap < 0}  # of one text its lowest stays
+    worst = sorted((gap, text) for text, gap in lowest.items())[:_WORST]
     if not worst:
         return ""
     places = ", ".join(f"“{text[:24]}” ({gap:+.1f} nats)" for gap, text in worst)
