@@ -108,6 +108,10 @@ class Answers:
             return answered
         return teacher.hidden(self._side) if self._cache is None else self._cache.hidden(self._side)
 
+    def release(self) -> None:
+        """Keep the states of a local teacher no longer: they are computed anew if they are read again."""
+        self.__dict__.pop("hidden", None)
+
     def branched(self, tail: TailTokens, reading: TreeReading | None) -> tuple[Tensor, TreeReading | None]:
         """The states behind each token of branches off the text, `[E, H_t]`, and a reading of it to go on with.
 

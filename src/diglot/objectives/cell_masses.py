@@ -1,7 +1,7 @@
 """Masses of a few cells of each row, from whole rows of logits, in few passes over them.
 
 A cell is a token and more of them; all tokens that are in another one's cell stand side by side, so that a cell's mass
-is its own token's and a difference of two running sums. Nothing is added up in an order that could change.
+is its own token's and the sum of a segment. Nothing is added up in an order that could change.
 
 Shapes: `R` rows, `V` tokens, `K` cells of a row, `M` tokens that are in another one's cell.
 """
@@ -24,8 +24,7 @@ class CellColumns:
 
     moved: Tensor  # int64 [M] tokens in another one's cell, by cell
     number: Tensor  # int64 [M] counts those cells through
-    begin: Tensor  # int64 [V] the others of each cell are moved[begin:end]
-    end: Tensor  # int64 [V]
+    lengths: Tensor  # int64 [names] how many others each of them has
     number_of: Tensor  # int64 [V] of each cell; `names` for one without others
     names: int  # how many cells have others
 
@@ -35,12 +34,11 @@ class CellColumns:
         every = np.arange(len(cell))
         moved = np.flatnonzero((cell >= 0) & (cell != every))
         moved = moved[np.argsort(cell[moved], kind="stable")]
-        names, number = np.unique(cell[moved], return_inverse=True)
+        names, number, lengths = np.unique(cell[moved], return_inverse=True, return_counts=True)
         number_of = np.full(len(cell), len(names))
         number_of[names] = np.arange(len(names))
-        begin, end = (np.searchsorted(cell[moved], every, side=side) for side in ("left", "right"))
-        by_cell, numbers, low, high, known = map(torch.from_numpy, (moved, number, begin, end, number_of))
-        return cls(by_cell, numbers, low, high, known, len(names))
+        by_cell, numbers, sizes, known = map(torch.from_numpy, (moved, number, lengths, number_of))
+        return cls(by_cell, numbers, sizes, known, len(names))
 
     def to(self, device: torch.device | str) -> CellColumns:
         """The same on `device`."""
@@ -66,8 +64,11 @@ class CellMasses(torch.autograd.Function):
         at, some = column.clamp(min=0), column >= 0
         masses = probs.gather(1, at)
         if len(cells.moved):
-            running = torch.nn.functional.pad(probs[:, cells.moved].cumsum(-1, dtype=torch.float64), (1, 0))
-            others = running.gather(1, cells.end[at]) - running.gather(1, cells.begin[at])
+            # Down the columns of a copy that is transposed: `segment_reduce` adds up along the first dimension only.
+            moved = probs.T.index_select(0, cells.moved).double()
+            others = torch.segment_reduce(moved, "sum", lengths=cells.lengths, unsafe=True)
+            none = others.new_zeros(1, len(probs))
+            others = torch.cat([others, none]).T.gather(1, cells.number_of[at])
             masses = (masses.double() + others).to(probs.dtype)
         masses = masses.masked_fill(~some, 0.0)
         single = probs.gather(1, token[:, None])[:, 0]

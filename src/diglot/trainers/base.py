@@ -271,7 +271,14 @@ class DistillationTrainer(Trainer):
                     loss, metrics = term.objective.loss(view.plans[term.name], scores, share)
                     total = total + loss
                     self.metrics.add_values(metrics, term.logged)
+                if not self.window_returns:
+                    view.answers.release()  # the window's other micro-batches need the memory
         return total
+
+    @property
+    def window_returns(self) -> bool:
+        """Is a window trained on more than once, with what its teachers said of it?"""
+        return False
 
     def hidden_at_rows(self, model: torch.nn.Module, side: PackedSide) -> Tensor:
         """The student's hidden state that predicts each scored token, [N_s, H_s], with gradient."""
