@@ -165,6 +165,11 @@ class View:
         """Values of the batch's scored tokens, `[N, ...]`, for those of this view."""
         return values if self.tokens is None else values[self.tokens]
 
+    def release(self) -> None:
+        """Its loss is formed: let go of the teacher's states, unless the texts serve more steps."""
+        if self.rollout is None:
+            self.answers.release()
+
     def items(self) -> dict[str, float]:
         """Items of each term in this batch."""
         return {term.name: float(self.plans[term.name].items) for term in self.comparison.terms}

@@ -266,19 +266,12 @@ class DistillationTrainer(Trainer):
             for view in part.views:
                 scores = scores_of(part, view, hidden, self.student_head)
                 for term in view.comparison.terms:
-                    share = view.weight * term.weight * self.accelerator.num_processes
-                    share = share / max(view.counts[term.name], 1.0)
+                    share = view.weight * term.weight * self.accelerator.num_processes / max(view.counts[term.name], 1)
                     loss, metrics = term.objective.loss(view.plans[term.name], scores, share)
                     total = total + loss
                     self.metrics.add_values(metrics, term.logged)
-                if not self.window_returns:
-                    view.answers.release()  # the window's other micro-batches need the memory
+                view.release()  # the window's other micro-batches need the memory
         return total
-
-    @property
-    def window_returns(self) -> bool:
-        """Is a window trained on more than once, with what its teachers said of it?"""
-        return False
 
     def hidden_at_rows(self, model: torch.nn.Module, side: PackedSide) -> Tensor:
         """The student's hidden state that predicts each scored token, [N_s, H_s], with gradient."""

@@ -208,10 +208,6 @@ class MiniLLMTrainer(DistillationTrainer):
     def _views(batches: Sequence[Batch]) -> list[tuple[View, Rollout]]:
         return [(view, view.rollout) for batch in batches for view in batch.views if view.rollout is not None]
 
-    @property
-    def window_returns(self) -> bool:
-        return self.args.num_iterations > 1
-
     def rewarded(self, batches: list[Batch], known: Mapping[tuple[int, int], HeldBatch] | None = None) -> list[Batch]:
         """Log-probs of the completions under both models as they are now, weights of sampling, and advantages.
 
