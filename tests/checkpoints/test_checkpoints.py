@@ -56,6 +56,23 @@ def test_a_checkpoint_says_what_it_is_of(run: Path) -> None:
     assert said["teacher"]["weights"] and said["objective"]["terms"] == [["covering", 1.0]]
 
 
+def test_a_file_is_hashed_once_when_it_is_saved_and_once_when_it_is_resumed_from(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    plain = durable.sha256
+
+    def watched(path: Path) -> str:
+        hashed.append(path)
+        return plain(path)
+
+    monkeypatch.setattr(durable, "sha256", watched)
+    resume(run, save_total_limit=2)
+    names = [(path.parent.name, path.name) for path in hashed]
+    assert len(set(names)) == len(names)
+    assert {folder for folder, _ in names} == {"checkpoint-2", "checkpoint-3"}
+
+
 @pytest.mark.parametrize(("options", "said"), [
     ({"teacher": zoo.turns}, "teacher.tokenizer is '.*' in the checkpoint, '.*' now"),
     ({"student": zoo.nfc}, "student.tokenizer is"),

@@ -140,6 +140,35 @@ def test_the_gradient_is_the_derivative(beta: float) -> None:
     assert torch.autograd.gradcheck(lambda x: full_jsd(x / 1.7, teacher / 1.7, beta), (logits,))
 
 
+@pytest.mark.parametrize("beta", BETAS)
+def test_both_sides_have_a_derivative_whatever_their_entries_sum_to(beta: float) -> None:
+    s, t = (x + shift for x, shift in ((random_logps(3, 6, 5), 0.3), (random_logps(3, 6, 6), -0.2)))
+    assert torch.autograd.gradcheck(
+        lambda a, b: generalized_jsd(a, b, beta), (s.requires_grad_(), t.requires_grad_()), rtol=1e-6
+    )
+    one_row = random_logps(1, 6, 7).requires_grad_()  # a row for all
+    (found,) = torch.autograd.grad(generalized_jsd(s.detach(), one_row, beta).sum(), one_row)
+    (every,) = torch.autograd.grad(
+        generalized_jsd(s.detach(), whole := one_row.detach().repeat(3, 1).requires_grad_(), beta).sum(), whole
+    )
+    torch.testing.assert_close(found, every.sum(0, keepdim=True))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("distance", [1e-2, 1e-4])
+def test_the_gradient_near_the_teacher_is_no_rounding_noise(beta: float, distance: float) -> None:
+    """Of rows of 4,000 columns in float32, from the same log-probs as in float64."""
+    teacher = random_logps(4, 4000, 20, torch.float32)
+    student = teacher + distance * torch.randn(teacher.shape, generator=torch.Generator().manual_seed(21))
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = student.to(dtype).requires_grad_()
+        value = generalized_jsd(leaf, teacher.to(dtype), beta)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        found.append(gradient.double())
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-6
+
+
 def test_padding_columns_of_the_wider_table_are_removed_before_the_softmax() -> None:
     s, t = random_logps(3, 8, 7), random_logps(3, 6, 8)
     s[:, 6:] = 50.0  # would take all of the mass

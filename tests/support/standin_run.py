@@ -106,7 +106,7 @@ def main() -> None:
             try:
                 line["values"] = run(Path(root) / name)
                 line["waits"] = {p: standin.waits.total(p) / STEPS for p in ("window", "loss", "generation")}
-                line["table"] = standin.waits.table("loss")
+                line["tables"] = {p: standin.waits.table(p) for p in line["waits"]}
             except Exception:
                 line["error"] = traceback.format_exc()
             print("CASE", json.dumps(line), flush=True)

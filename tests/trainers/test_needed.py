@@ -222,3 +222,33 @@ def test_no_cache_is_emptied_in_either_trainer(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(module, "empty_cache", lambda: calls.append(1))
     make(tmp_path, zoo.chatml(), zoo.inst(), tiny.CHAT_ROWS).train()
     assert not calls
+
+
+def test_states_of_the_teacher_live_no_longer_than_their_loss_is_formed(tmp_path: Path) -> None:
+    """Of a window's micro-batches one at a time is in memory, and each is read by the teacher once."""
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), objective=["strict", "sequence_kl"], lmbda=0.0)
+    batches = window(trainer, rows_of_many_lengths(6))
+    teacher: Any = trainer.comparisons[0].teacher
+    read: list[Any] = []
+    handle = teacher.model.register_forward_hook(lambda *_: read.append(1))
+    alive = []
+    for batch in batches:
+        trainer.compute_loss(trainer.model, {"batch": batch}).backward()
+        alive.append(sum("hidden" in vars(b.views[0].answers) for b in batches))
+    handle.remove()
+    assert alive == [0, 0, 0] and len(read) == 3
+
+
+def test_states_that_later_steps_read_are_not_computed_again(tmp_path: Path) -> None:
+    trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), objective="strict", num_iterations=3, max_steps=3)
+    teacher: Any = trainer.comparisons[0].teacher
+    read: list[Any] = []
+    teacher.model.model.register_forward_hook(lambda *_: read.append(1))
+    trainer.train()
+    once = len(read)
+    again = tiny.minillm(tmp_path / "one", zoo.chatml(), zoo.inst(), objective="strict", num_iterations=3, max_steps=1)
+    other: Any = again.comparisons[0].teacher
+    before = len(read)
+    other.model.model.register_forward_hook(lambda *_: read.append(1))
+    again.train()
+    assert once == len(read) - before

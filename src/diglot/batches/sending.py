@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+_ALIGNED = 16  # bytes: where each tensor of a common buffer begins, so that it can be read as any number type
 
 
 def sent(x: Tensor, device: torch.device | str) -> Tensor:
@@ -12,3 +16,19 @@ def sent(x: Tensor, device: torch.device | str) -> Tensor:
     if x.device.type != "cpu" or target.type == "cpu":
         return x.to(target)
     return (x.pin_memory() if target.type == "cuda" else x).to(target, non_blocking=True)
+
+
+def sent_together(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Each of them on `device`, in one copy for all that are on the host: views of one buffer of bytes there."""
+    if torch.device(device).type == "cpu" or any(x.device.type != "cpu" for x in tensors):
+        return [sent(x, device) for x in tensors]
+    sizes = [x.numel() * x.element_size() for x in tensors]
+    begins = [0]
+    for size in sizes:
+        begins.append(begins[-1] + -(-size // _ALIGNED) * _ALIGNED)
+    host = torch.empty(begins[-1], dtype=torch.uint8)
+    places = [slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=False)]
+    for place, x in zip(places, tensors, strict=True):
+        host[place].view(x.dtype).copy_(x.flatten())
+    there = sent(host, device)
+    return [there[place].view(x.dtype).view(x.shape) for place, x in zip(places, tensors, strict=True)]

@@ -108,12 +108,16 @@ class Answers:
             return answered
         return teacher.hidden(self._side) if self._cache is None else self._cache.hidden(self._side)
 
+    def release(self) -> None:
+        """Keep the states of a local teacher no longer: they are computed anew if they are read again."""
+        self.__dict__.pop("hidden", None)
+
     def branched(self, tail: TailTokens, reading: TreeReading | None) -> tuple[Tensor, TreeReading | None]:
         """The states behind each token of branches off the text, `[E, H_t]`, and a reading of it to go on with.
 
         A branch is a few tokens in the place of the scored token `before` and what follows it; `depth` counts them.
         """
-        after = self._side.rows.cpu().numpy()[tail.before]
+        after = self._side.host_rows[tail.before]
         teacher, branches = self._whole, Branches(tail.ids, after, tail.depth)
         if not isinstance(teacher, LocalTeacher):
             return teacher.behind(self._side, branches), None
@@ -156,6 +160,11 @@ class View:
     def of_own(self, values: Tensor) -> Tensor:
         """Values of the batch's scored tokens, `[N, ...]`, for those of this view."""
         return values if self.tokens is None else values[self.tokens]
+
+    def release(self) -> None:
+        """Its loss is formed: let go of the teacher's states, unless the texts serve more steps."""
+        if self.rollout is None:
+            self.answers.release()
 
     def items(self) -> dict[str, float]:
         """Items of each term in this batch."""

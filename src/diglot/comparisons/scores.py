@@ -175,7 +175,8 @@ class ModelScores:
     @torch.no_grad()
     def _log_probs(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         for at, logits in logits_by_parts(hidden, self.teacher.head, self.chunk_rows(False)):
-            yield at, (logits.float() / self.temperature).log_softmax(-1)
+            cooled = logits if self.temperature == 1.0 else logits / self.temperature
+            yield at, cooled.log_softmax(-1, dtype=torch.float32)
 
     # ---- single entries of rows --------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from diglot.batches.sending import sent, sent_together
 from diglot.heads.hidden import is_compiled, last_hidden, unwrap
 
 Ints = NDArray[np.int64]
@@ -81,10 +82,10 @@ class TreeReading:
             slot[row == b] = np.arange(int((row == b).sum()))
         more, kept = int(slot.max(initial=-1)) + 1, int(self._cache.get_seq_length())
         new = 0 if kept else width  # tokens of the batch itself in this pass
-        at_row, at = torch.from_numpy(row).to(device), torch.from_numpy(new + slot).to(device)
-        prefix, depth = torch.from_numpy(place).to(device), torch.from_numpy(branches.depth).to(device)
+        on_host = (row, new + slot, place, branches.depth, branches.ids, number)
+        at_row, at, prefix, depth, own_ids, own = sent_together([torch.from_numpy(x) for x in on_host], device)
         ids = torch.cat([self.input_ids[:, :new], self.input_ids[:, :1].expand(-1, more)], dim=1)
-        ids[at_row, at] = torch.from_numpy(branches.ids).to(device)
+        ids[at_row, at] = own_ids
         positions = torch.arange(new + more, device=device).repeat(count, 1)
         positions[at_row, at] = prefix + 1 + depth
         sees = torch.zeros(count, new + more, kept + new + more, dtype=torch.bool, device=device)
@@ -92,7 +93,7 @@ class TreeReading:
         sees[:, :new, :new] &= self.attention_mask.bool()[:, None, :new]
         sees[at_row, at, :width] = torch.arange(width, device=device) <= prefix[:, None]
         whose = torch.full((count, more), -1, device=device)
-        whose[at_row, at - new] = torch.from_numpy(number).to(device)
+        whose[at_row, at - new] = own
         earlier = torch.tril(torch.ones(more, more, dtype=torch.bool, device=device))
         sees[:, new:, kept + new :] = (whose[:, :, None] == whose[:, None, :]) & earlier
         every = torch.arange(new + more, device=device)
@@ -113,14 +114,15 @@ def _one_by_one(model: nn.Module, input_ids: Tensor, branches: Branches) -> Tens
         texts = []
         for low, high in zip(starts[at : at + 8], ends[at : at + 8], strict=True):
             row, place = divmod(int(branches.after[low]), width)
-            tail = torch.from_numpy(branches.ids[low:high]).to(device)
+            tail = sent(torch.from_numpy(branches.ids[low:high]), device)
             texts.append(torch.cat([input_ids[row, : place + 1], tail]))
-        lengths = torch.tensor([len(t) for t in texts], device=device)
+        lengths = [len(t) for t in texts]
         ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
+        shown = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
+        mask = sent(shown.long(), device)
         hidden = last_hidden(model, ids, mask)
         for k, (low, high) in enumerate(zip(starts[at : at + 8], ends[at : at + 8], strict=True)):
-            found.append(hidden[k, int(lengths[k]) - (high - low) : int(lengths[k])])
+            found.append(hidden[k, lengths[k] - (high - low) : lengths[k]])
     return torch.cat(found)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from diglot.batches.sending import sent_together
 from diglot.heads.hidden import is_compiled, last_hidden, run_with_hidden, unwrap
 from diglot.heads.modes import evaluating
 
@@ -30,7 +31,7 @@ _known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # does the mod
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """A batch cut into distinct prompts and what follows them. Numpy arrays and host tensors."""
+    """A batch cut into distinct prompts and what follows them. Tensors of the host."""
 
     prompt_of: list[int]  # the first row that holds each distinct prompt, [U]
     which: Tensor  # int64 [K], the prompt of each row that is read on
@@ -38,6 +39,8 @@ class SharedPrompts:
     begin: Tensor  # int64 [B], tokens of the prompt; the last one predicts the first scored token
     end: Tensor  # int64 [B], tokens that predict something
     group: Tensor  # int64 [B], the prompt of each row
+    of_token: Tensor  # int64 [N], the row of each scored token
+    place: Tensor  # int64 [N], and its predicting place in it
 
     @property
     def tokens(self) -> int:
@@ -58,7 +61,7 @@ def hidden_at_rows(
     if plan is None:
         hidden = last_hidden(model, input_ids, attention_mask).flatten(0, 1)
         return hidden[rows.to(hidden.device)]
-    return read_once(model, input_ids, rows, plan)
+    return read_once(model, input_ids, plan)
 
 
 def reads_prompts_once(model: nn.Module, input_ids: Tensor, rows: Tensor) -> bool:
@@ -91,42 +94,46 @@ def find_shared_prompts(input_ids: Tensor, rows: Tensor, host: Host | None = Non
     prompt_of = [int(scored[np.flatnonzero(group[scored] == u)[0]]) for u in range(len(first))]
     on = np.flatnonzero(end > begin)
     as_tensor = torch.from_numpy
-    return SharedPrompts(prompt_of, *map(as_tensor, (group[on], on, begin, end, group)))
+    return SharedPrompts(prompt_of, *map(as_tensor, (group[on], on, begin, end, group, row, place)))
 
 
-def read_once(model: nn.Module, input_ids: Tensor, rows: Tensor, plan: SharedPrompts) -> Tensor:
-    """`hidden_at_rows` by way of `plan`."""
-    device, (_, width) = input_ids.device, input_ids.shape
+def read_once(model: nn.Module, input_ids: Tensor, plan: SharedPrompts) -> Tensor:
+    """`hidden_at_rows` by way of `plan`. All indices are found on the host and sent together."""
+    width = input_ids.shape[1]
     cache = DynamicCache(config=unwrap(model).config)
-    lengths = plan.begin[plan.prompt_of]
-    prompts, mask = _left(input_ids, plan, lengths)
+    more = plan.end[plan.row] - plan.begin[plan.row]
+    step = torch.arange(int(more.max()) if len(more) else 0)
+    number = torch.zeros(len(input_ids), dtype=torch.int64).index_put((plan.row,), torch.arange(len(plan.row)))
+    offset = plan.place - (plan.begin[plan.of_token] - 1)  # 0: the prompt's own last token, k: the k-th behind it
+    prompt_row, prompt_place, mask = _left(plan)
+    on_host = (
+        *(prompt_row, prompt_place, mask, plan.group[plan.of_token], number[plan.of_token]),
+        *((offset - 1).clamp(min=0), offset == 0, plan.which, plan.row, (step < more[:, None]).long()),
+        (plan.begin[plan.row, None] + step).clamp(max=width - 1),
+    )
+    sent = sent_together(on_host, input_ids.device)
+    prompt_row, prompt_place, mask, group, at_row, at_place, is_first, which, row, real, source = sent
     positions = mask.cumsum(1).sub(1).clamp(min=0)
-    of_prompts = _run(model, prompts, mask, positions, cache)
-    which, offset = (rows.cpu() // width, rows.cpu() % width)
-    offset = offset - (plan.begin[which] - 1)  # 0: the prompt's own last token, k: the k-th token behind it
-    found = of_prompts[plan.group[which].to(device), -1]
+    of_prompts = _run(model, input_ids[prompt_row, prompt_place], mask, positions, cache)
+    found = of_prompts[group, -1]
     if not len(plan.row):
         return found
-    cache.batch_select_indices(plan.which.to(device))
-    more = plan.end[plan.row] - plan.begin[plan.row]
-    step = torch.arange(int(more.max()))
-    real = step < more[:, None]
-    source = (plan.begin[plan.row, None] + step).clamp(max=width - 1)
-    rest = input_ids[plan.row[:, None].to(device), source.to(device)]
-    whole = torch.cat([mask[plan.which.to(device)], real.to(mask)], dim=1)
-    of_rest = _run(model, rest, whole, source.to(device), cache)
-    number = torch.zeros(len(input_ids), dtype=torch.int64).index_put((plan.row,), torch.arange(len(plan.row)))
-    behind = of_rest[number[which].to(device), (offset - 1).clamp(min=0).to(device)]
-    return torch.where((offset == 0).to(device)[:, None], found, behind)
+    cache.batch_select_indices(which)
+    whole = torch.cat([mask[which], real], dim=1)
+    of_rest = _run(model, input_ids[row[:, None], source], whole, source, cache)
+    return torch.where(is_first[:, None], found, of_rest[at_row, at_place])
 
 
-def _left(input_ids: Tensor, plan: SharedPrompts, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct prompts padded on the left: what follows them is then next to them, as sliding windows count."""
+def _left(plan: SharedPrompts) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct prompts padded on the left, `[U, P]`: row and place in the batch, and what is no padding.
+
+    What follows them is then next to them, as sliding windows count.
+    """
+    lengths = plan.begin[plan.prompt_of]
     width = int(lengths.max())
     place = torch.arange(width) - (width - lengths)[:, None]
-    mask = (place >= 0).long().to(input_ids.device)
-    ids = input_ids[torch.tensor(plan.prompt_of)[:, None].to(input_ids.device), place.clamp(min=0).to(input_ids.device)]
-    return ids, mask
+    row = torch.tensor(plan.prompt_of)[:, None].expand_as(place)
+    return row, place.clamp(min=0), (place >= 0).long()
 
 
 def _run(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
@@ -173,14 +180,14 @@ def _has_known_cache(model: Any) -> bool:
 @torch.no_grad()
 def _same_on_a_few_tokens(model: Any) -> bool:
     embedding = model.get_input_embeddings().weight
-    ids = (torch.arange(32, device=embedding.device).reshape(4, 8) + 2) % len(embedding)
+    ids = (torch.arange(32).reshape(4, 8) + 2) % len(embedding)
     ids[1, :3], ids[3, :5] = ids[0, :3], ids[2, :5]  # two prompts of 3 and 5 tokens
     rows = torch.cat([torch.arange(2, 7), torch.arange(10, 14), torch.arange(20, 23), torch.arange(28, 31)])
-    plan = find_shared_prompts(ids, rows.to(ids.device))
+    plan = find_shared_prompts(ids, rows)
+    ids, rows = sent_together([ids, rows], embedding.device)
     with evaluating(model):
-        plain = last_hidden(model, ids, torch.ones_like(ids)).flatten(0, 1)[rows.to(ids.device)]
+        plain = last_hidden(model, ids, torch.ones_like(ids)).flatten(0, 1)[rows]
         assert plan is not None
-        once = read_once(model, ids, rows.to(ids.device), plan)
+        once = read_once(model, ids, plan)
     rounding = max(torch.finfo(plain.dtype).eps, torch.finfo(torch.float32).eps)  # softmax is float32 in float64 too
-    tolerance = 32 * rounding * float(plain.abs().max())
-    return plain.shape == once.shape and float((plain - once).abs().max()) <= tolerance
+    return plain.shape == once.shape and bool((plain - once).abs().max() <= 32 * rounding * plain.abs().max())

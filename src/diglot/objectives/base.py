@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from diglot.batches.sending import sent
+from diglot.batches.sending import sent, sent_together
 from diglot.errors import ConfigError
 from diglot.objectives.levels import Level
 
@@ -124,16 +124,24 @@ class Rows:
     given: Mapping[str, Tensor] = field(default_factory=dict)  # each [R, ...], handed to the objective by name
     count: int | None = None  # over how many items the values are averaged, if not over the rows
     skipped: Mapping[str, int] = field(default_factory=dict)  # reason -> rows that were left out on purpose
+    planned: Rows | None = None  # the same on the host, of rows that were sent to a device
 
     @property
     def items(self) -> int:
         """Over how many items the values are averaged."""
         return len(self.student) if self.count is None else self.count
 
+    @property
+    def on_host(self) -> Rows:
+        """As they were planned: reading them waits for no device."""
+        return self.planned or self
+
     def to(self, device: torch.device | str) -> Rows:
         """The same with its tensors on `device`."""
-        given = {name: sent(value, device) for name, value in self.given.items()}
-        return replace(self, student=sent(self.student, device), teacher=sent(self.teacher, device), given=given)
+        s, t, *given = sent_together([self.student, self.teacher, *self.given.values()], device)
+        return replace(
+            self, student=s, teacher=t, given=dict(zip(self.given, given, strict=True)), planned=self.on_host
+        )
 
 
 class Plan(Protocol):
@@ -262,7 +270,7 @@ class Scores(Protocol):
     def teacher_rows(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
         """Log-probs of the teacher's rows, part by part: those that predict its tokens, then those behind branches.
 
-        Each part is a slice of the `N_t + E` rows and their log-probs `[r, V_t]`, constant, on the teacher's device.
+        Each part is a slice of the `N_t + E` rows and their log-probs `[r, V_t]`, on the teacher's device, to write on.
         """
 
     def teacher_rows_behind(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
@@ -359,7 +367,8 @@ class RowObjective(PairObjective):
         return self.rows(written)
 
     def extra(self, rows: Rows, written: Written, scores: Scores) -> dict[str, Tensor]:
-        """More that the objective is given of each row, `[R, ...]`, from scores of the text; may carry gradient."""
+        """More that the objective is given of each row, `[R, ...]`, from scores of the text; may carry gradient.
+        Sizes that the host has to know stay on the host."""
         return {}
 
     def loss(self, plan: Rows, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
@@ -587,5 +596,4 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 
 
 def _moved(record: Any, device: torch.device | str) -> dict[str, Any]:
-    values = {f.name: getattr(record, f.name) for f in fields(record)}
-    return {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    return {f.name: v.to(device) for f in fields(record) if isinstance(v := getattr(record, f.name), Tensor)}

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diglot.batches import Written
+from diglot.batches.sending import sent_together
 from diglot.errors import ConfigError
 from diglot.objectives.base import Pair, RowObjective, Rows, Scores, Values, at_least_float32, check_range
 from diglot.objectives.divergences import forward_kl, generalized_jsd
@@ -82,7 +83,8 @@ class BPM(RowObjective):
         self.image = torch.zeros(len(student), dtype=torch.bool).index_fill(
             0, torch.from_numpy(whole[whole >= 0]), True
         )
-        self.suffix_column = torch.from_numpy(np.where(self._greedy >= 0, self._greedy, self.none))
+        self._suffix, self._column = np.where(self._greedy >= 0, self._greedy, self.none), self.column_of.numpy()
+        self.suffix_column = torch.from_numpy(self._suffix)
         self._place = np.full(len(teacher), -1)
         self._place[teacher.trie.sorted_ids] = np.arange(len(teacher.trie.sorted_ids))
         self.sorted_t = torch.from_numpy(teacher.trie.sorted_ids)
@@ -110,25 +112,28 @@ class BPM(RowObjective):
         return Rows(torch.from_numpy(i), torch.from_numpy(j), tensors, skipped={"blank": int(blank.sum())})
 
     def extra(self, rows: Rows, written: Written, scores: Scores) -> dict[str, Tensor]:
-        """Where mass moves to tokens that run past the written teacher token: columns and differences, `[R, K + 1]`."""
-        i, j = rows.student.cpu().numpy(), rows.teacher.cpu().numpy()
+        """Where mass moves to tokens that run past the written teacher token: columns and differences, `[R, K + 1]`.
+
+        And, on the host, how many teacher tokens each row's prefix range holds.
+        """
+        host, device = rows.on_host, rows.student.device
+        i, j = host.student.numpy(), host.teacher.numpy()
+        entries = (host.given["high"] - host.given["low"]).clamp(min=0)
         found = spanning(written, i, j, self.student, self.teacher)
-        device = rows.student.device
-        row, token = torch.from_numpy(found.row).to(device), torch.from_numpy(found.token).to(device)
-        width = int(torch.bincount(row, minlength=1).max()) + 1 if len(row) else 1
-        column = torch.full((len(i), width), self.none, device=device)
+        width = int(found.place.max(initial=-1)) + 2
+        column = np.full((len(i), width), self.none)
+        column[found.row, found.place + 1] = found.token
+        column[:, 0] = self._head(written, i, j)
+        at = found.row, found.place, column
+        row, place, columns = sent_together([torch.from_numpy(x) for x in at], device)
         mass = torch.zeros(len(i), width, dtype=torch.float32, device=device)
         if not len(row):
-            return {"span_column": column[:, :0], "span_mass": mass[:, :0]}
-        reach = self._reach(written, j, found, scores).to(device)
-        place = torch.from_numpy(found.place).to(device)
+            return {"span_column": columns[:, :0], "span_mass": mass[:, :0], "entries": entries}
         longer = torch.zeros_like(mass)
-        longer[row, place] = reach  # P_1 >= P_2 >= ... of each row, 0 after the last
-        column[row, place + 1] = token
-        column[:, 0] = self._head(written, i, j).to(device)
+        longer[row, place] = self._reach(written, j, found, scores).to(device)  # P_1 >= P_2 >= ..., 0 after the last
         mass[:, 1:] = longer[:, :-1] - longer[:, 1:]
         mass[:, 0] = -longer[:, 0]
-        return {"span_column": column, "span_mass": mass}
+        return {"span_column": columns, "span_mass": mass, "entries": entries}
 
     def _reach(self, written: Written, j: NDArray[np.int64], found: Spanning, scores: Scores) -> Tensor:
         """The teacher's mass on the texts that the candidates cover, from the start of token `j` on, float32 `[Q]`."""
@@ -136,18 +141,17 @@ class BPM(RowObjective):
         alone = self._place[written.teacher.ids[whole]]  # a token alone is a range too: one pass finds both
         low, high = np.concatenate([alone, found.tail[0]]), np.concatenate([alone + 1, found.tail[1]])
         token = np.concatenate([whole, found.last])
-        logp = scores.teacher_ranges(*map(torch.from_numpy, (token, low, high))).cpu().double()
-        before = np.zeros(len(written.teacher.ids) + 1)
-        before[whole + 1] = logp[: len(whole)]
-        before = before.cumsum()
-        return (torch.from_numpy(before[found.last] - before[j[found.row]]) + logp[len(whole) :]).exp().float()
+        logp = scores.teacher_ranges(*map(torch.from_numpy, (token, low, high))).double()
+        at = whole + 1, found.last, j[found.row]
+        known, last, first = sent_together([torch.from_numpy(x) for x in at], logp.device)
+        before = logp.new_zeros(len(written.teacher.ids) + 1).index_copy(0, known, logp[: len(whole)]).cumsum(0)
+        return (before[last] - before[first] + logp[len(whole) :]).exp().float()
 
-    def _head(self, written: Written, i: NDArray[np.int64], j: NDArray[np.int64]) -> Tensor:
+    def _head(self, written: Written, i: NDArray[np.int64], j: NDArray[np.int64]) -> NDArray[np.int64]:
         """The column that the written teacher token itself maps to, `[R]`."""
         t, inside = written.teacher, written.student.start[i] - written.teacher.start[j]
         at = np.minimum(self.teacher.offsets[t.ids[j]] + inside, len(self._greedy) - 1)
-        column = np.where(inside > 0, self.suffix_column.cpu().numpy()[at], self.column_of.cpu().numpy()[t.ids[j]])
-        return torch.from_numpy(column)
+        return np.where(inside > 0, self._suffix[at], self._column[t.ids[j]])
 
     # ---- the two distributions ---------------------------------------------------------------------------------
 
@@ -158,12 +162,13 @@ class BPM(RowObjective):
         target = gathered(probs, self.column_of, self.none + 1).mul_(whole[:, None])
         reached = torch.cat([self.image.expand(len(probs), -1), whole.new_ones(len(probs), 2)], dim=-1)
         reached[:, :-1] &= whole[:, None]
-        at, row = ragged(given["low"], given["high"])
-        token = self.sorted_t[at]
-        row, token = (x[self.length_t[token] > given["inside"][row]] for x in (row, token))  # not ended at the prefix
-        column = self.suffix_column[self.begin_t[token] + given["inside"][row]]
-        flat = row * target.shape[1] + column
-        target.view(-1).index_add_(0, flat, probs.view(-1)[row * probs.shape[1] + token])
+        entries = given.get("entries")
+        at, row = ragged(given["low"], given["high"], None if entries is None else int(entries.sum()))
+        token, inside = self.sorted_t[at], given["inside"][row]
+        goes_on = self.length_t[token] > inside  # one that ended at the prefix adds nothing to a cell that is reached
+        suffix = (self.begin_t[token] + inside).clamp(max=len(self.suffix_column) - 1)
+        flat = row * target.shape[1] + torch.where(goes_on, self.suffix_column[suffix], self.none)
+        target.view(-1).index_add_(0, flat, probs.view(-1)[row * probs.shape[1] + token] * goes_on)
         reached.view(-1).index_fill_(0, flat, True)
         moved = torch.zeros_like(target[:, 0])
         if given["span_column"].shape[1]:

@@ -11,8 +11,9 @@ Shapes: `N` tokens of a side, `Q` queries (a token's row after its first 0, 1, .
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diglot.batches import Written, WrittenSide
-from diglot.batches.sending import sent
+from diglot.batches.sending import sent, sent_together
 from diglot.errors import ConfigError
 from diglot.objectives.base import Metrics, Pair, Scores, SummaryObjective, Values, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
@@ -41,10 +42,17 @@ class SidePlan:
     node: Tensor  # int64 [Q] node of the written bytes in the vocabulary's trie; 0 before the first
     begins: Tensor  # int64 [I] query of a token that begins at this byte, or -1
     goes_on: Tensor  # int64 [I] query of the token that is under way, or may have just ended; or -1
+    token: Tensor  # int64 [Q] the token of each query
+    host_first: Ints  # `first` as numpy, wherever that is
+    children: Ints  # [Q + 1] how many next bytes the queries before have together, as numpy
 
     def to(self, device: torch.device | str) -> SidePlan:
         """The same on `device`."""
-        return SidePlan(*(sent(getattr(self, f.name), device) for f in fields(self)))
+        names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
+        moved: dict[str, Any] = dict(
+            zip(names, sent_together([getattr(self, name) for name in names], device), strict=True)
+        )
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -231,9 +239,8 @@ class _Columns:
 
     def _masses(self, logits: Tensor, rows: slice, plan: SidePlan) -> Tensor:
         probs = at_least_float32(logits).softmax(-1)
-        offsets = plan.first[rows.start : rows.start + len(probs) + 1]
-        node = plan.node[int(offsets[0]) : int(offsets[-1])]
-        row = torch.repeat_interleave(torch.diff(offsets))
+        begin, end = plan.host_first[[rows.start, rows.start + len(probs)]].tolist()
+        node, row = plan.node[begin:end], plan.token[begin:end] - rows.start
         # Sorted by bytes, the tokens that start with a prefix are neighbours: a mass is a difference of running sums.
         running = probs.gather(1, self.sorted_ids.expand(len(probs), -1)).double().cumsum(-1)
         running = nn.functional.pad(running, (1, 0))
@@ -241,7 +248,8 @@ class _Columns:
         def between(query: Tensor, low: Tensor, high: Tensor) -> Tensor:
             return running[row[query], high] - running[row[query], low]
 
-        child, parent = ragged(self.first_child[node], self.first_child[node + 1])
+        children = int(plan.children[end] - plan.children[begin])
+        child, parent = ragged(self.first_child[node], self.first_child[node + 1], children)
         every = torch.arange(len(node), device=node.device)
         childless = self.first_child[node] == self.first_child[node + 1]
         longer = torch.where(childless, self.high[node], self.low[self.first_child[node].clamp(max=len(self.low) - 1)])
@@ -254,10 +262,9 @@ class _Columns:
 
     def _sharpened(self, out: Tensor, probs: Tensor, node: Tensor, row: Tensor) -> Tensor:
         """The same where a prefix is so unlikely that running sums would round its masses: summed one by one."""
-        faint = (node > 0) & (out.detach().sum(-1) < _FAINT)
-        if not bool(faint.any()):
+        query = ((node > 0) & (out.detach().sum(-1) < _FAINT)).nonzero()[:, 0]  # the host waits here
+        if not len(query):
             return out
-        query = faint.nonzero()[:, 0]
         at, owner = ragged(self.low[node[query]], self.high[node[query]])
         token = self.sorted_ids[at]
         begin, length, data = self._table
@@ -303,4 +310,6 @@ def _side_plan(
     begins = np.where(offset == 0, first[token], -1)
     after = np.where(follows, first[before] + written[before], -1)
     goes_on = np.where(offset > 0, first[token] + offset, after)
-    return SidePlan(*(torch.from_numpy(x) for x in (first, node, begins, goes_on)))
+    children = np.concatenate([[0], np.cumsum(np.diff(trie.first_child)[node])])
+    first_query, at_node, begins_at, goes_on_at, of_token = map(torch.from_numpy, (first, node, begins, goes_on, owner))
+    return SidePlan(first_query, at_node, begins_at, goes_on_at, of_token, first, children)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diglot.alignment import Alignment
 from diglot.batches import Written
+from diglot.batches.sending import sent
 from diglot.objectives.base import Mask, Metrics, Path, PathObjective, Scores, Values, at_least_float32
 
 
@@ -30,7 +31,7 @@ class CrossEntropy(PathObjective):
 
     def loss(self, plan: Mask, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
         values, _ = self(self.path(scores), scores.alignment)
-        found = values.loss[plan.mask.to(values.loss.device)]
+        found = values.loss[sent(plan.mask.nonzero()[:, 0], values.loss.device)]
         return share * found.sum(), {"loss": found}
 
     def path(self, scores: Scores) -> Path:

@@ -22,6 +22,7 @@ from diglot.batches import Written
 from diglot.batches.sending import sent
 from diglot.errors import ConfigError
 from diglot.objectives.base import Metrics, Pair, PairObjective, Rows, Scores, Values, at_least_float32, check_range
+from diglot.objectives.cell_masses import CellColumns, CellMasses
 from diglot.objectives.covering_ahead import TeacherText
 from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams
 from diglot.objectives.covering_inner import with_inner
@@ -73,17 +74,15 @@ class Covering(PairObjective):
         self.probes = Probes(self.cells, tables.encode_s, tables.encode_t)
         self.neighbours = Neighbours(tables.student, tables.encode_s)
         self.seams = Seams(self.cells, tables.encode_s)
-        cell = torch.from_numpy(self.cells.cell)
-        self.moved = ((cell >= 0) & (cell != torch.arange(len(cell)))).nonzero()[:, 0]  # tokens in another one's cell
-        self.cell_of_moved = cell[self.moved]
-        has_bytes, order = (torch.from_numpy(x) for x in (tables.teacher.lengths > 0, tables.teacher.trie.sorted_ids))
+        self.columns = CellColumns.of(self.cells.cell)
+        order = torch.from_numpy(tables.teacher.trie.sorted_ids)
         self.silent_s, silent_t = no_text(pair)
         self._is_control = np.isin(np.arange(len(tables.student)), self.silent_s.numpy())
-        self.table = Table(self.pair.stop_t, silent_t, has_bytes, order, top_k)
+        self.table = Table(self.pair.stop_t, silent_t, order, top_k)
 
     def to(self, device: torch.device | str) -> None:
         super().to(device)
-        self.table = self.table.to(device)
+        self.table, self.columns = self.table.to(device), self.columns.to(device)
 
     def plan(self, written: Written) -> CoveringPlan:
         return plan_covering(written, self.student, self.teacher, self.encode_t)
@@ -183,25 +182,18 @@ class Covering(PairObjective):
 
     def __call__(self, logits_s: Tensor, logits_t: Tensor | None, **given: Tensor) -> Values:
         """Values `[R]` of the student's logits `[R, V_s]` against what is given of the same rows."""
-        probs = at_least_float32(logits_s).softmax(-1)
-        of_cells = probs
-        if len(self.moved):
-            of_cells = probs.index_add(1, self.cell_of_moved, probs[:, self.moved])
-        column, split = given["column"], given["split"]
-        some = column >= 0
-        of_student = of_cells.gather(1, column.clamp(min=0)).masked_fill(~some, 0.0)
-        of_teacher = given["mass"].to(probs.dtype)
-        apart = split >= 0
-        own_s = probs.gather(1, given["written"][:, None])[:, 0] * apart
-        own_t = given["split_mass"].to(probs.dtype)
+        column, split, sets = given["column"], given["split"], (self.pair.stop_s, self.silent_s)
+        logits = at_least_float32(logits_s)
+        of_student, single, stop_s, silent_s = CellMasses.apply(logits, self.columns, column, given["written"], *sets)
+        dtype = logits.dtype
+        of_teacher, own_s = given["mass"].to(dtype), single * (split >= 0)
+        own_t = given["split_mass"].to(dtype)
         at = split.clamp(min=0)[:, None]
         if column.shape[1]:
             of_student = of_student.scatter_add(1, at, -own_s[:, None])
             of_teacher = of_teacher.scatter_add(1, at, -own_t[:, None])
-        stop_s = probs[:, self.pair.stop_s].sum(-1)
-        stop_t = given["stop"].to(probs.dtype)
-        silent_s = probs[:, self.silent_s].sum(-1)
-        silent_t = given["silent"].to(probs.dtype) * bool(len(self.silent_s))  # part of the rest where no token is its
+        stop_t = given["stop"].to(dtype)
+        silent_t = given["silent"].to(dtype) * bool(len(self.silent_s))  # part of the rest where no token is its
         rest_s = 1 - of_student.sum(-1) - stop_s - own_s - silent_s
         rest_t = 1 - of_teacher.sum(-1) - stop_t - own_t - silent_t
         if not self.written_apart:  # a difference of sums, whose rounding must not tell texts of one past apart

@@ -16,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diglot.batches.sending import sent
+from diglot.batches.sending import sent_together
 from diglot.objectives.covering_plan import EarlierRows
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 NEGLIGIBLE = 1e-4  # of the mass of a range: a token that is not looked at by itself
+_TOGETHER = 2**21  # tokens of ranges, 24 bytes each, that are looked through at a time
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,14 @@ class Table:
     """What rows are read by."""
 
     stop_ids: Tensor
-    silent_ids: Tensor  # control tokens that do not stop
-    has_bytes: Tensor  # bool [V_t]
+    silent_ids: Tensor  # of no text, and no stop
     sorted_ids: Tensor  # [V_t] of the teacher's trie
     top_k: int
 
     def to(self, device: torch.device | str) -> Table:
         """The same with its tensors on `device`."""
-        stop, silent, has_bytes, order = (
-            x.to(device) for x in (self.stop_ids, self.silent_ids, self.has_bytes, self.sorted_ids)
-        )
-        return Table(stop, silent, has_bytes, order, self.top_k)
+        stop, silent, order = (x.to(device) for x in (self.stop_ids, self.silent_ids, self.sorted_ids))
+        return Table(stop, silent, order, self.top_k)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ NO_PAIRS = EarlierRows(*(np.zeros(0, dtype=np.int64),) * 7, np.zeros(0, dtype=np
 def read_rows(
     parts: Iterable[tuple[slice, Tensor]], row: Ints, token: Ints, pairs: EarlierRows, first: int, table: Table
 ) -> RowsRead:
-    """One pass over log-probs `[r, V_t]`, part by part.
+    """One pass over log-probs `[r, V_t]`, part by part; they are overwritten.
 
     Args:
         row, token: `[q]`, which single tokens of which rows are read; rows are numbered from `first`.
@@ -87,49 +85,32 @@ def read_rows(
     row, pair_row = row - first, pairs.row - first
     order, by_row = np.argsort(row, kind="stable"), np.argsort(pair_row, kind="stable")
     sorted_row, sorted_pair = row[order], pair_row[by_row]
-    no_piece = ~table.has_bytes
-    no_piece[table.stop_ids.to(no_piece.device)] = True
-    numbers: dict[str, list[Tensor]] = {name: [] for name in ("stop", "silent", "top", "single", "total", "leaf")}
-    ids: dict[str, list[Tensor]] = {name: [] for name in ("top_ids", "leaf_at", "leaf_id")}
-    of_pairs = 0  # entries of ranges in earlier parts
-    owners: list[Ints] = []
+    numbers: dict[str, list[Tensor]] = {name: [] for name in ("stop", "silent", "top", "single")}
+    top_ids: list[Tensor] = []
+    ranges = _Ranges(pairs, pair_row, table)
     for at, logp in parts:
-        device, rows = logp.device, slice(at.start, at.start + len(logp))
-        numbers["stop"].append(logp[:, table.stop_ids.to(device)].logsumexp(-1))
-        numbers["silent"].append(logp[:, table.silent_ids.to(device)].logsumexp(-1))
-        best = logp.masked_fill(no_piece.to(device), -torch.inf).topk(min(table.top_k, logp.shape[1]), dim=-1)
+        device, rows = logp.device, [at.start, at.start + len(logp)]
+        stop, silent = table.stop_ids.to(device), table.silent_ids.to(device)
+        numbers["stop"].append(logp[:, stop].logsumexp(-1))
+        numbers["silent"].append(logp[:, silent].logsumexp(-1))
+        here = order[slice(*np.searchsorted(sorted_row, rows))]
+        index = [torch.from_numpy(x) for x in (row[here] - at.start, token[here])]
+        at_row, at_token = sent_together(index, device)
+        numbers["single"].append(logp[at_row, at_token])
+        ranges.read(logp, at.start, by_row[slice(*np.searchsorted(sorted_pair, rows))])
+        for without_text in (stop, silent):
+            logp.index_fill_(1, without_text, -torch.inf)
+        best = logp.topk(min(table.top_k, logp.shape[1]), dim=-1)
         numbers["top"].append(best.values)
-        ids["top_ids"].append(best.indices)
-        low, high = np.searchsorted(sorted_row, [rows.start, rows.stop])
-        here = order[low:high]
-        index = [sent(torch.from_numpy(x), device) for x in (row[here] - rows.start, token[here])]
-        numbers["single"].append(logp[index[0], index[1]])
-        low, high = np.searchsorted(sorted_pair, [rows.start, rows.stop])
-        if high > low:
-            pair = by_row[low:high]
-            length = pairs.high[pair] - pairs.low[pair]
-            owner = np.repeat(np.arange(len(pair)), length)
-            place = np.arange(len(owner)) - np.repeat(np.cumsum(length) - length - pairs.low[pair], length)
-            host = owner, place, pair_row[pair][owner] - rows.start
-            owner_at, place_at, row_at = (sent(torch.from_numpy(x), device) for x in host)
-            entry = table.sorted_ids.to(device)[place_at]
-            value = logp[row_at, entry].double()
-            most = torch.full((len(pair),), -torch.inf, dtype=torch.float64, device=device)
-            most.scatter_reduce_(0, owner_at, value, "amax")
-            sums = torch.zeros_like(most).index_add_(0, owner_at, (value - most[owner_at]).exp())
-            numbers["total"].append(most + sums.log())
-            kept = (value > most[owner_at] + math.log(NEGLIGIBLE)).nonzero()[:, 0]
-            numbers["leaf"].append(value[kept])
-            ids["leaf_id"].append(entry[kept])
-            ids["leaf_at"].append(kept + of_pairs)
-            owners.append(pair[owner])
-            of_pairs += len(owner)
-    number, whole = _to_host(numbers, np.float64), _to_host(ids, np.int64)
+        top_ids.append(best.indices)
+    ranges.look_through()
+    number = _to_host({**numbers, "total": ranges.totals, "leaf": ranges.values}, np.float64)
+    whole = _to_host({"top_ids": top_ids, "leaf_at": ranges.places, "leaf_id": ranges.ids}, np.int64)
     single, total = np.zeros(len(row)), np.full(len(pair_row), -np.inf)
     single[order], total[by_row] = number["single"], number["total"]
     count = len(number["stop"])
     shape = count, len(whole["top_ids"]) // max(count, 1)  # a rank may have nothing to read
-    owner = np.concatenate(owners) if owners else np.zeros(0, dtype=np.int64)
+    owner = np.concatenate([np.zeros(0, dtype=np.int64), *ranges.owners])
     return RowsRead(
         single,
         number["stop"],
@@ -141,6 +122,55 @@ def read_rows(
         number["leaf"],
         total,
     )
+
+
+class _Ranges:
+    """The tokens of ranges of sorted tokens: their mass together, and those by themselves that hold some of it.
+
+    Which these are says the device, and the host waits for it. So they are looked through many at a time.
+    """
+
+    def __init__(self, pairs: EarlierRows, pair_row: Ints, table: Table) -> None:
+        self.pairs, self.pair_row, self.table = pairs, pair_row, table
+        self.totals: list[Tensor] = []  # logarithms of masses
+        self.values: list[Tensor] = []  # of single tokens
+        self.ids: list[Tensor] = []
+        self.places: list[Tensor] = []  # among all tokens of all ranges
+        self.owners: list[Ints] = []  # the pair of each of those
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # log-probs, the least that counts, ids
+        self._looked, self._size = 0, 0  # how many tokens were looked through, and wait to be
+
+    def read(self, logp: Tensor, first: int, pair: Ints) -> None:
+        """The ranges of some pairs, whose rows are those of `logp`, numbered from `first`."""
+        if not len(pair):
+            return
+        low, length = self.pairs.low[pair], (self.pairs.high - self.pairs.low)[pair]
+        owner = np.repeat(np.arange(len(pair)), length)
+        place = np.arange(len(owner)) - np.repeat(np.cumsum(length) - length - low, length)
+        host = owner, place, self.pair_row[pair][owner] - first, length
+        at_owner, at_place, at_row, lengths = sent_together([torch.from_numpy(x) for x in host], logp.device)
+        ids = self.table.sorted_ids.to(logp.device)[at_place]
+        value = logp[at_row, ids].double()
+        # Ranges lie side by side: no sum or maximum depends on an order that could change.
+        most = torch.segment_reduce(value, "max", lengths=lengths, unsafe=True)
+        sums = torch.segment_reduce((value - most[at_owner]).exp(), "sum", lengths=lengths, unsafe=True)
+        self.totals.append(most + sums.log())
+        self._waiting.append((value, most[at_owner] + math.log(NEGLIGIBLE), ids))
+        self.owners.append(pair[owner])
+        self._size += len(owner)
+        if self._size > _TOGETHER:
+            self.look_through()
+
+    def look_through(self) -> None:
+        """Keep what holds some mass of those that wait."""
+        if not self._waiting:
+            return
+        value, least, ids = map(torch.cat, zip(*self._waiting, strict=True))
+        kept = (value > least).nonzero()[:, 0]
+        self.values.append(value[kept])
+        self.ids.append(ids[kept])
+        self.places.append(kept + self._looked)
+        self._looked, self._size, self._waiting = self._looked + self._size, 0, []
 
 
 def _to_host(parts: dict[str, list[Tensor]], kind: type[np.generic]) -> dict[str, NDArray[Any]]:

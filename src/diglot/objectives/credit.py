@@ -31,8 +31,7 @@ def discounted_returns(rewards: Tensor, segment: Tensor, gamma: float) -> Tensor
 
 def remaining_chunks(segment: Tensor) -> Tensor:
     """How many chunks of the segment start at or after each chunk, float [C]."""
-    counts = torch.bincount(segment) if segment.numel() else segment
-    last = counts.cumsum(0)[segment] if segment.numel() else segment
+    last = torch.searchsorted(segment, segment, right=True)  # segments ascend
     return (last - torch.arange(segment.numel(), device=segment.device)).to(torch.float32)
 
 

@@ -6,7 +6,7 @@ written whole, its next row should go on with the rest of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ class ESCD(BPM):
         tables = pair.need_tables(self.name)
         groups = completion_groups(tables.teacher, tables.student, self._greedy)
         self._groups_of = groups.first  # numpy: groups of each student token
+        self._sizes = np.stack([np.diff(groups.member_first), groups.high - groups.low])  # [2, G] members, completions
         self.members = torch.from_numpy(groups.members)
         self.member_first = torch.from_numpy(groups.member_first)
         self.rest_low, self.rest_high = torch.from_numpy(groups.low), torch.from_numpy(groups.high)
@@ -72,48 +73,55 @@ class ESCD(BPM):
         given = {name: torch.cat([value, value.new_zeros(len(parents))]) for name, value in root.given.items()}
         for name, of_child in (("group_low", low), ("group_high", high)):
             given[name] = torch.from_numpy(np.concatenate([np.zeros(len(i), np.int64), of_child]))
-        given["child"] = torch.arange(len(i) + len(parents)) >= len(i)
         student = torch.from_numpy(np.concatenate([i, child[parents]]))
         teacher = torch.from_numpy(np.concatenate([j, j[parents]]))
         return Rows(student, teacher, given, count=len(i), skipped=root.skipped)
 
     def extra(self, rows: Rows, written: Written, scores: Scores) -> dict[str, Tensor]:
-        """What `bpm` asks of the roots; nothing of the children."""
-        roots = rows.items
-        cut = {name: value[:roots] for name, value in rows.given.items()}
-        found = super().extra(Rows(rows.student[:roots], rows.teacher[:roots], cut), written, scores)
+        """What `bpm` asks of the roots; of the children, on the host, that they are some and what their groups hold."""
+        roots, host = rows.items, rows.on_host
+        found = super().extra(replace(_first(rows, roots), planned=_first(host, roots)), written, scores)
         children = len(rows.student) - roots
-        column, mass = found["span_column"], found["span_mass"]
+        column, mass, entries = found["span_column"], found["span_mass"], found["entries"]
+        low, high = host.given["group_low"].numpy(), host.given["group_high"].numpy()
+        before = np.pad(np.cumsum(self._sizes, axis=1), ((0, 0), (1, 0)))
+        held = np.stack([high - low, *(before[:, high] - before[:, low])], axis=-1)
         return {
             "span_column": torch.cat([column, column.new_full((children, column.shape[1]), self.none)]),
             "span_mass": torch.cat([mass, mass.new_zeros(children, mass.shape[1])]),
+            "entries": torch.cat([entries, entries.new_zeros(children)]),
+            "child": torch.arange(len(rows.student)) >= roots,
+            "held": torch.from_numpy(held),
         }
 
     def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
-        child = given.pop("child")
-        root = super().__call__(logits_s[~child], logits_t[~child], **{k: v[~child] for k, v in given.items()})
-        loss = logits_s.new_zeros(len(child), dtype=root.loss.dtype).index_put((~child,), root.loss)
-        metrics = {name: _spread(value, ~child) for name, value in root.metrics.items()}
-        if bool(child.any()):
-            low, high = given["group_low"][child], given["group_high"][child]
-            completion, mass = self.completion(logits_s[child], logits_t[child], low, high)
-            loss = loss.index_put((child,), self.child_weight * completion)
-            metrics["completion_mass"] = _spread(mass, child)
-        else:
-            metrics["completion_mass"] = torch.full_like(loss, torch.nan).detach()
-        return Values(loss, metrics)
+        child, held = given.pop("child"), given.pop("held")
+        roots = len(child) - int(child.sum())  # the children stand behind them
+        root = super().__call__(logits_s[:roots], logits_t[:roots], **{k: v[:roots] for k, v in given.items()})
+        low, high = given["group_low"][roots:], given["group_high"][roots:]
+        completion, mass = self.completion(logits_s[roots:], logits_t[roots:], low, high, held[roots:])
+        of_root, of_child = (x.new_full((n,), torch.nan) for x, n in ((root.loss.detach(), roots), (mass, len(mass))))
+        metrics = {name: torch.cat([value, of_child.to(value)]) for name, value in root.metrics.items()}
+        metrics["completion_mass"] = torch.cat([of_root.to(mass), mass])
+        return Values(torch.cat([root.loss, self.child_weight * completion]), metrics)
 
-    def completion(self, logits_s: Tensor, logits_t: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """`-sum of M_g log C_g` over the groups `[low, high)` of each row, `[R]`, and the sum of the `M_g`, `[R]`."""
-        group, row = ragged(low, high)
+    def completion(
+        self, logits_s: Tensor, logits_t: Tensor, low: Tensor, high: Tensor, held: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`-sum of M_g log C_g` over the groups `[low, high)` of each row, `[R]`, and the sum of the `M_g`, `[R]`.
+
+        `held`: on the host, how many groups, members and completions each row has, `[R, 3]`.
+        """
+        groups, members, completions = held.sum(0).tolist()
+        group, row = ragged(low, high, groups)
         with torch.no_grad():
             probs_t = at_least_float32(logits_t).softmax(-1)
-            member, event = ragged(self.member_first[group], self.member_first[group + 1])
+            member, event = ragged(self.member_first[group], self.member_first[group + 1], members)
             of_members = probs_t[row[event], self.members[member]]
             mass = probs_t.new_zeros(len(group)).index_add(0, event, of_members)
         logits = at_least_float32(logits_s)
         probs_s = logits.softmax(-1)
-        at, event = ragged(self.rest_low[group], self.rest_high[group])
+        at, event = ragged(self.rest_low[group], self.rest_high[group], completions)
         completing = probs_s.view(-1)[row[event] * probs_s.shape[1] + self.sorted_s[at]]
         completed = probs_s.new_zeros(len(group)).index_add(0, event, completing)
         zeros = probs_s.new_zeros(len(logits_s))
@@ -171,6 +179,6 @@ def _shortest_prefixes(vocabulary: Vocabulary, ids: Ints, piece: Ints) -> Ints:
     return best
 
 
-def _spread(value: Tensor, where: Tensor) -> Tensor:
-    """The values at their rows, NaN at the others, `[R]`."""
-    return torch.full(where.shape, torch.nan, dtype=value.dtype, device=value.device).index_put((where,), value)
+def _first(rows: Rows, count: int) -> Rows:
+    given = {name: value[:count] for name, value in rows.given.items()}
+    return Rows(rows.student[:count], rows.teacher[:count], given)

@@ -78,5 +78,6 @@ class JSD(RowObjective):
     def explained(self, plan: Rows, scores: Scores) -> Tensor:
         assert scores.rollout is not None
         found = torch.full_like(scores.rollout.logp_old, math.nan)
-        found[plan.student] = (scores.rollout.logp_t[plan.teacher] - scores.rollout.logp_old[plan.student]).to(found)
+        rows = plan.to(found.device)
+        found[rows.student] = (scores.rollout.logp_t[rows.teacher] - scores.rollout.logp_old[rows.student]).to(found)
         return found

@@ -40,9 +40,12 @@ def gathered(probs: Tensor, cells: Tensor, count: int) -> Tensor:
     return zeros.scatter_add(1, cells.expand_as(probs), probs)
 
 
-def ragged(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """All integers of the ranges `[low, high)`, one after the other, and to which range each belongs."""
+def ragged(low: Tensor, high: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
+    """All integers of the ranges `[low, high)`, one after the other, and to which range each belongs.
+
+    `size`: how many they are. Without it the host has to ask the device.
+    """
     length = (high - low).clamp(min=0)
-    owner = torch.repeat_interleave(length)
+    owner = torch.repeat_interleave(length, output_size=size)
     begin = length.cumsum(0) - length
     return torch.arange(len(owner), device=low.device) - begin[owner] + low[owner], owner

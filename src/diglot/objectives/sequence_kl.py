@@ -14,11 +14,13 @@ def mean_logp(logp: Tensor, chunk: Tensor, alignment: Alignment[Tensor]) -> Tens
 
     `chunk [N]` is the chunk of each token.
     """
-    inside = alignment.in_exact_chunk(chunk)
-    segment = alignment.chunk_segment[chunk[inside]]
     zeros = logp.new_zeros(alignment.num_segments)
-    count = zeros.index_add(0, segment, logp.new_ones(len(segment)))
-    return zeros.index_add(0, segment, logp[inside]) / count.clamp(min=1)
+    if not alignment.num_chunks:
+        return zeros
+    inside = alignment.in_exact_chunk(chunk)
+    segment = alignment.chunk_segment[chunk.clamp(min=0)]
+    count = zeros.index_add(0, segment, inside.to(logp.dtype))
+    return zeros.index_add(0, segment, torch.where(inside, logp, 0.0)) / count.clamp(min=1)
 
 
 def sequence_gap(path: Path, alignment: Alignment[Tensor]) -> Tensor:
@@ -46,9 +48,8 @@ class SequenceKL(PathObjective):
 
     def mask(self, alignment: Alignment[Tensor]) -> Tensor:
         """Segments with at least one exact chunk, `[S]`."""
-        exact = torch.zeros(alignment.num_segments, dtype=torch.bool, device=alignment.chunk_segment.device)
-        exact[alignment.chunk_segment[alignment.chunk_exact]] = True
-        return exact
+        exact = torch.zeros(alignment.num_segments, dtype=torch.int64, device=alignment.chunk_segment.device)
+        return exact.index_add(0, alignment.chunk_segment, alignment.chunk_exact.long()) > 0
 
     def __call__(self, path: Path, alignment: Alignment[Tensor]) -> tuple[Values, Tensor]:
         gap = sequence_gap(path, alignment)

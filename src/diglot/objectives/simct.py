@@ -56,7 +56,7 @@ class SimCT(RowObjective):
     def extra(self, rows: Rows, written: Written, scores: Scores) -> dict[str, Tensor]:
         """Scores of the units, `[R]`: the mean log-prob of their tokens; the student's carries its gradient."""
         alignment, path = written.alignment, scores.path
-        of_row = torch.from_numpy(alignment.chunk_s)[rows.student.cpu()].to(path.logp_s.device)
+        of_row = sent(torch.from_numpy(alignment.chunk_s)[rows.on_host.student], path.logp_s.device)
         sides = ((path.logp_s, alignment.chunk_s), (path.logp_t.detach(), alignment.chunk_t))
         unit_s, unit_t = (_chunk_means(logp, chunk, alignment.num_chunks)[of_row] for logp, chunk in sides)
         return {"unit_s": unit_s, "unit_t": unit_t}

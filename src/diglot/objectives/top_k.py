@@ -76,9 +76,9 @@ class TopK(RowObjective):
     def _student(self, logits: Tensor, twin: Tensor, shared: Tensor, has_stop: Tensor) -> Tensor:
         """The student's log-probabilities of the same cells, `[R, k + 2]`; -inf for cells that a row has not."""
         logits = at_least_float32(logits)
-        taken = torch.zeros_like(logits, dtype=torch.bool)
-        row, place = shared.nonzero(as_tuple=True)
-        taken[row, twin[row, place]] = True
+        # Ids that are not shared mark a column behind the last one.
+        marked = torch.where(shared, twin, logits.shape[1])
+        taken = logits.new_zeros(len(logits), logits.shape[1] + 1, dtype=torch.bool).scatter_(1, marked, True)[:, :-1]
         stops = torch.zeros_like(taken).index_fill(-1, self.pair.stop_s, True) & has_stop
         cells = torch.where(shared, logits.gather(-1, twin.clamp(min=0)), -math.inf)
         stop = torch.where(has_stop, logits[:, self.pair.stop_s].logsumexp(-1, keepdim=True), -math.inf)

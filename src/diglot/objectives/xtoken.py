@@ -29,6 +29,7 @@ from diglot.vocabulary import Projection, Vocabulary
 
 if TYPE_CHECKING:
     from diglot.batches import Written
+from diglot.batches.sending import sent
 
 
 class _Projected(RowObjective):
@@ -57,7 +58,7 @@ class _Projected(RowObjective):
     def loss(self, plan: Rows, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
         """The paper's total, `L = stopgrad(CE / KD) * KD + CE` over the same rows."""
         loss, metrics = super().loss(plan, scores, share)
-        surprisal = share * -scores.student_text(1.0)[plan.student.to(scores.device)].sum()
+        surprisal = share * -scores.student_text(1.0)[sent(plan.student, scores.device)].sum()
         return balanced(loss, surprisal), metrics
 
     def _entries_without_stop(self) -> tuple[Tensor, Tensor, Tensor]:

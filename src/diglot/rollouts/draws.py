@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from diglot.batches.sending import sent
+
 _BELOW_ONE = 1 - 2.0**-48  # a draw times a total then stays below the total
 
 
@@ -29,7 +31,8 @@ class RowDraws(LogitsProcessor):
         self._draws, self._start = torch.from_numpy(draws * _BELOW_ONE), prompt_width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        draw = self._draws[:, input_ids.shape[1] - self._start, None].to(scores.device)
+        self._draws = sent(self._draws, scores.device)  # those of the whole completion, at its first token
+        draw = self._draws[:, input_ids.shape[1] - self._start, None]
         below = scores.float().softmax(-1).double().cumsum_(-1)
         # Strictly above: a token without probability leaves the sum where it was and is never found.
         token = torch.searchsorted(below, draw * below[:, -1:], right=True)

@@ -103,8 +103,8 @@ def mixture_weight(
     share = torch.full((chunks,), alpha, device=logp_s.device)
     if max_new_tokens is not None:
         before = alignment.count_s.cumsum(0) - alignment.count_s
-        first = torch.cat([before.new_zeros(1), (alignment.chunk_segment.diff() != 0).nonzero()[:, 0] + 1])
-        start = before[first][torch.unique_consecutive(alignment.chunk_segment, return_inverse=True)[1]]
+        first = torch.searchsorted(alignment.chunk_segment, alignment.chunk_segment)  # of each chunk's segment
+        start = before[first]
         share = share * (1 - (before - start) / max_new_tokens).clamp(0, 1)
     ratio = (
         chunk_sums(logp_t, chunk_t, chunks) - chunk_sums(logp_s, chunk_s, chunks)

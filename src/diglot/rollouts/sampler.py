@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from diglot.batches.sending import sent
 from diglot.heads import evaluating
 from diglot.rollouts.draws import RowDraws, seeds_of_rows
 from diglot.rollouts.engine import Completion
@@ -36,7 +37,7 @@ def pad_left(prompts: Sequence[Ids], pad_id: int, device: torch.device) -> tuple
     for row, (prompt, keep) in enumerate(zip(prompts, map(len, prompts), strict=True)):
         ids[row, width - keep :] = prompt
         mask[row, width - keep :] = 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+    return sent(torch.from_numpy(ids), device), sent(torch.from_numpy(mask), device)
 
 
 @contextmanager

@@ -271,6 +271,7 @@ class DistillationTrainer(Trainer):
                         loss, metrics = term.objective.loss(view.plans[term.name], scores, share)
                         total = total + loss
                         self.metrics.add_values(metrics, term.logged)
+                    view.release()  # the window's other micro-batches need the memory
         return total
 
     def hidden_at_rows(self, model: torch.nn.Module, side: PackedSide) -> Tensor:

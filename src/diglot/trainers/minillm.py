@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from diglot.batches import ReadPair, pad_id
+from diglot.batches.sending import sent
 from diglot.batches.windows import RepeatedWindows, repeated_stream
 from diglot.checkpoints.held import HeldBatch, load_held, save_held
 from diglot.comparisons import Batch, Comparison, Term, View, defaults_of, entries_of, make_batch, scores_of, terms_of
@@ -195,9 +196,9 @@ class MiniLLMTrainer(DistillationTrainer):
         for view, rollout in self._views(self.held):
             gap = _sum(rollout.logp_old, view.read.written.usable_s) - _sum(rollout.logp_t, view.read.written.usable_t)
             name = "reverse_kl" if estimates else "minillm/log_ratio"
-            self.metrics.add_mean(name, gap, len(view.read.pairs))  # nats per completion, one sample each
+            self.metrics.add_total(name, gap, len(view.read.pairs))  # nats per completion, one sample each
             if rollout.weight is not None:
-                self.metrics.add_mean("minillm/weight", float(rollout.weight.sum()), len(rollout.weight))
+                self.metrics.add_total("minillm/weight", rollout.weight.sum(), len(rollout.weight))
         return self.held
 
     def texts(self, window: Window) -> Texts:
@@ -245,12 +246,17 @@ class MiniLLMTrainer(DistillationTrainer):
         """Advantages of the window, whitened for each comparison over all its tokens on all ranks."""
         found: dict[tuple[int, int], Tensor] = {}
         sums: dict[str, float] = {}
+        on_device: list[Tensor] = []
         for i, batch in enumerate(batches):
             for k, view in enumerate(batch.views):
                 found[i, k] = values = self.advantages(view)
-                scored = values[torch.from_numpy(view.read.written.usable_s).to(values.device)].double()
-                for name, of in (("count", len(scored)), ("sum", scored.sum()), ("squares", scored.square().sum())):
-                    sums[f"{k}/{name}"] = sums.get(f"{k}/{name}", 0.0) + float(of)
+                usable = view.read.written.usable_s
+                sums[f"{k}/count"] = sums.get(f"{k}/count", 0.0) + float(usable.sum())
+                on_device.append(torch.stack([_sum(values, usable), _sum(values.double().square(), usable)]))
+        both = torch.stack(on_device).tolist() if on_device else []  # one copy for the window
+        for (_, k), (total, squares) in zip(found, both, strict=True):
+            sums[f"{k}/sum"] = sums.get(f"{k}/sum", 0.0) + total
+            sums[f"{k}/squares"] = sums.get(f"{k}/squares", 0.0) + squares
         totals = self.count_over_ranks(sums)
         for (i, k), values in found.items():
             count = max(totals[f"{k}/count"], 1.0)
@@ -377,8 +383,8 @@ def _alone(conversation: Conversation, rendered: Rendered) -> ReadPair:
     return ReadPair(conversation, rendered, rendered, np.zeros(scored, dtype=np.bool_))
 
 
-def _sum(values: Tensor, chosen: np.ndarray) -> float:
-    return float(values[torch.from_numpy(chosen).to(values.device)].double().sum())
+def _sum(values: Tensor, chosen: np.ndarray) -> Tensor:
+    return values[sent(torch.from_numpy(np.flatnonzero(chosen)), values.device)].double().sum()
 
 
 def held_of(batch: Batch, k: int) -> HeldBatch:

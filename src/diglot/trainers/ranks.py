@@ -37,6 +37,8 @@ def reduce_device(device: torch.device) -> torch.device:
 
 def sum_over_ranks(accelerator: Accelerator, counts: Mapping[str, float]) -> dict[str, float]:
     """Sum each count over all ranks, in one exchange."""
+    if accelerator.num_processes == 1:
+        return {name: float(count) for name, count in counts.items()}
     names = sorted(counts)
     device = reduce_device(accelerator.device)
     local = torch.tensor([float(counts[n]) for n in names], dtype=torch.float64, device=device)

@@ -54,10 +54,17 @@ class StepMetrics:
     def add_values(self, metrics: Mapping[str, Tensor], logged: Callable[[str], str]) -> None:
         """The mean of each metric's values, of those that are numbers; `logged` gives its name in the log."""
         for name, values in metrics.items():
-            values, key = values.detach(), logged(name)
-            self.add_mean(key, 0.0, 0.0)
-            both = torch.stack([values.nansum(dtype=torch.float64), (~values.isnan()).sum().double()])
-            self._on_device[key] = both + self._on_device[key] if key in self._on_device else both
+            values = values.detach()
+            self._add_there(logged(name), values.nansum(dtype=torch.float64), (~values.isnan()).sum())
+
+    def add_total(self, name: str, total: Tensor, count: float) -> None:
+        """As `add_mean`, of a sum that is on a device and stays there until the log."""
+        self._add_there(name, total.detach(), torch.full_like(total, count, dtype=torch.float64))
+
+    def _add_there(self, key: str, total: Tensor, count: Tensor) -> None:
+        self.add_mean(key, 0.0, 0.0)
+        both = torch.stack([total.double(), count.double()])
+        self._on_device[key] = both + self._on_device[key] if key in self._on_device else both
 
     def add_count(self, name: str, count: float) -> None:
         """A metric of its own: how often something happened, on all ranks together."""
