@@ -31,7 +31,7 @@ from diglot.checkpoints.saving import Checkpoints, StopOnSignal, write_options
 from diglot.comparisons import Batch, Comparison, Read, Term, View, check_options, make_batch, scores_of
 from diglot.comparisons.build import complete, describe, load_student, mean_metrics, prepare_comparisons, routes
 from diglot.comparisons.counts import set_counts
-from diglot.comparisons.precision import check_trainable
+from diglot.comparisons.precision import check_trainable, to_train
 from diglot.comparisons.projectors import (
     add_to_optimizer,
     load_projectors,
@@ -132,11 +132,7 @@ class DistillationTrainer(Trainer):
         check_options(args, [term for of_one in terms for term in of_one])
         self.comparisons = [complete(one, of_one, own, args) for one, of_one in zip(compared, terms, strict=True)]
         self.imitations: list[Comparison] = []  # of texts that no teacher judges
-        student: Any = own
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            student = get_peft_model(student, peft_config)
+        student = to_train(own, peft_config, args)
         check_trainable(student, args, optimizers[0])
         for one in self.comparisons:
             if isinstance(one.teacher, AdapterOff):
@@ -380,7 +376,7 @@ class DistillationTrainer(Trainer):
         They depend on the row's place in the window of all ranks, so not on how many ranks there are.
         """
         args = self.args
-        places = row_places([len(b) for b in window], args.train_batch_size, args.process_index, args.world_size)
+        places = row_places([len(b) for b in window], self._train_batch_size, args.process_index, args.world_size)
         base = self.seed_for(what)
         return [[row_seed(base, place, i) for place in batch for i in range(per_row)] for batch in places]
 

@@ -36,7 +36,7 @@ from diglot.comparisons.rows import checked_texts
 from diglot.comparisons.scores import check_temperature
 from diglot.data import to_sample
 from diglot.errors import ConfigError
-from diglot.heads import gathered
+from diglot.heads import dropouts, gathered
 from diglot.objectives import Level, PolicyGradient, Rollout, make_objective
 from diglot.objectives.span import span_advantages
 from diglot.options import MiniLLMConfig
@@ -83,6 +83,12 @@ class MiniLLMTrainer(DistillationTrainer):
             model, teacher_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
             callbacks, optimizers, peft_config, teacher_processing_class,
         )  # fmt: skip
+        if dropout := max((value for *_, value in dropouts(self.student)), default=0.0):
+            logger.warning(
+                "The student has a dropout of %s, and every pass draws another one: ratios of the policy are noise "
+                "and clipped before anything is learnt. Set disable_dropout: true.",
+                dropout,
+            )
         self.mixed_alpha = self._mixed_alpha()
         self.observer.own_draws &= self.mixed_alpha == 0
         if lm_dataset is None or self.args.lm_coef == 0:
@@ -171,7 +177,7 @@ class MiniLLMTrainer(DistillationTrainer):
     def _window(self) -> int:
         """Rows of an optimizer step, of all ranks."""
         args = self.args
-        rows: int = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        rows: int = self._train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         return rows
 
     def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler[int] | None:
@@ -276,7 +282,7 @@ class MiniLLMTrainer(DistillationTrainer):
         """Give each micro-batch rows of `lm_dataset`, chosen by seed, step and place: the same after a resume."""
         assert self.lm_dataset is not None
         (compared,), data = self.imitations, self.lm_dataset
-        seeds = self.row_seeds("lm", [range(self.args.train_batch_size)] * len(batches))
+        seeds = self.row_seeds("lm", [range(self._train_batch_size)] * len(batches))
         for batch, of_batch in zip(batches, seeds, strict=True):
             rows = [random.Random(seed).randrange(len(data)) for seed in of_batch]
             samples = [to_sample(data[i], where=f"lm_dataset row {i}") for i in rows]
