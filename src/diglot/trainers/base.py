@@ -22,7 +22,7 @@ from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from diglot.batches import PackedSide, pad_id
 from diglot.batches.lengths import as_read, by_length
@@ -63,6 +63,7 @@ from diglot.trainers.ranks import (
     sum_over_ranks,
     with_all_names,
 )
+from diglot.trainers.refused import RefusingTrainer, check_arguments
 from diglot.watching.card import write_card
 from diglot.watching.coverage import watch_coverage
 from diglot.watching.metrics import StepMetrics, evaluation_metrics, reference_metrics
@@ -90,7 +91,7 @@ def collate_samples(rows: list[dict[str, Any]]) -> dict[str, list[Sample]]:
     return {"samples": [to_sample(row, where=f"row {row.get('__row__', i)}") for i, row in enumerate(rows)]}
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(RefusingTrainer):
     """Base of both trainers. Arguments and their order are TRL's; `teacher_processing_class` is the one addition.
 
     Args:
@@ -124,6 +125,7 @@ class DistillationTrainer(Trainer):
     ) -> None:
         # Before the Trainer's own setup, which makes the output folder: what cannot work leaves nothing behind.
         self.args = args = args if args is not None else self.config_class(output_dir="diglot-output")
+        check_arguments(compute_metrics)
         check_devices(args, sharded=bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true")
         own, self.student_renderer = load_student(model, processing_class, args, frozen=peft_config is not None)
         compared = prepare_comparisons(own, self.student_renderer, teacher_model, teacher_processing_class, args)
