@@ -89,6 +89,10 @@ class ModelScores:
         return self.read.alignment
 
     @property
+    def on_policy(self) -> bool:
+        return self.read.on_policy
+
+    @property
     def path(self) -> Path:
         return Path(self.student_text(self.temperature), self.teacher_text(self.temperature))
 
