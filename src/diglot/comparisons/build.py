@@ -47,9 +47,6 @@ def load_student(
             student = load_language_model(student, **{**INERT, **default, **init})
     elif args.model_init_kwargs:
         raise ConfigError("model_init_kwargs is for a student given by name; this one is already a model. Drop it.")
-    for module in student.modules():
-        if args.disable_dropout and isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     keep_trainable(student)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)

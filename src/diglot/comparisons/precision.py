@@ -1,22 +1,47 @@
-"""In which number type trainable weights are kept: steps of AdamW are lost in the rounding of 16 bits."""
+"""What of the student is trained: with or without an adapter and dropout, and in which number type."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from diglot.errors import ConfigError
+from diglot.heads import turn_off_dropout
 from diglot.options import DistillationConfig
 
-# Optimizers of `transformers` that make up for the rounding of 16-bit weights, and the argument that makes them do it.
+logger = logging.getLogger(__name__)
+
+# Steps of AdamW are lost in the rounding of 16 bits. Optimizers of `transformers` that make up for it, and the argument
+# that makes them do so.
 _COMPENSATED: Mapping[str, str | None] = {
     "adamw_torch_4bit": "bf16_stochastic_round",
     "adamw_torch_8bit": "bf16_stochastic_round",
     "adamw_anyprecision": "use_kahan_summation",
     "stable_adamw": None,
 }
+
+
+def to_train(student: PreTrainedModel, peft_config: Any | None, args: DistillationConfig) -> Any:
+    """The student, below an adapter if `peft_config` asks for one, and without dropout unless `args` keep it."""
+    trained: Any = student
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        trained = get_peft_model(student, peft_config)  # type: ignore[arg-type]
+    if args.disable_dropout:
+        if dropout := getattr(peft_config, "lora_dropout", 0.0):
+            logger.warning(
+                "The adapter's lora_dropout=%s is off like all of the student's dropout. To keep it set "
+                "disable_dropout: false.",
+                dropout,
+            )
+        turn_off_dropout(trained)
+    return trained
 
 
 def check_trainable(student: nn.Module, args: DistillationConfig, optimizer: torch.optim.Optimizer | None) -> None:

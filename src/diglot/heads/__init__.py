@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diglot.heads.branches import Branches, TreeReading
+from diglot.heads.dropout import dropouts, turn_off_dropout
 from diglot.heads.head import Head
 from diglot.heads.hidden import last_hidden
 from diglot.heads.modes import evaluating
@@ -16,6 +17,7 @@ __all__ = [
     "Head",
     "TreeReading",
     "default_chunk_rows",
+    "dropouts",
     "evaluating",
     "even_passes",
     "gathered",
@@ -29,4 +31,5 @@ __all__ = [
     "shard_frozen",
     "summaries",
     "token_logps",
+    "turn_off_dropout",
 ]

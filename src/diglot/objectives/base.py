@@ -185,6 +185,10 @@ class Scores(Protocol):
         """Their alignment, on `device`."""
 
     @property
+    def on_policy(self) -> bool:
+        """Is it the student's own sample?"""
+
+    @property
     def rollout(self) -> Rollout | None:
         """Of text that the student wrote some optimizer steps ago."""
 

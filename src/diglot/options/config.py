@@ -236,6 +236,8 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         check_ranges(vars(self))
         check_texts(vars(self))
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith("_per_byte"):
+            self.greater_is_better = False  # bits and nats; the Trainer takes for less only what is called a loss
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name in {one.name for one in fields(self)}.intersection(_MAPPINGS):  # older transformers have fewer
             setattr(self, name, as_mapping(name, getattr(self, name)))
@@ -301,6 +303,10 @@ class GKDConfig(DistillationConfig):
                 )
             self.max_completion_length = self.max_new_tokens
         super().__post_init__()
+        if self.seq_kd and self.lmbda == 1:
+            raise ConfigError(
+                "seq_kd=True says who writes in off-policy steps, and lmbda=1.0 leaves none. Lower lmbda, or drop it."
+            )
 
 
 @dataclass

@@ -149,10 +149,20 @@ def _numbers(found: Inspection) -> Table:
 
 
 def _critical(rows: Sequence[Critical]) -> Table:
-    table = _table("Where meaning is dense", "", "places", "bytes", "cut unlike", "aligned", "a place cut unlike")
+    table = _table(
+        "Where meaning is dense",
+        "",
+        "places",
+        "bytes",
+        "cut unlike",
+        "aligned",
+        "pairs: goes on / ends",
+        "a place cut unlike",
+    )
     for one in rows:
         shares = (f"{one.num_bytes:,}", f"{one.cut_unlike:.0%}", f"{one.aligned:.0%}") if one.places else ("", "", "")
-        table.add_row(one.name, str(one.places), *shares, Text(_cuts(one)))
+        rows_seen = f"{one.goes_on:.0%} / {one.ends:.0%}" if one.cuts else ""
+        table.add_row(one.name, str(one.places), *shares, rows_seen, Text(_cuts(one)))
     return table
 
 

@@ -22,7 +22,7 @@ from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from diglot.batches import PackedSide, pad_id
 from diglot.batches.lengths import as_read, by_length
@@ -31,7 +31,7 @@ from diglot.checkpoints.saving import Checkpoints, StopOnSignal, write_options
 from diglot.comparisons import Batch, Comparison, Read, Term, View, check_options, make_batch, scores_of
 from diglot.comparisons.build import complete, describe, load_student, mean_metrics, prepare_comparisons, routes
 from diglot.comparisons.counts import set_counts
-from diglot.comparisons.precision import check_trainable
+from diglot.comparisons.precision import check_trainable, to_train
 from diglot.comparisons.projectors import (
     add_to_optimizer,
     load_projectors,
@@ -63,6 +63,7 @@ from diglot.trainers.ranks import (
     sum_over_ranks,
     with_all_names,
 )
+from diglot.trainers.refused import RefusingTrainer, check_arguments
 from diglot.watching.card import write_card
 from diglot.watching.coverage import watch_coverage
 from diglot.watching.metrics import StepMetrics, evaluation_metrics, reference_metrics
@@ -90,7 +91,7 @@ def collate_samples(rows: list[dict[str, Any]]) -> dict[str, list[Sample]]:
     return {"samples": [to_sample(row, where=f"row {row.get('__row__', i)}") for i, row in enumerate(rows)]}
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(RefusingTrainer):
     """Base of both trainers. Arguments and their order are TRL's; `teacher_processing_class` is the one addition.
 
     Args:
@@ -124,6 +125,7 @@ class DistillationTrainer(Trainer):
     ) -> None:
         # Before the Trainer's own setup, which makes the output folder: what cannot work leaves nothing behind.
         self.args = args = args if args is not None else self.config_class(output_dir="diglot-output")
+        check_arguments(compute_metrics)
         check_devices(args, sharded=bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true")
         own, self.student_renderer = load_student(model, processing_class, args, frozen=peft_config is not None)
         compared = prepare_comparisons(own, self.student_renderer, teacher_model, teacher_processing_class, args)
@@ -132,11 +134,7 @@ class DistillationTrainer(Trainer):
         check_options(args, [term for of_one in terms for term in of_one])
         self.comparisons = [complete(one, of_one, own, args) for one, of_one in zip(compared, terms, strict=True)]
         self.imitations: list[Comparison] = []  # of texts that no teacher judges
-        student: Any = own
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            student = get_peft_model(student, peft_config)
+        student = to_train(own, peft_config, args)
         check_trainable(student, args, optimizers[0])
         for one in self.comparisons:
             if isinstance(one.teacher, AdapterOff):
@@ -381,7 +379,7 @@ class DistillationTrainer(Trainer):
         They depend on the row's place in the window of all ranks, so not on how many ranks there are.
         """
         args = self.args
-        places = row_places([len(b) for b in window], args.train_batch_size, args.process_index, args.world_size)
+        places = row_places([len(b) for b in window], self._train_batch_size, args.process_index, args.world_size)
         base = self.seed_for(what)
         return [[row_seed(base, place, i) for place in batch for i in range(per_row)] for batch in places]
 
