@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from diglot.batches import PairReader
@@ -47,13 +48,21 @@ def load_student(
             student = load_language_model(student, **{**INERT, **default, **init})
     elif args.model_init_kwargs:
         raise ConfigError("model_init_kwargs is for a student given by name; this one is already a model. Drop it.")
-    for module in student.modules():
-        if args.disable_dropout and isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    if args.disable_dropout:
+        turn_dropout_off(student)
     keep_trainable(student)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
     return student, _renderer(student, tokenizer, args.chat_template_kwargs, args, "student")
+
+
+def turn_dropout_off(model: torch.nn.Module) -> None:
+    """Set every probability of dropout to 0: of modules, and those that a module hands to a function itself."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
+            setattr(module, name, 0.0)
 
 
 def keep_trainable(student: PreTrainedModel) -> None:

@@ -98,8 +98,8 @@ class Markup:
         """All that is recognised: the template's own first, then that of the model's control tokens."""
         if shape not in self._layouts:
             known = [self._own(shape), self._of_controls(shape)] if self.template.exists else []
-            found = tuple(dict.fromkeys(layout for layout in known if layout is not None))
-            self._layouts[shape] = found or (Layout(_written(shape, COMMON), own=False),)
+            distinct = tuple(dict.fromkeys(layout for layout in known if layout is not None))
+            self._layouts[shape] = distinct or (Layout(_written(shape, COMMON), own=False),)
         return self._layouts[shape]
 
     def has_controls(self, shape: Shape) -> bool:
