@@ -212,15 +212,10 @@ def missing_from(
     """
     expected = [(str(m.get("role")), content_text(m, "")) for m in messages if m.get("role") != "assistant"]
     expected += [("tools", str(tool.get("function", tool).get("name", ""))) for tool in tools or ()]
-    expected += [
-        ("tool_calls", str(call.get("function", call).get("name", ""))) for m in messages for call in _calls(m)
-    ]
+    calls = [call for m in messages for call in m.get("tool_calls") or () if isinstance(call, Mapping)]
+    expected += [("tool_calls", str(call.get("function", call).get("name", ""))) for call in calls]
     lost = [kind for kind, content in expected if max(_WORD.findall(content), key=len, default="") not in text]
     return list(dict.fromkeys(lost))
-
-
-def _calls(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [call for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
 
 
 def _unused(word: str, text: str) -> str:
