@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -302,3 +304,19 @@ def test_a_class_that_both_sides_cut_alike_is_compared_either_way() -> None:
     digits = next(one for one in found.critical if one.name == "digits")
     assert digits.cuts > 20 and digits.goes_on == digits.ends == 1.0
     assert not any("Simulated" in one for one in found.verdict.warnings)
+
+
+def test_what_a_side_leaves_out_or_reads_unlike_its_file_is_in_the_verdict(tmp_path: Path) -> None:
+    zoo.chatml().save_pretrained(tmp_path)
+    stated = tmp_path / "tokenizer.json"
+    spec = json.loads(stated.read_text())
+    stated.write_text(json.dumps({**spec, "normalizer": {"type": "Lowercase"}}))
+    changed = copy.deepcopy(zoo.chatml())
+    changed.name_or_path = str(tmp_path)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
+    row = {"messages": [{"role": "user", "content": "Time?"}, call, {"role": "user", "content": "Well?"}]}
+    found = inspect_pair(Input("s", changed), Input("t", zoo.inst()), [to_sample(row, "row 0")])
+    warnings = "\n".join(found.verdict.warnings)
+    assert "student: the loaded tokenizer does not cut text as its own" in warnings
+    assert "The student's chat template leaves out 'tool_calls'" in warnings
+    assert not inspected("chatml", "inst").student.notes

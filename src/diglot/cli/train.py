@@ -106,7 +106,7 @@ def resolved(script: TrainArguments, config: DistillationConfig) -> dict[str, An
 
 def build(script: TrainArguments, config: DistillationConfig) -> DistillationTrainer:
     """The trainer, with models, tokenizers and data loaded."""
-    from transformers import AutoTokenizer
+    from diglot.vocabulary import load_tokenizer
 
     train_data, eval_data = datasets_of(script, config)
     keywords: dict[str, Any] = {"train_dataset": train_data, "eval_dataset": eval_data}
@@ -122,7 +122,9 @@ def build(script: TrainArguments, config: DistillationConfig) -> DistillationTra
     config = copy.copy(config)  # what the student is loaded with is the run's, not the caller's
     init = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
     config.model_init_kwargs = {**options, **extra, **init}
-    tokenizer = AutoTokenizer.from_pretrained(script.tokenizer_name_or_path or script.model_name_or_path, **options)
+    place = str(script.tokenizer_name_or_path or script.model_name_or_path)
+    arguments = config.tokenizer_kwargs if isinstance(config.tokenizer_kwargs, dict) else None
+    tokenizer = load_tokenizer(place, arguments, **options)
     trainer_class, _ = TRAINERS[script.trainer]
     student = str(script.model_name_or_path)
     return trainer_class(student, None, config, processing_class=tokenizer, peft_config=_peft(script), **keywords)

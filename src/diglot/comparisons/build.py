@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diglot.batches import PairReader
 from diglot.comparisons.comparison import Comparison
@@ -24,6 +24,7 @@ from diglot.rendering import Renderer, Role
 from diglot.teachers import LocalTeacher, Teacher, find_teacher_tokenizer
 from diglot.teachers.adapter import OWN_BASE, AdapterOff
 from diglot.teachers.loading import INERT, load_language_model, load_teacher_model, split_gguf
+from diglot.vocabulary import load_tokenizer
 
 Tokenizer = PreTrainedTokenizerBase
 
@@ -49,7 +50,7 @@ def load_student(
         raise ConfigError("model_init_kwargs is for a student given by name; this one is already a model. Drop it.")
     keep_trainable(student)
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
+        tokenizer = load_tokenizer(student.config._name_or_path, _kwargs(args.tokenizer_kwargs))
     return student, _renderer(student, tokenizer, args.chat_template_kwargs, args, "student")
 
 
@@ -154,6 +155,7 @@ def _local_teacher(
             student_tokenizer=renderer.tokenizer,
             revision=options.revision,
             trust_remote_code=args.teacher_trust_remote_code,
+            arguments=options.tokenizer_kwargs,
         )
     return LocalTeacher(model, _renderer(model, tokenizer, kwargs, args, "teacher"), options.max_length)
 

@@ -45,7 +45,10 @@ def to_train(student: PreTrainedModel, peft_config: Any | None, args: Distillati
 
 
 def check_trainable(student: nn.Module, args: DistillationConfig, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise `ConfigError` for trainable weights of 16 bits, unless the optimizer was chosen for them.
+    """Raise `ConfigError` for prompt learning, and for trainable weights of 16 bits without an optimizer for them.
+
+    Learned prompts (prompt tuning, P-tuning, prefix tuning) put positions before the text, and PEFT then leaves
+    position ids out: rows would be compared with the wrong ones.
 
     bfloat16 has 8 bits of precision: a weight moves only if a step is a 256th of it or more, and AdamW's steps are
     about as large as the learning rate. A 16-bit base below float32 adapters is frozen, and is no matter.
@@ -53,6 +56,12 @@ def check_trainable(student: nn.Module, args: DistillationConfig, optimizer: tor
     Args:
         optimizer: the caller's own, in place of `args.optim`; one of `torch.optim` keeps no float32 copy.
     """
+    adapters = getattr(student, "peft_config", {}).values()
+    if learned := [str(one.peft_type.value) for one in adapters if one.is_prompt_learning]:
+        raise ConfigError(
+            f"The student's adapter is {learned[0]}, which puts learned positions before the text, so that its rows "
+            "are not those of the tokens. Use an adapter of weights, such as LoRA."
+        )
     short = {n: p.dtype for n, p in student.named_parameters() if p.requires_grad and p.dtype in _SHORT}
     if not short or args.deepspeed or _makes_up_for_rounding(args, optimizer):  # DeepSpeed keeps a float32 copy
         return

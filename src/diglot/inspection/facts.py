@@ -36,6 +36,7 @@ class SideFacts:
     template_bos: bool  # does the chat template begin with it?
     has_template: bool
     opens_thinking: bool  # does its own generation prompt end inside a think block?
+    notes: tuple[str, ...] = ()  # what it leaves out of the conversations, or reads unlike its file or its user
 
 
 @dataclass(frozen=True)

@@ -207,4 +207,5 @@ def _facts(side: Side, conversation: Conversation) -> SideFacts:
         template_bos=reader.has_template and bos is not None and len(prompt) > 0 and int(prompt[0]) == bos,
         has_template=reader.has_template,
         opens_thinking=opens,
+        notes=tuple(reader.notes),
     )

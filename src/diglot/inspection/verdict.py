@@ -126,6 +126,7 @@ def _warnings(student: SideFacts, teacher: SideFacts, agreement: Agreement, crit
     for side, name in ((student, "student"), (teacher, "teacher")):
         if not side.has_template:
             found.append(f"The {name} has no chat template: give it plain text (`prompt`, `text`), not messages.")
+        found += side.notes
     for share, name in ((agreement.inexact_texts_student, "student"), (agreement.inexact_texts_teacher, "teacher")):
         if share:
             found.append(
