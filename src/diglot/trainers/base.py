@@ -29,7 +29,7 @@ from diglot.batches.lengths import as_read, by_length
 from diglot.checkpoints.manifest import describe_run
 from diglot.checkpoints.saving import Checkpoints, StopOnSignal, write_options
 from diglot.comparisons import Batch, Comparison, Read, Term, View, check_options, make_batch, scores_of
-from diglot.comparisons.build import complete, describe, load_student, mean_metrics, prepare_comparisons, routes
+from diglot.comparisons.build import adapt, complete, describe, load_student, mean_metrics, prepare_comparisons, routes
 from diglot.comparisons.counts import set_counts
 from diglot.comparisons.precision import check_trainable
 from diglot.comparisons.projectors import (
@@ -132,11 +132,8 @@ class DistillationTrainer(Trainer):
         check_options(args, [term for of_one in terms for term in of_one])
         self.comparisons = [complete(one, of_one, own, args) for one, of_one in zip(compared, terms, strict=True)]
         self.imitations: list[Comparison] = []  # of texts that no teacher judges
-        student: Any = own
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            student = get_peft_model(student, peft_config)
+        self.dataset_names: list[str] = []  # for the model card
+        student: Any = own if peft_config is None else adapt(own, peft_config)
         check_trainable(student, args, optimizers[0])
         for one in self.comparisons:
             if isinstance(one.teacher, AdapterOff):
@@ -590,11 +587,10 @@ class DistillationTrainer(Trainer):
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ) -> None:
-        """Write `README.md` into the output folder: teacher, student, dataset, method and versions."""
+        """Write `README.md` into the output folder: student, teachers, objective, data, results, citation."""
         if not self.is_world_process_zero():
             return
-        method, student = (
-            type(self).__name__.removesuffix("Trainer"),
-            finetuned_from or self.student.config._name_or_path,
-        )
-        write_card(Path(str(self.args.output_dir)), self.comparisons, method, student, model_name, dataset, tags)
+        method, base = type(self).__name__.removesuffix("Trainer"), finetuned_from or self.student.config._name_or_path
+        facts = (self.comparisons, method, base, self.student, self.train_dataset, self.args)
+        name, data = self.hub_model_id or model_name, dataset or self.dataset_names
+        write_card(Path(str(self.args.output_dir)), *facts, name, data, tags, language, license)
