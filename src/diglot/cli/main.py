@@ -16,6 +16,7 @@ On-policy distillation of language models whose tokenizers differ.
 commands:
   train          distil a teacher into a student (GKD, MiniLLM)
   inspect        look at a pair of models before training
+  estimate       how much memory a run takes, part by part
   align          both tokenisations of a text under each other
   objectives     which objective for what: a table
   serve-teacher  a teacher's log-probs for other engines, in the ids of their student
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # Command -> module and function; imported when it is asked for.
 COMMANDS = {
     "inspect": ("diglot.cli.inspect", "inspect"),
+    "estimate": ("diglot.cli.estimate", "estimate"),
     "align": ("diglot.cli.align", "align"),
     "objectives": ("diglot.cli.objectives", "show"),
     "serve-teacher": ("diglot.cli.serve_teacher", "serve_teacher"),
