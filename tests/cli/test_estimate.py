@@ -125,8 +125,10 @@ def test_a_block_of_logits_stays_within_the_budget_that_is_counted() -> None:
 def test_a_teacher_that_is_not_here_takes_nothing_and_one_in_4_bits_a_fraction(folders: tuple[str, str]) -> None:
     student = {"model_name_or_path": folders[0]}
     assert plan_of({**student, "teacher_model_name_or_path": "http://127.0.0.1:1"}).teachers == ()
-    several = plan_of({**student, "teacher_model_name_or_path": [folders[1], {"name": "8B"}]}).teachers
-    assert [round(shape.parameters, -9) for shape, _ in several] == [0, 8e9]
+    several = plan_of(
+        {**student, "teacher_model_name_or_path": [folders[1], {"name": "8B", "init_kwargs": {"dtype": "float32"}}]}
+    ).teachers
+    assert [(round(shape.parameters, -9), round(size, -9)) for shape, size in several] == [(0, 0), (8e9, 32e9)]
     kwargs = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (quantised,) = plan_of(
         {**student, "teacher_model_name_or_path": "8B", "teacher_model_init_kwargs": kwargs}

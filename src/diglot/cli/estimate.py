@@ -99,9 +99,9 @@ def _teachers(value: Mapping[str, Any]) -> tuple[tuple[Shape, float], ...]:
     found = []
     for one in named if isinstance(named, list) else [named]:
         own = one if isinstance(one, dict) else {"name": one}
-        name, kwargs = own.get("name"), own.get("model_init_kwargs", value["teacher_model_init_kwargs"])
-        served = own.get("server_url") or (value["teacher_model_server_url"] if not isinstance(named, list) else None)
-        if name in (None, "self") or served or is_address(name) or (Path(name) / "request.json").exists():
+        name, kwargs = own.get("name"), own.get("init_kwargs") or value["teacher_model_init_kwargs"]
+        served = value["teacher_model_server_url"] or is_address(name)
+        if name in (None, "self") or served or (Path(name) / "request.json").exists():
             continue  # it takes no memory here
         shape = shape_of(name, "teacher", "teacher_model_name_or_path")
         found.append((shape, shape.weights(_dtype(None, kwargs, shape.itemsize, shape), _bits(kwargs))))

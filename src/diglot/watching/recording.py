@@ -107,8 +107,13 @@ class NumbersProgress(ProgressCallback):
 
 
 def with_numbers(trainer: Any) -> None:
-    """Put `NumbersProgress` in the place of the Trainer's own bar, where there is one; notebooks keep theirs."""
-    own = [one for one in trainer.callback_handler.callbacks if type(one) is ProgressCallback]
-    for one in own:
-        trainer.remove_callback(one)
-        trainer.add_callback(NumbersProgress())
+    """Put a bar with the numbers that matter in the place of the Trainer's own, in terminals and in notebooks."""
+    for one in list(trainer.callback_handler.callbacks):
+        if type(one) is ProgressCallback:
+            trainer.remove_callback(one)
+            trainer.add_callback(NumbersProgress())
+        elif type(one).__name__ == "NotebookProgressCallback":
+            from diglot.watching.notebook import NotebookNumbers
+
+            trainer.remove_callback(one)
+            trainer.add_callback(NotebookNumbers())
