@@ -11,8 +11,6 @@ from datasets import Dataset
 from support import tiny
 from transformers import trainer as transformers_trainer
 
-pytest.importorskip("IPython", reason="a notebook has it")
-
 
 class Shown:
     """Keeps the last HTML of each display."""

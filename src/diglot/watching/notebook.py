@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils.notebook import NotebookProgressCallback, NotebookTrainingTracker
 
-from diglot.watching.recording import numbers_that_matter
+from diglot.watching.shown import numbers_that_matter
 
 # End of a metric's name -> heading of its column.
 EVALUATED = {
@@ -17,14 +17,20 @@ EVALUATED = {
 }
 
 
+_Tracker: Any = NotebookTrainingTracker  # transformers gives it no types
+
+
 class NotebookNumbers(NotebookProgressCallback):
     """One line of the numbers that matter for every log, and of every evaluation with its units."""
 
     training_tracker: Any
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        super().on_train_begin(args, state, control, **others)
-        self.training_tracker = NotebookTrainingTracker(state.max_steps)  # the first line makes the columns
+        super().on_train_begin(args, state, control, **others)  # type: ignore[no-untyped-call]
+        self.training_tracker = _Tracker(state.max_steps)  # the first line makes the columns
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if self.training_tracker is not None and logs and "loss" in logs:
@@ -37,7 +43,7 @@ class NotebookNumbers(NotebookProgressCallback):
             if column is not None:
                 found[column] = f"{value:.3f}"
         if self.training_tracker is None:
-            self.training_tracker = NotebookTrainingTracker(1)
+            self.training_tracker = _Tracker(1)
             self._write(found)
             self.training_tracker.display()
             self.training_tracker = None
