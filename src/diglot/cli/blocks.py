@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 import shlex
@@ -110,8 +111,8 @@ def _memory(trainer: DistillationTrainer) -> str:
     plan = plan_of(trainer)
     if plan is None:
         return "not known for models of this kind; diglot estimate takes a size in the place of a name"
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.parts.items() if size)
-    return f"up to {plan.total / GIB:.2f} GiB: {parts}"
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.parts.items() if size >= 0.005 * GIB)
+    return f"up to {plan.total / GIB:.2f} GiB" + (f": {parts}" if parts else "")
 
 
 def plan_of(trainer: DistillationTrainer) -> Plan | None:
@@ -207,6 +208,8 @@ def print_end(out: Path, script: TrainArguments, teacher: Any) -> None:
     console.print(Text(f"The student is in {out}. Next:"), highlight=False)
     for command in next_commands(out, script, teacher):
         console.print(Text(f"  {command}"), highlight=False, soft_wrap=True)
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print(Text("The report draws with matplotlib, which is missing: pip install 'diglot[report]'"))
 
 
 def end_lines(found: Run) -> list[Line]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +48,7 @@ def train(values: dict[str, Any]) -> int:
         str(config.resume_from_checkpoint).lower(), config.resume_from_checkpoint
     )
     preflight(script, config, resume)
+    warnings.filterwarnings("ignore", message="'pin_memory' argument")  # of torch's, on every machine without a GPU
     try:
         trainer = build(script, config)
     except DiglotError:
