@@ -44,6 +44,11 @@ class LocalTeacher:
         """Where the weights came from."""
         return self.model.config._name_or_path
 
+    @property
+    def model_name(self) -> str:
+        """The same."""
+        return self.name
+
     def to(self, device: torch.device | str) -> None:
         """Move the weights, unless they were put where they are on purpose."""
         if not keeps_its_device(self.model):

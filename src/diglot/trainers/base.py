@@ -134,6 +134,7 @@ class DistillationTrainer(RefusingTrainer):
         check_options(args, [term for of_one in terms for term in of_one])
         self.comparisons = [complete(one, of_one, own, args) for one, of_one in zip(compared, terms, strict=True)]
         self.imitations: list[Comparison] = []  # of texts that no teacher judges
+        self.dataset_names: list[str] = []  # for the model card
         student = to_train(own, peft_config, args)
         check_trainable(student, args, optimizers[0])
         for one in self.comparisons:
@@ -589,11 +590,10 @@ class DistillationTrainer(RefusingTrainer):
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ) -> None:
-        """Write `README.md` into the output folder: teacher, student, dataset, method and versions."""
+        """Write `README.md` into the output folder: student, teachers, objective, data, results, citation."""
         if not self.is_world_process_zero():
             return
-        method, student = (
-            type(self).__name__.removesuffix("Trainer"),
-            finetuned_from or self.student.config._name_or_path,
-        )
-        write_card(Path(str(self.args.output_dir)), self.comparisons, method, student, model_name, dataset, tags)
+        method, base = type(self).__name__.removesuffix("Trainer"), finetuned_from or self.student.config._name_or_path
+        facts = (self.comparisons, method, base, self.student, self.train_dataset, self.args)
+        name, data = self.hub_model_id or model_name, dataset or self.dataset_names
+        write_card(Path(str(self.args.output_dir)), *facts, name, data, tags, language, license)
