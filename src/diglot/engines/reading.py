@@ -146,23 +146,18 @@ def _aligned(transcript: Transcript, turns: list[tuple[int, Rendered]], theirs: 
         segments.append(np.full(len(scored), number, dtype=np.int64))
         exact.append(own.exact[scored])
         stops.append(own.roles[scored] == Role.STOP)
-    own = Side(np.concatenate(ends), np.concatenate(segments), np.concatenate(exact), np.concatenate(stops))
     place_s, place_t = np.concatenate(places), np.flatnonzero(theirs.segment >= 0)
+    mine = Side(np.concatenate(ends), np.concatenate(segments), np.concatenate(exact), np.concatenate(stops))
     stop_t = theirs.roles[place_t] == Role.STOP
     other = Side(theirs.end[place_t], theirs.segment[place_t].astype(np.int64), theirs.exact[place_t], stop_t)
-    sides = (
-        WrittenSide(ids, one.end, one.segment, one.exact, one.stop)
-        for ids, one in ((transcript.ids[place_s], own), (theirs.ids[place_t], other))
-    )
-    texts = [
-        min(own.segment_bytes[0], text, key=len) for (_, own), text in zip(turns, theirs.segment_bytes, strict=False)
-    ]
+    both = zip((turn.segment_bytes[0] for _, turn in turns), theirs.segment_bytes, strict=False)
+    texts = [min(text, read, key=len) for text, read in both]
     texts += [b""] * (len(turns) - len(texts))
-    return Reading(
-        student_ids=transcript.ids,
-        teacher_ids=theirs.ids,
-        place_s=place_s,
-        place_t=place_t,
-        written=Written(*sides, align(own, other, len(turns)), texts),
-        num_bytes=sum(len(turn.segment_bytes[0]) for _, turn in turns),
+    written = Written(
+        WrittenSide(transcript.ids[place_s], mine.end, mine.segment, mine.exact, mine.stop),
+        WrittenSide(theirs.ids[place_t].astype(np.int64), other.end, other.segment, other.exact, other.stop),
+        align(mine, other, len(turns)),
+        texts,
     )
+    num_bytes = sum(len(turn.segment_bytes[0]) for _, turn in turns)
+    return Reading(transcript.ids, theirs.ids, place_s, place_t, written, num_bytes)
