@@ -8,7 +8,6 @@ averaged are counted, over all ranks. What is left for `compute_loss` is a forwa
 from __future__ import annotations
 
 import logging
-import os
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,7 +123,7 @@ class DistillationTrainer(Trainer):
     ) -> None:
         # Before the Trainer's own setup, which makes the output folder: what cannot work leaves nothing behind.
         self.args = args = args if args is not None else self.config_class(output_dir="diglot-output")
-        check_devices(args, sharded=bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true")
+        check_devices(args)
         own, self.student_renderer = load_student(model, processing_class, args, frozen=peft_config is not None)
         compared = prepare_comparisons(own, self.student_renderer, teacher_model, teacher_processing_class, args)
         engine = make_engine(args, self.student_renderer, self.sampler_for(self.student_renderer))
