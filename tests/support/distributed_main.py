@@ -25,6 +25,7 @@ def _with_fsdp(self: AcceleratorState, *args: object, fsdp_plugin: object = None
     plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")  # every later call finds the one of the first
     if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+        print(f"spread by FSDP{plugin.fsdp_version}", flush=True)
 
 
 AcceleratorState.__init__ = _with_fsdp  # type: ignore[method-assign]

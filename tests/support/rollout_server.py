@@ -34,15 +34,15 @@ class RolloutServer:
         self.requests: list[tuple[str, Any]] = []
         self.loaded, self.busy, self.paused = 0, 3, False
         self.lock = threading.Lock()
-        self.http: Any = None
+        self.host, self.http = "127.0.0.1", None  # type: str, Any
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.http.server_address[1]}"
+        return f"http://{self.host}:{self.http.server_address[1]}"
 
     def start(self) -> RolloutServer:
         handler = type("Handler", (_Handler,), {"owner": self})
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.http = ThreadingHTTPServer((self.host, 0), handler)
         self.http.daemon_threads = True
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
         return self

@@ -91,16 +91,16 @@ class TeacherServer:
         self.lock = threading.Lock()
         self.connections: set[socket.socket] = set()
         self.http: ThreadingHTTPServer | None = None
-        self.port = 0
+        self.host, self.port = "127.0.0.1", 0
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def start(self) -> TeacherServer:
         """Listen; on the old port, if there was one."""
         handler = type("Handler", (_Handler,), {"owner": self})
-        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
+        self.http = ThreadingHTTPServer((self.host, self.port), handler)
         self.http.daemon_threads = True
         self.port = self.http.server_address[1]
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()

@@ -29,8 +29,3 @@ def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: py
 def test_a_device_without_float64_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DistillationConfig, "device", property(lambda self: torch.device("mps")))
     refused(tmp_path, "mps, which has no float64.*use_cpu: true")
-
-
-def test_vllm_and_a_sharded_student_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    refused(tmp_path, "hands whole weights to vLLM, and FSDP.*use_vllm: false", use_vllm=True)

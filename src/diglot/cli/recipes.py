@@ -1,4 +1,4 @@
-"""`diglot recipes list|show|copy`: tested YAML files for `diglot train --config`."""
+"""`diglot recipes list|show|copy`: tested YAML files for `diglot train --config`, and accelerate's configurations."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from diglot.cli.parsing import Parser
 from diglot.errors import ConfigError
 
+_LAUNCH = "accelerate launch -m diglot train ... with --config_file"
 EXAMPLE = """example:
   diglot recipes copy minillm my-recipe.yaml
   diglot train --config my-recipe.yaml --output_dir runs/first
@@ -32,9 +33,12 @@ def recipes(arguments: Sequence[str]) -> int:
     """List, show or copy."""
     given = parser().parse_args(arguments)
     if given.action == "list":
-        known = load_recipes()
-        width = max(map(len, known))
+        known, launches = load_recipes(), load_launches()
+        width = max(map(len, [*known, *launches]))
         for name, text in known.items():
+            print(f"{name:<{width}}  {title(text)}")
+        print("\nfor accelerate launch --config_file:")
+        for name, text in launches.items():
             print(f"{name:<{width}}  {title(text)}")
         return 0
     text = read_recipe(given.name)
@@ -45,20 +49,31 @@ def recipes(arguments: Sequence[str]) -> int:
     if target.exists():
         raise ConfigError(f"{target} exists already. Choose another name, or remove it.")
     target.write_text(text, encoding="utf-8")
-    print(f"{target}: edit it, then diglot train --config {target}")
+    start = "diglot train --config" if given.name.removesuffix(".yaml") in load_recipes() else _LAUNCH
+    print(f"{target}: edit it, then {start} {target}")
     return 0
 
 
 def load_recipes() -> dict[str, str]:
     """Name -> YAML text of every recipe, in order of name."""
-    folder = files("diglot").joinpath("recipes")
-    found = {f.name: f.read_text(encoding="utf-8") for f in folder.iterdir() if f.name.endswith(".yaml")}
+    return _texts("recipes")
+
+
+def load_launches() -> dict[str, str]:
+    """Name -> YAML text of every configuration of `accelerate launch`, in order of name. None is a recipe's name."""
+    return {f"accelerate-{name}": text for name, text in _texts("configs").items()}
+
+
+def _texts(folder: str) -> dict[str, str]:
+    place = files("diglot").joinpath(folder)
+    found = {f.name: f.read_text(encoding="utf-8") for f in place.iterdir() if f.name.endswith(".yaml")}
     return {name.removesuffix(".yaml"): found[name] for name in sorted(found)}
 
 
 def read_recipe(name: str) -> str:
-    """The YAML text of one recipe. Raises `ConfigError` with all names if there is none of that name."""
-    known = load_recipes()
+    """The YAML text of one recipe or configuration. Raises `ConfigError` with all names if there is none of that
+    name."""
+    known = {**load_recipes(), **load_launches()}
     if name.removesuffix(".yaml") not in known:
         raise ConfigError(f"There is no recipe {name!r}; recipes: {', '.join(known)}.")
     return known[name.removesuffix(".yaml")]

@@ -1,4 +1,4 @@
-"""A teacher's likeliest tokens as ids of the student."""
+"""A part of a distribution over the student's ids, and how much it leaves open."""
 
 from __future__ import annotations
 
@@ -7,49 +7,40 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diglot.rendering import Renderer
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Likeliest:
-    """A part of a distribution over the student's ids, and the mass of all that it does not name. `R` rows."""
+    """The teacher's distribution over the student's next token, as far as its rows say it. `R` rows.
 
-    ids: NDArray[np.int64]  # [R, K], best first, -1 where there are fewer
-    logps: NDArray[np.float64]  # [R, K] nats, -inf there
-    residual: NDArray[np.float64]  # [R] in [0, 1], the mass of everything that is not named
+    Of the mass `unknown` the rows do not say which token begins it, one that is named or another: a named id has its
+    own mass or up to so much more.
+    """
 
-
-class IdMap:
-    """The student's id of each of the teacher's that spells the same bytes; all stop ids are the one stop event."""
-
-    def __init__(self, student: Renderer, teacher: Renderer) -> None:
-        own, theirs = student.vocabulary.shared(teacher.vocabulary)
-        self.twin = np.full(len(teacher.vocabulary), -1, dtype=np.int64)
-        self.twin[theirs] = own
-        self.twin[list(teacher.stop_ids)] = student.stop_id
-
-    def likeliest_on_student(self, top_ids: NDArray[np.int64], top_logps: NDArray[np.float64]) -> Likeliest:
-        """The teacher's named ids `[R, K]` of rows that both sides predict from the same bytes, in the student's ids.
-
-        A token keeps its mass if one of the student's has the very bytes; the mass of the others joins the residual.
-        So no mass is given to a token that did not have it. This is the one place that says how the teacher's
-        distribution is carried over.
-        """
-        known = (top_ids >= 0) & (top_ids < len(self.twin))
-        ids = np.where(known, self.twin[np.where(known, top_ids, 0)], -1)
-        logps = np.where(ids >= 0, top_logps, -np.inf)
-        ids, logps = _merged(ids, logps)
-        order = np.argsort(-logps, axis=-1, kind="stable")
-        ids, logps = np.take_along_axis(ids, order, -1), np.take_along_axis(logps, order, -1)
-        residual = np.clip(1.0 - np.exp(logps).sum(-1), 0.0, 1.0)
-        return Likeliest(np.where(np.isfinite(logps), ids, -1), logps, residual)
+    ids: Ints  # [R, K], best first, -1 where there are fewer
+    logps: Floats  # [R, K] nats, -inf there
+    residual: Floats  # [R] in [0, 1], the mass of everything that is not named
+    unknown: Floats  # [R] in [0, residual], a part of it
 
 
-def _merged(ids: NDArray[np.int64], logps: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Each id once in its row, with the mass of all entries that had it: several stop ids are one event."""
-    ids, logps = ids.copy(), logps.copy()
-    for k in range(1, ids.shape[1]):
-        row, place = np.nonzero((ids[:, :k] == ids[:, k : k + 1]) & (ids[:, k : k + 1] >= 0))
-        logps[row, place] = np.logaddexp(logps[row, place], logps[row, k])
-        ids[row, k], logps[row, k] = -1, -np.inf
-    return ids, logps
+def likeliest_of(row: Ints, name: Ints, mass: Floats, rows: int, most: int) -> tuple[Ints, Floats, Floats]:
+    """The `most` ids of each row with the most mass, summed over equal ones, as `Likeliest` holds them.
+
+    Args:
+        row, name, mass: `[n]` each, in any order; masses of one id and row may be negative, their sum is not.
+    """
+    width = int(name.max(initial=0)) + 1
+    key, place = np.unique(row * width + name, return_inverse=True)
+    total = np.bincount(place, mass, minlength=len(key))
+    row, name = key // width, key % width
+    order = np.lexsort((-total, row))
+    row, name, total = row[order], name[order], total[order]
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    kept = (rank < most) & (total > 0)
+    ids, masses = np.full((rows, most), -1, dtype=np.int64), np.zeros((rows, most))
+    ids[row[kept], rank[kept]], masses[row[kept], rank[kept]] = name[kept], total[kept]
+    over = np.maximum(masses.sum(-1, keepdims=True), 1.0)  # rounding
+    with np.errstate(divide="ignore"):
+        return ids, np.log(masses / over), np.clip(1.0 - (masses / over).sum(-1), 0.0, 1.0)

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from diglot.engines.covering import Covering
 from diglot.engines.credit import find_rule
-from diglot.engines.likeliest import IdMap, Likeliest
+from diglot.engines.likeliest import Likeliest
 from diglot.engines.reading import Reading, read
 from diglot.engines.scores import TeacherScores, as_array
 from diglot.engines.transcript import Ints, Transcript
@@ -33,7 +34,7 @@ class Projected:
     sampled: NDArray[np.bool_]  # [n] was it sampled as part of a text that can be scored, stop included?
     one_to_one: NDArray[np.bool_]  # [n] is its chunk one token on either side? Then its log-prob is no share
     likeliest: Likeliest | None = None  # of the rows of `at`
-    at: Ints | None = None  # [R] ids that open a chunk, ascending: both sides predict them from the same bytes
+    at: Ints | None = None  # [R] the ids before which it is, ascending
 
     @property
     def coverage(self) -> float:
@@ -97,7 +98,7 @@ class Projector:
         with_chunk = aligned.chunk_t >= 0
         sums = np.bincount(aligned.chunk_t[with_chunk], teacher[with_chunk], minlength=aligned.num_chunks).astype(float)
         values = rule(sums, chunk, aligned.count_s, own) if len(chunk) else np.zeros(0)
-        likeliest, at = self._likeliest(reading, scores, inside)
+        likeliest, at = self._likeliest(reading, scores, teacher)
         return replace(_spread(reading, inside, values), likeliest=likeliest, at=at)
 
     def _teacher_logps(self, reading: Reading, scores: TeacherScores) -> NDArray[np.float64]:
@@ -113,20 +114,17 @@ class Projector:
         return np.minimum(logps, 0.0)
 
     def _likeliest(
-        self, reading: Reading, scores: TeacherScores, inside: NDArray[np.bool_]
+        self, reading: Reading, scores: TeacherScores, logps: NDArray[np.float64]
     ) -> tuple[Likeliest | None, Ints | None]:
         if scores.top_ids is None or scores.top_logps is None:
             return None, None
-        opens_s = np.flatnonzero(inside & _opens(reading.alignment.chunk_s))
-        opens_t = np.flatnonzero(_opens(reading.alignment.chunk_t))
-        chunks_t = reading.alignment.chunk_t[opens_t]
-        rows = reading.place_t[opens_t[np.searchsorted(chunks_t, reading.alignment.chunk_s[opens_s])]]
-        result = self._ids.likeliest_on_student(scores.top_ids[rows], scores.top_logps[rows])
-        return result, reading.place_s[opens_s]
+        ids, top = scores.top_ids[reading.place_t], scores.top_logps[reading.place_t]
+        likeliest, student = self._covering.distribution(reading.written, logps, ids, top)
+        return likeliest, reading.place_s[student]
 
     @cached_property
-    def _ids(self) -> IdMap:
-        return IdMap(self.student, self.teacher)
+    def _covering(self) -> Covering:
+        return Covering(self.student, self.teacher)
 
 
 def project_teacher_scores(
@@ -188,13 +186,6 @@ def project_teacher_scores(
 
 def _renderer(side: Side, name: str) -> Renderer:
     return side if isinstance(side, Renderer) else Renderer(side, name=name)
-
-
-def _opens(chunk: Ints) -> NDArray[np.bool_]:
-    """Which tokens are the first of their chunk. Chunks ascend."""
-    opens = chunk >= 0
-    opens[1:] &= chunk[1:] != chunk[:-1]
-    return opens
 
 
 def _spread(reading: Reading, inside: NDArray[np.bool_], values: NDArray[np.float64]) -> Projected:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diglot.alignment import Alignment, Side, align, check_bytes
+from diglot.batches import Written, WrittenSide
 from diglot.engines.transcript import Ints, Transcript
 from diglot.errors import RenderingError
 from diglot.rendering import Conversation, Rendered, Renderer, Role, truncate
@@ -24,10 +25,18 @@ class Reading:
     teacher_ids: Ints  # [T] what the teacher is to score
     place_s: Ints  # [N_s] where in `student_ids`
     place_t: Ints  # [N_t] where in `teacher_ids`
-    stop_s: NDArray[np.bool_]  # [N_s] is it the stop event?
-    stop_t: NDArray[np.bool_]  # [N_t]
-    alignment: Alignment[NDArray]
+    written: Written  # the scored tokens of both sides, the bytes of each turn as far as both hold them
     num_bytes: int  # of the turns that are scored
+
+    @property
+    def alignment(self) -> Alignment[NDArray]:
+        """Of the scored tokens."""
+        return self.written.alignment
+
+    @property
+    def stop_t(self) -> NDArray[np.bool_]:
+        """Which of the teacher's scored tokens are the stop event, `[N_t]`."""
+        return self.written.teacher.stop
 
     @property
     def first_scored(self) -> int:
@@ -137,17 +146,18 @@ def _aligned(transcript: Transcript, turns: list[tuple[int, Rendered]], theirs: 
         segments.append(np.full(len(scored), number, dtype=np.int64))
         exact.append(own.exact[scored])
         stops.append(own.roles[scored] == Role.STOP)
+    place_s, place_t = np.concatenate(places), np.flatnonzero(theirs.segment >= 0)
     mine = Side(np.concatenate(ends), np.concatenate(segments), np.concatenate(exact), np.concatenate(stops))
-    place_t = np.flatnonzero(theirs.segment >= 0)
     stop_t = theirs.roles[place_t] == Role.STOP
     other = Side(theirs.end[place_t], theirs.segment[place_t].astype(np.int64), theirs.exact[place_t], stop_t)
-    return Reading(
-        student_ids=transcript.ids,
-        teacher_ids=theirs.ids,
-        place_s=np.concatenate(places),
-        place_t=place_t,
-        stop_s=mine.stop,
-        stop_t=stop_t,
-        alignment=align(mine, other, len(turns)),
-        num_bytes=sum(len(own.segment_bytes[0]) for _, own in turns),
+    both = zip((turn.segment_bytes[0] for _, turn in turns), theirs.segment_bytes, strict=False)
+    texts = [min(text, read, key=len) for text, read in both]
+    texts += [b""] * (len(turns) - len(texts))
+    written = Written(
+        WrittenSide(transcript.ids[place_s], mine.end, mine.segment, mine.exact, mine.stop),
+        WrittenSide(theirs.ids[place_t].astype(np.int64), other.end, other.segment, other.exact, other.stop),
+        align(mine, other, len(turns)),
+        texts,
     )
+    num_bytes = sum(len(turn.segment_bytes[0]) for _, turn in turns)
+    return Reading(transcript.ids, theirs.ids, place_s, place_t, written, num_bytes)

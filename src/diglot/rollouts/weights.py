@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 _PREFIX = "step-"
@@ -46,15 +48,18 @@ class WeightsFolder:
 
 
 def save_plain(model: PreTrainedModel, folder: Path, whole_head: bool = False) -> None:
-    """Write a checkpoint that is read without PEFT. The model is afterwards what it was before."""
+    """Write a checkpoint that is read without PEFT. The model is afterwards what it was before.
+
+    A model that is spread over processes must be `gathered`; then one of them can write it alone.
+    """
     if not hasattr(model, "peft_config"):
-        return _save(model, model.state_dict(), folder, whole_head)
+        return _save(model, _state(model), folder, whole_head)
     peft: Any = model
     kept = {name: p.detach().clone() for name, p in peft.named_parameters() if ".base_layer." in name}
     peft.merge_adapter()
     try:
         base = peft.get_base_model()
-        _save(base, _plain_names(base.state_dict()), folder, whole_head)
+        _save(base, _plain_names(_state(base)), folder, whole_head)
     finally:
         peft.unmerge_adapter()
         for name, p in peft.named_parameters():  # subtracting what was added leaves rounding behind
@@ -73,6 +78,23 @@ def _save(model: PreTrainedModel, state: dict[str, Any], folder: Path, whole_hea
         model.save_pretrained(folder, state_dict={**state, f"{name}.weight": weight.detach().clone()})
     finally:
         config.tie_word_embeddings = tied
+
+
+def _state(model: PreTrainedModel) -> dict[str, Any]:
+    """Its tensors by name. Of a model that FSDP2 spreads these are the whole ones while it is `gathered`: its own
+    `state_dict` would free them and hold one process's share."""
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return model.state_dict()
+    found = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    if apart := [name for name, p in found.items() if isinstance(p, DTensor)]:
+        raise RuntimeError(f"{apart[0]} is spread over the processes: hand out weights of a gathered model")
+    persistent = (
+        (f"{prefix}.{name}" if prefix else name, buffer)
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    )
+    return {**found, **dict(persistent)}
 
 
 def _plain_names(state: dict[str, Any]) -> dict[str, Any]:

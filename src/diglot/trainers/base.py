@@ -8,7 +8,6 @@ averaged are counted, over all ranks. What is left for `compute_loss` is a forwa
 from __future__ import annotations
 
 import logging
-import os
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,11 +48,11 @@ from diglot.options import DistillationConfig
 from diglot.phases import phase as working
 from diglot.rendering import Conversation, Renderer
 from diglot.rollouts import Completion, TransformersSampler
+from diglot.rollouts.connect import make_engine
 from diglot.teachers import LocalTeacher
 from diglot.teachers.adapter import AdapterOff
 from diglot.teachers.scored import ScoredTeacher
-from diglot.trainers.engines import Rollouts, make_engine
-from diglot.trainers.finite import FiniteSteps
+from diglot.trainers.engines import Rollouts
 from diglot.trainers.ranks import (
     check_devices,
     check_wrapping,
@@ -66,6 +65,7 @@ from diglot.trainers.ranks import (
 from diglot.trainers.refused import RefusingTrainer, check_arguments
 from diglot.watching.card import write_card
 from diglot.watching.coverage import watch_coverage
+from diglot.watching.finite import FiniteSteps
 from diglot.watching.metrics import StepMetrics, evaluation_metrics, reference_metrics
 from diglot.watching.observing import Observer
 from diglot.watching.recording import RecordCallback, with_numbers
@@ -126,7 +126,7 @@ class DistillationTrainer(RefusingTrainer):
         # Before the Trainer's own setup, which makes the output folder: what cannot work leaves nothing behind.
         self.args = args = args if args is not None else self.config_class(output_dir="diglot-output")
         check_arguments(compute_metrics)
-        check_devices(args, sharded=bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true")
+        check_devices(args)
         own, self.student_renderer = load_student(model, processing_class, args, frozen=peft_config is not None)
         compared = prepare_comparisons(own, self.student_renderer, teacher_model, teacher_processing_class, args)
         engine = make_engine(args, self.student_renderer, self.sampler_for(self.student_renderer))

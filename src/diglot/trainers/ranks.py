@@ -65,7 +65,7 @@ def check_wrapping(accelerator: Accelerator) -> None:
         )
 
 
-def check_devices(args: DistillationConfig, *, sharded: bool) -> None:
+def check_devices(args: DistillationConfig) -> None:
     """Raise `ConfigError` for devices on which a run could not work, or would not do what it says."""
     if args.device.type == "mps":
         raise ConfigError(
@@ -77,11 +77,6 @@ def check_devices(args: DistillationConfig, *, sharded: bool) -> None:
             f"{args.n_gpu} GPUs are visible to one process, which nn.DataParallel would give the wrong rows. Start one "
             f"process for each (torchrun --nproc_per_node {args.n_gpu} -m diglot train ...), or show it one: "
             "CUDA_VISIBLE_DEVICES=0."
-        )
-    if args.use_vllm and sharded:
-        raise ConfigError(
-            "use_vllm hands whole weights to vLLM, and FSDP spreads the student over the processes. Use data "
-            "parallelism (torchrun without fsdp), or let the student write itself: use_vllm: false."
         )
 
 

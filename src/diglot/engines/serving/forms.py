@@ -152,7 +152,7 @@ def sglang_answer(query: Query, result: Sequence[Projected], number: str, unscor
         top: list[Any] = []
         for at, (i, row) in enumerate(zip(ids.tolist(), rows(ids, one, query.top), strict=True)):
             nothing = unscored if at else None
-            own.append([nothing if row is None else row[0][1], i, None])
+            own.append([nothing if row is None else _number(one.logps[at]), i, None])
             named = row if row is None else sorted(row[1:] if row[0][2] else row, key=lambda e: -e[1])
             top.append([[logp, j, None] for j, logp, _ in named[: query.top]] if named and query.top else None)
         meta = {
@@ -169,32 +169,29 @@ def sglang_answer(query: Query, result: Sequence[Projected], number: str, unscor
     return answers[0] if query.single else answers
 
 
+_UNKNOWN = 0.1  # of a distribution: where more is not known, none is given
 Row = list[tuple[int, float, bool]]  # (id, log-prob, is it there only because it was written?), the written one first
 
 
 def rows(ids: Ints, result: Projected, top: int) -> list[Row | None]:
-    """For each id what is said about it: the id itself, and others where its chunk is one token on either side.
+    """For each id what is said about it: the id itself, and others where enough of the distribution is known.
 
-    There the written id's own log-prob is one of the distribution that the others are of; elsewhere it is a share.
+    There the written id's own log-prob is that of the distribution which the others are of; elsewhere it is its credit.
     """
     made: list[Row | None] = [None] * len(ids)
     for at in np.flatnonzero(result.valid).tolist():
         made[at] = [(int(ids[at]), _number(result.logps[at]), True)]
     if not top or result.likeliest is None or result.at is None:
         return made
-    named, logps = result.likeliest.ids, result.likeliest.logps
+    named, logps, known = result.likeliest.ids, result.likeliest.logps, result.likeliest.unknown <= _UNKNOWN
     for k, at in enumerate(result.at.tolist()):
-        row = made[at]
-        if row is None or not result.one_to_one[at]:
+        own = np.flatnonzero(named[k] == ids[at])
+        if made[at] is None or not known[k] or not len(own):
             continue
-        own, best = (
-            int(ids[at]),
-            [(i, lp) for i, lp in zip(named[k].tolist(), logps[k].tolist(), strict=True) if i >= 0],
-        )
-        if any(i == own for i, _ in best[:top]):
-            made[at] = [(own, row[0][1], False), *((i, _number(lp), False) for i, lp in best[:top] if i != own)]
-        else:
-            row += [(i, _number(lp), False) for i, lp in best[:top]]
+        place = int(own[0])
+        best = [(i, _number(lp), False) for i, lp in zip(named[k].tolist(), logps[k].tolist(), strict=True) if i >= 0]
+        written = (int(ids[at]), best[place][1], place >= top)
+        made[at] = [written, *(entry for i, entry in enumerate(best[:top]) if i != place)]
     return made
 
 
