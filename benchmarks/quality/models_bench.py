@@ -1,0 +1,2 @@
+class ModelsBench:
+    def __init__(self, budget, folder, **options): raise NotImplementedError
