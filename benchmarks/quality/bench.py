@@ -18,6 +18,7 @@ class Bench(Protocol):
     """A pair that can be trained and measured. Every method gives the same each time it is called."""
 
     trainer_options: dict[str, Any]  # lengths, schedule: what all arms share beside the budget
+    teacher_cache: Path | None  # where to keep what the teacher says about its own texts
 
     @property
     def tokenizers(self) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:

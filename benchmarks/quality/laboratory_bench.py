@@ -36,6 +36,7 @@ class LaboratoryBench:
         if budget.items != len(self.lab.texts.prompts):
             raise DeclarationError(f"the laboratory has {len(self.lab.texts.prompts)} items, not {budget.items}.")
         self.start = start
+        self.teacher_cache = None
         self.strings = self.lab.texts.strings
         self.size = np.array([len(text) for text in self.strings], dtype=np.float64)
         length = self.lab.texts.length

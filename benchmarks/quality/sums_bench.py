@@ -46,6 +46,7 @@ class SumsBench:
         self.equal, self.items = equal, budget.items
         self.trainer_options: dict[str, Any] = dict(max_completion_length=sums.LONGEST, max_length=96, adam_beta2=0.98)
         self._teacher: Any = None
+        self.teacher_cache = None
 
     @property
     def tokenizers(self) -> tuple[Any, Any]:

@@ -44,7 +44,9 @@ def train(bench: Bench, arm: Arm, budget: Budget, rate: float, seed: int) -> Tra
         if arm.names(TRL_GOLD):
             trainer = gold_trainer(arm, student, teacher, bench.tokenizers, options, data, Path(folder))
         else:
-            ours = dict(min_coverage=0.0, log_rollouts=0)
+            ours: dict[str, Any] = dict(min_coverage=0.0, log_rollouts=0)
+            if not on_policy and bench.teacher_cache is not None:
+                ours["teacher_cache_dir"] = str(bench.teacher_cache)
             trainer = arm.trainer(
                 student,
                 teacher,
@@ -75,7 +77,7 @@ def train(bench: Bench, arm: Arm, budget: Budget, rate: float, seed: int) -> Tra
 
 def _options(bench: Bench, budget: Budget, rate: float, seed: int, folder: str) -> dict[str, Any]:
     """What every arm is given, in the names of `TrainingArguments`."""
-    return dict(
+    common = dict(
         output_dir=folder,
         use_cpu=not torch.cuda.is_available(),
         max_steps=budget.steps,
@@ -88,8 +90,8 @@ def _options(bench: Bench, budget: Budget, rate: float, seed: int, folder: str) 
         report_to="none",
         disable_tqdm=True,
         seed=seed,
-        **bench.trainer_options,
     )
+    return common | bench.trainer_options
 
 
 class _DevicePeak:
