@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from . import __doc__ as about
@@ -38,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.out / declaration.name
     plan = Plan(declaration, folder, options.any_code, read_only=options.command == "table")
     began = time.perf_counter()
-    results = run_all(plan, options.workers, progress if options.command == "run" else lambda text: None)
+    try:
+        results = run_all(plan, options.workers, progress if options.command == "run" else lambda text: None)
+    except DeclarationError as error:
+        print(f"quality: {error}", file=sys.stderr)
+        return 2
     text = _written(declaration, results, folder)
     print(text)
     if options.command == "run":
@@ -48,8 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def narrowed(declaration: Declaration, pairs: Sequence[str] | None, arms: Sequence[str] | None) -> Declaration:
     """Only these pairs and arms. `DeclarationError` for a name that it does not have."""
-    from dataclasses import replace
-
     for what, names, known in (("pair", pairs, declaration.pairs), ("arm", arms, declaration.arms)):
         if unknown := set(names or ()) - set(known):
             raise DeclarationError(f"There is no {what} {', '.join(sorted(unknown))}; known are {', '.join(known)}.")

@@ -127,16 +127,18 @@ def read(values: Any, where: str = "declaration") -> Declaration:
 
 
 def _pair(name: str, values: Any, where: str, arms: Mapping[str, str]) -> PairDeclaration:
-    table = _table(
-        values, where, ("kind", "budget", "rates", "headroom"), ("options", "control", "arms")
-    )
+    table = _table(values, where, ("kind", "budget", "rates", "headroom"), ("options", "control", "arms"))
     _one_of(table["kind"], PAIR_KINDS, f"{where}: kind")
     wanted = [one.name for one in fields(Budget)]
     budget = _table(table["budget"], f"{where}: budget", wanted)
     numbers = {key: _typed(budget[key], int, f"{where}: budget: {key}", above=0) for key in wanted}
-    rates = tuple(_rate(rate, f"{where}: rates") for rate in _list(table["rates"], f"{where}: rates", (int, float, str)))
+    rates = tuple(
+        _rate(rate, f"{where}: rates") for rate in _list(table["rates"], f"{where}: rates", (int, float, str))
+    )
     if list(rates) != sorted(set(rates)) or rates[0] <= 0:
-        raise DeclarationError(f"{where}: rates must be above 0, each larger than the one before it, not {list(rates)}.")
+        raise DeclarationError(
+            f"{where}: rates must be above 0, each larger than the one before it, not {list(rates)}."
+        )
     chosen = _list(table.get("arms", list(arms)), f"{where}: arms", str)
     for arm in chosen:
         _one_of(arm, arms, f"{where}: arms")

@@ -95,13 +95,16 @@ def _take_rows(model: PreTrainedModel, old_of: list[int]) -> None:
     """Embedding and head row by row in the new order; ids in the configs follow."""
     new_of = {old: new for new, old in enumerate(old_of)}
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    weights = [part.weight.detach()[old_of].clone() for part in (model.get_input_embeddings(), model.get_output_embeddings())]
+    weights = [
+        part.weight.detach()[old_of].clone() for part in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
     model.resize_token_embeddings(len(old_of), mean_resizing=False)
     with torch.no_grad():
         model.get_input_embeddings().weight.copy_(weights[0])
         if not tied:
             model.get_output_embeddings().weight.copy_(weights[1])
-    for config in (model.config.get_text_config(), model.config, model.generation_config):
+    configs = {id(one): one for one in (model.config, model.config.get_text_config(), model.generation_config)}
+    for config in configs.values():  # the first two may be one
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = getattr(config, name, None)
             if ids is not None:

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import paired
 from .bench import Bench, open_bench
-from .declaration import Declaration, PairDeclaration
+from .declaration import Declaration, DeclarationError, PairDeclaration
 from .measures import KINDS, as_json
 
 Cell = dict[str, Any]
@@ -139,7 +139,9 @@ def no_headroom(cell: Cell, least: float) -> str | None:
     kl = paired.interval(_one_seed(cell["before"]["reverse_kl"]))
     unit = cell["before"]["reverse_kl"]["unit"]
     if not kl.low > least:
-        return f"the student is {kl.value:.3f} ({kl.low:.3f} to {kl.high:.3f}) {unit} from the teacher; needed: {least:g}"
+        return (
+            f"the student is {kl.value:.3f} ({kl.low:.3f} to {kl.high:.3f}) {unit} from the teacher; needed: {least:g}"
+        )
     shown = []
     for name, of_teacher in cell["teacher"].items():
         sign = 1 if KINDS[name].better == "higher" else -1
@@ -179,6 +181,8 @@ def run_arm(plan: Plan, pair: PairDeclaration, name: str) -> ArmResult:
     try:
         rate = plan.rate(pair, label)
         cells = tuple(plan.run(pair, label, rate, seed, "test") for seed in plan.declaration.seeds)
+    except MissingCellError:
+        return ArmResult(pair.name, name, rate, (), "not run")
     except Exception as error:
         return ArmResult(pair.name, name, rate, (), f"{type(error).__name__}: {error}")
     return ArmResult(pair.name, name, rate, cells)
@@ -195,7 +199,11 @@ class PairResult:
 
 
 def run_all(plan: Plan, workers: int = 1, say: Callable[[str], None] = lambda text: None) -> list[PairResult]:
-    """Everything that the declaration names; `workers` processes share the arms."""
+    """Everything that the declaration names; `workers` processes share the arms.
+
+    Raises:
+        DeclarationError: a pair's options cannot be run. What else fails is shown in its place.
+    """
     heads = [(pair, *_headroom(plan, pair)) for pair in plan.declaration.pairs.values()]
     for pair, _, refused in heads:
         say(f"{pair.name}: {f'refused: {refused}' if refused else 'has head-room'}")
@@ -213,6 +221,10 @@ def run_all(plan: Plan, workers: int = 1, say: Callable[[str], None] = lambda te
 def _headroom(plan: Plan, pair: PairDeclaration) -> tuple[Cell | None, str | None]:
     try:
         cell = plan.headroom(pair)
+    except MissingCellError:
+        return None, "not run"
+    except DeclarationError:
+        raise
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
     return cell, no_headroom(cell, pair.headroom)

@@ -77,9 +77,7 @@ def _value(arm: ArmResult, name: str) -> str:
     return f"{got.value:.3f} ({got.low:.3f} to {got.high:.3f})"
 
 
-def differences(
-    reference: ArmResult, arms: Sequence[ArmResult], name: str
-) -> dict[str, tuple[paired.Estimate, float]]:
+def differences(reference: ArmResult, arms: Sequence[ArmResult], name: str) -> dict[str, tuple[paired.Estimate, float]]:
     """Of each other arm with results, `arm - reference`, and its p corrected for the number of arms."""
     base = sums_of([cell["after"][name] for cell in reference.cells])
     got = {
@@ -125,7 +123,9 @@ def _gain(default: str, result: PairResult, others: dict[str, PairResult]) -> st
         return None
     gain, other = _gained(result.headroom, own), _gained(control.headroom, theirs)
     if other <= 0:
-        return f"The control `{theirs.arm}` on {control.pair.name} gained nothing ({other:.3f}): no share of it is shown."
+        return (
+            f"The control `{theirs.arm}` on {control.pair.name} gained nothing ({other:.3f}): no share of it is shown."
+        )
     return (
         f"Gain of `{default}` in reverse KL: {gain:.3f}, which is {gain / other:.0%} of that of the control "
         f"(`{theirs.arm}` on {control.pair.name}: {other:.3f})."
