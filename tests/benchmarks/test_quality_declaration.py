@@ -98,10 +98,10 @@ def test_a_missing_part_is_named() -> None:
 
 
 def test_files_that_are_none_say_so(tmp_path: Path) -> None:
-    with pytest.raises(DeclarationError, match="the tiers are ci, cpu, gpu"):
+    with pytest.raises(DeclarationError, match="the tiers are ci, cpu, gpu, smoke"):
         load("huge")
     broken = tmp_path / "broken.yaml"
     broken.write_text("arms: [")
     with pytest.raises(DeclarationError, match="is not YAML"):
         load(broken)
-    assert {path.stem for path in declaration.TIERS.glob("*.yaml")} == {"ci", "cpu", "gpu"}
+    assert {path.stem for path in declaration.TIERS.glob("*.yaml")} == {"ci", "cpu", "gpu", "smoke"}

@@ -6,9 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from support.tiny import tiny_model
+from transformers import PreTrainedTokenizerBase
 
 
 def save_model(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int, spread: float, **config: int) -> Path:
