@@ -11,7 +11,7 @@
         options: {pair: finer}                 # of that kind
         budget: {steps: 60, batch: 16, items: 4}
         rates: [1e-3, 2e-3, 4e-3]
-        headroom: 0.1                          # what the student must be away from the teacher, in the unit of the measure
+        headroom: 0.1                          # what the student must be away from the teacher
         control: equal                         # another pair, run with equal tokenizers
         arms: [covering, ce]                   # default: all
 
@@ -136,9 +136,7 @@ def _pair(name: str, values: Any, where: str, arms: Mapping[str, str]) -> PairDe
         _rate(rate, f"{where}: rates") for rate in _list(table["rates"], f"{where}: rates", (int, float, str))
     )
     if list(rates) != sorted(set(rates)) or rates[0] <= 0:
-        raise DeclarationError(
-            f"{where}: rates must be above 0, each larger than the one before it, not {list(rates)}."
-        )
+        raise DeclarationError(f"{where}: rates must be above 0, each above the one before it, not {list(rates)}.")
     chosen = _list(table.get("arms", list(arms)), f"{where}: arms", str)
     for arm in chosen:
         _one_of(arm, arms, f"{where}: arms")

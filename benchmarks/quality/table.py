@@ -50,7 +50,7 @@ def _facts(result: PairResult) -> str:
     seconds = sum(cell["cpu_seconds"] for cell in cells)
     return (
         f"{budget.steps} steps of {budget.batch} prompts, {budget.items} held-out items, {seeds} seeds; rates "
-        f"{', '.join(f'{rate:g}' for rate in result.pair.rates)}; {seconds:.0f} CPU seconds of training in the cells shown."
+        f"{', '.join(f'{rate:g}' for rate in result.pair.rates)}; {seconds:.0f} CPU seconds of training are shown."
     )
 
 
@@ -115,23 +115,22 @@ def _p(value: float) -> str:
 
 
 def _gain(default: str, result: PairResult, others: dict[str, PairResult]) -> str | None:
-    """The default's gain over the control's, in what the teacher is approached in."""
+    """How far the default goes to its teacher, beside the control, whose start need not be as far away."""
     control = others.get(result.pair.control or "")
     own = next((arm for arm in result.arms if arm.arm == default and arm.cells), None)
     theirs = next((arm for arm in control.arms if arm.cells), None) if control else None
     if own is None or control is None or theirs is None or result.headroom is None or control.headroom is None:
         return None
-    gain, other = _gained(result.headroom, own), _gained(control.headroom, theirs)
-    if other <= 0:
-        return (
-            f"The control `{theirs.arm}` on {control.pair.name} gained nothing ({other:.3f}): no share of it is shown."
-        )
+    mine, other = _way(result.headroom, own), _way(control.headroom, theirs)
+    share = f"; {mine[0] / other[0]:.0%} of that of the control" if other[0] > 0 else "; the control gained nothing"
     return (
-        f"Gain of `{default}` in reverse KL: {gain:.3f}, which is {gain / other:.0%} of that of the control "
-        f"(`{theirs.arm}` on {control.pair.name}: {other:.3f})."
+        f"Of its distance to the teacher in reverse KL, `{default}` goes {mine[0]:.0%} ({mine[1]:.3f} to {mine[2]:.3f})"
+        f"{share} (`{theirs.arm}` on {control.pair.name}: {other[0]:.0%}, {other[1]:.3f} to {other[2]:.3f})."
     )
 
 
-def _gained(headroom: Cell, arm: ArmResult) -> float:
+def _way(headroom: Cell, arm: ArmResult) -> tuple[float, float, float]:
+    """The share of the distance that is gone, the distance before, and after."""
+    before = float(headroom["before"]["reverse_kl"]["value"])
     after = sums_of([cell["after"]["reverse_kl"] for cell in arm.cells]).value
-    return float(headroom["before"]["reverse_kl"]["value"] - after)
+    return 1 - after / before, before, after

@@ -31,8 +31,9 @@ class Trained:
 def train(bench: Bench, arm: Arm, budget: Budget, rate: float, seed: int) -> Trained:
     """Train a fresh student. Off-policy arms and TRL's trainer read the teacher's texts, the others write their own.
 
-    `facts`: seconds of training, and of the processor (models are loaded and texts written before the clocks start), peak memory above that
-    before it in MiB (of the process, so memory that it held already does not count), `one_to_one` (the share of one-to-one tokens at the end) and `loss`, where the trainer logs them.
+    `facts`: seconds of training, and of the processor (models are loaded and texts written before the clocks start);
+    peak memory in MiB above what the process held before; `one_to_one`, the share of one-to-one tokens at the end, and
+    `loss`, where the trainer logs them.
     """
     on_policy = not arm.names(TRL_GOLD) and (arm.minillm or arm.options.get("lmbda", 1.0) == 1.0)
     count = budget.steps * budget.batch

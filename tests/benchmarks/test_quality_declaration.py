@@ -76,7 +76,7 @@ def test_a_pair_has_all_arms_unless_it_says_which_and_rates_may_be_written_as_te
         ("pairs/one/kind", "numbers", "pairs: one: kind 'numbers' is not one of laboratory, sums, models"),
         ("pairs/one/budget/steps", 0, "pairs: one: budget: steps must be above 0, not 0"),
         ("pairs/one/budget/epochs", 1, "pairs: one: budget has unknown epochs; known are steps, batch, items"),
-        ("pairs/one/rates", [0.1, 0.01], "each larger than the one before it"),
+        ("pairs/one/rates", [0.1, 0.01], "each above the one before it"),
         ("pairs/one/rates", ["fast"], "rates must be numbers, not 'fast'"),
         ("pairs/one/headroom", 0, "headroom must be above 0, not 0"),
         ("pairs/one/arms", ["bpm"], "arms 'bpm' is not one of covering, ce"),

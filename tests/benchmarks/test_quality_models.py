@@ -1,4 +1,4 @@
-"""The testbed's real tiers run with tiny stand-ins; tasks are graded exactly; another tokenizer leaves a model alone."""
+"""The testbed's real tiers run with tiny stand-ins; answers are graded exactly; a new tokenizer changes no model."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_the_rate_is_the_best_on_validation_and_the_smaller_of_equals(
 
 def test_an_arm_that_ends_nowhere_finite_has_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, pair, _ = planned(tmp_path, {0.1: float("nan"), 0.2: float("inf")}, monkeypatch)
-    with pytest.raises(ArmError, match="no rate of .* ends with a finite reverse KL on pair"):
+    with pytest.raises(ArmError, match=r"no rate of .* ends with a finite reverse KL on pair"):
         plan.rate(pair, "jsd")
     failed = runner.run_arm(plan, pair, "jsd")
     assert failed.cells == () and str(failed.error).startswith("ArmError: no rate")

@@ -34,6 +34,7 @@ def print_inspection(found: Inspection, console: Console | None = None, details:
     console.print(_verdict(found.verdict))
     if found.verdict.command is not None:
         console.print(Text(f"  {found.verdict.command}"), soft_wrap=True, highlight=False)
+        console.print(Text("Objectives side by side, in plain words: docs/which-objective.md", style="dim"))
     for part in _parts(found) if details else _short(found):
         console.print(part)
 
