@@ -11,7 +11,7 @@ from . import paired
 from .declaration import Declaration
 from .measures import KINDS
 from .runner import ArmResult, PairResult, sums_of
-from .table import differences
+from .table import differences, title
 
 matplotlib.use("Agg")
 matplotlib.rcParams["svg.hashsalt"] = "quality"  # the same numbers give the same file
@@ -40,7 +40,7 @@ def _pair(default: str, result: PairResult, arms: Sequence[ArmResult], path: Pat
     for axis, name in zip(axes[0], names, strict=True):
         before = result.headroom["before"][name]
         means = [paired.interval(sums_of([cell["after"][name] for cell in arm.cells])) for arm in arms]
-        _dots(axis, [arm.arm for arm in arms], means, f"{KINDS[name].title}, {before['unit']}")
+        _dots(axis, [arm.arm for arm in arms], means, title(name, before))
         axis.axvline(before["value"], color="0.6", linestyle="--", linewidth=1)
         for y, arm in enumerate(arms):
             each = sums_of([cell["after"][name] for cell in arm.cells]).each
@@ -55,7 +55,7 @@ def _pair(default: str, result: PairResult, arms: Sequence[ArmResult], path: Pat
     plt.close(figure)
 
 
-def _dots(axis: plt.Axes, labels: Sequence[str], estimates: Sequence[paired.Estimate], title: str) -> None:
+def _dots(axis: plt.Axes, labels: Sequence[str], estimates: Sequence[paired.Estimate], what: str) -> None:
     values = [one.value for one in estimates]
     below, above = (
         [max(0.0, one.value - one.low) for one in estimates],
@@ -64,5 +64,5 @@ def _dots(axis: plt.Axes, labels: Sequence[str], estimates: Sequence[paired.Esti
     axis.errorbar(values, range(len(values)), xerr=[below, above], fmt="o", markersize=4, linewidth=1.2)
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlabel(title, fontsize=8)
+    axis.set_xlabel(what, fontsize=8)
     axis.tick_params(axis="x", labelsize=8)

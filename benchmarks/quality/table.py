@@ -31,7 +31,7 @@ def _pair(declaration: Declaration, result: PairResult, others: dict[str, PairRe
     names = [name for name in KINDS if name in before]
     compared = [name for name in names if KINDS[name].better]
     reference = next((arm for arm in result.arms if arm.arm == declaration.default and arm.cells), None)
-    columns = ["arm", "rate", *(_title(name, before[name]) for name in names), "one-to-one", "s", "CPU s", "MiB"]
+    columns = ["arm", "rate", *(title(name, before[name]) for name in names), "one-to-one", "s", "CPU s", "MiB"]
     start = ["before", "-", *(f"{before[name]['value']:.3f}" for name in names), "-", "-", "-", "-"]
     of_teacher = [f"{teacher[name]['value']:.3f}" if name in teacher else "-" for name in names]
     rows = [start, ["teacher", "-", *of_teacher, "-", "-", "-", "-"]]
@@ -54,9 +54,10 @@ def _facts(result: PairResult) -> str:
     )
 
 
-def _title(name: str, measure: Cell) -> str:
-    title, unit = KINDS[name].title, measure["unit"]
-    return title if unit in (title, "bytes", "share") or unit in title else f"{title}, {unit}"
+def title(name: str, measure: Cell) -> str:
+    """What a measure is called, with its unit unless its name says it."""
+    words, unit = KINDS[name].title, measure["unit"]
+    return words if unit == "share" or unit in words else f"{words}, {unit}"
 
 
 def _row(arm: ArmResult, names: Sequence[str]) -> list[str]:
@@ -100,7 +101,7 @@ def verdict(one: paired.Estimate, p: float, better: str | None) -> str:
 def _differences(
     default: str, reference: ArmResult, arms: Sequence[ArmResult], names: Sequence[str], before: dict[str, Any]
 ) -> str:
-    columns = [f"minus `{default}`", *(_title(name, before[name]) for name in names)]
+    columns = [f"minus `{default}`", *(title(name, before[name]) for name in names)]
     rows: dict[str, list[str]] = {}
     for name in names:
         for arm, (one, p) in differences(reference, arms, name).items():

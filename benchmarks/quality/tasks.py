@@ -104,8 +104,8 @@ def _math(row: dict[str, Any]) -> Item:
     text = f"{row['question']}\n\nSolve step by step. Put the answer in \\boxed{{}}."
 
     def grade(answer: str) -> bool:
-        said = boxed(answer)
-        return said is not None and plain_answer(said) == wanted
+        own = boxed(answer)
+        return own is not None and plain_answer(own) == wanted
 
     return Item(chat(text, row["solution"]), grade)
 

@@ -101,10 +101,10 @@ def test_off_policy_arms_read_the_teachers_texts_which_are_written_once(
     assert all(row["completion"][0]["role"] == "assistant" for row in rows)
     one = {json.dumps(row["prompt"]): row["completion"] for row in bench.texts(1, 4)}
     assert all(one[json.dumps(row["prompt"])] == row["completion"] for row in rows)
-    kept = {path: path.read_bytes() for path in (tmp_path / "texts").rglob("*.json")}
+    files = {path: path.read_bytes() for path in (tmp_path / "texts").rglob("*.json")}
     again = open_bench(pair, tmp_path)
     monkeypatch.setattr("quality.models_bench.Evaluator.write", lambda *_, **__: pytest.fail("wrote again"))
-    assert again.texts(0, 6) == rows and {path: path.read_bytes() for path in kept} == kept
+    assert again.texts(0, 6) == rows and {path: path.read_bytes() for path in files} == files
 
     monkeypatch.setattr(again, "texts", lambda *_: pytest.fail("read the teacher's texts"), raising=False)
     from arms import Arm

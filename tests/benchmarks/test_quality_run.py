@@ -140,9 +140,9 @@ def test_headroom_is_a_distance_beyond_noise_and_a_teacher_that_is_better_at_som
 def test_the_rate_is_the_best_on_validation_and_the_smaller_of_equals(
     ends: dict[float, float], chosen: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, pair, asked = planned(tmp_path, ends, monkeypatch)
+    plan, pair, calls = planned(tmp_path, ends, monkeypatch)
     assert plan.rate(pair, "jsd") == chosen
-    assert {(seed, stage) for _, seed, stage in asked} == {(9, "selection")}
+    assert {(seed, stage) for _, seed, stage in calls} == {(9, "selection")}
 
 
 def test_an_arm_that_ends_nowhere_finite_has_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,14 +158,14 @@ def planned(
 ) -> tuple[Plan, PairDeclaration, list[tuple[float, int, str]]]:
     """A plan whose runs end with these values."""
     declaration = read(two_cells(rates=list(ends)))
-    asked: list[tuple[float, int, str]] = []
+    calls: list[tuple[float, int, str]] = []
 
     def run(self: Plan, pair: PairDeclaration, label: str, rate: float, seed: int, stage: str) -> dict[str, Any]:
-        asked.append((rate, seed, stage))
+        calls.append((rate, seed, stage))
         return {"after": {"reverse_kl": cell(ends[rate])}}
 
     monkeypatch.setattr(Plan, "run", run)
-    return Plan(declaration, tmp_path), declaration.pairs["pair"], asked
+    return Plan(declaration, tmp_path), declaration.pairs["pair"], calls
 
 
 def test_command_lines_that_cannot_be_run_end_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
