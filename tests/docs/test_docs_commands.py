@@ -134,7 +134,7 @@ def test_every_fault_has_a_test_that_exists_or_a_reason() -> None:
 
 def test_options_named_in_the_documentation_exist() -> None:
     """Of `diglot train`, of another command, or of the scripts; blocks of plain text are about other programs."""
-    folders = ("demo", "benchmarks", "src/diglot/cli")
+    folders = ("demo", "benchmarks", "benchmarks/quality", "src/diglot/cli")
     scripts = [p.read_text(encoding="utf-8") for folder in folders for p in (ROOT / folder).glob("*.py")]
     known = {"config", "help", "version", *load_options()}
     known |= {"nproc_per_node", "num_processes"}  # of torchrun and accelerate
