@@ -139,16 +139,33 @@ class Neighbours:
 
     def __init__(self, student: Vocabulary, encode_s: Encode) -> None:
         self.student, self.encode = student, encode_s
-        self._known: dict[tuple[int, int], bool] = {}
+        self._known: dict[tuple[int, ...], bool] = {}
+        self._alone: dict[tuple[int, ...], bool | None] = {}
 
     def allowed(self, pairs: list[tuple[int, int]]) -> list[bool]:
         """For each pair of ids. True for what is no text by itself: nothing can be said of it."""
         forget_oldest(self._known)
         new = [p for p in dict.fromkeys(pairs) if p not in self._known]
-        token = self.student.token
-        read = encoded([token(one) + token(other) for one, other in new], self.encode)
-        self._known |= {pair: ids is None or ids == list(pair) for pair, ids in zip(new, read, strict=True)}
+        # Where the tokenizer cuts in any case, it writes each of the two by itself: there are fewer tokens than pairs.
+        apart = [pair for pair in new if self._cut_between(*pair)]
+        alone = dict.fromkeys((token,) for pair in apart for token in pair)
+        self._ask([*(one for one in alone if one not in self._alone)], self._alone)
+        for one, other in apart:
+            of_one, of_other = self._alone[one,], self._alone[other,]
+            self._known[one, other] = of_one is None or of_other is None or (of_one and of_other)
+        together: dict[tuple[int, ...], bool | None] = {}
+        self._ask([pair for pair in new if pair not in self._known], together)
+        self._known |= {pair: answer is not False for pair, answer in together.items()}
         return [self._known[pair] for pair in pairs]
+
+    def _ask(self, new: Sequence[tuple[int, ...]], known: dict[tuple[int, ...], bool | None]) -> None:
+        """Does the tokenizer write the text of these tokens with them? None for what is no text."""
+        read = encoded([b"".join(map(self.student.token, ids)) for ids in new], self.encode)
+        known |= {ids: None if found is None else found == list(ids) for ids, found in zip(new, read, strict=True)}
+
+    def _cut_between(self, one: int, other: int) -> bool:
+        begin, end = self.student.token(other)[:1], self.student.token(one)[-1:]
+        return bool(begin and end) and begin[0] in self.student.word_cuts and not end.isspace()
 
     def some_allowed(self, before: Ints, cell: Ints, cells: CellMap) -> NDArray[np.bool_]:
         """Does a cell hold a token that is written behind the one `before`, `[n]`? -1: a text starts there."""
