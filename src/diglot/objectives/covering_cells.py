@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
@@ -75,21 +74,45 @@ class Probes:
         forget_oldest(self._known)
         keys = list(zip(token.tolist(), consumed.tolist(), strict=True))
         new = {key: c for key, c in zip(keys, cell.tolist(), strict=True) if key not in self._known}
-        piece = self.cells.teacher.token
-        wholes = [(key, piece(key[0]), w) for key in new for w in self.probes]
-        of_teacher = encoded([whole + w for _, whole, w in wholes], self.encode_t)
-        follows = [
-            (key, whole[key[1] :] + w)
-            for (key, whole, w), ids in zip(wholes, of_teacher, strict=True)
-            if ids and [piece(i) for i in ids] == [whole, w]
-        ]
-        tried, changed = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
-        for (key, _), ids in zip(follows, encoded([text for _, text in follows], self.encode_s), strict=True):
-            if ids:
-                tried[key] += 1
-                changed[key] += int(self.cells.cell[ids[0]]) != new[key]
-        self._known |= {key: changed[key] > _CHANGED * tried[key] for key in new}
+        begins = self._begins(list(new))
+        changed = {key: [k for k, c in of_key.items() if c != new[key]] for key, of_key in begins.items()}
+        # Most tokens need no more, and the others seldom all probes: only where few changes might be enough or not.
+        confirmed = self._written_behind(changed)
+        doubtful = [key for key, count in confirmed.items() if 0 < count <= _CHANGED * len(begins[key])]
+        unchanged = {key: [k for k in begins[key] if k not in changed[key]] for key in doubtful}
+        tried = self._written_behind(unchanged)
+        for key, count in confirmed.items():
+            self._known[key] = count > 0 and (key not in tried or count > _CHANGED * (count + tried[key]))
         return np.array([self._known[key] for key in keys], dtype=np.bool_)
+
+    def _begins(self, keys: list[tuple[int, int]]) -> dict[tuple[int, int], dict[int, int]]:
+        """Which cell what is left of each token begins, if a probe follows: by the probe's number, where it is text."""
+        rest = [self.cells.teacher.token(i)[consumed:] for i, consumed in keys]
+        alone = encoded(rest, self.encode_s)
+        cuts = self.cells.student.word_cuts
+        found: dict[tuple[int, int], dict[int, int]] = {key: {} for key in keys}
+        asked: list[tuple[tuple[int, int], int, bytes]] = []
+        for key, text, ids in zip(keys, rest, alone, strict=True):
+            ends_in_space = text[-1:].isspace()
+            for k, probe in enumerate(self.probes):
+                if ends_in_space or probe[0] not in cuts:
+                    asked.append((key, k, text + probe))
+                elif ids:  # the student's tokenizer cuts here, whatever follows
+                    found[key][k] = int(self.cells.cell[ids[0]])
+        for (key, k, _), ids in zip(asked, encoded([text for *_, text in asked], self.encode_s), strict=True):
+            if ids:
+                found[key][k] = int(self.cells.cell[ids[0]])
+        return found
+
+    def _written_behind(self, asked: dict[tuple[int, int], list[int]]) -> dict[tuple[int, int], int]:
+        """How many of some probes the teacher's tokenizer would write behind each token, as they are."""
+        piece = self.cells.teacher.token
+        pairs = [(key, piece(key[0]), self.probes[k]) for key, of_key in asked.items() for k in of_key]
+        found = dict.fromkeys(asked, 0)
+        read = encoded([whole + probe for _, whole, probe in pairs], self.encode_t)
+        for (key, *pair), ids in zip(pairs, read, strict=True):
+            found[key] += ids is not None and [piece(i) for i in ids] == pair
+        return found
 
 
 def encoded(texts: Sequence[bytes], encode: Encode) -> list[list[int] | None]:
@@ -116,32 +139,57 @@ class Neighbours:
 
     def __init__(self, student: Vocabulary, encode_s: Encode) -> None:
         self.student, self.encode = student, encode_s
-        self._known: dict[tuple[int, int], bool] = {}
+        self._known: dict[tuple[int, ...], bool] = {}
+        self._alone: dict[tuple[int, ...], bool | None] = {}
 
     def allowed(self, pairs: list[tuple[int, int]]) -> list[bool]:
         """For each pair of ids. True for what is no text by itself: nothing can be said of it."""
         forget_oldest(self._known)
         new = [p for p in dict.fromkeys(pairs) if p not in self._known]
-        token = self.student.token
-        read = encoded([token(one) + token(other) for one, other in new], self.encode)
-        self._known |= {pair: ids is None or ids == list(pair) for pair, ids in zip(new, read, strict=True)}
+        # Where the tokenizer cuts in any case, it writes each of the two by itself: there are fewer tokens than pairs.
+        apart = [pair for pair in new if self._cut_between(*pair)]
+        alone = dict.fromkeys((token,) for pair in apart for token in pair)
+        self._ask([*(one for one in alone if one not in self._alone)], self._alone)
+        for one, other in apart:
+            of_one, of_other = self._alone[one,], self._alone[other,]
+            self._known[one, other] = of_one is None or of_other is None or (of_one and of_other)
+        together: dict[tuple[int, ...], bool | None] = {}
+        self._ask([pair for pair in new if pair not in self._known], together)
+        self._known |= {pair: answer is not False for pair, answer in together.items()}
         return [self._known[pair] for pair in pairs]
+
+    def _ask(self, new: Sequence[tuple[int, ...]], known: dict[tuple[int, ...], bool | None]) -> None:
+        """Does the tokenizer write the text of these tokens with them? None for what is no text."""
+        read = encoded([b"".join(map(self.student.token, ids)) for ids in new], self.encode)
+        known |= {ids: None if found is None else found == list(ids) for ids, found in zip(new, read, strict=True)}
+
+    def _cut_between(self, one: int, other: int) -> bool:
+        begin, end = self.student.token(other)[:1], self.student.token(one)[-1:]
+        return bool(begin and end) and begin[0] in self.student.word_cuts and not end.isspace()
 
     def some_allowed(self, before: Ints, cell: Ints, cells: CellMap) -> NDArray[np.bool_]:
         """Does a cell hold a token that is written behind the one `before`, `[n]`? -1: a text starts there."""
         found, doubtful = self._named(before, cell)
-        for at in doubtful.tolist():
-            found[at] = any(self.allowed([(int(before[at]), m) for m in cells.others(int(cell[at]))]))
+        found[doubtful] = [any(of_cell) for of_cell in self._others(before[doubtful], cell[doubtful], cells)]
         return found
 
     def all_allowed(self, before: Ints, cell: Ints, cells: CellMap) -> NDArray[np.bool_]:
         """Is that so of all of them, or of none? `[n]`"""
         found = np.ones(len(cell), dtype=np.bool_)
         named, _ = self._named(before, cell)
-        for at in np.flatnonzero((before >= 0) & (cells.size[cell] > 1)).tolist():
-            others = self.allowed([(int(before[at]), m) for m in cells.others(int(cell[at]))])
-            found[at] = all(one == named[at] for one in others)
+        looked = np.flatnonzero((before >= 0) & (cells.size[cell] > 1))
+        others = self._others(before[looked], cell[looked], cells)
+        found[looked] = [
+            all(one == name for one in of_cell) for name, of_cell in zip(named[looked], others, strict=True)
+        ]
         return found
+
+    def _others(self, before: Ints, cell: Ints, cells: CellMap) -> list[list[bool]]:
+        """Are the other tokens of a cell written behind a token? For each `[n]`; all are asked about in one call."""
+        members = [cells.others(c) for c in cell.tolist()]
+        pairs = [(one, m) for one, of_cell in zip(before.tolist(), members, strict=True) for m in of_cell]
+        answers = iter(self.allowed(pairs))
+        return [[next(answers) for _ in of_cell] for of_cell in members]
 
     def _named(self, before: Ints, cell: Ints) -> tuple[NDArray[np.bool_], Ints]:
         looked = np.flatnonzero(before >= 0)

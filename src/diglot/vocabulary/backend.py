@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import tokenizers
 from transformers import PreTrainedTokenizerBase
@@ -22,12 +22,17 @@ _EMPTY: Part = {"type": "BPE", "vocab": {}, "merges": []}
 _MOST_RUNS = 32  # of added tokens: each one makes the library build its matcher again
 
 
-class Spans(NamedTuple):
+class Spans:
     """Tokens of one text, in order: their ids, and the characters `[start, stop)` of the text that each came from."""
 
-    ids: list[int]
-    starts: list[int]
-    stops: list[int]
+    def __init__(self, encoding: tokenizers.Encoding) -> None:
+        self.ids: list[int] = encoding.ids
+        self._encoding = encoding
+
+    def characters(self) -> tuple[list[int], list[int]]:
+        """Starts and stops. Made when they are asked for: where the bytes fit, nobody does."""
+        starts, stops = zip(*self._encoding.offsets, strict=True) if self.ids else ((), ())
+        return list(starts), list(stops)
 
 
 class BackendEncoder:
@@ -56,11 +61,11 @@ class BackendEncoder:
     def spans(self, texts: Sequence[str], *, start: bool = False) -> list[Spans]:
         """Encode as text, special tokens spelt out; as a continuation, or as the start of a text."""
         plain = (self._at_start if start else self._inside).plain
-        return [_spans(encoding) for encoding in plain.encode_batch(list(texts), add_special_tokens=False)]
+        return [Spans(encoding) for encoding in plain.encode_batch(list(texts), add_special_tokens=False)]
 
     def markup(self, text: str, *, start: bool = False) -> Spans:
         """Encode with special tokens recognised and nothing added."""
-        return _spans((self._at_start if start else self._inside).markup(text))
+        return Spans((self._at_start if start else self._inside).markup(text))
 
     def bos_ids(self) -> list[int]:
         """The ids that the tokenizer's own post-processor puts before plain text."""
@@ -88,11 +93,6 @@ class _Copies:
 
     def markup(self, text: str) -> tokenizers.Encoding:
         return self._with_specials.encode(text, add_special_tokens=False)
-
-
-def _spans(encoding: tokenizers.Encoding) -> Spans:
-    starts, stops = zip(*encoding.offsets, strict=True) if encoding.ids else ((), ())
-    return Spans(encoding.ids, list(starts), list(stops))
 
 
 def _build(spec: Part, model: Any = None) -> tokenizers.Tokenizer:

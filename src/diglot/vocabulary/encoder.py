@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,11 +97,12 @@ class ByteEncoder:
         vocabulary = self.vocabulary
         ids = np.array(spans.ids, dtype=np.int64)
         pieces = [vocabulary.token(i) for i in spans.ids]
+        is_text = all(pieces)  # control tokens have no bytes
         if pieces and vocabulary.leading_space and not source[:1].isspace():
             pieces[0] = pieces[0].removeprefix(b" ")
         if pieces and vocabulary.trailing_space and not source[-1:].isspace():
             pieces[-1] = pieces[-1].removesuffix(b" ")
-        if not vocabulary.control[ids].any() and b"".join(pieces) == source:
+        if is_text and b"".join(pieces) == source:
             return Encoded(ids, _running(pieces), np.ones(len(ids), dtype=bool))
         exact, ends = _check_groups(text, source, spans, pieces, vocabulary)
         return Encoded(ids, ends, exact)
@@ -117,7 +119,7 @@ def _utf8(text: str, where: int) -> bytes:
 
 
 def _running(pieces: Sequence[bytes]) -> NDArray[np.int64]:
-    return np.cumsum(np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces)))
+    return np.array(list(accumulate(map(len, pieces))), dtype=np.int64)  # pieces are few: NumPy's own sum is slower
 
 
 def _check_groups(
@@ -160,7 +162,7 @@ def _groups(spans: Spans, length: int, gap_before: bool) -> list[tuple[int, int,
     Characters that no token came from belong to the group after them (`gap_before`) or to the one before them; those at
     the end of the text to the last group, those at its start to the first. Spans that do not ascend give one group.
     """
-    ids, starts, stops = spans
+    ids, (starts, stops) = spans.ids, spans.characters()
     if not ids:
         return []
     if not _ascending(starts, length) or not _ascending(stops, length):

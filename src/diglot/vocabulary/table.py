@@ -109,12 +109,18 @@ class Vocabulary:
                 f"Token id {token_id} is not in this vocabulary of {len(self.control)} rows. It is a mask value "
                 "such as -100, or the ids were made by another tokenizer: pass only ids of this model."
             )
-        return self.data[self.offsets[token_id] : self.offsets[token_id + 1]].tobytes()
+        raw, offsets = self._plain
+        return raw[offsets[token_id] : offsets[token_id + 1]]
+
+    @cached_property
+    def _plain(self) -> tuple[bytes, list[int]]:
+        """Data and offsets as plain Python, where a look at one token is several times as fast."""
+        return self.data.tobytes(), self.offsets.tolist()
 
     def tokens(self) -> list[bytes]:
         """The bytes of each id, `[V]`; control tokens have none."""
-        raw = self.data.tobytes()
-        return [raw[low:high] for low, high in pairwise(self.offsets.tolist())]
+        raw, offsets = self._plain
+        return [raw[low:high] for low, high in pairwise(offsets)]
 
     def bytes_of(self, ids: Sequence[int] | NDArray) -> bytes:
         """The bytes of `ids`, one after the other. Raises `VocabularyError` for an id outside [0, V)."""

@@ -1,0 +1,74 @@
+"""What tokenizers would write is found out with few questions, and the answers are those of all of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import support.tokenizers_zoo as zoo
+
+from diglot.objectives import covering_cells as module
+from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams, encoded, forget_oldest
+from diglot.rendering import Renderer
+
+SIDES = {"chatml": zoo.chatml, "inst": zoo.inst}
+
+
+def side(name: str) -> Renderer:
+    return Renderer(SIDES[name](), name=name)
+
+
+@pytest.mark.parametrize("name", sorted(SIDES))
+def test_tokens_are_neighbours_where_their_text_is_read_as_them(name: str) -> None:
+    one = side(name)
+    draw, texts = np.random.default_rng(0), np.flatnonzero(one.vocabulary.lengths > 0)
+    pairs = [(int(a), int(b)) for a, b in draw.choice(texts, (600, 2))]
+    token, neighbours = one.vocabulary.token, Neighbours(one.vocabulary, one.encoder.encode)
+    read = encoded([token(a) + token(b) for a, b in pairs], one.encoder.encode)
+    expected = [ids is None or ids == list(pair) for pair, ids in zip(pairs, read, strict=True)]
+    assert neighbours.allowed(pairs) == expected == neighbours.allowed(pairs)
+    assert 0 < sum(expected) < len(pairs)
+    assert sum(neighbours._cut_between(*pair) for pair in pairs), "no pair tries the short way"
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5])
+@pytest.mark.parametrize(("student", "teacher"), [("chatml", "inst"), ("inst", "chatml")])
+def test_a_token_is_open_where_a_share_of_its_probes_changes_it(
+    monkeypatch: pytest.MonkeyPatch, student: str, teacher: str, share: float
+) -> None:
+    monkeypatch.setattr(module, "_CHANGED", share)
+    s, t = side(student), side(teacher)
+    cells = CellMap(s.vocabulary, t.vocabulary, s.encoder.encode, t.encoder.encode)
+    probes, piece = Probes(cells, s.encoder.encode, t.encoder.encode), t.vocabulary.token
+    tokens = np.flatnonzero(t.vocabulary.lengths > 1)[::3]
+    tokens, consumed = np.concatenate([tokens, tokens]), np.repeat([0, 1], len(tokens))
+    cell = cells.of_leaves(tokens, consumed)
+    tokens, consumed, cell = (x[cell >= 0] for x in (tokens, consumed, cell))
+    cell[::4] = np.roll(cell, 1)[::4]  # seems to begin what it does not
+
+    def is_open(token: int, done: int, expected: int) -> bool:
+        whole = piece(token)
+        texts = [whole + w for w in probes.probes]
+        written = [w for w, ids in zip(probes.probes, encoded(texts, t.encoder.encode), strict=True)
+                   if ids and [piece(i) for i in ids] == [whole, w]]  # fmt: skip
+        begins = [ids[0] for ids in encoded([whole[done:] + w for w in written], s.encoder.encode) if ids]
+        changed = sum(int(cells.cell[first]) != expected for first in begins)
+        return changed > share * len(begins)
+
+    expected = [is_open(*one) for one in zip(tokens.tolist(), consumed.tolist(), cell.tolist(), strict=True)]
+    assert probes.open(tokens, consumed, cell).tolist() == expected
+    assert 0 < sum(expected) < len(expected)
+
+
+def test_what_was_asked_first_is_forgotten_first() -> None:
+    known = dict.fromkeys(range(10), True)
+    forget_oldest(known, 4)
+    assert list(known) == [6, 7, 8, 9]
+
+
+def test_seams_answer_again_what_they_have_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    s, t = side("chatml"), side("inst")
+    seams = Seams(CellMap(s.vocabulary, t.vocabulary, s.encoder.encode, t.encoder.encode), s.encoder.encode)
+    asked = [(-1, b" the"), (-1, b" river"), (-1, b" a")]
+    first = seams.begins(asked)
+    seams._known.clear()
+    assert seams.begins(asked) == first
