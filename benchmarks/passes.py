@@ -89,7 +89,7 @@ def passes(trainer: GKDTrainer, name: str) -> tuple[float, int, list[tuple[str, 
     """Passes per student token, kernels on wide tensors, and the lines that read and write most."""
     batch = prepared_batch(trainer)
     with torch.no_grad():
-        hidden = trainer.hidden_at_rows(trainer.model, batch.student)
+        hidden = trainer.hidden_at_rows(trainer.student, batch.student)
     states, (view,) = batch.views[0].answers.hidden, batch.views  # pulled before anything is counted
     pair, term = view.comparison.pair, term_for(trainer, name)
     assert len(states)

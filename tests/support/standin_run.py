@@ -190,7 +190,7 @@ def main() -> None:
             standin.waits.counts.clear()
             try:
                 line["values"] = run(Path(root) / name)
-                line["waits"] = {p: standin.waits.total(p) / STEPS for p in PHASES}
+                line["waits"] = {p: standin.waits.total(p) / len(line["values"]) for p in PHASES}
                 line["tables"] = {p: standin.waits.table(p) for p in line["waits"]}
             except Exception:
                 line["error"] = traceback.format_exc()
