@@ -4,9 +4,10 @@ The teacher's tokenizer reads up to three digits as one token, the student's eve
 the other way round). The teacher knows every sum; the student writes well-formed sentences whose sums are wrong by up
 to four. Held out are pairs of numbers that no prompt of the student's training contains. `jsd` is the control: its
 teacher has the student's tokenizer. No distillation begins before both teachers answer more than 95 % of the held-out
-sums exactly.
+sums exactly. `--real` takes the tokenizers of Qwen3 and Llama 3; `--tasks words code` other sentences (tasks.py).
 
-    python benchmarks/sums.py strict bpm jsd [--seeds 0 1 2] [--policies on off] [--direction finer coarser]
+    python benchmarks/sums.py strict bpm jsd [--seeds 0 1 2] [--policies on off] [--directions finer coarser]
+    python benchmarks/sums.py covering jsd --real --tasks numbers words code --seeds 0
 
 Everything is made from scratch. Models are kept under `DIGLOT_CACHE`, cells in `--out`, each with the code that ran it.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import logging
 import math
 import os
@@ -28,10 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tasks
 import torch
 from arms import Arm, Cells, code_digest, markdown, mean_of
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tasks import REAL, TASKS, Task, ids_of, made_tokenizer, real_tokenizer
 from toys import STOP, recipe_digest
 from transformers import (
     LlamaConfig,
@@ -45,71 +48,17 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 from assets import cache
 
-THINGS = ["apples", "pears", "books", "coins", "cards", "stamps"]
-LONGEST = 20  # tokens of a completion
+LONGEST = 24  # tokens of a completion
 
 
 class NotLearntError(RuntimeError):
     """A teacher that does not know the task: nothing distilled from it would mean anything."""
 
 
-@dataclass(frozen=True)
-class Sums:
-    """The task: numbers from two ranges; `part` is "train", "held" or "all"."""
-
-    first: tuple[int, int] = (40, 70)
-    second: tuple[int, int] = (30, 50)
-    off_by: int = 4
-
-    def row(self, draw: random.Random, part: str, right: bool = True) -> tuple[str, str]:
-        """A prompt and its completion; if not `right`, with a sum that is off by a uniform draw."""
-        while True:
-            a, b = draw.randrange(*self.first), draw.randrange(*self.second)
-            if part == "all" or ((a * 7 + b * 13) % 10 == 0) == (part == "held"):
-                break
-        thing = draw.choice(THINGS)
-        total = a + b + (0 if right else draw.randint(-self.off_by, self.off_by))
-        return f"{a} {thing} and {b}:", f" {a} plus {b} is {total}."
-
-    def rows(self, seed: int, count: int, part: str, right: bool = True) -> list[tuple[str, str]]:
-        """Many rows."""
-        draw = random.Random(seed)
-        return [self.row(draw, part, right) for _ in range(count)]
-
-    def tokenizer(self, whole: bool) -> PreTrainedTokenizerFast:
-        """A byte-level BPE of whole words; digits in groups of up to three, each group a token, or one by one."""
-        made = Tokenizer(models.BPE())
-        digits = r"\p{N}{1,3}" if whole else r"\p{N}"
-        pattern = Regex(digits + r"| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
-        made.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(pattern, "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        made.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=2000, initial_alphabet=alphabet, special_tokens=["<stop>"], show_progress=False
-        )
-        texts = [prompt + completion for prompt, completion in self.rows(0, 4000, "all", right=False)]
-        made.train_from_iterator(texts, trainer)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<stop>", pad_token="<stop>")
-        for number in range(self.first[0] + self.second[0], self.first[1] + self.second[1] - 1):
-            if len(ids_of(tokenizer, str(number))) != (1 if whole else len(str(number))):
-                raise ValueError(f"the tokenizer cuts {number} into {tokenizer.tokenize(str(number))}")
-        return tokenizer
-
-
 @functools.cache
-def tokenizer_of(task: Sums, whole: bool) -> PreTrainedTokenizerFast:
-    """The task's tokenizer, trained once."""
-    return task.tokenizer(whole)
-
-
-def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The canonical tokens of a text."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def tokenizer_of(task: Task, whole: bool, real: bool) -> PreTrainedTokenizerFast:
+    """The task's tokenizer: one that reads it in larger pieces (`whole`) or in smaller ones."""
+    return real_tokenizer(task, cache() / "tokenizers" / REAL[whole]) if real else made_tokenizer(task, whole)
 
 
 def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,8 +132,8 @@ def divergence(student: Any, teacher: Any, tokenizers: Sequence[Any], prompts: S
     }
 
 
-def learn(model: Any, tokenizer: Any, task: Sums, right: bool, steps: int, seed: int, enough: float = 0.99) -> None:
-    """Cross-entropy on sentences about all sums. With `right` sums it ends as soon as `enough` answers are exact."""
+def learn(model: Any, tokenizer: Any, task: Task, right: bool, steps: int, seed: int, enough: float = 0.99) -> None:
+    """Cross-entropy on all sentences of the task. With `right` ones it ends as soon as `enough` answers are exact."""
     draw, held = random.Random(seed), task.rows(5, 200, "held")
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 50) * (1 - i / steps))
@@ -229,26 +178,27 @@ class Numbers:
     """The benchmark in one direction; `models` is the folder that keeps what was learnt."""
 
     direction: str = "finer"
-    task: Sums = Sums()
+    task: Task = TASKS["numbers"]
     width: int = 64
     layers: int = 3
     steps: int = 2000
     student_steps: int = 600
     models: Path | None = None
+    real: bool = False  # tokenizers of Qwen3 and Llama 3 instead of made ones
 
     @functools.cached_property
     def tokenizers(self) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
         """The student's and the teacher's."""
         whole = self.direction == "coarser"
-        return tokenizer_of(self.task, whole), tokenizer_of(self.task, not whole)
+        return tokenizer_of(self.task, whole, self.real), tokenizer_of(self.task, not whole, self.real)
 
     def model(self, whole: bool, right: bool) -> Any:
         """A model that has learnt right sums, or wrong ones; from disk if it was made before."""
         steps, seed = (self.steps, 1) if right else (self.student_steps, 2)
-        tokenizer = tokenizer_of(self.task, whole)
+        tokenizer = tokenizer_of(self.task, whole, self.real)
         model = llama(tokenizer, self.width, self.layers, seed)
-        recipe = [repr(self.task), whole, right, self.width, self.layers, steps, seed]
-        name = recipe_digest(recipe, learn, llama, Sums)
+        recipe = [repr(self.task), whole, right, self.width, self.layers, steps, seed, self.real]
+        name = recipe_digest(recipe, learn, llama, type(self.task), made_tokenizer, real_tokenizer)
         place = self.models / f"{name}.pt" if self.models else None
         if place and place.exists():
             model.load_state_dict(torch.load(place, weights_only=True))
@@ -268,13 +218,13 @@ class Numbers:
         exact = accuracy(model, tokenizer, self.task.rows(6, 400, "held"))
         if exact <= 0.95:
             raise NotLearntError(
-                f"The teacher answers {exact:.1%} of the held-out sums exactly; it must be more than 95 %. "
+                f"The teacher answers {exact:.1%} of the held-out {self.task.name} exactly; it must be more than 95 %. "
                 f"Give it more than {self.steps} steps or more than {self.width} dimensions."
             )
         return model, tokenizer
 
     def scores(self, student: Any, teacher: Any, tokenizer: Any, count: int) -> dict[str, Any]:
-        """Everything that is measured on held-out sums."""
+        """Everything that is measured on held-out sentences."""
         own, rows = self.tokenizers[0], self.task.rows(7, count, "held")
         torch.manual_seed(7)
         return {
@@ -337,7 +287,7 @@ def show(results: Sequence[dict[str, Any]]) -> str:
     head = ["objective", "accuracy", "bits per byte", "reverse KL, nats/byte", "one-to-one over time", "it writes", "s"]
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for r in results:
-        groups.setdefault((r["direction"], r["arm"], r["policy"]), []).append(r)
+        groups.setdefault((f"{r['task']}, {r['direction']}", r["arm"], r["policy"]), []).append(r)
     rows, begun = [], set()
     for (direction, label, policy), group in groups.items():
         title = f"{direction}, `{label}`, {policy}-policy"
@@ -368,6 +318,7 @@ def measure(
         for policy in ["on"] if arm.minillm else policies:
             for seed in seeds:
                 setting = dict(arm=arm.label, policy=policy, seed=seed, direction=bench.direction, **run)
+                setting |= {"task": bench.task.name, "real": bench.real}
                 setting["bench"] = [repr(bench.task), bench.width, bench.layers, bench.steps, bench.student_steps]
                 try:
                     result = cells.result(setting, lambda a=arm, p=policy, s=seed: bench.run(a, p, s, **run))
@@ -378,7 +329,11 @@ def measure(
                 results.append(result)
                 shown = "accuracy {accuracy:.3f}, {reverse_kl:.3f} nats/byte"
                 end = result.get("error") or shown.format(**result["after"])
-                print(f"{bench.direction} {arm.label} {policy} seed {seed}: {end}", file=sys.stderr, flush=True)
+                print(
+                    f"{bench.task.name} {bench.direction} {arm.label} {policy} seed {seed}: {end}",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return results
 
 
@@ -386,24 +341,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cells and print the table; 1 if a cell failed or a teacher has not learnt the task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arms", nargs="+", type=Arm.parse, help="see benchmarks/arms.py")
+    parser.add_argument("--tasks", nargs="+", default=["numbers"], choices=list(TASKS))
+    parser.add_argument("--real", action="store_true", help="the tokenizers of Qwen3 (finer) and Llama 3")
     parser.add_argument("--directions", nargs="+", default=["finer"], choices=["finer", "coarser"])
     parser.add_argument("--policies", nargs="+", default=["on"], choices=["on", "off"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--count", type=int, default=200, help="held-out sums that are measured")
+    parser.add_argument("--count", type=int, default=200, help="held-out sentences that are measured")
     parser.add_argument("--out", type=Path, default=Path("runs/sums"))
     parser.add_argument("--any-code", action="store_true", help="take cells that other code has run")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     transformers_logging.disable_progress_bar()
-    cells = Cells(options.out, code_digest(Path(__file__)), options.any_code)
+    cells = Cells(options.out, code_digest(Path(__file__), Path(tasks.__file__)), options.any_code)
     run = dict(steps=options.steps, batch=options.batch, rate=options.rate, count=options.count)
     results = []
-    for direction in options.directions:
-        bench = Numbers(direction, models=cache() / "toys")
+    if "words" in options.tasks and not options.real:
+        parser.error("words are cut alike by made tokenizers: add --real")
+    for task, direction in itertools.product(options.tasks, options.directions):
+        bench = Numbers(direction, TASKS[task], models=cache() / "toys", real=options.real)
         try:
             results += measure(bench, options.arms, options.policies, options.seeds, cells, **run)
         except NotLearntError as error:

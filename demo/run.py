@@ -91,8 +91,10 @@ def task_rows(split: str, number: int) -> list[dict[str, Any]]:
     ]
 
 
-def make_trainer(recipe: Recipe, pair: str, trainer: str, out: Path, max_steps: int | None) -> DistillationTrainer:
-    """Both models as float32 (on a CPU the fastest), the dataset, and the trainer."""
+def make_trainer(
+    recipe: Recipe, pair: str, trainer: str, out: Path, max_steps: int | None, seed: int
+) -> DistillationTrainer:
+    """Both models as float32 (on a CPU the fastest), the dataset, and the trainer; `seed` of order and rollouts."""
     rows = passage_rows if pair == "base" else task_rows
     steps = max_steps or recipe.max_steps[trainer]
     common: dict[str, Any] = dict(
@@ -108,7 +110,7 @@ def make_trainer(recipe: Recipe, pair: str, trainer: str, out: Path, max_steps: 
         logging_steps=1,
         save_strategy="no",
         use_cpu=not torch.cuda.is_available(),
-        seed=0,
+        seed=seed,
         adam_beta2=0.98,
         max_grad_norm=1.0,
         per_device_eval_batch_size=24,
@@ -184,10 +186,11 @@ def main() -> None:
     parser.add_argument("--trainer", choices=["gkd", "minillm"], default="gkd")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--max_steps", type=int, default=None, help="optimizer steps, when not the recipe's own")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the rows and of what the student writes")
     options = parser.parse_args()
 
     recipe, clock = PAIRS[options.pair], {"start": time.time()}
-    trainer = make_trainer(recipe, options.pair, options.trainer, options.out, options.max_steps)
+    trainer = make_trainer(recipe, options.pair, options.trainer, options.out, options.max_steps, options.seed)
     rows = (passage_rows if options.pair == "base" else task_rows)("heldout", recipe.eval_prompts)
     samples = [to_sample(row, where=f"held-out row {i}") for i, row in enumerate(rows)]
     clock["prepare"] = time.time()

@@ -13,6 +13,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
+OF_ROOT = {  # file -> page of the site
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+}
 OPTIONS = ROOT / "src" / "diglot" / "cli" / "options.json"
 
 
@@ -33,17 +39,21 @@ def _pages(nav: Any) -> Iterator[str]:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """The README is the first page, the changelog one of the last; the options are those of the command line."""
-    made = {"index.md": _from_root("README.md"), "changelog.md": _from_root("CHANGELOG.md"), "options.md": options()}
-    for name, text in made.items():
+    """The README is the first page, others of the repository's root the last; the options are the command line's."""
+    made = {page: _from_root(name) for name, page in OF_ROOT.items()}
+    for name, text in {**made, "options.md": options()}.items():
         files.append(File.generated(config, name, content=text))
     return files
 
 
 def _from_root(name: str) -> str:
     """A page of the repository's root, with its links as seen from the folder of the documentation."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    return re.sub(r"\]\(docs/", "](", text).replace("](CHANGELOG.md)", "](changelog.md)")
+    return _to_site((ROOT / name).read_text(encoding="utf-8").replace("](docs/", "]("))
+
+
+def _to_site(text: str) -> str:
+    """Links to pages of the repository's root as links to the pages that are made of them."""
+    return re.sub(r"\]\((?:\.\./)?([A-Z]+\.md)", lambda match: f"]({OF_ROOT.get(match[1], match[1])}", text)
 
 
 def options() -> str:
@@ -54,7 +64,7 @@ def options() -> str:
     parts = [
         "# Options\n\nOn the command line, in recipes, and as fields of `GKDConfig` and `MiniLLMConfig`. Options of a "
         "single objective stand in its entry of `objective`; they are arguments of its class in the "
-        "[reference](reference.md#objectives).\n"
+        "[reference](reference-objectives.md).\n"
     ]
     for group, rows in groups.items():
         parts.append(f"\n## {group}\n\n| option | default | trainer | |\n| --- | --- | --- | --- |\n")
@@ -70,5 +80,5 @@ def _row(option: dict[str, Any]) -> str:
 
 
 def on_page_markdown(markdown: str, **given: Any) -> str:
-    """Pages link to the README as it lies in the repository; in the site it is the first page."""
-    return markdown.replace("](../README.md", "](index.md").replace("](../CHANGELOG.md", "](changelog.md")
+    """Pages link to the README and its like as they lie in the repository."""
+    return _to_site(markdown)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import support.chat_templates as chat
+from transformers import PreTrainedTokenizerFast
 
 from diglot.batches import PairReader, ReadPair, align_pairs
 from diglot.data import to_sample
@@ -86,6 +87,55 @@ def test_what_a_student_writes_is_read_in_the_teachers_own_markup(
     assert pair.student.segment_bytes == pair.teacher.segment_bytes
     assert texts is None or pair.student.segment_bytes == texts
     assert all_covered(pair, on_policy=True)
+
+
+@lru_cache
+def marked(template: str, *markers: str) -> Renderer:
+    """A model whose control tokens are these, with a template that knows nothing of them but what it writes itself."""
+    built = chat.byte_level()
+    built.add_special_tokens([*markers, "<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = template
+    return Renderer(tokenizer, name="student")
+
+
+CHANNELS = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}<|message|>"
+    "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+    "<|start|>", "<|end|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|call|>",
+)  # fmt: skip
+PLAINEST = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}[assistant]"
+KNOWN = [
+    (CHANNELS, "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.</s>"),
+    ((PLAINEST, "[THINK]", "[/THINK]"), "[THINK]Hm.[/THINK]Yes.</s>"),
+    ((PLAINEST, "<|channel>", "<channel|>"), "<|channel>thought\nHm.<channel|>Yes.</s>"),
+    ((PLAINEST, "<|START_THINKING|>", "<|END_THINKING|>"), "<|START_THINKING|>Hm.<|END_THINKING|>Yes.</s>"),
+]
+CALLED = [
+    (CHANNELS, '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 2}<|call|>'),
+    ((PLAINEST, "[TOOL_CALLS]", "[ARGS]"), '[TOOL_CALLS]add[ARGS]{"a": 2}</s>'),
+]
+
+
+@pytest.mark.parametrize(("one", "text"), [*KNOWN, *CALLED])
+def test_markers_that_the_template_does_not_know_are_read_for_what_they_are(one: tuple[str, ...], text: str) -> None:
+    student, parts = marked(*one), (b"add", b'{"a": 2}') if (one, text) in CALLED else (b"Hm.", b"Yes.")
+    ids = student.encoder.encode_markup(text)
+    pair = PairReader(student, side("thinks"), same_vocabulary=False).sampled(HI, ids)
+    assert pair is not None and pair.student.segment_bytes == pair.teacher.segment_bytes == parts
+    theirs = side("thinks").tokenizer.decode(pair.teacher.ids)
+    assert ("<tool_call>" if (one, text) in CALLED else "<think>\nHm.\n</think>\n\nYes.") in theirs
+    assert not any(marker in theirs for marker in one[1:]) and all_covered(pair, on_policy=True)
+    back = PairReader(side("thinks"), student, same_vocabulary=False)
+    own = side("thinks").encoder.encode_markup(theirs.split("assistant\n")[-1])
+    there = back.sampled(HI, own)
+    assert there is not None and there.teacher.segment_bytes == parts
+    assert there.teacher.ids[-len(ids) :].tolist() == ids.tolist()
+
+
+def test_markers_of_two_families_say_nothing() -> None:
+    both = marked(PLAINEST, "[THINK]", "[/THINK]", "<|START_THINKING|>", "<|END_THINKING|>")
+    assert not both.markup.layout((Role.REASONING, Role.CONTENT)).own
 
 
 def test_an_unknown_control_token_is_an_edge_behind_which_scoring_goes_on() -> None:

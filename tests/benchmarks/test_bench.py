@@ -75,9 +75,15 @@ def test_the_peak_of_a_stage_is_measured_in_a_process_of_its_own() -> None:
 
 
 def test_step_is_compared_with_the_models_alone(tmp_path: Path) -> None:
-    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0)
-    found = step.compare(trainer, ["strict", "span"], 1)
-    assert all(row["ratio"] > 0 and row["scored"] > 0 for row in found.values())
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0, log_rollouts=0)
+    found = step.compare(trainer, ["strict", "covering"], 1)
+    assert all(row["ratio"] > 0 and row["cpu_ratio"] > 0 and row["scored"] > 0 for row in found.values())
+
+
+def test_what_is_watched_now_and_then_is_no_part_of_a_step(tmp_path: Path) -> None:
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0, log_rollouts=1)
+    with pytest.raises(BenchError, match="log_rollouts=0"):
+        step.compare(trainer, ["strict"], 1)
 
 
 def test_both_samplers_write_the_same_tokens(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import sums
 import torch
 from arms import Arm, Cells
-from sums import Numbers, Sums
+from sums import Numbers
+from tasks import Sums
 
 TASK = Sums((68, 72), (30, 33))
 
@@ -104,7 +105,7 @@ def test_no_distillation_from_a_teacher_that_has_not_learnt_the_task(
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(sums, "Numbers", lambda *_, **__: bench)
     assert sums.main(["strict", "--out", str(tmp_path)]) == 1
-    assert "held-out sums" in capsys.readouterr().err
+    assert "held-out numbers" in capsys.readouterr().err
 
 
 def test_cells_are_run_with_both_policies_and_the_control_with_the_students_tokenizer(
@@ -131,5 +132,5 @@ def test_cells_are_run_with_both_policies_and_the_control_with_the_students_toke
     assert asked == [False, False, True, True, False]
     assert all(r["after"]["bits_per_byte"] != r["before"]["bits_per_byte"] for r in results)
     shown = sums.show(results)
-    assert "finer, `strict`, off-policy" in shown and "before, equal tokenizers" in shown
+    assert "numbers, finer, `strict`, off-policy" in shown and "before, equal tokenizers" in shown
     assert sums.measure(bench, arms[:1], ["on"], [0], Cells(tmp_path, "code"), **run) == results[:1]

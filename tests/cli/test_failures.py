@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from diglot.cli.names import check_model_name
 from diglot.cli.preflight import check_output
 from diglot.errors import ConfigError
 
-TRAIN = ["train", "--dataset_name", "rows.jsonl", "--use_cpu"]
+TRAIN = ["train", "--dataset_name", "org/rows", "--use_cpu"]
 
 
 def message_of(capsys: pytest.CaptureFixture[str]) -> str:
@@ -58,6 +60,25 @@ def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
     said = message_of(capsys)
     assert message in said and "pip install" in said
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("option", "name", "message"), [
+    ("model_name_or_path", "./nope", "The student is './nope' (model_name_or_path)"),
+    ("teacher_model_name_or_path", "/nope", "The teacher is '/nope' (teacher_model_name_or_path)"),
+    ("dataset_name", "nope.jsonl", "The data is 'nope.jsonl' (dataset_name), and there is no such file"),
+    ("eval_dataset_name", "./nope", "The data is './nope' (eval_dataset_name), and there is no such file"),
+])  # fmt: skip
+def test_a_path_that_is_not_there_is_said_before_any_library_is_loaded(
+    option: str, name: str, message: str, model: str
+) -> None:
+    given = {"model_name_or_path": model, "teacher_model_name_or_path": model, "dataset_name": "org/rows", option: name}
+    words = [word for key, value in given.items() for word in (f"--{key}", value)]
+    code = (
+        "import sys; from diglot.cli.main import main; code = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "train", *words], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"diglot: {message}"), done.stderr
 
 
 @pytest.mark.parametrize(("option", "side"), [

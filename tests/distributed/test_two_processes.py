@@ -47,8 +47,8 @@ def assert_same_and_trained(root: Path, one: dict[str, Run], two: dict[str, Run]
 
 def test_two_processes_follow_one(root: Path) -> None:
     """Data parallelism, sampled completions of uneven length, both trainers."""
-    names = {name: cases.CASES[name] for name in ("strict", "minillm")}
-    assert_same_and_trained(root, run(root, names, 1), run(root, names, 2))
+    names = {name: cases.CASES[name] for name in ("covering", "minillm")}
+    assert_same_and_trained(root, run(root, names, 1, "few"), run(root, names, 2, "few"))
 
 
 @pytest.mark.real

@@ -56,12 +56,13 @@ def own(config: type, base: type) -> dict[str, Any]:
 @lru_cache
 def cases() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Per heading: TRL's fields, and those of the class here."""
-    from trl import GRPOConfig, SFTConfig
+    from trl import DistillationConfig, GRPOConfig, SFTConfig
     from trl.experimental.gkd import GKDConfig as TheirGKD
     from trl.experimental.gold import GOLDConfig
 
     gkd, minillm = defaults(GKDConfig), defaults(MiniLLMConfig)
     return {
+        "`DistillationConfig`": (own(DistillationConfig, TrainingArguments), gkd),
         "`SFTConfig`, under both GKD and GOLD": (own(SFTConfig, TrainingArguments), gkd),
         "`GKDConfig`": (own(TheirGKD, SFTConfig), gkd),
         "`GOLDConfig`": (own(GOLDConfig, SFTConfig), gkd),
@@ -82,7 +83,13 @@ def rows(heading: str) -> dict[str, Row]:
     return found
 
 
-HEADINGS = ["`SFTConfig`, under both GKD and GOLD", "`GKDConfig`", "`GOLDConfig`", "`MiniLLMConfig`"]
+HEADINGS = [
+    "`DistillationConfig`",
+    "`SFTConfig`, under both GKD and GOLD",
+    "`GKDConfig`",
+    "`GOLDConfig`",
+    "`MiniLLMConfig`",
+]
 
 
 @pytest.mark.parametrize("heading", HEADINGS)
@@ -127,21 +134,27 @@ def test_training_arguments_are_options_and_the_defaults_that_differ_are_listed(
 
 
 def test_arguments_of_the_trainers_are_there_too() -> None:
+    from trl import DistillationTrainer as TheirStable
     from trl.experimental.gkd import GKDTrainer as TheirGKD
     from trl.experimental.gold import GOLDTrainer
 
     known = rows("Arguments of the trainers")
-    theirs = {name for trainer in (TheirGKD, GOLDTrainer) for name in inspect.signature(trainer.__init__).parameters}
+    theirs = {
+        name
+        for trainer in (TheirStable, TheirGKD, GOLDTrainer)
+        for name in inspect.signature(trainer.__init__).parameters
+    }
     assert known.keys() == theirs - {"self"}
     ours = inspect.signature(DistillationTrainer.__init__).parameters
     assert all((row.status == "same") == (name in ours) for name, row in known.items())
 
 
 def test_the_learning_rates_that_the_page_names_are_trls() -> None:
-    from trl import GRPOConfig, SFTConfig
+    from trl import DistillationConfig, GRPOConfig, SFTConfig
     from trl.experimental.gold import GOLDConfig
 
+    assert defaults(DistillationConfig)["learning_rate"] == defaults(GRPOConfig)["learning_rate"]
     named = [float(rate) for rate in re.findall(r"(\d+e-\d) (?:in|and)", PAGE.replace("in MiniLLM,", "in MiniLLM"))]
     assert named == [defaults(c)["learning_rate"] for c in (SFTConfig, GOLDConfig, GRPOConfig)]
-    for config in (SFTConfig, GRPOConfig):
+    for config in (SFTConfig, GRPOConfig, DistillationConfig):
         assert defaults(config)["gradient_checkpointing"] is True and defaults(config)["bf16"] is None

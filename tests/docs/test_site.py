@@ -12,6 +12,7 @@ import pytest
 import support.tokenizers_zoo as zoo
 import yaml
 
+import diglot
 from diglot.cli.options import load_options
 from diglot.inspection import align_text
 from diglot.objectives import OBJECTIVES
@@ -31,7 +32,7 @@ def nav() -> list[object]:
 
 
 def test_every_page_that_the_site_lists_exists_or_is_made() -> None:
-    made = {"index.md", "changelog.md", "options.md"}
+    made = {*hooks.OF_ROOT.values(), "options.md"}
     listed = list(hooks._pages(nav()))
     assert len(listed) == len(set(listed)) >= 15
     assert all((DOCS / page).exists() != (page in made) for page in listed)
@@ -44,8 +45,23 @@ def test_the_page_of_options_has_every_option_with_its_help() -> None:
     assert "Share of steps on the student's own completions" in rows["lmbda"] and "`0.5` | gkd |" in rows["lmbda"]
 
 
+def entries_of(pages: str) -> list[str]:
+    texts = [path.read_text(encoding="utf-8") for path in DOCS.glob(pages)]
+    return [entry for text in texts for entry in re.findall(r"^::: (diglot\S+)$", text, re.M)]
+
+
+def test_the_first_page_of_the_reference_is_what_can_be_imported_from_diglot_itself() -> None:
+    page = (DOCS / "reference.md").read_text(encoding="utf-8")
+    whole = {entry.split(".")[-1] for entry in entries_of("reference.md")}
+    assert whole - {"errors", "DistillationTrainer", "DistillationConfig"} == {
+        name for name in diglot.__all__ if name.endswith(("Trainer", "Config"))
+    }
+    others = set(re.findall(r"`(\w+)`", page.split("## Functions and classes")[1].split("## Errors")[0]))
+    assert others == set(diglot.__all__) - whole - {"DiglotError"}
+
+
 def test_the_reference_has_every_objective_and_every_public_package() -> None:
-    entries = re.findall(r"^::: (diglot\S+)$", (DOCS / "reference.md").read_text(encoding="utf-8"), re.M)
+    entries = entries_of("reference*.md")
     assert {f"{one.__module__}.{one.__name__}" for one in OBJECTIVES.values()} <= {*entries}
     public = {
         path.parent.name for path in (ROOT / "src/diglot").glob("*/__init__.py") if "__all__" in path.read_text("utf-8")

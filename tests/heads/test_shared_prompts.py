@@ -159,7 +159,7 @@ def test_in_doubt_the_pass_is_the_plain_one(why: str) -> None:
     elif why == "checkpointing":
         inner.train().gradient_checkpointing_enable()
     elif why == "attention dropout":
-        inner.train().config.attention_dropout = 0.1
+        inner.train().model.layers[0].self_attn.attention_dropout = 0.1
     else:
         inner.train().model.layers[0].mlp.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.1))
     read = Read(inner)

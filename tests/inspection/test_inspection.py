@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import support.tokenizers_zoo as zoo
 from support.scored import read, renderer
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from diglot.data import Sample, to_sample
@@ -122,7 +124,7 @@ def test_critical_places_are_found_and_their_tokens_counted(name: str) -> None:
     """Recounted with a loop over tokens and bytes."""
     texts = ["x = 12345 + 67\n    return  数学 and 99", "no such thing", "数学は 12\n\t\ty -= 1 한국 max_value: Привет"]
     written = read("chatml", "inst", texts).written
-    found = next(c for c in critical(written) if c.name == name)
+    found = next(c for c in critical(written, renderer("chatml"), renderer("inst")) if c.name == name)
     places = sum(len(CRITICAL[name].findall(text)) for text in texts)
     touched = 0
     for k, text in enumerate(texts):
@@ -267,3 +269,54 @@ def test_little_text_of_much_meaning_decides_like_much_text() -> None:
     assert unlike_share(found.agreement, found.critical) == pytest.approx(expected)
     warned = any("digits" in one and "cut differently" in one for one in found.verdict.warnings)
     assert warned == (digits.cut_unlike > SMALL)
+
+
+def numbers(whole: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of single letters that reads numbers of up to three digits whole, or digit by digit."""
+    pairs = [(a, b) for a in "12345" for b in "12345"] if whole else []
+    pairs += [(a + b, c) for a, b in pairs for c in "12345"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: i for i, piece in enumerate(["<stop>", *alphabet, *(a + b for a, b in pairs)])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<stop>")
+
+
+@pytest.mark.parametrize("student_whole", [False, True])
+def test_ending_a_text_shows_which_rows_are_compared_by_the_choice_of_what_was_written(student_whole: bool) -> None:
+    """No row of a number has a pair as long as the number goes on; every one has if the text ends in front of it."""
+    texts = [f"row {i} " + "letters that all read alike, " * 60 + "123 and 451" for i in (1, 2, 3)]
+    samples = [to_sample({"text": text}, "row") for text in texts]
+    sides = [Input(str(whole), numbers(whole)) for whole in (student_whole, not student_whole)]
+    found = inspect_pair(*sides, samples)
+    digits = next(one for one in found.critical if one.name == "digits")
+    assert digits.cuts == (9 if student_whole else 21) and digits.ends == 1.0
+    alone = 3 / digits.cuts  # the numbers of the rows, of one digit
+    assert digits.goes_on == pytest.approx(alone)
+    assert found.agreement is not None and found.agreement.bytes_cut_unlike < SMALL
+    assert found.verdict.objective == "covering"
+    assert any(f"digits {alone:.0%} and 100% of {digits.cuts}" in one for one in found.verdict.warnings)
+
+
+def test_a_class_that_both_sides_cut_alike_is_compared_either_way() -> None:
+    found = inspect_pair(*(Input(name, numbers(True)) for name in ("a", "b")))
+    digits = next(one for one in found.critical if one.name == "digits")
+    assert digits.cuts > 20 and digits.goes_on == digits.ends == 1.0
+    assert not any("Simulated" in one for one in found.verdict.warnings)
+
+
+def test_what_a_side_leaves_out_or_reads_unlike_its_file_is_in_the_verdict(tmp_path: Path) -> None:
+    zoo.chatml().save_pretrained(tmp_path)
+    stated = tmp_path / "tokenizer.json"
+    spec = json.loads(stated.read_text())
+    stated.write_text(json.dumps({**spec, "normalizer": {"type": "Lowercase"}}))
+    changed = copy.deepcopy(zoo.chatml())
+    changed.name_or_path = str(tmp_path)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
+    row = {"messages": [{"role": "user", "content": "Time?"}, call, {"role": "user", "content": "Well?"}]}
+    found = inspect_pair(Input("s", changed), Input("t", zoo.inst()), [to_sample(row, "row 0")])
+    warnings = "\n".join(found.verdict.warnings)
+    assert "student: the loaded tokenizer does not cut text as its own" in warnings
+    assert "The student's chat template leaves out 'tool_calls'" in warnings
+    assert not inspected("chatml", "inst").student.notes

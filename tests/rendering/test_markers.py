@@ -110,3 +110,28 @@ def test_a_call_without_content_is_rendered_by_templates_that_ask_for_it(conditi
     )
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
     assert spelt(Renderer(tokenizer), user("a"), call, user("b")) == "a.CALLb."
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Oslo"}', {"city": "Oslo"}])
+@pytest.mark.parametrize(
+    "expression", ["'```' + c.function.arguments + '```'", "(c.function.arguments | items | list)[0][1]"]
+)
+def test_a_call_is_not_lost_where_a_template_wants_its_arguments_in_the_other_form(
+    expression: str, arguments: Any
+) -> None:
+    """DeepSeek's template joins the arguments as text, and leaves calls out of a message with empty content."""
+    tokenizer = chat.tokenizer("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content is none %}{% for c in m.tool_calls %}{{ c.function.name + ' ' + "
+        + expression
+        + " }}{% endfor %}{% else %}{{ m.content + '.' }}{% endif %}{% endfor %}"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w", "arguments": arguments}}]}
+    text = spelt(Renderer(tokenizer), user("a"), call, user("b"))
+    assert text in ('a.w ```{"city": "Oslo"}```b.', "a.w Oslob.")
+
+
+def test_a_template_that_leaves_calls_out_is_named(caplog: Any) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
+    spelt(Renderer(chat.tokenizer("chatml"), name="teacher"), user("a"), call, user("b"))
+    assert "The teacher's chat template leaves out 'tool_calls'" in caplog.text

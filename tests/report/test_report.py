@@ -1,4 +1,4 @@
-"""Tables and the model card show what they are given, as it is."""
+"""Tables show what they are given, as it is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from diglot.report import CompletionRow, before_after_table, model_card, print_completions
+from diglot.report import CompletionRow, before_after_table, print_completions
 
 
 def printed(thing: object) -> str:
@@ -28,11 +28,3 @@ def test_before_and_after_stand_in_one_line_with_their_noise() -> None:
     )
     line = next(one for one in text.splitlines() if "divergence" in one)
     assert "0.5000" in line and "0.2500" in line and "± 0.0100" in line and "nats" in line
-
-
-def test_a_card_without_a_dataset_names_none() -> None:
-    card = model_card(
-        model_name="m", student="s", teacher="t", dataset=None, method="MiniLLM", vocabulary_s="a", vocabulary_t="b",
-        relation="the same table", versions="v",
-    )  # fmt: skip
-    assert "datasets" not in card.data.to_dict() and "2306.08543" in str(card) and "base_model: s" in str(card)

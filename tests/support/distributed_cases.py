@@ -14,9 +14,11 @@ LORA = {"use_peft": "true", "lora_r": 4, "lora_target_modules": "all-linear"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "jsd": ("same", {**GKD, "lmbda": 1.0}),
     "jsd_data": ("same", {**GKD, "lmbda": 0.0}),
-    "strict": ("cross", {**GKD, "lmbda": 1.0}),
-    "strict_data": ("cross", {**GKD, "lmbda": 0.0}),
-    "strict_split": ("cross", {**GKD, "lmbda": 0.5, "gradient_accumulation_steps": 2}),
+    "covering": ("cross", {**GKD, "lmbda": 1.0}),
+    "covering_data": ("cross", {**GKD, "lmbda": 0.0}),
+    "covering_split": ("cross", {**GKD, "lmbda": 0.5, "gradient_accumulation_steps": 2}),
+    "strict": ("cross", {**GKD, "objective": "strict", "lmbda": 1.0}),
+    "routed": ("routed", {**GKD, "lmbda": 1.0}),
     "bpm": ("cross", {**GKD, "objective": "bpm", "lmbda": 1.0}),
     "byte": ("cross", {**GKD, "objective": "byte", "lmbda": 0.0}),
     "span": ("cross", {**GKD, "objective": "span", "lmbda": 1.0}),
@@ -40,12 +42,14 @@ ALL = {**CASES, **DDP_ONLY}
 
 
 def make_pairs(root: Path) -> None:
-    """Equal vocabularies, different ones, and different ones with data of which most rows are too long to use."""
+    """Equal vocabularies, different ones, these with data of which most rows are too long to use, and two teachers."""
     pairs.make_pair(root / "same", teacher="chatml")
     pairs.make_pair(root / "cross")
     long = {"messages": [{"role": "user", "content": "so " * 400}, {"role": "assistant", "content": "yes"}]}
     rows = pairs.uneven_rows()
     pairs.make_pair(root / "sparse", rows=[row if i % 4 == 1 else long for i, row in enumerate(rows)])
+    uneven = [{**row, "teacher": "other" if i % 4 else "own"} for i, row in enumerate(rows)]
+    pairs.make_pair(root / "routed", rows=uneven)
 
 
 def commands(
@@ -55,6 +59,9 @@ def commands(
     found = {}
     for name, (folder, options) in names.items():
         options = {**options, **more}
+        if folder == "routed":  # ranks whose rows belong to different teachers
+            teachers = {"own": root / "same" / "teacher", "other": root / folder / "teacher"}
+            options["teacher_model_name_or_path"] = [{"name": str(p), "label": n} for n, p in teachers.items()]
         if "lm_dataset_name" in options:
             options["lm_dataset_name"] = root / folder / options["lm_dataset_name"]
         if "gradient_accumulation_steps" in options:

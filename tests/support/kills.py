@@ -40,7 +40,7 @@ STEPS = 16
 OPTIONS: dict[str, dict[str, Any]] = {
     # everything that a checkpoint keeps beside the model: projectors, the draw of lambda, the cache; rollouts
     "gkd": {"lmbda": 0.5, "objective": ["strict", {"name": "dskd", "weight": 0.1}]},
-    "minillm": {"num_iterations": 2, "teacher_mixed_alpha": 0.3},
+    "minillm": {"num_iterations": 2, "teacher_mixed_alpha": 0.3, "min_coverage": 0.0},
 }
 
 

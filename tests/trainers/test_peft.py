@@ -10,9 +10,11 @@ import support.tokenizers_zoo as zoo
 import torch
 from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from support import tiny
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from diglot.comparisons.build import keep_trainable
+from diglot.errors import ConfigError
+from diglot.heads import turn_off_dropout
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 MAKERS = pytest.mark.parametrize("make", [tiny.gkd, tiny.minillm], ids=["gkd", "minillm"])
@@ -133,3 +135,33 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tmp_path: Path
     for one, other in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
     assert any(moment.abs().max() > 0 for moment in found[0][1])
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_learned_prompts_are_refused_since_their_positions_would_shift_the_rows(tmp_path: Path, kind: str) -> None:
+    import peft
+
+    options = {"encoder_hidden_size": 8} if kind == "PromptEncoderConfig" else {}
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2, **options)
+    with pytest.raises(ConfigError, match=r"adapter is P\w+, which puts learned positions.*LoRA"):
+        tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), keywords={"peft_config": config})
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"attention_dropout": 0.4}),
+        ("opt", {"dropout": 0.4, "attention_dropout": 0.4, "word_embed_proj_dim": 32, "ffn_dim": 48}),
+        ("bloom", {"hidden_dropout": 0.4, "attention_dropout": 0.4}),
+        ("gpt2", {"resid_pdrop": 0.4, "attn_pdrop": 0.4, "embd_pdrop": 0.4}),
+    ],
+)
+def test_dropout_is_off_also_where_a_module_hands_it_to_a_function(family: str, options: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+    config = AutoConfig.for_model(family, **sizes, **options)
+    config.pad_token_id = None
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    assert not torch.equal(model(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    turn_off_dropout(model)
+    assert torch.equal(model(input_ids=IDS).logits, model(input_ids=IDS).logits)

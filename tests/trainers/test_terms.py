@@ -305,3 +305,16 @@ def test_auto_says_what_it_took_and_why(tmp_path: Path) -> None:
         (comparison,) = tiny.gkd(tmp_path, zoo.chatml(), zoo.ALL[teacher](), objective="auto").comparisons
         choice = auto_objective(comparison)
         assert choice.name == name == comparison.terms[0].name and words in choice.reason
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_student_is_anchored_to_the_cut_of_given_texts_alone(tmp_path: Path, own: bool) -> None:
+    """On its own samples the surprisal of its cut is a score function: noise, without a direction."""
+    losses = []
+    for anchor in (0.0, 1.0):
+        objective = [{"name": "byte", "anchor": anchor}]
+        options = {"lmbda": float(own), "max_steps": 1, "objective": objective}
+        trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.turns(), **options)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert (losses[0] == losses[1]) is own

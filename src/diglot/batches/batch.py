@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diglot.alignment import Alignment, Side, align
 from diglot.batches.packed import PackedSide, pack
-from diglot.batches.reading import Ids, ReadPair
+from diglot.batches.reading import ReadPair
 from diglot.batches.sending import sent_together
 from diglot.batches.written import Written, WrittenSide
 from diglot.rendering import Rendered, Role
@@ -80,8 +80,7 @@ def align_pairs(
         WrittenSide(packed.targets.numpy(), side.end, side.segment, side.exact, side.stop)
         for packed, side in ((student, side_s), (teacher, side_t))
     )
-    texts, contexts = _common_texts(kept, segments), _contexts(kept, segments)
-    written = Written(written_s, written_t, aligned, texts, contexts, excluded)
+    written = Written(written_s, written_t, aligned, _common_texts(kept, segments), excluded)
     noncanonical = np.concatenate([p.noncanonical for p in kept] or [np.zeros(0, np.bool_)])
     stats["noncanonical"] = float(noncanonical.sum())
     return AlignedBatch(
@@ -121,17 +120,6 @@ def _written(student: Rendered, on_policy: bool) -> int:
 
 def _scored(student: Rendered) -> int:
     return int((student.segment >= 0).sum())
-
-
-def _contexts(pairs: Sequence[ReadPair], segments: Sequence[int]) -> list[Ids]:
-    """The teacher's ids before every segment: all of its input that is not scored yet there."""
-    found: list[Ids] = []
-    for pair, count in zip(pairs, segments, strict=True):
-        ids, segment = pair.teacher.ids, pair.teacher.segment
-        for k in range(count):
-            at = np.flatnonzero(segment >= k)
-            found.append(ids[: at[0]] if len(at) else ids)
-    return found
 
 
 def _common_texts(pairs: Sequence[ReadPair], segments: Sequence[int]) -> list[bytes]:

@@ -11,14 +11,14 @@ from torch.utils.data import Sampler
 
 
 class RepeatedWindows(Sampler[int]):
-    """Shuffled indices in windows of `window`, each window `repeats` times in a row.
+    """Indices, shuffled or in order, in windows of `window`, each window `repeats` times in a row.
 
     The last window of an epoch is filled up from the epoch's beginning, so that every row is seen and no window is
     short. The order depends on seed and epoch only.
     """
 
-    def __init__(self, length: int, window: int, repeats: int, seed: int) -> None:
-        self.length, self.window, self.repeats, self.seed = length, window, repeats, seed
+    def __init__(self, length: int, window: int, repeats: int, seed: int, *, shuffled: bool = True) -> None:
+        self.length, self.window, self.repeats, self.seed, self.shuffled = length, window, repeats, seed, shuffled
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -30,7 +30,8 @@ class RepeatedWindows(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        order = torch.randperm(self.length, generator=generator).tolist()
+        shuffled = torch.randperm(self.length, generator=generator).tolist()
+        order = shuffled if self.shuffled else list(range(self.length))
         windows = -(-self.length // self.window)
         order = (order * (1 + self.window // self.length + 1))[: windows * self.window]
         for start in range(0, len(order), self.window):

@@ -39,7 +39,6 @@ class Written:
     teacher: WrittenSide
     alignment: Alignment[NDArray]
     texts: Sequence[bytes]  # of each segment, as far as both sides hold it
-    contexts_t: Sequence[Ints] = ()  # the teacher's ids before each segment, for plans that have it read more
     left_out: Bools | None = None  # [N_s] student tokens of a role that is not scored; they are not exact either
 
     @cached_property

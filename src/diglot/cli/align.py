@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from diglot.cli.parsing import Parser
+from diglot.cli.screen import show_phases
+from diglot.phases import phase
 
 EXAMPLE = """example:
   diglot align HuggingFaceTB/SmolLM2-135M-Instruct Qwen/Qwen2.5-1.5B-Instruct "x = 12345"
@@ -30,15 +32,17 @@ def parser() -> Parser:
 def align(arguments: Sequence[str]) -> int:
     """Print the alignment of a text, read as the continuation of something."""
     given = parser().parse_args(arguments)
-    from diglot.inspection import align_text
-    from diglot.inspection.load import load_input
-    from diglot.report.alignment import print_alignment
-    from diglot.vocabulary import ByteEncoder, Vocabulary
+    show_phases()
+    encoders = []
+    with phase("Loading both tokenizers"):
+        from diglot.inspection import align_text
+        from diglot.inspection.load import load_input
+        from diglot.report.alignment import print_alignment
+        from diglot.vocabulary import ByteEncoder, Vocabulary
 
-    encoders: list[ByteEncoder] = []
-    for name, role in ((given.student, "student"), (given.teacher, "teacher")):
-        one = load_input(name, role)
-        encoders.append(ByteEncoder(one.tokenizer, Vocabulary.from_tokenizer(one.tokenizer, one.num_embeddings)))
+        for name, role in ((given.student, "student"), (given.teacher, "teacher")):
+            one = load_input(name, role)
+            encoders.append(ByteEncoder(one.tokenizer, Vocabulary.from_tokenizer(one.tokenizer, one.num_embeddings)))
     text = sys.stdin.read() if given.text == "-" else given.text
     print_alignment(align_text(encoders[0], encoders[1], text))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 import shlex
@@ -19,6 +20,7 @@ from diglot.cli.script import TrainArguments
 from diglot.comparisons.auto import auto_objective
 from diglot.data import to_sample
 from diglot.errors import DataError
+from diglot.memory import GIB, Plan, Shape, optimizer_bytes
 from diglot.phases import phase
 from diglot.report.runs import Run, load_run
 from diglot.report.verdict import verdict
@@ -28,7 +30,6 @@ from diglot.trainers.base import DistillationTrainer
 
 Line = tuple[str, str]
 HEADROOM_ROWS = 8  # replies of the data that both models read before training
-_GIB = 2**30
 
 
 # ---- before ------------------------------------------------------------------------------------------------------
@@ -107,14 +108,37 @@ def _steps(trainer: DistillationTrainer, rows: int) -> str:
 
 
 def _memory(trainer: DistillationTrainer) -> str:
-    def size(parameters: Iterable[Any]) -> float:
-        return sum(p.numel() * p.element_size() for p in parameters) / _GIB
+    plan = plan_of(trainer)
+    if plan is None:
+        return "not known for models of this kind; diglot estimate takes a size in the place of a name"
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.parts.items() if size >= 0.005 * GIB)
+    return f"up to {plan.total / GIB:.2f} GiB" + (f": {parts}" if parts else "")
 
-    trained = size(p for p in trainer.student.parameters() if p.requires_grad)
-    student = size(trainer.student.parameters()) + 3 * trained
-    teachers = sum(size(one.parameters()) for one in trainer.teacher_models())
-    return (
-        f"{student:.2f} GiB student (weights, gradients, AdamW) + {teachers:.2f} GiB teacher; activations come on top"
+
+def plan_of(trainer: DistillationTrainer) -> Plan | None:
+    """What a step holds, as `diglot estimate` calculates it; None where a configuration does not say its shape."""
+    args: Any = trainer.args
+    models = [trainer.student, *trainer.teacher_models()]
+    try:
+        student, *teachers = [Shape.of_config(one.config.to_dict(), one.num_parameters()) for one in models]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    trained = [p for p in trainer.student.parameters() if p.requires_grad]
+    number, texts = sum(p.numel() for p in trained), args.per_device_train_batch_size * args.num_generations
+    sizes = [float(sum(p.numel() * p.element_size() for p in one.parameters())) for one in models]
+    return Plan(
+        student,
+        sizes[0],
+        float(number),
+        teachers=tuple(zip(teachers, sizes[1:], strict=True)),
+        trained_itemsize=sum(p.numel() * p.element_size() for p in trained) / max(number, 1),
+        optimizer=optimizer_bytes(str(getattr(args.optim, "value", args.optim))),
+        texts=texts,
+        sampled=0 if args.use_vllm else texts * args.gradient_accumulation_steps,
+        length=args.max_length,
+        completion=min(args.max_completion_length, args.max_length),
+        compute=2.0 if args.bf16 or args.fp16 else 4.0,
+        checkpointing=any(getattr(args, f"{kind}_checkpointing", False) for kind in ("activation", "gradient")),
     )
 
 
@@ -184,6 +208,8 @@ def print_end(out: Path, script: TrainArguments, teacher: Any) -> None:
     console.print(Text(f"The student is in {out}. Next:"), highlight=False)
     for command in next_commands(out, script, teacher):
         console.print(Text(f"  {command}"), highlight=False, soft_wrap=True)
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print(Text("The report draws with matplotlib, which is missing: pip install 'diglot[report]'"))
 
 
 def end_lines(found: Run) -> list[Line]:

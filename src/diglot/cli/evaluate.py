@@ -103,14 +103,13 @@ def _measure(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def _load(name: str, given: argparse.Namespace) -> Any:
     """A model in evaluation mode on the device, with its own tokenizer."""
-    from transformers import AutoTokenizer
-
     from diglot.evaluation.battery import Side
     from diglot.rendering import Renderer
+    from diglot.vocabulary import load_tokenizer
 
     with phase(f"Loading {name}"):
         model = load_model(name, given.device, given.dtype, given.trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=given.trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code=given.trust_remote_code)
     rows = model.get_input_embeddings().num_embeddings
     return Side(
         name,

@@ -19,7 +19,10 @@ from diglot.cli.loading import (
     rendering_options,
 )
 from diglot.cli.names import check_model_name
+from diglot.cli.options import load_options
 from diglot.cli.parsing import Parser
+from diglot.cli.screen import show_phases
+from diglot.phases import phase
 
 EXAMPLE = """exit code: 0 the pair can be trained, 1 it cannot, 2 a wrong argument.
 
@@ -65,14 +68,17 @@ def inspect(arguments: Sequence[str]) -> int:
         check_place(given.device, given.dtype)
     check_model_name(given.student, "student", "STUDENT")
     check_model_name(given.teacher, "teacher", "TEACHER")
-    from diglot.cli.options import load_options
-    from diglot.inspection import inspect_pair
-    from diglot.inspection.load import load_input
+    show_phases()
+    with phase("Loading torch and transformers"):
+        from diglot.inspection import inspect_pair
+        from diglot.inspection.load import load_input
 
     samples = _samples(given) if given.data else None
-    student, teacher = load_input(given.student, "student"), load_input(given.teacher, "teacher")
+    with phase("Loading both tokenizers"):
+        student, teacher = load_input(given.student, "student"), load_input(given.teacher, "teacher")
     floor = float(load_options()["min_coverage"].default)
-    found = inspect_pair(student, teacher, samples, data=given.data, min_coverage=floor, **rendering_options(given))
+    with phase("Reading texts with both, trying every objective"):
+        found = inspect_pair(student, teacher, samples, data=given.data, min_coverage=floor, **rendering_options(given))
     found = dataclasses.replace(found, verdict=_with_data(found, given, samples or []))
     if given.with_models and found.student is not None:
         found = dataclasses.replace(found, models=_with_models(given, student, teacher, samples))

@@ -13,17 +13,20 @@ USAGE = """usage: diglot COMMAND ...
 
 On-policy distillation of language models whose tokenizers differ.
 
-commands:
-  train          distil a teacher into a student (GKD, MiniLLM)
-  inspect        look at a pair of models before training
+before training:
+  inspect        look at a pair of models: will it work, and how to start
+  estimate       how much memory a run takes, part by part
   align          both tokenisations of a text under each other
   objectives     which objective for what: a table
-  serve-teacher  a teacher's log-probs for other engines, in the ids of their student
-  score          let a teacher score fixed texts once, for any student to train from
-  eval           how good is a student: numbers that do not depend on a tokenizer
-  report         what a run did, or two: one HTML file
   recipes        tested configurations: list, show, copy
   config-schema  JSON Schema of the configuration files
+training and after it:
+  train          distil a teacher into a student (GKD, MiniLLM)
+  report         what a run did, or two: one HTML file
+  eval           how good is a student, in numbers that need no tokenizer
+teachers:
+  score          let a teacher score fixed texts once, for any student
+  serve-teacher  a teacher's log-probs in the ids of another engine's student
 
   diglot COMMAND --help   options of a command
   diglot --version
@@ -60,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # Command -> module and function; imported when it is asked for.
 COMMANDS = {
     "inspect": ("diglot.cli.inspect", "inspect"),
+    "estimate": ("diglot.cli.estimate", "estimate"),
     "align": ("diglot.cli.align", "align"),
     "objectives": ("diglot.cli.objectives", "show"),
     "serve-teacher": ("diglot.cli.serve_teacher", "serve_teacher"),
@@ -76,9 +80,11 @@ def _run(command: str, arguments: list[str]) -> int:
         from diglot.cli.parsing import parse_train
 
         values = parse_train(arguments)
+        from diglot.cli.names import check_paths
         from diglot.cli.screen import show_phases
         from diglot.phases import phase
 
+        check_paths(values)
         show_phases()
         with phase("Loading torch and transformers"):
             from diglot.cli.train import train

@@ -7,13 +7,21 @@ A name is a folder on this machine, a copy in the hub's cache, or a repository o
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from diglot.errors import ConfigError
+from diglot.http.address import is_address
 
 SECONDS = 10.0  # that the hub may take to answer
+SIDES = {  # whose name an option holds
+    "student": "model_name_or_path",
+    "student's tokenizer": "tokenizer_name_or_path",
+    "teacher": "teacher_model_name_or_path",
+    "teacher's tokenizer": "teacher_tokenizer_name_or_path",
+}
+_DATA = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst")
 _FILES = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
@@ -27,10 +35,31 @@ def check_model_name(name: str, side: str, option: str, revision: str | None = N
     place = Path(name).expanduser()
     if place.exists():
         _check_folder(place, name, side, option)
-    elif name.startswith((".", "/", "~", "\\")) or name.count("/") > 1:
+    elif not is_address(name) and (_is_path(name) or name.count("/") > 1):
         raise ConfigError(f"The {side} is {name!r} ({option}), and there is no such folder. Check the path.")
     else:
         _check_hub(name, side, option, revision)
+
+
+def check_paths(values: Mapping[str, Any]) -> None:
+    """`ConfigError` for a path among the options of `diglot train` that is not there, before any library is loaded.
+
+    Names that may be repositories of the hub are looked for later.
+    """
+    for side, option in SIDES.items():
+        name = values.get(option)
+        if isinstance(name, str) and (_is_path(name) or Path(name).exists()):
+            check_model_name(name, side, option)
+    for option in ("dataset_name", "eval_dataset_name", "lm_dataset_name"):
+        name = values.get(option)
+        if isinstance(name, str) and (_is_path(name) or name.endswith(_DATA)) and not Path(name).expanduser().exists():
+            raise ConfigError(
+                f"The data is {name!r} ({option}), and there is no such file or folder (looked from {Path.cwd()})."
+            )
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~", "\\"))
 
 
 def _check_folder(place: Path, name: str, side: str, option: str) -> None:

@@ -97,16 +97,15 @@ def _need_packages() -> None:
 
 
 def _scorer(options: argparse.Namespace) -> Any:
-    from transformers import AutoTokenizer
-
     from diglot.engines.project import Projector
     from diglot.engines.serving.scorer import Scorer
     from diglot.errors import ConfigError
     from diglot.http.address import is_address
     from diglot.rendering import Renderer
+    from diglot.vocabulary import load_tokenizer
 
     student = Renderer(
-        AutoTokenizer.from_pretrained(options.student),
+        load_tokenizer(options.student),
         chat_template_kwargs=options.student_chat_template_kwargs,
         name="student",
     )
@@ -116,7 +115,7 @@ def _scorer(options: argparse.Namespace) -> Any:
         )
     model = None if is_address(options.teacher) else _model(options)
     teacher = Renderer(
-        AutoTokenizer.from_pretrained(options.teacher_tokenizer or options.teacher),
+        load_tokenizer(options.teacher_tokenizer or options.teacher),
         num_embeddings=None if model is None else model.get_input_embeddings().num_embeddings,
         generation_config=None if model is None else model.generation_config,
         chat_template_kwargs=options.teacher_chat_template_kwargs,

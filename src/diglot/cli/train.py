@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -47,12 +48,14 @@ def train(values: dict[str, Any]) -> int:
         str(config.resume_from_checkpoint).lower(), config.resume_from_checkpoint
     )
     preflight(script, config, resume)
+    warnings.filterwarnings("ignore", message="'pin_memory' argument")  # of torch's, on every machine without a GPU
     try:
         trainer = build(script, config)
     except DiglotError:
         raise
     except (ValueError, TypeError, ImportError) as error:  # of the libraries: a model, an adapter, a tracker
         raise ConfigError(f"Models, data and options do not go together: {one_line(error)}") from error
+    trainer.dataset_names = _names(script.dataset_name)
     trainer.checkpoints.find(resume)  # before anything of the run that is there is overwritten
     if trainer.is_world_process_zero():
         out.mkdir(parents=True, exist_ok=True)
@@ -62,17 +65,17 @@ def train(values: dict[str, Any]) -> int:
     trainer.train(resume_from_checkpoint=resume)
     with phase(f"Saving the student to {out}"):
         trainer.save_model()
-    trainer.create_model_card(dataset=_names(script.dataset_name))
+    trainer.create_model_card()
     if trainer.is_world_process_zero():
         copy_processor(str(script.model_name_or_path), out, revision=script.model_revision)
         print_end(out, script, config.teacher_model_name_or_path)
     return 0
 
 
-def _names(names: Any) -> str | list[str]:
-    """The name of a dataset, or of each of several."""
+def _names(names: Any) -> list[str]:
+    """The name of each dataset."""
     if isinstance(names, str):
-        return names
+        return [names]
     return [one if isinstance(one, str) else str(one["name"]) for one in names]
 
 
@@ -106,7 +109,7 @@ def resolved(script: TrainArguments, config: DistillationConfig) -> dict[str, An
 
 def build(script: TrainArguments, config: DistillationConfig) -> DistillationTrainer:
     """The trainer, with models, tokenizers and data loaded."""
-    from transformers import AutoTokenizer
+    from diglot.vocabulary import load_tokenizer
 
     train_data, eval_data = datasets_of(script, config)
     keywords: dict[str, Any] = {"train_dataset": train_data, "eval_dataset": eval_data}
@@ -122,7 +125,9 @@ def build(script: TrainArguments, config: DistillationConfig) -> DistillationTra
     config = copy.copy(config)  # what the student is loaded with is the run's, not the caller's
     init = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
     config.model_init_kwargs = {**options, **extra, **init}
-    tokenizer = AutoTokenizer.from_pretrained(script.tokenizer_name_or_path or script.model_name_or_path, **options)
+    place = str(script.tokenizer_name_or_path or script.model_name_or_path)
+    arguments = config.tokenizer_kwargs if isinstance(config.tokenizer_kwargs, dict) else None
+    tokenizer = load_tokenizer(place, arguments, **options)
     trainer_class, _ = TRAINERS[script.trainer]
     student = str(script.model_name_or_path)
     return trainer_class(student, None, config, processing_class=tokenizer, peft_config=_peft(script), **keywords)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diglot.batches import PairReader
 from diglot.comparisons.comparison import Comparison
@@ -24,6 +24,7 @@ from diglot.rendering import Renderer, Role
 from diglot.teachers import LocalTeacher, Teacher, find_teacher_tokenizer
 from diglot.teachers.adapter import OWN_BASE, AdapterOff
 from diglot.teachers.loading import INERT, load_language_model, load_teacher_model, split_gguf
+from diglot.vocabulary import load_tokenizer
 
 Tokenizer = PreTrainedTokenizerBase
 
@@ -47,13 +48,17 @@ def load_student(
             student = load_language_model(student, **{**INERT, **default, **init})
     elif args.model_init_kwargs:
         raise ConfigError("model_init_kwargs is for a student given by name; this one is already a model. Drop it.")
-    for module in student.modules():
-        if args.disable_dropout and isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     keep_trainable(student)
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(student.config._name_or_path)
+        tokenizer = load_tokenizer(student.config._name_or_path, _kwargs(args.tokenizer_kwargs))
     return student, _renderer(student, tokenizer, args.chat_template_kwargs, args, "student")
+
+
+def adapt(model: PreTrainedModel, peft_config: Any) -> Any:
+    """The model with an adapter in training; its own weights are frozen."""
+    from peft import get_peft_model
+
+    return get_peft_model(model, peft_config)
 
 
 def keep_trainable(student: PreTrainedModel) -> None:
@@ -157,6 +162,7 @@ def _local_teacher(
             student_tokenizer=renderer.tokenizer,
             revision=options.revision,
             trust_remote_code=args.teacher_trust_remote_code,
+            arguments=options.tokenizer_kwargs,
         )
     return LocalTeacher(model, _renderer(model, tokenizer, kwargs, args, "teacher"), options.max_length)
 

@@ -135,10 +135,6 @@ class Answers:
             raise TeacherError("This teacher does not score chosen ids. Choose an objective that needs less of it.")
         return self._teacher.chosen(self._side, token, ids)
 
-    def hidden_of(self, side: PackedSide) -> Tensor:
-        """The same for another text."""
-        return self._whole.hidden(side)
-
     @property
     def _whole(self) -> WholeRows:
         if self._teacher is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from diglot.errors import ConfigError, TeacherError
 from diglot.http.address import checked_address, is_address
@@ -14,6 +14,7 @@ from diglot.teachers import Teacher
 from diglot.teachers.kept import is_scores
 from diglot.teachers.readout import Readout, load_readout
 from diglot.teachers.scored import ScoredTeacher
+from diglot.vocabulary import load_tokenizer
 
 
 def address_of(options: TeacherOptions) -> str | None:
@@ -104,7 +105,8 @@ def kept_teacher(options: TeacherOptions, tokenizer: Any, args: DistillationConf
         raise ConfigError(f"teacher_model_init_kwargs is for weights, and {name} holds scores only. Drop it.")
     if tokenizer is None and options.tokenizer:
         trust = args.teacher_trust_remote_code
-        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, revision=options.revision, trust_remote_code=trust)
+        own = {"revision": options.revision, "trust_remote_code": trust}
+        tokenizer = load_tokenizer(options.tokenizer, options.tokenizer_kwargs, **own)
     reading = {
         "score_turns": args.score_turns,
         "system_prompt": options.system_prompt,
@@ -127,7 +129,7 @@ def _tokenizer(
         raise TeacherError(f"The teacher at {address} does not say what its tokenizer is. {advice}")
     try:
         trust = args.teacher_trust_remote_code
-        return AutoTokenizer.from_pretrained(place, revision=options.revision, trust_remote_code=trust)
+        return load_tokenizer(place, options.tokenizer_kwargs, revision=options.revision, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
         raise TeacherError(f"No tokenizer of the teacher could be loaded from {place!r}: {error} {advice}") from error
 

@@ -1,16 +1,23 @@
-"""In which number type trainable weights are kept: steps of AdamW are lost in the rounding of 16 bits."""
+"""What of the student is trained: with or without an adapter and dropout, and in which number type."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from diglot.errors import ConfigError
+from diglot.heads import turn_off_dropout
 from diglot.options import DistillationConfig
 
-# Optimizers of `transformers` that make up for the rounding of 16-bit weights, and the argument that makes them do it.
+logger = logging.getLogger(__name__)
+
+# Steps of AdamW are lost in the rounding of 16 bits. Optimizers of `transformers` that make up for it, and the argument
+# that makes them do so.
 _COMPENSATED: Mapping[str, str | None] = {
     "adamw_torch_4bit": "bf16_stochastic_round",
     "adamw_torch_8bit": "bf16_stochastic_round",
@@ -19,8 +26,29 @@ _COMPENSATED: Mapping[str, str | None] = {
 }
 
 
+def to_train(student: PreTrainedModel, peft_config: Any | None, args: DistillationConfig) -> Any:
+    """The student, below an adapter if `peft_config` asks for one, and without dropout unless `args` keep it."""
+    trained: Any = student
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        trained = get_peft_model(student, peft_config)  # type: ignore[arg-type]
+    if args.disable_dropout:
+        if dropout := getattr(peft_config, "lora_dropout", 0.0):
+            logger.warning(
+                "The adapter's lora_dropout=%s is off like all of the student's dropout. To keep it set "
+                "disable_dropout: false.",
+                dropout,
+            )
+        turn_off_dropout(trained)
+    return trained
+
+
 def check_trainable(student: nn.Module, args: DistillationConfig, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise `ConfigError` for trainable weights of 16 bits, unless the optimizer was chosen for them.
+    """Raise `ConfigError` for prompt learning, and for trainable weights of 16 bits without an optimizer for them.
+
+    Learned prompts (prompt tuning, P-tuning, prefix tuning) put positions before the text, and PEFT then leaves
+    position ids out: rows would be compared with the wrong ones.
 
     bfloat16 has 8 bits of precision: a weight moves only if a step is a 256th of it or more, and AdamW's steps are
     about as large as the learning rate. A 16-bit base below float32 adapters is frozen, and is no matter.
@@ -28,6 +56,12 @@ def check_trainable(student: nn.Module, args: DistillationConfig, optimizer: tor
     Args:
         optimizer: the caller's own, in place of `args.optim`; one of `torch.optim` keeps no float32 copy.
     """
+    adapters = getattr(student, "peft_config", {}).values()
+    if learned := [str(one.peft_type.value) for one in adapters if one.is_prompt_learning]:
+        raise ConfigError(
+            f"The student's adapter is {learned[0]}, which puts learned positions before the text, so that its rows "
+            "are not those of the tokens. Use an adapter of weights, such as LoRA."
+        )
     short = {n: p.dtype for n, p in student.named_parameters() if p.requires_grad and p.dtype in _SHORT}
     if not short or args.deepspeed or _makes_up_for_rounding(args, optimizer):  # DeepSpeed keeps a float32 copy
         return

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from datasets import IterableDataset
+
 from diglot.batches import PairReader
 from diglot.comparisons.comparison import Comparison
 from diglot.data import Sample, usable_rows
@@ -34,6 +36,14 @@ def checked_rows(
         return None if data is None else _usable(comparisons, args, data, name, read, replies)
 
     rows = checked(train, "train", replies)
+    if any(
+        isinstance(one, IterableDataset)
+        for one in (evaluation.values() if isinstance(evaluation, dict) else [evaluation])
+    ):
+        raise DataError(
+            "eval_dataset is a stream, and every evaluation reads the same rows on all ranks. Give rows that can be "
+            "counted: Dataset.from_list(list(stream.take(200)))."
+        )
     if isinstance(evaluation, dict):
         return rows, {name: checked(one, f"eval ({name})") for name, one in evaluation.items()}
     return rows, checked(evaluation, "eval")

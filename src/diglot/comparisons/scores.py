@@ -89,13 +89,19 @@ class ModelScores:
         return self.read.alignment
 
     @property
+    def on_policy(self) -> bool:
+        return self.read.on_policy
+
+    @property
     def path(self) -> Path:
         return Path(self.student_text(self.temperature), self.teacher_text(self.temperature))
 
     @property
     def text(self) -> Path:
-        weight = None if self.rollout is None else self.rollout.weight
-        path = Path(self.student_text(1.0), self.teacher_text(1.0), weight=weight, noncanonical=self.read.noncanonical)
+        path = Path(self.student_text(1.0), self.teacher_text(1.0), noncanonical=self.read.noncanonical)
+        if self.rollout is not None:
+            old = self.rollout.logp_old if self.temperature == 1 else None
+            path = replace(path, logp_old=old, weight=self.rollout.weight)
         return replace(path, sampler_weight=self.sampler_weight)
 
     def student_text(self, temperature: float) -> Tensor:
@@ -156,9 +162,6 @@ class ModelScores:
         if self._teacher is None:
             raise TeacherError("This teacher gives no head. Choose an objective that needs less of it.")
         return self._teacher
-
-    def teacher_hidden(self, side: PackedSide) -> Tensor:
-        return self.answers.hidden_of(side)
 
     @torch.no_grad()
     def teacher_rows(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:

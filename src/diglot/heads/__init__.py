@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from diglot.heads.branches import Branches, TreeReading
+from diglot.heads.dropout import dropouts, turn_off_dropout
 from diglot.heads.head import Head
 from diglot.heads.hidden import last_hidden
 from diglot.heads.modes import evaluating
 from diglot.heads.rows import default_chunk_rows, logits_by_parts, reads_few_columns, reduce_rows
-from diglot.heads.sharding import gathered, keep_after_forward, shard_frozen
+from diglot.heads.sharding import even_passes, gathered, keep_after_forward, shard_frozen
 from diglot.heads.shared_prompts import hidden_at_rows, reads_prompts_once
 from diglot.heads.summaries import summaries, token_logps
 
@@ -16,7 +17,9 @@ __all__ = [
     "Head",
     "TreeReading",
     "default_chunk_rows",
+    "dropouts",
     "evaluating",
+    "even_passes",
     "gathered",
     "hidden_at_rows",
     "keep_after_forward",
@@ -28,4 +31,5 @@ __all__ = [
     "shard_frozen",
     "summaries",
     "token_logps",
+    "turn_off_dropout",
 ]

@@ -44,7 +44,8 @@ class TreeReading:
 
     Args:
         model: is run in evaluation mode, without gradients.
-        input_ids, attention_mask: `[B, T]`, padded on the right.
+        input_ids: `[B, T]`, padded on the right.
+        attention_mask: `[B, T]`, 0 where padded.
         rows: `[N]`, of the flattened `[B * T]`, whose hidden states are wanted.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diglot.errors import ConfigError
@@ -28,7 +29,7 @@ def last_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **k
     """The hidden states that the output head reads, `[B, T, H]`, after the final norm, with gradient if enabled.
 
     `input_ids` and `attention_mask` are `[B, T]`. The model runs as a whole, through its wrappers, so that their hooks
-    see a forward pass; only the logits of the last position are formed. `kwargs` go to the model.
+    see a forward pass, but no logits are formed where the model can do without. `kwargs` go to the model.
     """
     return run_with_hidden(model, input_ids, attention_mask, all_logits=False, **kwargs)[0]
 
@@ -36,13 +37,18 @@ def last_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **k
 def run_with_hidden(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, all_logits: bool, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states `[B, T, H]` and logits, `[B, T, V]` or those of the last position, of one forward pass."""
+    """Hidden states `[B, T, H]` and logits of one forward pass, `[B, T, V]` or of none of the positions, `[B, 0, V]`.
+
+    Models that cannot choose positions form all logits, those of other libraries perhaps those of the last position.
+    """
     inner = unwrap(model)
     # A hook on the decoder sees its output alone; `output_hidden_states` would keep every layer's alive as well. But
     # a compiled model need not honour a hook that is set after its compilation.
     hooked = not is_compiled(model, inner)
     if not all_logits and "logits_to_keep" in inspect.signature(type(inner).forward).parameters:
-        kwargs["logits_to_keep"] = 1
+        # One position is not nothing: of a few tokens behind a text the product with a large head is most of the pass.
+        own = type(inner).__module__.startswith("transformers.")  # others may take nothing but a number
+        kwargs["logits_to_keep"] = torch.empty(0, dtype=torch.int64, device=input_ids.device) if own else 1
     seen: list[Any] = []
     decoder = decoder_of(inner)
     handle = decoder.register_forward_hook(lambda module, args, output: seen.append(output)) if hooked else None

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -42,6 +44,47 @@ def gathered(*models: nn.Module) -> Iterator[None]:
             group.comm_ctx.post_forward_order.clear()
         for part in parts:
             part.reshard()
+
+
+@contextmanager
+def even_passes(*models: nn.Module) -> Iterator[None]:
+    """Passes inside may differ in number and order from process to process, though the models stay sharded.
+
+    Before each pass the processes agree whose it is: those that have none, or another one's, take part with one token.
+    Every process must enter and leave. Does nothing for models that are not sharded.
+    """
+    sharded = [model for model in models if isinstance(model, FSDPModule)]
+    joining = False
+
+    def take_turns(mine: int) -> None:
+        """Join passes of others until it is the turn of model `mine`; -1: until there are none."""
+        nonlocal joining
+        while not joining and (turn := _largest(mine, sharded[0])) != mine:
+            joining = True
+            model = sharded[turn]
+            one = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+            with torch.no_grad():
+                model(input_ids=one, attention_mask=one + 1, use_cache=False)
+            joining = False
+
+    hooks = [
+        model.register_forward_pre_hook(lambda *_, k=k: take_turns(k), prepend=True)  # before FSDP gathers
+        for k, model in enumerate(sharded)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if sharded:
+        take_turns(-1)
+
+
+def _largest(value: int, model: nn.Module) -> int:
+    """Of all processes."""
+    shared = torch.tensor(value, device=next(model.parameters()).device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
 
 
 def keep_after_forward(model: nn.Module, module: nn.Module) -> None:

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from diglot.batches.sending import sent_together
+from diglot.heads.dropout import dropouts
 from diglot.heads.hidden import is_compiled, last_hidden, run_with_hidden, unwrap
 from diglot.heads.modes import evaluating
 
@@ -156,10 +157,7 @@ def _allowed(model: nn.Module) -> bool:
 
 def _drops_out(model: PreTrainedModel) -> bool:
     """Would the generations of one prompt see other dropout in it?"""
-    if not model.training:
-        return False
-    layers = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-    return layers or bool(getattr(model.config.get_text_config(), "attention_dropout", 0))
+    return model.training and any(True for _ in dropouts(model))
 
 
 def _agrees(model: nn.Module) -> bool:

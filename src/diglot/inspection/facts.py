@@ -36,6 +36,7 @@ class SideFacts:
     template_bos: bool  # does the chat template begin with it?
     has_template: bool
     opens_thinking: bool  # does its own generation prompt end inside a think block?
+    notes: tuple[str, ...] = ()  # what it leaves out of the conversations, or reads unlike its file or its user
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ class Critical:
     cut_unlike: float  # share of these bytes in no one-to-one token; 0 where there are none
     one_to_one: float  # shares of the student's tokens there; NaN-free: 0 where there are none
     aligned: float  # one-to-one or in an exact chunk
+    cuts: int  # rows of such tokens behind which the text was ended, to see what an objective of pairs would compare
+    goes_on: float  # share of these rows that it compares where the text goes on as it is; 0 where there are none
+    ends: float  # share that it compares where the text ends there
     example: tuple[tuple[str, ...], tuple[str, ...]] | None  # the first place that the sides cut unlike, both cuts
 
 

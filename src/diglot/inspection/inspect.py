@@ -100,7 +100,7 @@ def inspect_sides(
     texts = list(TEXTS) if samples is None else _texts(samples)
     batch = _align(reader, texts)
     side_s, side_t = _facts(student, shown.conversation), _facts(teacher, shown.conversation)
-    agreed, critical = measure.agreement(batch.written), measure.critical(batch.written)
+    agreed, critical = measure.agreement(batch.written), measure.critical(batch.written, mine, theirs)
     objectives = verdict.judge_objectives(pair, batch, offered)
     return Inspection(
         student_name=student.name,
@@ -207,4 +207,5 @@ def _facts(side: Side, conversation: Conversation) -> SideFacts:
         template_bos=reader.has_template and bos is not None and len(prompt) > 0 and int(prompt[0]) == bos,
         has_template=reader.has_template,
         opens_thinking=opens,
+        notes=tuple(reader.notes),
     )

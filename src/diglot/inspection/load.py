@@ -6,9 +6,10 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from diglot.errors import ConfigError, DiglotError
+from diglot.vocabulary import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def load_input(name: str, role: str) -> Input:
     Raises `ConfigError` if there is no tokenizer.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = load_tokenizer(name)
     except DiglotError:
         raise
     except Exception as error:  # whatever the library raises for what is no tokenizer

@@ -26,6 +26,8 @@ CRITICAL = {
 
 _LONGEST_CUT = 400  # characters of a text in which cuts are tried
 _CUTS_PER_TEXT = 12
+_CUTS_PER_CLASS = 60
+_FURTHEST_CUT = 2000  # bytes of a text behind which it is not ended
 _EXAMPLES = 20  # places that are looked at for a short example
 
 
@@ -72,12 +74,17 @@ def _inexact(segment: Ints, exact: NDArray[np.bool_], num: int) -> float:
     return len(np.unique(segment[~exact])) / max(num, 1)
 
 
-def critical(written: Written) -> tuple[Critical, ...]:
-    """How tokens of digits, operators, indentation, identifiers and scripts other than Latin align."""
-    return tuple(_critical(name, pattern, written) for name, pattern in CRITICAL.items())
+def critical(written: Written, student: Renderer, teacher: Renderer) -> tuple[Critical, ...]:
+    """How tokens of digits, operators, indentation, identifiers and scripts other than Latin align.
+
+    And a simulation of which rows an objective of one-to-one pairs would see: each text is ended in front of such a
+    token, and read again. Where a row is compared if the text ends and is not if it goes on, what is compared was
+    chosen by what was written.
+    """
+    return tuple(_critical(name, pattern, written, student, teacher) for name, pattern in CRITICAL.items())
 
 
-def _critical(name: str, pattern: re.Pattern[str], written: Written) -> Critical:
+def _critical(name: str, pattern: re.Pattern[str], written: Written, student: Renderer, teacher: Renderer) -> Critical:
     places = [
         (k, low, high) for k, text in enumerate(written.texts) for low, high in _byte_spans(pattern, text.decode())
     ]
@@ -86,6 +93,7 @@ def _critical(name: str, pattern: re.Pattern[str], written: Written) -> Critical
     touched_s, touched_t = at_s >= 0, at_t >= 0
     paired = np.zeros(len(at_s), dtype=np.bool_)
     paired[written.alignment.pair_s] = True
+    cuts = _places_of_cuts(written, touched_s)
     return Critical(
         name=name,
         places=len(spans),
@@ -95,8 +103,37 @@ def _critical(name: str, pattern: re.Pattern[str], written: Written) -> Critical
         cut_unlike=_share(~_in_pairs(written)[_covered(written, spans[:, 0], spans[:, 1], spans[:, 2])]),
         one_to_one=_share(paired[touched_s]),
         aligned=_share(written.usable_s[touched_s]),
+        cuts=len(cuts),
+        goes_on=_share(paired[cuts]),
+        ends=_share(_compared_at_the_end(written, cuts, student, teacher)),
         example=_example(written, at_s, at_t, len(spans)),
     )
+
+
+def _places_of_cuts(written: Written, tokens: NDArray[np.bool_]) -> Ints:
+    """Some of these student tokens, spread over all texts, in front of which a text can be ended, `[K]`."""
+    side = written.student
+    near = (side.start > 0) & (side.start <= _FURTHEST_CUT)
+    found = [
+        i for i in np.flatnonzero(tokens & near).tolist()
+        if _ends_character(written.texts[side.segment[i]], int(side.start[i]))
+    ]  # fmt: skip
+    return np.array(found[:: max(1, -(-len(found) // _CUTS_PER_CLASS))], dtype=np.int64)
+
+
+def _compared_at_the_end(written: Written, cuts: Ints, student: Renderer, teacher: Renderer) -> NDArray[np.bool_]:
+    """For each cut: do both sides read the text up to it as it is, the student as the same tokens as before?"""
+    side = written.student
+    first = np.searchsorted(side.segment, side.segment[cuts])
+    heads = [written.texts[side.segment[i]][: side.start[i]] for i in cuts.tolist()]
+    texts = [head.decode() for head in heads]
+    compared = []
+    for i, low, head, mine, theirs in zip(
+        cuts.tolist(), first.tolist(), heads, student.encoder.encode(texts), teacher.encoder.encode(texts), strict=True
+    ):
+        same = mine.ids.tolist() == side.ids[low:i].tolist()
+        compared.append(same and bool(theirs.exact.all()) and int(theirs.ends[-1]) == len(head))
+    return np.array(compared, dtype=np.bool_)
 
 
 def _in_pairs(written: Written) -> NDArray[np.bool_]:

@@ -149,7 +149,8 @@ class _Cost:
         _, scoring = _timed(lambda: self.teacher.hidden(batch.teacher), device)
         rows = default_chunk_rows(self.pair.size_s, self.pair.size_t, device)
         rows = min(rows, len(batch.written.student.ids))
-        weights_s, weights_t = _bytes(self.student.parameters()), _bytes(self.teacher.model.parameters())
+        weights_s = 4 * _parameters(self.student)  # `train` loads it in float32, whatever the file holds
+        weights_t = _bytes(self.teacher.model.parameters())
         return {
             "tokens_per_text": int(batch.student.attention_mask.sum() / max(len(batch.pairs), 1)),
             "gib_weights": (weights_s + weights_t) / _GIB,

@@ -11,6 +11,12 @@ from diglot.inspection.facts import Agreement, Critical, ObjectiveFacts, Outcome
 from diglot.objectives import OBJECTIVES, Level, Objective, Pair, PathObjective, Rows, guide, make_objective
 
 SMALL = 0.02  # share of bytes cut unlike up to which objectives of one-to-one rows do no harm
+SELECTED = 0.1  # difference of what is compared where a text ends and where it goes on, from which it is a choice
+FEW_CUTS = 8  # below that a share of simulated cuts says nothing
+_HARM = (
+    "An objective of one-to-one rows sees them only in texts that happen to end a token there, which teaches the "
+    "student to write less of them; covering reads every row."
+)
 FEW = 0.5  # an objective that reads less than this share of the student's tokens is called weak
 
 
@@ -43,15 +49,24 @@ def _reads(objective: Objective, batch: AlignedBatch) -> tuple[int, float | None
     return plan.items, int(batch.written.usable_s.sum()) / total if isinstance(objective, PathObjective) else None
 
 
-def choose(same: bool, unlike: float, objectives: Sequence[ObjectiveFacts]) -> str | None:
+def choose(
+    same: bool, unlike: float, objectives: Sequence[ObjectiveFacts], chosen: Sequence[Critical] = ()
+) -> str | None:
     """The objective to start with, of those that work.
 
     `unlike` is the share of bytes that the sides cut differently. Where it is small, one-to-one rows are all rows and
-    the cheapest objective says the same as any other; where it is not, they teach what is cut unlike to disappear.
+    the cheapest objective says the same as any other; where it is not, they teach what is cut unlike to disappear. So
+    they do where there is little of it, but its rows are `chosen` by how the text went on.
     """
     works = [one.name for one in objectives if one.outcome == "works"]
-    across = ["strict", "covering"] if unlike <= SMALL else ["covering", "bpm", "shared_prefix"]
+    alike = unlike <= SMALL and not chosen
+    across = ["strict", "covering"] if alike else ["covering", "bpm", "shared_prefix"]
     return next((name for name in ["jsd"] * same + across + works if name in works), None)
+
+
+def chosen_by_outcome(critical: Sequence[Critical]) -> list[Critical]:
+    """The classes of text whose rows objectives of one-to-one pairs compare or not by how the text goes on."""
+    return [one for one in critical if one.cuts >= FEW_CUTS and abs(one.ends - one.goes_on) > SELECTED]
 
 
 def unlike_share(agreement: Agreement, critical: Sequence[Critical]) -> float:
@@ -87,7 +102,7 @@ def verdict(
             f"{min_coverage:.0%} (min_coverage). Choose a teacher whose tokenizer keeps the text as it is."
         )
     unlike = unlike_share(agreement, critical)
-    name = choose(same, unlike, objectives)
+    name = choose(same, unlike, objectives, chosen_by_outcome(critical))
     if name is None:
         stops.append("No objective finds anything to compare.")
     return Verdict(
@@ -111,6 +126,7 @@ def _warnings(student: SideFacts, teacher: SideFacts, agreement: Agreement, crit
     for side, name in ((student, "student"), (teacher, "teacher")):
         if not side.has_template:
             found.append(f"The {name} has no chat template: give it plain text (`prompt`, `text`), not messages.")
+        found += side.notes
     for share, name in ((agreement.inexact_texts_student, "student"), (agreement.inexact_texts_teacher, "teacher")):
         if share:
             found.append(
@@ -118,11 +134,15 @@ def _warnings(student: SideFacts, teacher: SideFacts, agreement: Agreement, crit
                 "compared."
             )
     cut = [one for one in critical if one.places and one.cut_unlike > SMALL]
+    chosen = chosen_by_outcome(critical)
     if cut:
         shares = ", ".join(f"{one.name} ({one.cut_unlike:.0%} of {one.num_bytes:,} bytes)" for one in cut)
+        found.append(f"These are cut differently: {shares}.{'' if chosen else ' ' + _HARM}")
+    if chosen:
+        shares = ", ".join(f"{one.name} {one.goes_on:.0%} and {one.ends:.0%} of {one.cuts}" for one in chosen)
         found.append(
-            f"These are cut differently: {shares}. An objective of one-to-one rows sees them only in texts that happen "
-            "to end a token there, which teaches the student to write less of them."
+            f"Simulated on these texts, rows that are one-to-one where a text goes on, and where it ends: {shares}. "
+            + _HARM
         )
     return found
 

@@ -16,7 +16,7 @@ from diglot.objectives.levels import Level
 
 if TYPE_CHECKING:
     from diglot.alignment import Alignment
-    from diglot.batches import PackedSide, Written
+    from diglot.batches import Written
     from diglot.objectives.tail import TailTokens
     from diglot.vocabulary import Encoded, Vocabulary
 
@@ -184,6 +184,10 @@ class Scores(Protocol):
         """Their alignment, on `device`."""
 
     @property
+    def on_policy(self) -> bool:
+        """Is it the student's own sample?"""
+
+    @property
     def rollout(self) -> Rollout | None:
         """Of text that the student wrote some optimizer steps ago."""
 
@@ -284,9 +288,6 @@ class Scores(Protocol):
     @property
     def hidden_t(self) -> Tensor:
         """The teacher's, `[N_t, H_t]`, constant."""
-
-    def teacher_hidden(self, side: PackedSide) -> Tensor:
-        """The teacher's hidden states for another text than the one that was written, such as a plan has made."""
 
 
 Compare = Callable[..., "Values"]

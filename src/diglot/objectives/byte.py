@@ -64,11 +64,12 @@ class BytePlan:
     items: int
     segment: Tensor  # int64 [I]
     position: Tensor  # int64 [I] in the segment; its length for stop
+    anchored: bool = True  # does the student's own cut count?
 
     def to(self, device: torch.device | str) -> BytePlan:
         """The same on `device`."""
         places = sent(self.segment, device), sent(self.position, device)
-        return BytePlan(self.student.to(device), self.teacher.to(device), self.items, *places)
+        return BytePlan(self.student.to(device), self.teacher.to(device), self.items, *places, self.anchored)
 
 
 class ByteDistribution(SummaryObjective):
@@ -84,11 +85,12 @@ class ByteDistribution(SummaryObjective):
     tokenizers and leaves the student free to cut text in any way, so alone it lets canonical likelihood decay. `anchor`
     times the student's surprisal of its own cut comes on top: with it, `-log p(token)` splits into `-log` of the byte
     distribution and this part, without the content. It asks nothing of the teacher, and is not zero where the
-    distributions agree.
+    distributions agree. It is left out of the student's own samples: there it is a score function, whose expected
+    gradient is zero (but for what a limit of length cuts off), and all that it adds is noise.
 
     Args:
         beta: in [0, 1]; 0 forward KL(teacher || student), 1 reverse KL(student || teacher).
-        anchor: weight of the segmentation part, at least 0.
+        anchor: weight of the segmentation part of given texts, at least 0.
     """
 
     name = "byte"
@@ -128,6 +130,7 @@ class ByteDistribution(SummaryObjective):
         return self.teacher.summary(plan.teacher)
 
     def loss(self, plan: BytePlan, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
+        plan = replace(plan, anchored=not scores.on_policy)
         kept = scores.kept_distributions(plan.segment, plan.position)
         if kept is None:
             return super().loss(plan, scores, share)
@@ -144,7 +147,7 @@ class ByteDistribution(SummaryObjective):
         """The same, where the teacher's next-byte distributions `[items, 257]` are known: kept ones, or mixed ones."""
         distribution_s, cut_s = byte_distribution(summary_s, plan.student)
         divergence = generalized_jsd(smoothed(distribution_s).log(), smoothed(distribution_t).log(), self.beta)
-        loss = divergence + self.anchor * cut_s if self.anchor else divergence
+        loss = divergence + self.anchor * cut_s if self.anchor and plan.anchored else divergence
         return Values(loss, {"divergence": divergence.detach(), "cut_s": cut_s.detach()})
 
     def to(self, device: torch.device | str) -> None:

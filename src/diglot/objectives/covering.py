@@ -35,6 +35,7 @@ from diglot.objectives.masses import FLOOR, no_text
 from diglot.objectives.tail import TailTokens
 
 Ints = NDArray[np.int64]
+_EXPLAINED = "gain"  # log q - log p of the cell of the written token: a value of each row, and no metric
 
 
 class Covering(PairObjective):
@@ -127,7 +128,7 @@ class Covering(PairObjective):
 
     def explained(self, plan: CoveringPlan, scores: Scores) -> Tensor:
         student, _, values = self._compared(plan, scores, self.targets(plan, scores), 0.0)
-        gain = values.metrics["gain"]
+        gain = values.metrics[_EXPLAINED]
         found = torch.full((len(scores.written.student.ids),), math.nan, dtype=gain.dtype, device=gain.device)
         found[student] = gain
         return found
@@ -151,7 +152,8 @@ class Covering(PairObjective):
             "longer": torch.from_numpy(targets.longer),
             "branches": torch.from_numpy(plan.last >= 0).double(),
         }
-        return loss, {"loss": values.loss, **values.metrics, **about, **skipped}
+        compared = {name: value for name, value in values.metrics.items() if name != _EXPLAINED}
+        return loss, {"loss": values.loss, **compared, **about, **skipped}
 
     def given(self, plan: CoveringPlan, targets: Targets, written: Written, device: torch.device) -> dict[str, Tensor]:
         """What the comparison reads of each row beside the student's logits, `[R, ...]`."""
@@ -208,4 +210,4 @@ class Covering(PairObjective):
         at_written = given["place"][:, None]
         gain = (cells_t.gather(1, at_written) - cells_s.detach().gather(1, at_written))[:, 0]
         metrics = {"rest_s": rest_s.detach(), "rest_t": rest_t, "control_s": silent_s.detach(), "control_t": silent_t}
-        return Values(generalized_jsd(cells_s, cells_t, self.beta), {**metrics, "gain": gain})
+        return Values(generalized_jsd(cells_s, cells_t, self.beta), {**metrics, _EXPLAINED: gain})

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ Ints = NDArray[np.int64]
 _PROBES = 48  # tokens of the teacher that are tried behind another, at most so many
 _CHANGED = 0.05  # of those that it would write there: so many must change what they follow
 _MEMBERS = 8  # of a cell, at most so many are tried before it is given up as not canonical
+_REMEMBERED = 2**18  # answers of a tokenizer to questions of one kind, a quarter of a kilobyte each
 
 
 class CellMap:
@@ -69,6 +72,7 @@ class Probes:
 
     def open(self, token: Ints, consumed: Ints, cell: Ints) -> NDArray[np.bool_]:
         """For each token of which `consumed` bytes are written already, and the cell that it seems to begin, `[n]`."""
+        forget_oldest(self._known)
         keys = list(zip(token.tolist(), consumed.tolist(), strict=True))
         new = {key: c for key, c in zip(keys, cell.tolist(), strict=True) if key not in self._known}
         piece = self.cells.teacher.token
@@ -101,6 +105,12 @@ def encoded(texts: Sequence[bytes], encode: Encode) -> list[list[int] | None]:
     return found
 
 
+def forget_oldest(known: dict[Any, Any], most: int = _REMEMBERED) -> None:
+    """Keep the latest `most` entries: texts of a long run ask ever new questions."""
+    for key in list(islice(known, max(len(known) - most, 0))):
+        del known[key]
+
+
 class Neighbours:
     """Does the student's tokenizer write two tokens side by side, or would it have cut their text in another way?"""
 
@@ -110,6 +120,7 @@ class Neighbours:
 
     def allowed(self, pairs: list[tuple[int, int]]) -> list[bool]:
         """For each pair of ids. True for what is no text by itself: nothing can be said of it."""
+        forget_oldest(self._known)
         new = [p for p in dict.fromkeys(pairs) if p not in self._known]
         token = self.student.token
         read = encoded([token(one) + token(other) for one, other in new], self.encode)
@@ -149,6 +160,7 @@ class Seams:
     def begins(self, asked: list[tuple[int, bytes]]) -> list[tuple[int, bool] | None]:
         """For each pair of a token before (-1: none) and a text: the cell of the first token, -1 if none fits, and if
         more of the text could change that; None if nothing is known."""
+        forget_oldest(self._known)
         new = [one for one in dict.fromkeys(asked) if one not in self._known]
         before = [self.cells.student.token(i) if i >= 0 else b"" for i, _ in new]
         read = encoded([one + text for one, (_, text) in zip(before, new, strict=True)], self.encode)

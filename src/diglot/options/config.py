@@ -30,6 +30,7 @@ def _require(ok: bool, name: str, value: object, rule: str) -> None:
 
 _MAPPINGS = (
     "model_init_kwargs", "chat_template_kwargs", "teacher_model_init_kwargs", "teacher_chat_template_kwargs",
+    "tokenizer_kwargs", "teacher_tokenizer_kwargs",
     "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs",
 )  # fmt: skip
 
@@ -57,6 +58,12 @@ class DistillationConfig(TrainingArguments):
     )
     chat_template_kwargs: dict[str, Any] | str | None = option(
         None, "Arguments for the student's chat template, for instance {enable_thinking: false}.", "Student"
+    )
+    tokenizer_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "Arguments for `from_pretrained` of the student's tokenizer; {tokenizer_class: TokenizersBackend} reads its "
+        "tokenizer.json as it is.",
+        "Student",
     )
     disable_dropout: bool = option(True, "Turn the student's dropout off.", "Student")
 
@@ -87,6 +94,9 @@ class DistillationConfig(TrainingArguments):
     )
     teacher_tokenizer_name_or_path: str | None = option(
         None, "The teacher's tokenizer, when it is not the one beside the teacher's weights.", "Teacher"
+    )
+    teacher_tokenizer_kwargs: dict[str, Any] | str | None = option(
+        None, "Arguments for `from_pretrained` of the teacher's tokenizer, as `tokenizer_kwargs`.", "Teacher"
     )
     teacher_trust_remote_code: bool = option(False, "Run code that comes with the teacher's repository.", "Teacher")
     teacher_chat_template_kwargs: dict[str, Any] | str | None = option(
@@ -236,6 +246,8 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         check_ranges(vars(self))
         check_texts(vars(self))
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith("_per_byte"):
+            self.greater_is_better = False  # bits and nats; the Trainer takes for less only what is called a loss
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name in {one.name for one in fields(self)}.intersection(_MAPPINGS):  # older transformers have fewer
             setattr(self, name, as_mapping(name, getattr(self, name)))
@@ -301,6 +313,10 @@ class GKDConfig(DistillationConfig):
                 )
             self.max_completion_length = self.max_new_tokens
         super().__post_init__()
+        if self.seq_kd and self.lmbda == 1:
+            raise ConfigError(
+                "seq_kd=True says who writes in off-policy steps, and lmbda=1.0 leaves none. Lower lmbda, or drop it."
+            )
 
 
 @dataclass

@@ -81,8 +81,18 @@ def check_texts(values: Mapping[str, object]) -> None:
     known = {"all", "none", *INTEGRATION_TO_CALLBACK}
     for one in [reports] if isinstance(reports, str) else reports:  # type: ignore[attr-defined]
         _one_of("report_to", one, known)
-    seen = values.get("include_num_input_tokens_seen")
-    _one_of("include_num_input_tokens_seen", str(seen).lower(), {"all", "non_padding", "no", "true", "false"})
+    seen = str(values.get("include_num_input_tokens_seen")).lower()
+    if seen not in ("no", "false"):
+        raise ConfigError(
+            f"include_num_input_tokens_seen={seen!r} is not allowed: the Trainer would count 0, since a batch is read "
+            "on two sides. num_tokens in the log counts the student's tokens. Leave it at 'no'."
+        )
+    order = values.get("train_sampling_strategy")
+    if order in ("group_by_length", "batch_rebalance"):
+        raise ConfigError(
+            f"train_sampling_strategy={order!r} is not allowed: lengths are known when a text is written and read. "
+            "Samples of similar length share a micro-batch anyway. Take 'random' or 'sequential'."
+        )
     optim_args = values.get("optim_args")
     if optim_args and not all("=" in part for part in str(optim_args).split(",")):
         raise ConfigError(f"optim_args={optim_args!r} is not allowed: it must be name=value, with commas between.")

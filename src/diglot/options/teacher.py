@@ -14,12 +14,14 @@ from diglot.options.ranges import as_mapping, check_ranges
 # Key of an entry -> the option that it stands in for.
 ENTRY_OPTIONS = {
     "tokenizer": "teacher_tokenizer_name_or_path",
+    "tokenizer_kwargs": "teacher_tokenizer_kwargs",
     "revision": "teacher_model_revision",
     "init_kwargs": "teacher_model_init_kwargs",
     "chat_template_kwargs": "teacher_chat_template_kwargs",
     "max_length": "teacher_max_length",
     "system_prompt": "teacher_system_prompt",
 }
+_MAPPINGS = ("tokenizer_kwargs", "init_kwargs", "chat_template_kwargs")
 _TEXTS = ("label", "tokenizer", "revision", "system_prompt")
 
 
@@ -31,6 +33,7 @@ class TeacherOptions:
     weight: float = 1.0  # 0 or more, relative to the other teachers'
     label: str = "teacher"  # in the log, and in the column `teacher` of the data
     tokenizer: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
     revision: str | None = None
     init_kwargs: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -51,7 +54,7 @@ class TeacherOptions:
         for name in _TEXTS:
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: it must be text.")
-        for name in ("init_kwargs", "chat_template_kwargs"):
+        for name in _MAPPINGS:
             as_mapping(ENTRY_OPTIONS[name], getattr(self, name))
         check_ranges({"teacher_max_length": self.max_length})
         weight = self.weight
@@ -97,7 +100,7 @@ class TeacherOptions:
         if given.get("name") is None:
             raise ConfigError(f"Teacher {i + 1} has no `name`. Write {{name: MODEL, weight: 1.0}}.")
         label = given.pop("label", None) or (given["name"] if isinstance(given["name"], str) else f"teacher{i + 1}")
-        for name in ("init_kwargs", "chat_template_kwargs"):
+        for name in _MAPPINGS:
             if isinstance(given.get(name), str):
                 given[name] = as_mapping(ENTRY_OPTIONS[name], given[name])
         return replace(common, **{**given, "label": label, "several": True})

@@ -1,7 +1,8 @@
 """What one model's template writes around the parts of a reply, and those parts found again in what the model wrote.
 
 What stands around a part is found by rendering sentinels in its place. Where a template has no way to write a part,
-the common one stands in: `<think>` for reasoning, Hermes' `<tool_call>` for calls.
+what the model's control tokens are for stands in (`[THINK]`, a channel), and where it has none of these the common way:
+`<think>` for reasoning, Hermes' `<tool_call>` for calls.
 """
 
 from __future__ import annotations
@@ -31,11 +32,39 @@ _MOST_CALLS = 64
 
 
 @dataclass(frozen=True)
+class Way:
+    """How models write parts that their template need not know. A call is its name and its arguments.
+
+    A model writes so if the markers that `reasoning`, or `call`, begins and ends with are control tokens of it.
+    """
+
+    reasoning: tuple[str, str] | None = None
+    call: tuple[str, str, str] | None = None
+    between: str = ""  # what begins the next part
+    stop: str | None = None  # ends a turn of calls
+
+
+COMMON = Way(("<think>\n", "\n</think>\n\n"), ('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>"))
+WAYS = (
+    Way(  # gpt-oss
+        ("<|channel|>analysis<|message|>", ""),
+        ("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", ""),
+        between="<|end|><|start|>assistant",
+        stop="<|call|>",
+    ),
+    Way(("[THINK]", "[/THINK]"), ("[TOOL_CALLS]", "[ARGS]", "")),  # Mistral, Magistral
+    Way(("<|channel>thought\n", "<channel|>")),  # Gemma 4
+    Way(("<|START_THINKING|>", "<|END_THINKING|>")),  # Command A
+)
+_MARKER = re.compile(r"<\|?\w+\|?>|\[/?[A-Z_]+\]")
+
+
+@dataclass(frozen=True)
 class Layout:
     """The text around the slots of a reply of one shape: one more piece than there are slots."""
 
     around: tuple[str, ...]  # what follows the generation prompt first; what precedes the stop last
-    own: bool  # does the template write it, or is it the common way?
+    own: bool  # does the template write it, or do control tokens that only this is for? Else it is the common way
     bare: bool = False  # it follows the generation prompt without any think block
     stop: int | None = None  # the id that ends a reply of this shape
 
@@ -58,14 +87,19 @@ class Markup:
         self, template: Template, vocabulary: Vocabulary, encode: Callable[[str], Ids], stops: Sequence[int]
     ) -> None:
         self.template, self.vocabulary, self._encode, self._stops = template, vocabulary, encode, stops
-        self._layouts: dict[Shape, Layout] = {}
-        self._patterns: dict[tuple[Shape, bool, bool], re.Pattern[bytes]] = {}
+        self._layouts: dict[Shape, tuple[Layout, ...]] = {}
+        self._patterns: dict[tuple[Layout, bool, bool], re.Pattern[bytes]] = {}
 
     def layout(self, shape: Shape) -> Layout:
-        """What stands around the slots of a reply."""
+        """What stands around the slots of a reply, as it is written."""
+        return self.layouts(shape)[0]
+
+    def layouts(self, shape: Shape) -> tuple[Layout, ...]:
+        """All that is recognised: the template's own first, then that of the model's control tokens."""
         if shape not in self._layouts:
-            own = self._own(shape) if self.template.exists else None
-            self._layouts[shape] = own or Layout(_common(shape), own=False)
+            known = [self._own(shape), self._of_controls(shape)] if self.template.exists else []
+            distinct = tuple(dict.fromkeys(layout for layout in known if layout is not None))
+            self._layouts[shape] = distinct or (Layout(_written(shape, COMMON), own=False),)
         return self._layouts[shape]
 
     def has_controls(self, shape: Shape) -> bool:
@@ -87,9 +121,10 @@ class Markup:
             finished: did its writer finish it? If not, it may end in the middle of any part.
         """
         for shape in self._candidates(text, opened):
-            for whole in (True, False)[not finished :]:
-                if found := self._pattern(shape, opened, whole).match(text):
-                    return shape, [found.span(k + 1) for k in range(len(shape))]
+            for layout in self.layouts(shape):
+                for whole in (True, False)[not finished :]:
+                    if found := self._pattern(layout, opened and shape[0] == Role.REASONING, whole).match(text):
+                        return shape, [found.span(k + 1) for k in range(len(shape))]
         if opened:
             return (Role.REASONING,), [(0, len(text))]
         return PLAIN, [(0, len(text))]
@@ -107,26 +142,28 @@ class Markup:
             return tails
         return [(Role.REASONING, *tail) for tail in tails] + [(Role.REASONING,), *([] if opened else tails)]
 
+    def _cores(self, shape: Shape, at: int) -> list[bytes]:
+        cores = [self._marks(layout.around[at]).strip() for layout in self.layouts(shape)]
+        return [core for core in cores if core]
+
     def _count(self, text: bytes, shape: Shape, at: int) -> int:
-        core = self._marks(self.layout(shape).around[at]).strip()
-        return text.count(core) if core else 0
+        return max((text.count(core) for core in self._cores(shape, at)), default=0)
 
     def _holds(self, text: bytes, shape: Shape, at: int) -> bool:
-        core = self._marks(self.layout(shape).around[at]).strip()
-        return bool(core) and text.lstrip().startswith(core)
+        return any(text.lstrip().startswith(core) for core in self._cores(shape, at))
 
     def _marks(self, literal: str) -> bytes:
         return self.marked(self._encode(literal))[0] if literal else b""
 
-    def _pattern(self, shape: Shape, opened: bool, whole: bool) -> re.Pattern[bytes]:
+    def _pattern(self, layout: Layout, opened: bool, whole: bool) -> re.Pattern[bytes]:
         """The slots of a layout as groups. Whitespace at the edges of the markup may be missing."""
-        key = (shape, opened, whole)
+        key = (layout, opened, whole)
         if key not in self._patterns:
-            around = [self._marks(text) for text in self.layout(shape).around]
-            if opened and shape[0] == Role.REASONING:
+            around = [self._marks(text) for text in layout.around]
+            if opened:
                 around[0] = b""
-            slots = [b"(.*?)"] * (len(shape) - 1) + ([b"(.*?)"] if whole else [b"(.*)"])
-            parts = [self._opening(self.layout(shape).around[0], around[0])]
+            slots = [b"(.*?)"] * (len(around) - 2) + ([b"(.*?)"] if whole else [b"(.*)"])
+            parts = [self._opening(layout.around[0], around[0])]
             for slot, after in zip(slots, around[1:], strict=True):
                 parts += [slot, _flexible(after)]
             if not whole:
@@ -155,6 +192,28 @@ class Markup:
             if layout is not None:
                 return layout
         return None
+
+    def _of_controls(self, shape: Shape) -> Layout | None:
+        """As the model's control tokens say; None if they say it of no way to write all these parts, or of several."""
+        prompt, plain = self._try([PROBE], generation_prompt=True), self._own(PLAIN)
+        ways = [way for way in WAYS if self._has(way, shape)]
+        if prompt is None or plain is None or len(ways) != 1:
+            return None
+        around = _written(shape, ways[0], without_empty_thinking(plain.around[0]), plain.around[-1])
+        ends = {name: i for i, name in self.vocabulary.names.items()}
+        stop = ends.get(ways[0].stop or "") if Role.TOOL_CALL in shape else None
+        return Layout(
+            around, own=True, bare=without_thinking(prompt) != prompt, stop=plain.stop if stop is None else stop
+        )
+
+    def _has(self, way: Way, shape: Shape) -> bool:
+        """Are the markers of a way's parts control tokens of this model?"""
+        needed = {Role.REASONING: way.reasoning, Role.TOOL_CALL: way.call}
+        parts = [needed[role] for role in set(shape) & needed.keys()]
+        names = set(self.vocabulary.names.values())
+        return bool(parts) and all(
+            part is not None and names.issuperset(_MARKER.findall("".join(part) + way.between)) for part in parts
+        )
 
     def _try(self, messages: list[dict[str, Any]], generation_prompt: bool) -> str | None:
         try:
@@ -220,23 +279,29 @@ def _calls_before(shape: Shape, k: int) -> int:
     return sum(role == Role.TOOL_CALL for role in shape[:k])
 
 
-def _common(shape: Shape) -> tuple[str, ...]:
-    """The common way to write a reply of this shape."""
+def _written(shape: Shape, way: Way, opening: str = "", closing: str = "") -> tuple[str, ...]:
+    """What stands around the parts of a reply.
+
+    Args:
+        opening, closing: what stands around content.
+    """
+    assert COMMON.reasoning is not None and COMMON.call is not None
+    reasoning, call = way.reasoning or COMMON.reasoning, way.call or COMMON.call
     around, after = [], ""
     for k, role in enumerate(shape):
         if role == Role.REASONING:
-            around.append(after + "<think>\n")
-            after = "\n</think>\n\n"
+            around.append(after + reasoning[0])
+            after = reasoning[1]
         elif role == Role.CONTENT:
-            around.append(after)
-            after = ""
+            around.append(after + (way.between if k else "") + opening)
+            after = closing if k == len(shape) - 1 else ""
         elif _calls_before(shape, k) % 2 == 0:
-            between = "\n" if k and shape[k - 1] != Role.REASONING else ""
-            around.append(after + between + '<tool_call>\n{"name": "')
+            between = way.between if way is not COMMON else "" if shape[k - 1] == Role.REASONING else "\n"
+            around.append(after + (between if k else "") + call[0])
             after = ""
         else:
-            around.append('", "arguments": ')
-            after = "}\n</tool_call>"
+            around.append(call[1])
+            after = call[2]
     return (*around, after.rstrip() if shape[-1] == Role.REASONING else after)
 
 

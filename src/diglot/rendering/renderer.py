@@ -84,9 +84,11 @@ class Renderer:
         if after_call.stop is not None and after_call.stop not in self.stop_sources:
             self.stop_sources[after_call.stop] = "template, after a tool call"
         self.stop_ids = tuple(self.stop_sources)
-        self._said: set[str] = set()
+        self.notes: list[str] = []
+        """What this side leaves out or reads in another way than its user may expect, as far as it has come up."""
+        self._logged: set[str] = set()
         if (difference := difference_from_file(tokenizer)) is not None:
-            logger.warning(describe_difference(difference, name))
+            self._note(describe_difference(difference, name))
         logger.info(
             "%s: %s vocabulary of %d, stops at %s",
             name,
@@ -128,7 +130,7 @@ class Renderer:
             read = [self.encoder.encode_markup(part, start=k == 0) for k, part in enumerate(parts)]
             return self._started([Piece.prompt(np.concatenate(read))])
         if any(name in text for name in self._stop_names):
-            self._say_once(
+            self._note(
                 f"A prompt that is plain text holds markers of the {self.name}'s template, which are read as letters. "
                 "Give conversations as lists of messages, so that each side writes its own markers."
             )
@@ -200,7 +202,7 @@ class Renderer:
         for message in messages:
             content = message.get("content")
             if isinstance(content, str) and any(name in content for name in self._stop_names):
-                self._say_once(
+                self._note(
                     f"A message holds a marker that ends a turn for the {self.name}, and is read as one, as a served "
                     "model reads it; the other side reads other turns. Set markers to 'text' or 'refuse' to prevent it."
                 )
@@ -215,9 +217,9 @@ class Renderer:
     def _check_complete(self, conversation: Conversation, text: str) -> None:
         """Say once what kind of message this side never sees, and that a transcript stands in for a template."""
         if not self.has_template:
-            self._say_once(f"The {self.name} has no chat template: it reads conversations as a plain transcript.")
+            self._log_once(f"The {self.name} has no chat template: it reads conversations as a plain transcript.")
         for kind in missing_from(text, conversation.messages or (), conversation.tools):
-            self._say_once(
+            self._note(
                 f"The {self.name}'s chat template leaves out {kind!r}, which the data has: this side does not read it."
             )
 
@@ -229,7 +231,7 @@ class Renderer:
             raise RenderingError(
                 f"The prompt is empty and the {self.name}'s tokenizer has neither BOS nor EOS. Give a prompt."
             )
-        self._say_once(f"The {self.name} reads {self.vocabulary.display(start)!r} before a text without a prompt.")
+        self._log_once(f"The {self.name} reads {self.vocabulary.display(start)!r} before a text without a prompt.")
         return int(start)
 
     # ---- whole samples -----------------------------------------------------------------------------------------
@@ -423,9 +425,14 @@ class Renderer:
     def _opened(self, conversation: Conversation, thinking: bool | None) -> bool:
         return self.opens_thinking(conversation) if thinking is None else thinking
 
-    def _say_once(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+    def _note(self, message: str) -> None:
+        if message not in self.notes:
+            self.notes.append(message)
+            logger.warning(message)
+
+    def _log_once(self, message: str) -> None:
+        if message not in self._logged:
+            self._logged.add(message)
             logger.warning(message)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
@@ -77,21 +77,24 @@ class Template:
             plain = _folded(plain)
         if self._wants_parts:
             plain = [_in_parts(m) for m in plain]
+        offered = list(tools) if tools else None
         try:
-            return self._rendered(plain, list(tools) if tools else None, generation_prompt)
+            return self._rendered(plain, offered, generation_prompt)
         except Exception as error:  # jinja's errors, and whatever a template raises
-            if any(m.get("content", "") is None for m in plain):
-                return self._without_content(plain, tools, generation_prompt, error)
+            if any(m.get("content", "") is None or m.get("tool_calls") for m in plain):
+                return self._in_another_form(plain, offered, generation_prompt, error)
             raise self._refusal(messages, error) from error
 
-    def _without_content(
-        self, messages: list[dict[str, Any]], tools: Sequence[Any] | None, generation_prompt: bool, error: Exception
+    def _in_another_form(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, generation_prompt: bool, error: Exception
     ) -> str:
-        """For a template that fails where `content` is missing, as transformers leaves it: None in its place, or ""."""
-        for content in (None, ""):
-            filled = [{**m, "content": content} if m.get("content", "") is None else m for m in messages]
-            with suppress(Exception):
-                return self._rendered(filled, list(tools) if tools else None, generation_prompt, whole=True)
+        """For a template that fails on a call: arguments as JSON text or as an object, `content` None or ""."""
+        for content in (None, ""):  # transformers leaves out what is None; a call is lost by some if it is ""
+            for arguments in (_as_they_are, _as_text, _as_object):
+                with suppress(Exception):
+                    filled = [{**m, "content": content} if m.get("content", "") is None else m for m in messages]
+                    filled = [_with_arguments(m, arguments) for m in filled]
+                    return self._rendered(filled, tools, generation_prompt, whole=True)
         raise self._refusal(messages, error) from error
 
     def _refusal(self, messages: Sequence[Mapping[str, Any]], error: Exception) -> RenderingError:
@@ -203,13 +206,15 @@ def without_empty_thinking(text: str) -> str:
 def missing_from(
     text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
 ) -> list[str]:
-    """Which kinds of things a template left out of `text`: roles other than the assistant's, "tools".
+    """Which kinds of things a template left out of `text`: roles other than the assistant's, "tools", "tool_calls".
 
-    A template may trim or escape, so the longest word stands for a message, and the name for a tool.
+    A template may trim or escape, so the longest word stands for a message, and the name for a tool or a call.
     """
-    told = [(str(m.get("role")), content_text(m, "")) for m in messages if m.get("role") != "assistant"]
-    told += [("tools", str(tool.get("function", tool).get("name", ""))) for tool in tools or ()]
-    lost = [kind for kind, content in told if max(_WORD.findall(content), key=len, default="") not in text]
+    expected = [(str(m.get("role")), content_text(m, "")) for m in messages if m.get("role") != "assistant"]
+    expected += [("tools", str(tool.get("function", tool).get("name", ""))) for tool in tools or ()]
+    calls = [call for m in messages for call in m.get("tool_calls") or () if isinstance(call, Mapping)]
+    expected += [("tool_calls", str(call.get("function", call).get("name", ""))) for call in calls]
+    lost = [kind for kind, content in expected if max(_WORD.findall(content), key=len, default="") not in text]
     return list(dict.fromkeys(lost))
 
 
@@ -227,6 +232,30 @@ def _folded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{**system, "role": "user"}, *rest]
     text = "\n\n".join(part for part in (system.get("content"), rest[0].get("content")) if part)
     return [{**rest[0], "content": text}, *rest[1:]]
+
+
+def _as_they_are(arguments: Any) -> Any:
+    return arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _as_object(arguments: Any) -> Any:
+    return json.loads(arguments) if isinstance(arguments, str) else arguments
+
+
+def _with_arguments(message: dict[str, Any], form: Callable[[Any], Any]) -> dict[str, Any]:
+    """The message with the arguments of its calls in another form."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        function = {**function, "arguments": form(function.get("arguments", {}))}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls}
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:

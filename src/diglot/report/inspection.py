@@ -31,9 +31,8 @@ def print_inspection(found: Inspection, console: Console | None = None, details:
     Text of the models is shown as it is, never read as markup.
     """
     console = console or Console()
-    console.print(_verdict(found.verdict))
-    if found.verdict.command is not None:
-        console.print(Text(f"  {found.verdict.command}"), soft_wrap=True, highlight=False)
+    for line in _verdict(found.verdict):
+        console.print(line, highlight=False, soft_wrap=line.no_wrap is True)
     for part in _parts(found) if details else _short(found):
         console.print(part)
 
@@ -149,10 +148,20 @@ def _numbers(found: Inspection) -> Table:
 
 
 def _critical(rows: Sequence[Critical]) -> Table:
-    table = _table("Where meaning is dense", "", "places", "bytes", "cut unlike", "aligned", "a place cut unlike")
+    table = _table(
+        "Where meaning is dense",
+        "",
+        "places",
+        "bytes",
+        "cut unlike",
+        "aligned",
+        "pairs: goes on / ends",
+        "a place cut unlike",
+    )
     for one in rows:
         shares = (f"{one.num_bytes:,}", f"{one.cut_unlike:.0%}", f"{one.aligned:.0%}") if one.places else ("", "", "")
-        table.add_row(one.name, str(one.places), *shares, Text(_cuts(one)))
+        rows_seen = f"{one.goes_on:.0%} / {one.ends:.0%}" if one.cuts else ""
+        table.add_row(one.name, str(one.places), *shares, rows_seen, Text(_cuts(one)))
     return table
 
 
@@ -218,13 +227,14 @@ def _objectives(rows: Sequence[ObjectiveFacts]) -> Table:
     return table
 
 
-def _verdict(verdict: Verdict) -> RenderableType:
-    lines = [Text(f"! {problem}", style="red") for problem in verdict.problems]
+def _verdict(verdict: Verdict) -> list[Text]:
+    """The verdict, the command to start with, then why not, or what to look out for."""
+    lines = [Text("Verdict: this pair cannot be trained as it is.", style="bold red")]
+    if verdict.trainable:
+        start = f"Verdict: this pair can be trained; start with objective {verdict.objective}:"
+        lines = [Text(start, style="bold green")]
+    if verdict.command is not None:
+        lines.append(Text(f"  {verdict.command}", no_wrap=True))
+    lines += [Text(f"! {problem}", style="red") for problem in verdict.problems]
     lines += [Text(f"- {warning}", style="yellow") for warning in verdict.warnings]
-    if not verdict.trainable:
-        lines.append(Text("Verdict: this pair cannot be trained as it is.", style="bold red"))
-        return Group(*lines)
-    lines.append(
-        Text(f"Verdict: this pair can be trained; start with objective {verdict.objective}:", style="bold green")
-    )
-    return Group(*lines)
+    return lines

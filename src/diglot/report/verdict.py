@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from diglot.report.runs import Run
 
-_Z = 1.96  # standard errors of a 95% interval
+Z = 1.96  # standard errors of a 95% interval
 _WORST = 3  # places that are named
 
 
@@ -48,7 +48,7 @@ def judge(run: Run) -> Verdict:
     errors = run.before_after("fixed/kl_error")
     noise = None if None in errors else math.hypot(*(error or 0.0 for error in errors))
     change = after - before
-    within = "" if noise is None else f" (95% interval {change - _Z * noise:+.3f} to {change + _Z * noise:+.3f})"
+    within = "" if noise is None else f" (95% interval {change - Z * noise:+.3f} to {change + Z * noise:+.3f})"
     numbers = f"The distance to the teacher went from {before:.3f} to {after:.3f} nats per byte, {change:+.3f}{within}."
     if noise is None:
         answer, following = "Not certain: the noise was not measured", "Measure it on more rows with diglot eval."

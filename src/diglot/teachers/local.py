@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError
@@ -16,6 +17,7 @@ from diglot.heads.shared_prompts import Host
 from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
 from diglot.teachers.loading import keeps_its_device
+from diglot.vocabulary import load_tokenizer
 
 
 class LocalTeacher:
@@ -41,6 +43,11 @@ class LocalTeacher:
     def name(self) -> str:
         """Where the weights came from."""
         return self.model.config._name_or_path
+
+    @property
+    def model_name(self) -> str:
+        """The same."""
+        return self.name
 
     def to(self, device: torch.device | str) -> None:
         """Move the weights, unless they were put where they are on purpose."""
@@ -104,17 +111,24 @@ def find_teacher_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
     gguf_file: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
     """The teacher's tokenizer: the one that was named, else the one that lies beside its weights.
 
-    `gguf_file` is the file beside the weights that holds it. A teacher whose weights come from the student's own place
-    shares the student's tokenizer.
+    `gguf_file` is the file beside the weights that holds it, `arguments` are for `load_tokenizer`. Without these a
+    teacher whose weights come from the student's own place shares the student's tokenizer.
 
     Raises:
         TeacherError: it was not named, and the weights do not say where they come from or nothing lies there.
     """
     place = tokenizer_name_or_path or model_name_or_path or getattr(model.config, "_name_or_path", "") or None
-    if tokenizer_name_or_path is None and place is not None and place == student_name_or_path and student_tokenizer:
+    if (
+        not arguments
+        and tokenizer_name_or_path is None
+        and place is not None
+        and place == student_name_or_path
+        and student_tokenizer
+    ):
         return student_tokenizer
     advice = (
         "Give `teacher_tokenizer_name_or_path` (or pass `teacher_processing_class`): a teacher that reads ids "
@@ -128,6 +142,6 @@ def find_teacher_tokenizer(
         )
     try:
         inside = {"gguf_file": gguf_file} if gguf_file and tokenizer_name_or_path is None else {}
-        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code, **inside)
+        return load_tokenizer(place, arguments, revision=revision, trust_remote_code=trust_remote_code, **inside)
     except (OSError, ValueError, KeyError) as error:
         raise TeacherError(f"No tokenizer of the teacher could be loaded from {place!r}: {error} {advice}") from error

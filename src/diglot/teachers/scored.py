@@ -109,7 +109,12 @@ class ScoredTeacher:
     @property
     def name(self) -> str:
         """Whose scores, and where they are."""
-        return f"{self.folder.request['teacher']['name']} (scores in {self.folder.path})"
+        return f"{self.model_name} (scores in {self.folder.path})"
+
+    @property
+    def model_name(self) -> str:
+        """Whose scores."""
+        return str(self.folder.request["teacher"]["name"])
 
     def to(self, device: torch.device | str) -> None:
         """Nothing to move."""

@@ -103,7 +103,12 @@ class ServedTeacher:
     @property
     def name(self) -> str:
         """The model's name at the server, and where that is."""
-        return f"{self.wire.info.model} at {self.client.url}"
+        return f"{self.model_name} at {self.client.url}"
+
+    @property
+    def model_name(self) -> str:
+        """The model's name at the server."""
+        return str(self.wire.info.model)
 
     def to(self, device: torch.device | str) -> None:
         """Nothing to move."""

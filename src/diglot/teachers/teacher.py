@@ -40,6 +40,10 @@ class Teacher(Protocol):
     def name(self) -> str:
         """For people."""
 
+    @property
+    def model_name(self) -> str:
+        """The model's name alone, without where it runs: what others may read."""
+
     def to(self, device: torch.device | str) -> None:
         """Move what lies in memory here."""
 

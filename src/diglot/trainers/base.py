@@ -22,7 +22,7 @@ from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from diglot.batches import PackedSide, pad_id
 from diglot.batches.lengths import as_read, by_length
@@ -31,7 +31,7 @@ from diglot.checkpoints.saving import Checkpoints, StopOnSignal, write_options
 from diglot.comparisons import Batch, Comparison, Read, Term, View, check_options, make_batch, scores_of
 from diglot.comparisons.build import complete, describe, load_student, mean_metrics, prepare_comparisons, routes
 from diglot.comparisons.counts import set_counts
-from diglot.comparisons.precision import check_trainable
+from diglot.comparisons.precision import check_trainable, to_train
 from diglot.comparisons.projectors import (
     add_to_optimizer,
     load_projectors,
@@ -43,7 +43,7 @@ from diglot.comparisons.rows import checked_rows
 from diglot.data import Sample, to_sample
 from diglot.errors import ConfigError, RolloutsUnavailable, TeacherUnavailable
 from diglot.evaluation import Evaluator, OnPolicyReport
-from diglot.heads import Head, gathered, hidden_at_rows, keep_after_forward
+from diglot.heads import Head, even_passes, gathered, hidden_at_rows, keep_after_forward
 from diglot.objectives import Level
 from diglot.options import DistillationConfig
 from diglot.phases import phase as working
@@ -63,6 +63,7 @@ from diglot.trainers.ranks import (
     sum_over_ranks,
     with_all_names,
 )
+from diglot.trainers.refused import RefusingTrainer, check_arguments
 from diglot.watching.card import write_card
 from diglot.watching.coverage import watch_coverage
 from diglot.watching.metrics import StepMetrics, evaluation_metrics, reference_metrics
@@ -90,7 +91,7 @@ def collate_samples(rows: list[dict[str, Any]]) -> dict[str, list[Sample]]:
     return {"samples": [to_sample(row, where=f"row {row.get('__row__', i)}") for i, row in enumerate(rows)]}
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(RefusingTrainer):
     """Base of both trainers. Arguments and their order are TRL's; `teacher_processing_class` is the one addition.
 
     Args:
@@ -124,6 +125,7 @@ class DistillationTrainer(Trainer):
     ) -> None:
         # Before the Trainer's own setup, which makes the output folder: what cannot work leaves nothing behind.
         self.args = args = args if args is not None else self.config_class(output_dir="diglot-output")
+        check_arguments(compute_metrics)
         check_devices(args, sharded=bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true")
         own, self.student_renderer = load_student(model, processing_class, args, frozen=peft_config is not None)
         compared = prepare_comparisons(own, self.student_renderer, teacher_model, teacher_processing_class, args)
@@ -132,11 +134,8 @@ class DistillationTrainer(Trainer):
         check_options(args, [term for of_one in terms for term in of_one])
         self.comparisons = [complete(one, of_one, own, args) for one, of_one in zip(compared, terms, strict=True)]
         self.imitations: list[Comparison] = []  # of texts that no teacher judges
-        student: Any = own
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            student = get_peft_model(student, peft_config)
+        self.dataset_names: list[str] = []  # for the model card
+        student = to_train(own, peft_config, args)
         check_trainable(student, args, optimizers[0])
         for one in self.comparisons:
             if isinstance(one.teacher, AdapterOff):
@@ -154,7 +153,7 @@ class DistillationTrainer(Trainer):
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = True  # every micro-batch's loss is already a share of the window's
-        check_wrapping(self.accelerator, len(self.comparisons))
+        check_wrapping(self.accelerator)
         self.student_head = Head.of(self.student)
         self.student_head.verify(self.student)
         self.projectors = self._to_device()
@@ -258,19 +257,20 @@ class DistillationTrainer(Trainer):
 
     def batch_loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """The student is run once; every term pulls what it needs of both models, and is divided by its own count."""
-        total = torch.zeros((), device=self.args.device)
+        total, world = torch.zeros((), device=self.args.device), self.accelerator.num_processes
         for part in batch.parts:
             hidden = self.hidden_at_rows(model, part.student)
             self.rollouts.measure(part, hidden, self.student_head, self.state.global_step)
             total = total + hidden.sum() * 0.0  # a rank with nothing to compare takes part in the backward pass too
-            for view in part.views:
-                scores = scores_of(part, view, hidden, self.student_head)
-                for term in view.comparison.terms:
-                    share = view.weight * term.weight * self.accelerator.num_processes / max(view.counts[term.name], 1)
-                    loss, metrics = term.objective.loss(view.plans[term.name], scores, share)
-                    total = total + loss
-                    self.metrics.add_values(metrics, term.logged)
-                view.release()  # the window's other micro-batches need the memory
+            with even_passes(*self.teacher_models()):
+                for view in part.views:
+                    scores = scores_of(part, view, hidden, self.student_head)
+                    for term in view.comparison.terms:
+                        share = view.weight * term.weight * world / max(view.counts[term.name], 1.0)
+                        loss, metrics = term.objective.loss(view.plans[term.name], scores, share)
+                        total = total + loss
+                        self.metrics.add_values(metrics, term.logged)
+                    view.release()  # the window's other micro-batches need the memory
         return total
 
     def hidden_at_rows(self, model: torch.nn.Module, side: PackedSide) -> Tensor:
@@ -380,7 +380,7 @@ class DistillationTrainer(Trainer):
         They depend on the row's place in the window of all ranks, so not on how many ranks there are.
         """
         args = self.args
-        places = row_places([len(b) for b in window], args.train_batch_size, args.process_index, args.world_size)
+        places = row_places([len(b) for b in window], self._train_batch_size, args.process_index, args.world_size)
         base = self.seed_for(what)
         return [[row_seed(base, place, i) for place in batch for i in range(per_row)] for batch in places]
 
@@ -590,11 +590,10 @@ class DistillationTrainer(Trainer):
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ) -> None:
-        """Write `README.md` into the output folder: teacher, student, dataset, method and versions."""
+        """Write `README.md` into the output folder: student, teachers, objective, data, results, citation."""
         if not self.is_world_process_zero():
             return
-        method, student = (
-            type(self).__name__.removesuffix("Trainer"),
-            finetuned_from or self.student.config._name_or_path,
-        )
-        write_card(Path(str(self.args.output_dir)), self.comparisons, method, student, model_name, dataset, tags)
+        method, base = type(self).__name__.removesuffix("Trainer"), finetuned_from or self.student.config._name_or_path
+        facts = (self.comparisons, method, base, self.student, self.train_dataset, self.args)
+        name, data = self.hub_model_id or model_name, dataset or self.dataset_names
+        write_card(Path(str(self.args.output_dir)), *facts, name, data, tags, language, license)

@@ -34,12 +34,12 @@ from diglot.comparisons import Batch, Comparison, Term, View, defaults_of, entri
 from diglot.comparisons.auto import explained_by, single_step
 from diglot.comparisons.counts import set_counts
 from diglot.comparisons.rows import checked_texts
-from diglot.comparisons.scores import check_temperature
+from diglot.comparisons.scores import ModelScores, check_temperature
 from diglot.data import to_sample
 from diglot.errors import ConfigError
-from diglot.heads import gathered
+from diglot.heads import dropouts, even_passes, gathered
 from diglot.objectives import Level, PolicyGradient, Rollout, make_objective
-from diglot.objectives.span import span_advantages
+from diglot.objectives.span import Span, span_advantages
 from diglot.options import MiniLLMConfig
 from diglot.rendering import Conversation, Rendered
 from diglot.rollouts import TeacherMixture, continue_prefixes, mixture_weight, write_prefixes
@@ -84,6 +84,18 @@ class MiniLLMTrainer(DistillationTrainer):
             model, teacher_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
             callbacks, optimizers, peft_config, teacher_processing_class,
         )  # fmt: skip
+        if dropout := max((value for *_, value in dropouts(self.student)), default=0.0):
+            logger.warning(
+                "The student has a dropout of %s, and every pass draws another one: ratios of the policy are noise "
+                "and clipped before anything is learnt. Set disable_dropout: true.",
+                dropout,
+            )
+        if not self.observer.own_draws:
+            logger.warning(
+                "The student writes with temperature=%s, top_p=%s, top_k=%s: the policy gradient takes these texts for "
+                "draws from its own distribution, and its expectation is not that of the reverse KL.",
+                *(self.args.temperature, self.args.top_p, self.args.top_k),
+            )
         self.mixed_alpha = self._mixed_alpha()
         self.observer.own_draws &= self.mixed_alpha == 0
         if lm_dataset is None or self.args.lm_coef == 0:
@@ -111,7 +123,13 @@ class MiniLLMTrainer(DistillationTrainer):
                 named.append(entry)
             elif self._has_single_step(comparison):
                 found.append(Term("single_step", float(entry.get("weight", 1.0)), single_step(comparison)))
-        return found + terms_of(named, comparison.pair, defaults_of(args, 1.0))
+        found += terms_of(named, comparison.pair, defaults_of(args, 1.0))
+        if args.kd_temperature != 1 and args.num_iterations > 1 and any(isinstance(t.objective, Span) for t in found):
+            raise ConfigError(
+                f"Objective 'span' reads log-probs at temperature 1, and those of num_iterations={args.num_iterations} "
+                f"steps ago are known at kd_temperature={args.kd_temperature} alone. Set one of both to 1."
+            )
+        return found
 
     def _has_single_step(self, comparison: Comparison) -> bool:
         """Is the single step an exact divergence? A teacher without whole rows rewards it instead, which is said."""
@@ -172,7 +190,7 @@ class MiniLLMTrainer(DistillationTrainer):
     def _window(self) -> int:
         """Rows of an optimizer step, of all ranks."""
         args = self.args
-        rows: int = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        rows: int = self._train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         return rows
 
     def _get_train_sampler(self, train_dataset: Any | None = None) -> Sampler[int] | None:
@@ -181,7 +199,11 @@ class MiniLLMTrainer(DistillationTrainer):
         if dataset is None or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
         args = self.args
-        return RepeatedWindows(len(dataset), self._window, args.num_iterations, seed=args.data_seed or args.seed)
+        seed, shuffled = (
+            args.seed if args.data_seed is None else args.data_seed,
+            args.train_sampling_strategy == "random",
+        )
+        return RepeatedWindows(len(dataset), self._window, args.num_iterations, seed, shuffled=shuffled)
 
     # ---- the window ----------------------------------------------------------------------------------------------
 
@@ -219,25 +241,28 @@ class MiniLLMTrainer(DistillationTrainer):
             return self._rewarded(batches, known)
 
     def _rewarded(self, batches: list[Batch], known: Mapping[tuple[int, int], HeldBatch] | None) -> list[Batch]:
-        temperature, alpha = self.args.kd_temperature, self.mixed_alpha
         for i, batch in enumerate(batches):
             hidden = self.hidden_at_rows(self.student, batch.student)
             self.rollouts.measure(batch, hidden, self.student_head, self.state.global_step)
-            for k, view in enumerate(batch.views):
-                scores = scores_of(batch, view, hidden, self.student_head)
-                held = None if known is None else known[i, k]
-                logp_old = scores.student_text(temperature) if held is None else held.logp_old.to(self.args.device)
-                logp_t = scores.teacher_text(temperature)  # the student first: a served teacher answers meanwhile
-                weight = None
-                if alpha > 0:
-                    by_token = view.comparison.reader.same_vocabulary
-                    longest = None if by_token else self.args.max_completion_length
-                    weight = mixture_weight(logp_old, logp_t, view.read.alignment, alpha, longest)
-                scores.rollout = rollout = Rollout(logp_old, logp_t, weight)
-                explained = explained_by(view, scores) if held is None else held.explained
-                batch.views[k] = replace(view, rollout=replace(rollout, explained=explained))
+            with even_passes(*self.teacher_models()):
+                for k, view in enumerate(batch.views):
+                    scores = scores_of(batch, view, hidden, self.student_head)
+                    rollout = self._rollout(view, scores, None if known is None else known[i, k])
+                    batch.views[k] = replace(view, rollout=rollout)
         self._set_advantages(batches)
         return batches
+
+    def _rollout(self, view: View, scores: ModelScores, held: HeldBatch | None) -> Rollout:
+        """What both models say of one view's completions; `held`, what the student said when it wrote them."""
+        temperature, alpha = self.args.kd_temperature, self.mixed_alpha
+        logp_old = scores.student_text(temperature) if held is None else held.logp_old.to(self.args.device)
+        logp_t = scores.teacher_text(temperature)  # the student first: a served teacher answers meanwhile
+        weight = None
+        if alpha > 0:
+            longest = None if view.comparison.reader.same_vocabulary else self.args.max_completion_length
+            weight = mixture_weight(logp_old, logp_t, view.read.alignment, alpha, longest)
+        scores.rollout = rollout = Rollout(logp_old, logp_t, weight)
+        return replace(rollout, explained=explained_by(view, scores) if held is None else held.explained)
 
     def _set_advantages(self, batches: Sequence[Batch]) -> None:
         """Advantages of the window, whitened for each comparison over all its tokens on all ranks."""
@@ -282,7 +307,7 @@ class MiniLLMTrainer(DistillationTrainer):
         """Give each micro-batch rows of `lm_dataset`, chosen by seed, step and place: the same after a resume."""
         assert self.lm_dataset is not None
         (compared,), data = self.imitations, self.lm_dataset
-        seeds = self.row_seeds("lm", [range(self.args.train_batch_size)] * len(batches))
+        seeds = self.row_seeds("lm", [range(self._train_batch_size)] * len(batches))
         for batch, of_batch in zip(batches, seeds, strict=True):
             rows = [random.Random(seed).randrange(len(data)) for seed in of_batch]
             samples = [to_sample(data[i], where=f"lm_dataset row {i}") for i in rows]

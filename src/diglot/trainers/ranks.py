@@ -50,14 +50,9 @@ def with_all_names(sums: Mapping[str, float]) -> dict[str, float]:
     return {**dict.fromkeys(sorted(set(gather_object(list(sums)))), 0.0), **sums}
 
 
-def check_wrapping(accelerator: Accelerator, teachers: int = 1) -> None:
+def check_wrapping(accelerator: Accelerator) -> None:
     """Raise `ConfigError` for ways of sharding a student whose head could not be read outside of its forward pass."""
     kind = accelerator.distributed_type
-    if kind == DistributedType.FSDP and teachers > 1:
-        raise ConfigError(
-            f"There are {teachers} teachers, and under FSDP every process must run each of them equally often, which "
-            "rows that are routed or too long for one of them do not do. Use one teacher, or run without FSDP."
-        )
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigError(
             "FSDP version 1 flattens the parameters, and the student's head cannot be read outside of its forward "

@@ -48,9 +48,9 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> Description:
     backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
         raise VocabularyError(
-            f"{type(tokenizer).__name__} is not backed by the `tokenizers` library, so the bytes of its tokens "
-            f"cannot be "
-            "read. Load it with AutoTokenizer (use_fast=True), or convert it to a tokenizer.json."
+            f"{type(tokenizer).__name__} is not backed by the `tokenizers` library, so the bytes of its tokens cannot "
+            "be read. Give its name or folder, of which diglot.vocabulary.load_tokenizer makes one that is where it "
+            "can, or convert it to a tokenizer.json."
         )
     special_ids = set(tokenizer.all_special_ids)
     tokens = backend.get_added_tokens_decoder()

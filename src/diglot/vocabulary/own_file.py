@@ -63,7 +63,8 @@ def describe_difference(difference: Difference, name: str) -> str:
         f"{list(difference.file_ids)} by the file and {list(difference.loaded_ids)} as loaded. Transformers rebuilt it "
         "for the tokenizer_class that tokenizer_config.json declares, or it was changed after loading. If the model "
         'was trained with the file, write "tokenizer_class": "TokenizersBackend" there, or pass '
-        "PreTrainedTokenizerFast.from_pretrained(...), which reads the file as it is."
+        "PreTrainedTokenizerFast.from_pretrained(...), which reads the file as it is. In a run the same is "
+        "tokenizer_kwargs (teacher_tokenizer_kwargs): {tokenizer_class: TokenizersBackend}."
     )
 
 

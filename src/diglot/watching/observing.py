@@ -144,6 +144,7 @@ class Observer:
         }
         if reference is not None:
             numbers["fixed/bits_per_byte"] = reference.bits_per_byte
+            numbers["fixed/bits_per_byte_error"] = reference.bits_per_byte_error
         append(self._folder / METRICS, {"step": step, "phase": phase, **numbers})
         self._write(self._rollouts(batch, facts)[: args.log_rollouts], phase, step)
 

@@ -13,27 +13,9 @@ from transformers.trainer_callback import ProgressCallback
 from diglot.report import Advice, advise
 from diglot.report.advice import selection
 from diglot.report.records import METRICS, ROLLOUTS, append, keep
+from diglot.watching.shown import numbers_that_matter
 
 logger = logging.getLogger(__name__)
-
-# What the progress bar shows, in this order: name of the metric, name on the screen, format.
-SHOWN = (
-    ("loss", "loss", "{:.4g}"),
-    ("rollouts/kl_nats_per_byte", "nats/byte", "{:.3f}"),
-    ("eval_reverse_kl_nats_per_byte", "eval nats/byte", "{:.3f}"),
-    ("eval_bits_per_byte", "bits/byte", "{:.3f}"),
-    ("align/coverage", "coverage", "{:.1%}"),
-    ("completions/mean_length", "length", "{:.0f}"),
-    ("completions/clipped_ratio", "cut", "{:.0%}"),
-    ("rollouts/stop_agreement", "stop", "{:.2f}"),
-    ("grad_norm", "grad", "{:.3g}"),
-    ("learning_rate", "lr", "{:.2g}"),
-)
-
-
-def numbers_that_matter(logs: Mapping[str, Any]) -> dict[str, str]:
-    """Name on the screen -> value, of those in `logs`."""
-    return {shown: form.format(float(logs[name])) for name, shown, form in SHOWN if name in logs}
 
 
 class RecordCallback(TrainerCallback):
@@ -107,8 +89,13 @@ class NumbersProgress(ProgressCallback):
 
 
 def with_numbers(trainer: Any) -> None:
-    """Put `NumbersProgress` in the place of the Trainer's own bar, where there is one; notebooks keep theirs."""
-    own = [one for one in trainer.callback_handler.callbacks if type(one) is ProgressCallback]
-    for one in own:
-        trainer.remove_callback(one)
-        trainer.add_callback(NumbersProgress())
+    """Put a bar with the numbers that matter in the place of the Trainer's own, in terminals and in notebooks."""
+    for one in list(trainer.callback_handler.callbacks):
+        if type(one) is ProgressCallback:
+            trainer.remove_callback(one)
+            trainer.add_callback(NumbersProgress())
+        elif type(one).__name__ == "NotebookProgressCallback":
+            from diglot.watching.notebook import NotebookNumbers
+
+            trainer.remove_callback(one)
+            trainer.add_callback(NotebookNumbers())

@@ -1,0 +1,71 @@
+"""A tokenizer by name, loaded so that the bytes of its tokens can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from diglot.errors import ConfigError
+from diglot.vocabulary.kinds import byte_alphabet
+
+_TEXTS = ("def f(n): return 12", "na\u00efve \u6570\u5b66 \U0001f642", "\t  a\r\nb ")
+
+
+def load_tokenizer(place: str, arguments: Mapping[str, Any] | None = None, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model id or folder.
+
+    Where the library picks one that is not backed by `tokenizers` (Mistral's own beside vLLM, a Python class), and the
+    place has what one that is can be made of, it is that.
+
+    Args:
+        arguments: for `from_pretrained`. `tokenizer_class` among them names a class of transformers: with
+            "TokenizersBackend" tokenizer.json is read as it is, whatever tokenizer_config.json declares.
+        options: the same, which `arguments` override.
+
+    Raises:
+        ConfigError: there is no such class.
+    """
+    chosen = {**options, **(arguments or {})}
+    loader: Any = AutoTokenizer
+    if (name := chosen.pop("tokenizer_class", None)) is not None:
+        loader = getattr(transformers, str(name), None)
+        if not hasattr(loader, "from_pretrained"):
+            raise ConfigError(f"tokenizer_class={name!r}: transformers has no such class of tokenizers.")
+    tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(place, **chosen)
+    if name is None and not hasattr(tokenizer, "backend_tokenizer"):
+        if (of_bytes := of_single_bytes(tokenizer)) is not None:
+            return of_bytes
+        with suppress(Exception):  # whatever the library raises where there is nothing to make it of
+            return PreTrainedTokenizerFast.from_pretrained(place, **chosen)
+    return tokenizer
+
+
+def of_single_bytes(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast | None:
+    """The same on the `tokenizers` library, of one whose text tokens are the 256 bytes (ByT5's), else None."""
+    ids: list[Any] = [tokenizer.convert_tokens_to_ids(chr(byte)) for byte in range(256)]
+    if len(set(ids)) < 256 or not all(
+        tokenizer.encode(text, add_special_tokens=False) == [ids[byte] for byte in text.encode()] for text in _TEXTS
+    ):
+        return None
+    named = sorted(tokenizer.added_tokens_decoder.items())
+    pieces = {character: ids[byte] for character, byte in byte_alphabet().items()}
+    backend = Tokenizer(models.BPE({**pieces, **{str(token): i for i, token in named}}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([token for _, token in named])
+    added = tokenizer.build_inputs_with_special_tokens([])
+    if added:
+        ends = [(tokenizer.convert_ids_to_tokens(i), i) for i in added]
+        backend.post_processor = processors.TemplateProcessing(
+            single=["$A", *(token for token, _ in ends)], special_tokens=ends
+        )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=tokenizer.model_max_length, **tokenizer.special_tokens_map
+    )
+    made.chat_template = getattr(tokenizer, "chat_template", None)
+    return made
