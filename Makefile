@@ -11,12 +11,13 @@ WORKERS ?= 2
 BIN := .venv/bin
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install test test-real test-server nightly audit check lint docs demo bench smoke dist release-check clean
+.PHONY: help install test test-real test-server nightly audit check lint docs demo bench bench-gpu smoke dist release-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo [PAIR=base|instruct] [TRAINER=gkd|minillm]   distil one real model into another, results in $(OUT)"
 	@echo "make bench       speed and memory beside TRL and beside the bare models, results in runs/bench"
+	@echo "make bench-gpu   where there is a CUDA device: the loss stage on it, then the tests of one"
 	@echo "make test        fast tests"
 	@echo "make check       ruff, mypy, the tests and the commands of the documentation"
 	@echo "make test-real   tests with the real models and tokenizers; fetches them"
@@ -101,6 +102,11 @@ demo: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python demo/assets.py get smollm2-135m-instruct gemma-3-270m tokenizers texts
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/bench.py
+
+# The benchmark first says whether there is a card; without one nothing else is run.
+bench-gpu: .venv/.installed
+	$(BIN)/python benchmarks/gpu.py
+	$(PYTEST) -m cuda
 
 clean:
 	rm -rf .venv runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

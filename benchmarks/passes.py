@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diglot import GKDTrainer
 from diglot.objectives import OBJECTIVES
 
 SOURCES = str(Path("src") / "diglot") + "/"
@@ -84,12 +85,11 @@ def _line() -> str:
     return "the way back of autograd"
 
 
-def passes(name: str, rows: int) -> tuple[float, int, list[tuple[str, float]]]:
+def passes(trainer: GKDTrainer, name: str) -> tuple[float, int, list[tuple[str, float]]]:
     """Passes per student token, kernels on wide tensors, and the lines that read and write most."""
-    trainer = noisy_pair(rows) if name == "jsd" else demo_trainer("strict", rows)
     batch = prepared_batch(trainer)
     with torch.no_grad():
-        hidden = trainer.hidden_at_rows(trainer.model, batch.student)
+        hidden = trainer.hidden_at_rows(trainer.student, batch.student)
     states, (view,) = batch.views[0].answers.hidden, batch.views  # pulled before anything is counted
     pair, term = view.comparison.pair, term_for(trainer, name)
     assert len(states)
@@ -110,8 +110,9 @@ def main() -> None:
     options = parser.parse_args()
     print(machine())
     found = {}
+    pair = demo_trainer("strict", options.rows) if set(options.only) - {"jsd"} else None
     for name in options.only:
-        total, kernels, lines = passes(name, options.rows)
+        total, kernels, lines = passes(noisy_pair(options.rows) if name == "jsd" or pair is None else pair, name)
         found[name] = {"passes": total, "kernels": kernels}
         print(f"{name:14s} {total:6.1f} passes {kernels:6d} kernels", flush=True)
         for line, size in lines[: options.lines]:

@@ -6,6 +6,7 @@ Not a GPU: see `support.standin`. The tests marked `cuda` run where there is one
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,68 +16,119 @@ from typing import Any
 import pytest
 import support.tokenizers_zoo as zoo
 import torch
+from filelock import FileLock
 from support import tiny
 
 from diglot.objectives import OBJECTIVES
 
 TESTS = Path(__file__).resolve().parents[1]
-OTHERS = [
-    "gkd-data", "gkd-generations", "gkd-observed", "gkd-beside", "gkd-beside-bpm", "gkd-split", "minillm",
-    "minillm-bpm", "minillm-beside", "minillm-same", "evaluate",
+GKD = [
+    "data", "generations", "observed", "tied", "lora", "compiled", "accumulated", "beside", "beside-bpm",
+    "beside-covering", "split", "split-covering", "split-tied", "several",
 ]  # fmt: skip
+OTHERS = [
+    *(f"gkd-{name}" for name in GKD),
+    "minillm", "minillm-beside", "minillm-split", "minillm-same", "minillm-tied", "minillm-several",
+    "evaluate", "evaluate-beside", "evaluate-split", "resume-gkd", "resume-minillm", "resume-tied",
+    "score-logprobs", "score-top_k", "score-bytes",
+]  # fmt: skip
+EVERY = [f"{trainer}-{name}" for trainer in ("gkd", "minillm") for name in OBJECTIVES]
 BUDGET = 5
-"""Waits per micro-batch for the loss, its backward pass aside."""
-MORE = {"gkd-bpm": 10, "gkd-byte": 10, "gkd-escd": 27, "minillm-bpm": 15, "gkd-generations": 80}
-"""Budgets of what does not keep to it yet. They only ever go down."""
+"""Waits per micro-batch for the loss and its backward pass."""
+MORE = {"gkd-accumulated": 2 * (BUDGET + 1) + 2, "gkd-beside": 14}
+"""Of two micro-batches of the data, of which `covering` asks more, and a teacher that is tried once; and of one that
+reads a teacher on the CPU. They only ever go down."""
+TOKENS = 8
+"""Of a completion."""
 
 
 @pytest.fixture(scope="session")
-def done() -> dict[str, dict[str, Any]]:
-    """What each case gave, from one process: the stand-in changes torch for as long as that lives."""
+def done(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, dict[str, Any]]:
+    """What each case gave, from one process: the stand-in changes torch for as long as that lives.
+
+    Where tests run in several processes, the first one that comes here runs it for all.
+    """
+    root = tmp_path_factory.getbasetemp()
+    place = (root if worker_id == "master" else root.parent) / "standin.json"
+    with FileLock(f"{place}.lock"):
+        if not place.exists():
+            place.write_text(json.dumps(_run()))
+    found: dict[str, dict[str, Any]] = json.loads(place.read_text())
+    return found
+
+
+def _run() -> dict[str, dict[str, Any]]:
     path = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "support.standin_run"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
     found = [json.loads(line[5:]) for line in run.stdout.splitlines() if line.startswith("CASE ")]
     assert found, run.stderr[-3000:]
     return {one["case"]: one for one in found}
 
 
-@pytest.mark.parametrize("case", [*(f"gkd-{name}" for name in OBJECTIVES), *OTHERS])
+def test_every_case_is_looked_at(done: dict[str, dict[str, Any]]) -> None:
+    assert set(done) == {*EVERY, *OTHERS}
+
+
+@pytest.mark.parametrize("case", [*EVERY, *OTHERS])
 def test_every_tensor_is_where_its_operation_is(case: str, done: dict[str, dict[str, Any]]) -> None:
     assert "error" not in done[case], done[case]["error"]
     values = done[case]["values"]
-    assert values and all(0 < value < 100 for value in values)
+    assert values and all(math.isfinite(value) and value != 0 for value in values)
 
 
-@pytest.mark.parametrize(
-    "case", [*(f"gkd-{name}" for name in OBJECTIVES), "gkd-data", "gkd-generations", "minillm", "minillm-bpm"]
-)
+@pytest.mark.parametrize("case", [*EVERY, *(c for c in OTHERS if c.startswith(("gkd", "minillm")))])
 def test_the_host_waits_no_more_often_than_allowed(case: str, done: dict[str, dict[str, Any]]) -> None:
-    assert done[case]["waits"]["loss"] <= MORE.get(case, BUDGET), done[case]["tables"]["loss"]
+    waits = {phase: done[case]["waits"][phase] for phase in ("loss", "backward")}
+    assert sum(waits.values()) <= MORE.get(case, BUDGET), [done[case]["tables"][phase] for phase in waits]
 
 
-def test_a_token_costs_few_waits(done: dict[str, dict[str, Any]]) -> None:
-    """Eight tokens a completion: whether all rows have ended, and a draw for each."""
-    assert done["gkd-strict"]["waits"]["generation"] <= 26
+@pytest.mark.parametrize("case", [c for c in EVERY if c.startswith("gkd")])
+def test_a_token_costs_one_wait(case: str, done: dict[str, dict[str, Any]]) -> None:
+    """Whether all rows have ended. What is drawn is drawn on the device."""
+    waits = done[case]["waits"]["generation"]
+    assert TOKENS <= waits <= TOKENS + 8, done[case]["tables"]["generation"]
+
+
+def test_texts_of_the_data_cost_no_generation(done: dict[str, dict[str, Any]]) -> None:
     assert done["gkd-data"]["waits"]["generation"] == 0
 
 
-@pytest.mark.parametrize("case", ["gkd-jsd", "gkd-strict", "gkd-data"])
-def test_the_loss_of_the_usual_objectives_waits_for_nothing(case: str, done: dict[str, dict[str, Any]]) -> None:
-    assert done[case]["waits"]["loss"] == 0, done[case]["tables"]["loss"]
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("covering", "byte", "alm")])
+def test_the_loss_of_most_objectives_waits_for_nothing(name: str, done: dict[str, dict[str, Any]]) -> None:
+    assert done[f"gkd-{name}"]["waits"]["loss"] == 0, done[f"gkd-{name}"]["tables"]["loss"]
 
 
-@pytest.mark.parametrize("case", ["gkd-strict", "minillm"])
-def test_a_window_is_prepared_with_few_waits(case: str, done: dict[str, dict[str, Any]]) -> None:
-    """The alignment of the texts is still copied array by array."""
-    assert done[case]["waits"]["window"] <= 19
+@pytest.mark.parametrize("case", [f"gkd-{name}" for name in OBJECTIVES])
+def test_a_window_goes_to_the_device_without_a_wait(case: str, done: dict[str, dict[str, Any]]) -> None:
+    assert done[case]["waits"]["window"] == 0, done[case]["tables"]["window"]
+
+
+def test_rewards_of_a_window_cost_few_waits(done: dict[str, dict[str, Any]]) -> None:
+    assert done["minillm"]["waits"]["window"] <= 2, done["minillm"]["tables"]["window"]
 
 
 def test_a_teacher_on_another_device_changes_nothing(done: dict[str, dict[str, Any]]) -> None:
-    for here, beside in (("gkd-dskd", "gkd-beside"), ("gkd-bpm", "gkd-beside-bpm"), ("gkd-strict", "gkd-split")):
-        assert done[beside]["values"] == done[here]["values"]
+    pairs = [
+        ("gkd-dskd", "gkd-beside"), ("gkd-bpm", "gkd-beside-bpm"), ("gkd-covering", "gkd-beside-covering"),
+        ("gkd-strict", "gkd-split"), ("gkd-covering", "gkd-split-covering"), ("gkd-tied", "gkd-split-tied"),
+        ("minillm", "minillm-split"), ("evaluate", "evaluate-beside"), ("evaluate", "evaluate-split"),
+    ]  # fmt: skip
+    for here, beside in pairs:
+        assert done[beside]["values"] == done[here]["values"], (here, beside)
     assert done["minillm-beside"]["values"][0] == done["minillm"]["values"][0]
+
+
+@pytest.mark.parametrize("case", ["resume-gkd", "resume-minillm", "resume-tied"])
+def test_resume_on_the_device_is_exact(case: str, done: dict[str, dict[str, Any]]) -> None:
+    """The case itself compares the weights of both runs."""
+    whole, again = done[case]["values"][:2], done[case]["values"][2:]
+    assert again == whole
+
+
+def test_a_compiled_student_has_the_losses_of_a_plain_one(done: dict[str, dict[str, Any]]) -> None:
+    assert done["gkd-compiled"]["values"] == pytest.approx(done["gkd-data"]["values"], rel=1e-5)
 
 
 def test_the_device_gives_the_losses_of_the_cpu(tmp_path: Path, done: dict[str, dict[str, Any]]) -> None:

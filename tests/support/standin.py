@@ -100,6 +100,10 @@ class DeviceTensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A file holds it as a tensor of the CPU, and what reads it puts it where it belongs."""
+        return self.inner.__reduce_ex__(protocol)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
             copied = DeviceTensor(self.inner.clone(), self.device.index)
@@ -233,7 +237,7 @@ def install() -> None:
     rest.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # type: ignore[attr-defined]
 
     from accelerate.state import PartialState
-    from transformers import TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
     PartialState.default_device = property(lambda self: torch.device(NAME, 0))
     plain = TrainingArguments._setup_devices.func
@@ -246,3 +250,12 @@ def install() -> None:
     chosen: Any = cached_property(setup)
     chosen.__set_name__(TrainingArguments, "_setup_devices")
     TrainingArguments._setup_devices = chosen
+    plain_save = PreTrainedModel.save_pretrained
+
+    def save(self: Any, folder: Any, *positional: Any, state_dict: Any = None, **keywords: Any) -> Any:
+        # safetensors reads memory by its address, which a tensor that stands in for another has not.
+        weights = self.state_dict() if state_dict is None else state_dict
+        held = {name: x.inner if isinstance(x, DeviceTensor) else x for name, x in weights.items()}
+        return plain_save(self, folder, *positional, state_dict=held, **keywords)
+
+    PreTrainedModel.save_pretrained = save  # type: ignore[method-assign]

@@ -139,9 +139,8 @@ class Rows:
     def to(self, device: torch.device | str) -> Rows:
         """The same with its tensors on `device`."""
         s, t, *given = sent_together([self.student, self.teacher, *self.given.values()], device)
-        return replace(
-            self, student=s, teacher=t, given=dict(zip(self.given, given, strict=True)), planned=self.on_host
-        )
+        named = dict(zip(self.given, given, strict=True))
+        return replace(self, student=s, teacher=t, given=named, planned=self.on_host)
 
 
 class Plan(Protocol):
@@ -306,12 +305,9 @@ class Objective(ABC):
     name: ClassVar[str]
     needs: Level = Level.HIDDEN
     """The least that the teacher must give."""
-    top: int = 0
-    """How many of the teacher's likeliest ids of a row it reads."""
-    at_temperature: bool = True
-    """Does `kd_temperature` act on what it compares?"""
-    depends_on_split: ClassVar[bool] = False
-    """Does the loss depend on which samples share a micro-batch?"""
+    top: int = 0  # how many of the teacher's likeliest ids of a row it reads
+    at_temperature: bool = True  # does `kd_temperature` act on what it compares?
+    depends_on_split: ClassVar[bool] = False  # does the loss depend on which samples share a micro-batch?
 
     @property
     def reads_references(self) -> bool:

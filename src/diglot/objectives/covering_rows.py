@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -104,8 +103,10 @@ def read_rows(
         numbers["top"].append(best.values)
         top_ids.append(best.indices)
     ranges.look_through()
-    number = _to_host({**numbers, "total": ranges.totals, "leaf": ranges.values}, np.float64)
-    whole = _to_host({"top_ids": top_ids, "leaf_at": ranges.places, "leaf_id": ranges.ids}, np.int64)
+    number, whole = _to_host(
+        {**numbers, "total": ranges.totals, "leaf": ranges.values},
+        {"top_ids": top_ids, "leaf_at": ranges.places, "leaf_id": ranges.ids},
+    )
     single, total = np.zeros(len(row)), np.full(len(pair_row), -np.inf)
     single[order], total[by_row] = number["single"], number["total"]
     count = len(number["stop"])
@@ -173,9 +174,14 @@ class _Ranges:
         self._looked, self._size, self._waiting = self._looked + self._size, 0, []
 
 
-def _to_host(parts: dict[str, list[Tensor]], kind: type[np.generic]) -> dict[str, NDArray[Any]]:
-    """The tensors of each name one behind the other, flat, in one copy for all."""
-    flat = [part.flatten() for of_name in parts.values() for part in of_name]
-    whole = torch.cat([x.double() if kind is np.float64 else x for x in flat]).cpu().numpy()
-    sizes = [sum(part.numel() for part in of_name) for of_name in parts.values()]
-    return dict(zip(parts, np.split(whole, np.cumsum(sizes)[:-1]), strict=True))
+def _to_host(
+    numbers: dict[str, list[Tensor]], whole: dict[str, list[Tensor]]
+) -> tuple[dict[str, Floats], dict[str, Ints]]:
+    """The tensors of each name one behind the other, flat: numbers and whole numbers, in one copy for all."""
+    flat = [part.flatten().double() for of_name in numbers.values() for part in of_name]
+    bits = [part.flatten().view(torch.float64) for of_name in whole.values() for part in of_name]  # int64 as it is
+    host = torch.cat([*flat, *bits]).cpu().numpy()
+    sizes = [sum(part.numel() for part in of_name) for of_name in (*numbers.values(), *whole.values())]
+    parts = np.split(host, np.cumsum(sizes)[:-1])
+    whole_parts = [part.view(np.int64) for part in parts[len(numbers) :]]
+    return dict(zip(numbers, parts, strict=False)), dict(zip(whole, whole_parts, strict=True))

@@ -1,0 +1,37 @@
+"""The benchmark of a card runs, without one too, and says so where one is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gpu
+import pytest
+import torch
+
+SMALL = ["--rows", "40", "--hidden", "8", "--vocabularies", "300", "320", "--repeats", "1"]
+
+
+def test_it_measures_both_comparisons_and_keeps_what_was_run(tmp_path: Path) -> None:
+    assert gpu.main(["--device", "cpu", *SMALL, "--out", str(tmp_path / "deep" / "gpu.json")]) == 0
+    found = json.loads((tmp_path / "deep" / "gpu.json").read_text())
+    assert found["card"] == "CPU" and found["rows"] == 40 and "--vocabularies" in found["command"]
+    for name in ("jsd", "cells"):
+        assert 0 < found[name]["share"] < 1 and found[name]["seconds"] > 0
+
+
+def test_its_stage_gives_both_gradients() -> None:
+    stage = gpu.Stage("cpu", 12, 8, (300, 320))
+    found = []
+    stage.hidden_s.register_hook(lambda g: found.append(g.clone()))
+    stage.weights[0].weight.register_hook(lambda g: found.append(g.clone()))
+    for compare in (stage.jsd, stage.cells):
+        found.clear()
+        stage.run(compare)
+        assert len(found) == 2 and all(g.isfinite().all() and g.abs().sum() > 0 for g in found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_it_says_so(capsys: pytest.CaptureFixture) -> None:
+    assert gpu.main([]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
