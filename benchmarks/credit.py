@@ -91,7 +91,14 @@ def steps() -> None:
             print(f"| {name} | {form} | {bias:.1e} | {deviation / size:.2f} |", flush=True)
 
 
-def lengths(sizes: list[int], count: int = 192) -> None:
+REPLIES = (2, 4, 8, 192)  # to one prompt, of which the others' mean is subtracted
+
+
+def _less(replies: int) -> str:
+    return f"whole, less the mean of {replies - 1} others"
+
+
+def lengths(sizes: list[int], count: int = REPLIES[-1]) -> None:
     """Texts of a fixed number of tokens, stop left out; the mean is known from samples only, so noise is taken off."""
     print("| pair | tokens | credit | bias | deviation |\n| --- | ---: | --- | ---: | ---: |")
     for s, t in ((letters(), bpe_b()), (bpe_a(), bpe_b()), (bpe_a(), unigram())):
@@ -117,19 +124,23 @@ def lengths(sizes: list[int], count: int = 192) -> None:
                     per_text.append((hidden, rows))
             hidden, rows = per_text[0]
             whose = torch.div(batch.student.rows, batch.student.input_ids.shape[1], rounding_mode="floor")
-            place = torch.arange(len(whose)) - torch.searchsorted(whose, whose)
             score = torch.nn.functional.one_hot(batch.student.targets, rows.shape[1]).double() - rows.exp()
             found = {}
-            for credit in ("variance_reduced", "whole"):
-                options: Any = dict(gamma=1.0, length_normalization=False, reward_clip=1e9, credit=credit)
-                advantage = span_advantages(logp[0], logp[1], batch.alignment, **options)
-                totals = torch.zeros(size).double().index_add(0, place, advantage)
-                others = (totals[place] - advantage) / (count - 1)  # the mean of all other texts at this place
-                for name, value in ((credit, advantage), (f"{credit}, less the others' mean", advantage - others)):
-                    of_text = torch.zeros(count, rows.shape[1], hidden.shape[1]).double()
-                    of_text.index_add_(0, whose, -(value[:, None] * score)[:, :, None] * hidden[:, None, :])
-                    found[name] = of_text.flatten(1)
-            base = found["whole, less the others' mean"]
+            options: Any = dict(gamma=1.0, length_normalization=False, reward_clip=1e9)
+            values = {
+                credit: span_advantages(logp[0], logp[1], batch.alignment, credit=credit, **options)
+                for credit in ("variance_reduced", "whole")
+            }
+            for replies in REPLIES:
+                prompt = torch.arange(count) // replies
+                values[_less(replies)] = span_advantages(
+                    logp[0], logp[1], batch.alignment, credit="whole", prompt=prompt, **options
+                )
+            for name, value in values.items():
+                of_text = torch.zeros(count, rows.shape[1], hidden.shape[1]).double()
+                of_text.index_add_(0, whose, -(value[:, None] * score)[:, :, None] * hidden[:, None, :])
+                found[name] = of_text.flatten(1)
+            base = found[_less(count)]
             true = _squared_mean(base).clamp(min=0).sqrt()
             for name, gradients in found.items():
                 bias = _squared_mean(gradients - base).clamp(min=0).sqrt() / true

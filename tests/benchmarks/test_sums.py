@@ -11,7 +11,7 @@ import sums
 import torch
 from arms import Arm, Cells
 from sums import Numbers
-from tasks import Sums
+from tasks import TASKS, Sums, Task, cut_unlike, made_tokenizer, real_tokenizer, texts_of
 
 TASK = Sums((68, 72), (30, 33))
 
@@ -134,3 +134,29 @@ def test_cells_are_run_with_both_policies_and_the_control_with_the_students_toke
     shown = sums.show(results)
     assert "numbers, finer, `strict`, off-policy" in shown and "before, equal tokenizers" in shown
     assert sums.measure(bench, arms[:1], ["on"], [0], Cells(tmp_path, "code"), **run) == results[:1]
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_every_task_has_right_and_wrong_sentences_and_holds_pairs_out(task: Task) -> None:
+    train, held = (task.rows(0, 400, part) for part in ("train", "held"))
+    assert not {text for _, text in train} & {text for _, text in held}
+    right = dict(task.rows(1, 400, "all"))
+    wrong = [text != right[prompt] for prompt, text in task.rows(2, 400, "all", right=False) if prompt in right]
+    assert 0.5 < sum(wrong) / len(wrong) < 1
+
+
+def test_a_tokenizer_without_what_no_text_can_contain_cuts_as_the_whole_one(tmp_path: Path) -> None:
+    whole = made_tokenizer(TASK, whole=True)
+    whole.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    small = Sums((68, 69), (30, 31), things=("books",))
+    made = real_tokenizer(small, tmp_path)
+    assert len(made) < len(whole) and made.decode([sums.STOP]) == "<stop>"
+    for text in texts_of(small, 20):
+        assert made.tokenize(text) == whole.tokenize(text)
+    assert made.decode(sums.ids_of(made, "anything else, ß")) == "anything else, ß"
+
+
+def test_the_share_of_bytes_that_are_cut_unlike_is_counted_in_bytes() -> None:
+    pair = [made_tokenizer(TASK, whole) for whole in (False, True)]
+    assert cut_unlike(pair, ["70 plus 102"]) == 5 / 11
+    assert cut_unlike(pair[:1] * 2, ["70 plus 102"]) == 0.0

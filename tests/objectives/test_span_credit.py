@@ -305,3 +305,63 @@ def test_whole_credit_is_the_text_s_ratio_without_what_the_student_wrote_before(
 def test_whole_credit_cannot_be_discounted() -> None:
     with pytest.raises(ConfigError, match=r"gamma=0\.9 would discount"):
         make_objective("span", PAIR, credit="whole", gamma=0.9)
+
+
+# ---- several replies to one prompt ----------------------------------------------------------------------------------
+
+
+def by_hand(whole: list[list[float]], ends: list[float], prompts: list[int]) -> list[list[float]]:
+    """Each token's worth less the mean of the other replies' at its place; behind its end a reply keeps its last."""
+    found = []
+    for i, row in enumerate(whole):
+        others = [j for j, prompt in enumerate(prompts) if prompt == prompts[i] and j != i]
+        at = [[whole[j][k] if k < len(whole[j]) else ends[j] for j in others] for k in range(len(row))]
+        found.append([own - sum(rest) / max(len(rest), 1) for own, rest in zip(row, at, strict=True)])
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_other_replies_to_the_prompt_are_the_baseline_of_whole_credit(seed: int) -> None:
+    alignment = random_alignment(seed)
+    path, segments = random_path(alignment, seed), alignment.num_segments
+    prompts = [k % 2 for k in range(segments)]
+    chunk = alignment.chunk_s.clamp(min=0)
+    of, scored = (
+        alignment.chunk_segment[chunk].tolist(),
+        ((alignment.chunk_s >= 0) & alignment.chunk_exact[chunk]).tolist(),
+    )
+    whole = advantage(path, alignment, credit="whole").tolist()
+    tokens = [[i for i, s in enumerate(of) if s == k and scored[i]] for k in range(segments)]
+    exact_t = alignment.chunk_exact[alignment.chunk_t.clamp(min=0)] & (alignment.chunk_t >= 0)
+    of_t = alignment.chunk_segment[alignment.chunk_t.clamp(min=0)]
+    ends = [float(path.logp_t[exact_t & (of_t == k)].sum()) for k in range(segments)]
+    expected = by_hand([[whole[i] for i in one] for one in tokens], ends, prompts)
+    given = replace(path, prompt=torch.tensor(prompts))
+    for options in ({"credit": "whole"}, {}):
+        got = advantage(given, alignment, **options)
+        for k, one in enumerate(tokens):
+            if prompts.count(prompts[k]) > 1 or options:
+                assert got[one].tolist() == pytest.approx(expected[k], abs=1e-9)
+    assert torch.equal(advantage(replace(path, prompt=torch.arange(segments)), alignment), advantage(path, alignment))
+
+
+def test_what_a_reply_is_measured_against_does_not_depend_on_the_reply() -> None:
+    """Else a token would be credited with what it changes in its own baseline, which is a bias."""
+    alignment = random_alignment(1)
+    path = replace(random_path(alignment, 1), prompt=torch.zeros(alignment.num_segments, dtype=torch.int64))
+    mine = alignment.chunk_segment[alignment.chunk_s.clamp(min=0)] == 0
+    changed = replace(path, logp_s=torch.where(mine, path.logp_s - 1.0, path.logp_s))
+    alone = [replace(one, prompt=None) for one in (path, changed)]
+    baselines = [
+        advantage(plain, alignment, credit="whole") - advantage(given, alignment, credit="whole")
+        for plain, given in zip(alone, (path, changed), strict=True)
+    ]
+    torch.testing.assert_close(baselines[0][mine], baselines[1][mine])
+    assert not torch.allclose(baselines[0][~mine], baselines[1][~mine])
+
+
+def test_discounted_returns_keep_the_credit_of_chunks() -> None:
+    alignment = random_alignment(2)
+    path = random_path(alignment, 2)
+    given = replace(path, prompt=torch.zeros(alignment.num_segments, dtype=torch.int64))
+    assert torch.equal(advantage(given, alignment, gamma=0.9), advantage(path, alignment, gamma=0.9))

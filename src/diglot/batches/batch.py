@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,17 @@ class AlignedBatch:
     stats: dict[str, float]  # sums and counts for the log
     on_policy: bool
     noncanonical: Tensor  # bool [N_s] student tokens that its own tokenizer would have cut otherwise
+
+    @cached_property
+    def prompts(self) -> Tensor | None:
+        """Which prompt each segment answers, int64 [num_segments]; None where no prompt has several replies."""
+        numbers: dict[bytes, int] = {}
+        found: list[int] = []
+        for pair in self.pairs:
+            key = pair.student.ids[pair.student.roles == Role.PROMPT].tobytes()
+            segments = max(len(pair.student.segment_bytes), len(pair.teacher.segment_bytes))
+            found += [numbers.setdefault(key, len(numbers))] * segments
+        return torch.tensor(found, dtype=torch.int64) if len(numbers) < len(found) else None
 
     def to(self, device: torch.device) -> AlignedBatch:
         """The same with inputs and alignment on `device`, in one copy."""

@@ -99,6 +99,8 @@ class ModelScores:
     @property
     def text(self) -> Path:
         path = Path(self.student_text(1.0), self.teacher_text(1.0), noncanonical=self.read.noncanonical)
+        if self.on_policy and self.read.prompts is not None:
+            path = replace(path, prompt=sent(self.read.prompts, self.device))
         if self.rollout is not None:
             old = self.rollout.logp_old if self.temperature == 1 else None
             path = replace(path, logp_old=old, weight=self.rollout.weight)

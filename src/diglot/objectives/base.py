@@ -109,6 +109,7 @@ class Path:
     boundary_t: Tensor | None = None  # [N_t]
     logp_reference_s: Tensor | None = None  # [N_s] of the student before training, constants
     logp_reference_t: Tensor | None = None  # [N_t] of a reference teacher, constants
+    prompt: Tensor | None = None  # int64 [segments] which prompt a segment answers, of the student's own samples
 
     def to(self, device: torch.device | str) -> Path:
         """The same with its tensors on `device`."""

@@ -45,6 +45,7 @@ def span_advantages(
     reward_clip: float = 100.0,
     explained: Tensor | None = None,
     credit: str = "variance_reduced",
+    prompt: Tensor | None = None,
     shares: Tensor | None = None,
     bonus: Tensor | None = None,
     usable: Tensor | None = None,
@@ -62,9 +63,12 @@ def span_advantages(
             do not decide where chunks end; where they do, and for gamma below 1, only nearly.
             "whole": the rewards of the whole segment, but for the student's log-probs of the tokens before. Its
             expected gradient is always that of the reverse KL, at more variance; needs gamma 1, and no chunk is
-            clipped. "uniform": `A_k / |S_k|`. Adds up to `A_k` over the chunk, and weighs long chunks down: biased.
+            clipped. With `prompt` less the mean of what the other replies to its prompt were worth at the same place,
+            or at their end if they ended before: none of them knows this token, so nothing is biased, and most of the
+            variance goes. "uniform": `A_k / |S_k|`. Adds up to `A_k` over the chunk, weighs long chunks down: biased.
             "proportional": `A_k log p_i / l^S_k`, which is `(l^T_k / l^S_k - 1) log p_i` (DPCA). Adds up to `A_k`; goes
             to tokens that the student found surprising, and is large where `l^S_k` is near 0: biased.
+        prompt: which prompt each segment answers, int64 [segments], where they are the student's own samples.
         shares: log-probs [N_s] by which "proportional" divides, where `logp_s` are not plain log-probs.
         bonus: added to each chunk's reward, [C].
         usable: which chunks are rewarded, bool [C]; the exact ones if not given.
@@ -95,7 +99,7 @@ def span_advantages(
         explained = explained.to(ratio)
         own = _unexplained(ratio, explained, alignment, usable, reward_clip)
     elif credit == "whole":
-        own = _whole(gain, logp_s, alignment, usable, scored)
+        own = _whole(gain, logp_s, alignment, usable, scored, prompt)
         future = torch.zeros_like(future)
     elif credit == "variance_reduced":
         own = gain[chunk] - suffix_in_chunk(logp_s, chunk_s, alignment.num_chunks)
@@ -126,7 +130,9 @@ def _unexplained(ratio: Tensor, explained: Tensor, alignment: Alignment, usable:
     return so_far[chunk] + later
 
 
-def _whole(gain: Tensor, logp_s: Tensor, alignment: Alignment, usable: Tensor, scored: Tensor) -> Tensor:
+def _whole(
+    gain: Tensor, logp_s: Tensor, alignment: Alignment, usable: Tensor, scored: Tensor, prompt: Tensor | None
+) -> Tensor:
     """The teacher's log-prob of each token's segment minus the student's of the token and all after it, [N_s]."""
     segment = alignment.chunk_segment
     of_teacher = gain.new_zeros(alignment.num_segments).index_add(0, segment[usable], gain[usable])
@@ -135,7 +141,30 @@ def _whole(gain: Tensor, logp_s: Tensor, alignment: Alignment, usable: Tensor, s
     totals = kept.new_zeros(alignment.num_segments).index_add(0, token_segment, kept)
     # Tokens are in order of segment, so what lies before a segment is the sum of the segments before.
     before = kept.cumsum(0) - kept - (totals.cumsum(0) - totals)[token_segment]
-    return of_teacher[token_segment] - (totals[token_segment] - before).to(logp_s.dtype)
+    whole = of_teacher[token_segment] - (totals[token_segment] - before).to(logp_s.dtype)
+    if prompt is None:
+        return whole
+    others = _of_others(whole[scored], of_teacher, token_segment[scored], prompt)
+    return whole.index_put((scored.nonzero()[:, 0],), -others, accumulate=True)
+
+
+def _of_others(whole: Tensor, at_end: Tensor, segment: Tensor, prompt: Tensor) -> Tensor:
+    """For each token the mean of `whole` at its place in the other segments with its prompt, 0 without others, [N_s].
+
+    Behind its last token a segment is worth `at_end`, [segments].
+    """
+    sizes = torch.bincount(segment, minlength=len(at_end))
+    place = torch.arange(len(segment), device=segment.device) - (sizes.cumsum(0) - sizes)[segment]
+    worth = at_end.double()[:, None].repeat(1, int(sizes.max()))
+    worth[segment, place] = whole.double()
+    sums = torch.zeros_like(worth).index_add(0, prompt, worth)[prompt]
+    others = replies(prompt)[:, None] - 1
+    return ((sums - worth) / others.clamp(min=1) * (others > 0))[segment, place].to(whole.dtype)
+
+
+def replies(prompt: Tensor) -> Tensor:
+    """How many segments have the prompt of each, [segments]."""
+    return torch.bincount(prompt)[prompt]
 
 
 def _share(credit: str, logp: Tensor, alignment: Alignment) -> Tensor:

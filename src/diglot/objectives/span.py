@@ -6,6 +6,8 @@ tokenizers have a boundary. With equal vocabularies a chunk is a token and every
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from diglot.objectives.chunks import (
     suffix_in_chunk,
     usable_chunks,
 )
-from diglot.objectives.credit import CREDITS, discounted_returns, remaining_chunks, span_advantages
+from diglot.objectives.credit import CREDITS, discounted_returns, remaining_chunks, replies, span_advantages
 from diglot.objectives.levels import Level
 
 __all__ = [
@@ -65,7 +67,9 @@ class Span(PathObjective):
     (canonical-path bias); gamma below 1, clipping, and the other forms of credit (`span_advantages`).
 
     Args:
-        credit: how a chunk's reward is shared among its tokens, see `span_advantages`.
+        credit: how a chunk's reward is shared among its tokens, see `span_advantages`. By default "whole" for texts
+            of which there are several for a prompt (`num_generations`), whose mean is its baseline, if gamma is 1;
+            else "variance_reduced".
         reference_alpha: if given, rewards are `(l^T - l^R) - alpha (l^S - l^ref)`: what the teacher learnt over its
             reference R against what the student learnt over itself before training (CompassOPD, arXiv 2609.10154).
             Its fixed point is the student's start times the teacher's ratio to the power `1 / alpha`, not the teacher.
@@ -83,11 +87,12 @@ class Span(PathObjective):
         length_normalization: bool = False,
         reward_clip: float = 100.0,
         epsilon: float = 0.2,
-        credit: str = "variance_reduced",
+        credit: str | None = None,
         reference_alpha: float | None = None,
         noncanonical: str = "none",
     ) -> None:
-        check_choice("credit", credit, CREDITS)
+        if credit is not None:
+            check_choice("credit", credit, CREDITS)
         check_choice("noncanonical", noncanonical, NONCANONICAL)
         if credit == "whole" and gamma != 1:
             raise ConfigError(
@@ -116,18 +121,20 @@ class Span(PathObjective):
     def __call__(self, path: Path, alignment: Alignment) -> tuple[Values, Tensor]:
         old = path.logp_s.detach() if path.logp_old is None else path.logp_old
         scored_s, scored_t = self._compared(old, path)
-        advantage = span_advantages(
-            scored_s,
-            scored_t,
-            alignment,
+        shared: dict[str, Any] = dict(
             gamma=self.gamma,
             length_normalization=self.length_normalization,
             reward_clip=self.reward_clip,
-            credit=self.credit,
             shares=old,
             bonus=end_gap(*end_masses(path, alignment, self.name)) if self.reads_boundaries else None,
             usable=usable_chunks(path, alignment, self.noncanonical, self.name),
         )
+        credit = self.credit or "variance_reduced"
+        advantage = span_advantages(scored_s, scored_t, alignment, credit=credit, prompt=path.prompt, **shared)
+        if self.credit is None and self.gamma == 1 and path.prompt is not None and alignment.num_chunks:
+            whole = span_advantages(scored_s, scored_t, alignment, credit="whole", prompt=path.prompt, **shared)
+            token_segment = alignment.chunk_segment[alignment.chunk_s.clamp(min=0)]
+            advantage = torch.where(replies(path.prompt)[token_segment] > 1, whole, advantage)
         loss, _ = clipped_policy_gradient(path.logp_s, old, advantage, self.epsilon, path.weight)
         if path.sampler_weight is not None:
             loss = loss * path.sampler_weight
