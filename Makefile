@@ -9,9 +9,11 @@ OUT ?= runs/demo
 WORKERS ?= 2
 
 BIN := .venv/bin
+LOWEST := tests/rendering tests/batches tests/vocabulary tests/checkpoints tests/watching \
+	$(addprefix tests/trainers/test_,gkd.py minillm.py) -m "not nightly"
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install test test-real test-server nightly audit check lint docs demo bench bench-gpu smoke dist release-check clean
+.PHONY: help install test test-real test-server nightly audit check lint docs demo bench bench-gpu smoke lowest dist release-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +28,7 @@ help:
 	@echo "make audit       known faults of the installed packages; needs the network"
 	@echo "make docs        the documentation as a site in build/docs, warnings as errors"
 	@echo "make smoke       the wheel alone in an empty environment: the commands of a first hour, on tiny models"
+	@echo "make lowest      the same, and tests, with the lowest versions that pyproject.toml declares"
 	@echo "make release-check [TAG=v0.1.0]   do version, changelog and citation agree?"
 	@echo "make dist        wheel and source distribution in dist/"
 	@echo "make install     only .venv"
@@ -85,6 +88,18 @@ smoke:
 	build/smoke/env/bin/python -I -m pip wheel --quiet --no-deps --wheel-dir build/smoke .
 	build/smoke/env/bin/python -I -m pip install --quiet build/smoke/*.whl
 	cd build/smoke && env/bin/python -I $(CURDIR)/tests/support/smoke.py
+
+# The same with the lowest versions that are declared, and the tests that touch most of the parents' code: the trainers'
+# hooks, tokenizers, templates. DeepSeek's tokenizer is among the real ones.
+lowest:
+	rm -rf build/lowest build/lib build/bdist.*
+	$(PYTHON) -m venv build/lowest/env
+	build/lowest/env/bin/python tests/support/lowest.py > build/lowest/constraints.txt
+	build/lowest/env/bin/python -I -m pip wheel --quiet --no-deps --wheel-dir build/lowest .
+	build/lowest/env/bin/python -I -m pip install --quiet --constraint build/lowest/constraints.txt build/lowest/*.whl peft hypothesis pytest
+	cd build/lowest && env/bin/python -I $(CURDIR)/tests/support/smoke.py
+	build/lowest/env/bin/python demo/assets.py get tokenizers smollm2-135m-instruct
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false build/lowest/env/bin/python -m pytest -q $(LOWEST)
 
 dist:
 	rm -rf dist build/dist build/lib build/bdist.*

@@ -251,3 +251,12 @@ def test_all_of_several_teachers_compare_the_same_tokens_of_the_student() -> Non
                 assert pair.student.segment.tolist() == pairs[0].student.segment.tolist()
                 assert pair.teacher.segment_bytes == pair.student.segment_bytes
                 assert all_covered(pair, on_policy=pairs[0].student.own_markup > 0)
+
+
+@pytest.mark.parametrize("behind", ["", "\n", " and so on"])
+def test_many_calls_are_read_without_turning_back(behind: str) -> None:
+    """Each further call would double the time of a search that tries every way to cut them."""
+    call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    pair = sampled("thinks", "brackets", "\n".join([call] * 40) + behind + "<|im_end|>")
+    assert pair.student.segment_bytes[:4] == (b"f", b"{}") * 2 and len(pair.student.segment_bytes) == 80
+    assert all_covered(pair, on_policy=True)

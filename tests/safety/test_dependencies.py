@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from support import audit
+from support.lowest import lowest
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = [
@@ -27,6 +28,15 @@ def test_every_direct_dependency_is_pinned() -> None:
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in LINES}
     assert {"transformers", "safetensors", "pytest", "ruff"} <= names
     assert {name.lower() for name in names} - pinned <= {"torch", "setuptools"}
+
+
+def test_the_lowest_declared_versions_are_what_ci_installs() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    constraints = lowest(text)
+    declared = re.findall(r'^    "([\w-]+)>=', text.split("[project.optional-dependencies]")[0], re.M)
+    assert [line.split("==")[0] for line in constraints] == [*declared, "peft"]
+    assert f'"{constraints[0].replace("==", ">=")}"' in text and len(declared) > 5
+    assert "make lowest" in (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
 
 
 CLEAN = {"name": "a", "version": "1", "vulns": []}

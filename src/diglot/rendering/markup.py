@@ -88,7 +88,7 @@ class Markup:
     ) -> None:
         self.template, self.vocabulary, self._encode, self._stops = template, vocabulary, encode, stops
         self._layouts: dict[Shape, tuple[Layout, ...]] = {}
-        self._patterns: dict[tuple[Layout, bool, bool], re.Pattern[bytes]] = {}
+        self._patterns: dict[tuple[Layout, bool], list[re.Pattern[bytes]]] = {}
 
     def layout(self, shape: Shape) -> Layout:
         """What stands around the slots of a reply, as it is written."""
@@ -123,8 +123,9 @@ class Markup:
         for shape in self._candidates(text, opened):
             for layout in self.layouts(shape):
                 for whole in (True, False)[not finished :]:
-                    if found := self._pattern(layout, opened and shape[0] == Role.REASONING, whole).match(text):
-                        return shape, [found.span(k + 1) for k in range(len(shape))]
+                    patterns = self._pieces(layout, opened and shape[0] == Role.REASONING)
+                    if slots := _slots(text, patterns, whole):
+                        return shape, slots
         if opened:
             return (Role.REASONING,), [(0, len(text))]
         return PLAIN, [(0, len(text))]
@@ -155,20 +156,16 @@ class Markup:
     def _marks(self, literal: str) -> bytes:
         return self.marked(self._encode(literal))[0] if literal else b""
 
-    def _pattern(self, layout: Layout, opened: bool, whole: bool) -> re.Pattern[bytes]:
-        """The slots of a layout as groups. Whitespace at the edges of the markup may be missing."""
-        key = (layout, opened, whole)
+    def _pieces(self, layout: Layout, opened: bool) -> list[re.Pattern[bytes]]:
+        """What stands around the slots of a layout, at its end the text's. Whitespace at the edges may be missing."""
+        key = (layout, opened)
         if key not in self._patterns:
             around = [self._marks(text) for text in layout.around]
             if opened:
                 around[0] = b""
-            slots = [b"(.*?)"] * (len(around) - 2) + ([b"(.*?)"] if whole else [b"(.*)"])
-            parts = [self._opening(layout.around[0], around[0])]
-            for slot, after in zip(slots, around[1:], strict=True):
-                parts += [slot, _flexible(after)]
-            if not whole:
-                parts.pop()
-            self._patterns[key] = re.compile(b"\\A" + b"".join(parts) + b"\\Z", re.S)
+            first = self._opening(layout.around[0], around[0])
+            between, last = map(_flexible, around[1:-1]), _flexible(around[-1]) + b"\\Z"
+            self._patterns[key] = [re.compile(one) for one in (first, *between, last)]
         return self._patterns[key]
 
     def _opening(self, literal: str, marks: bytes) -> bytes:
@@ -303,6 +300,27 @@ def _written(shape: Shape, way: Way, opening: str = "", closing: str = "") -> tu
             around.append(call[1])
             after = call[2]
     return (*around, after.rstrip() if shape[-1] == Role.REASONING else after)
+
+
+def _slots(text: bytes, pieces: Sequence[re.Pattern[bytes]], whole: bool) -> list[tuple[int, int]] | None:
+    """The spans between pieces, each of which is taken where it first occurs: a search that never turns back.
+
+    Args:
+        whole: is the last piece there, at the end of the text? If not, it is still to come.
+    """
+    opening = pieces[0].match(text)
+    if opening is None:
+        return None
+    spans, at = [], opening.end()
+    for piece in pieces[1:-1]:
+        if (following := piece.search(text, at)) is None:
+            return None
+        spans.append((at, following.start()))
+        at = following.end()
+    if not whole:
+        return [*spans, (at, len(text))]
+    closing = pieces[-1].search(text, at)
+    return None if closing is None else [*spans, (at, closing.start())]
 
 
 def _flexible(literal: bytes) -> bytes:
