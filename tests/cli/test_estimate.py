@@ -93,7 +93,7 @@ def test_the_estimate_is_what_the_start_of_the_run_says(
     assert at_start is not None and at_start.parts == pytest.approx(before.parts)
     assert before.parts["teacher's weights"] == 2 * models[1].num_parameters()
     line = dict(blocks.start_lines(trainer, blocks.TrainArguments()))["memory"]
-    assert line.startswith(f"up to {before.total / GIB:.2f} GiB: student's weights ")
+    assert line.startswith(f"up to {before.total / GIB:.2f} GiB")
 
 
 def test_weights_gradients_and_moments_by_hand() -> None:

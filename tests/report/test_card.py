@@ -62,6 +62,11 @@ def test_a_model_without_a_name_has_no_base() -> None:
     assert hub_name("gpt2") == "gpt2" and hub_name("a b") is None and hub_name("a/b/c") is None
 
 
+def test_a_bar_in_a_name_of_a_token_does_not_end_the_cell() -> None:
+    text = str(model_card(facts(vocabulary="'<|im_end|>'", options={"lmbda": 1.0})))
+    assert r"| student's tokenizer | '<\|im_end\|>' |" in text and "| `lmbda` | 1.0 |" in text
+
+
 def test_an_adapter_is_loaded_with_peft() -> None:
     text = str(model_card(facts(adapter=True)))
     assert metadata(text)["library_name"] == "peft" and metadata(text)["base_model_relation"] == "adapter"

@@ -70,6 +70,7 @@ def smoke(folder: Path) -> None:
     prompts = folder / "prompts.jsonl"
     rows = [{"prompt": f"Say {word}.", "completion": f" {word}!"} for word in ("hello", "数学", "naïve", "one two")]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    check("together" in diglot("estimate", student, teacher), "diglot estimate adds up memory")
     check("chunks" in diglot("align", student, teacher, TEXT), "diglot align shows a text")
     check(
         "can be trained" in diglot("inspect", student, teacher, "--data", str(prompts)), "diglot inspect has a verdict"

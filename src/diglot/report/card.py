@@ -110,6 +110,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         model_name=facts.model_name,
         student=_link(facts.student, "https://huggingface.co/"),
         teachers=[_link(t.name, "https://huggingface.co/") for t in facts.teachers],
+        cell=lambda text: str(text).replace("|", "\\|"),
         data=", ".join(_link(name, "https://huggingface.co/datasets/") for name in facts.datasets),
         facts=facts,
         objectives=[" + ".join(_term(t, weight) for t, weight in one.objectives.items()) for one in facts.teachers],

@@ -9,6 +9,7 @@ from diglot.report.runs import Run
 
 Z = 1.96  # standard errors of a 95% interval
 _WORST = 3  # places that are named
+_SHOWN = 0.05  # nats that they cost at least: less is shown as 0.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _worst(run: Run) -> str:
         for chunk in record["chunks"]
         if chunk["comparable"] and chunk["logp_s"] is not None and chunk["logp_t"] is not None
     ]
-    lowest = {text: gap for gap, text in sorted(gaps, reverse=True) if gap < 0}  # of one text its lowest stays
+    lowest = {text: gap for gap, text in sorted(gaps, reverse=True) if gap < -_SHOWN}  # of one text its lowest stays
     worst = sorted((gap, text) for text, gap in lowest.items())[:_WORST]
     if not worst:
         return ""
