@@ -14,14 +14,14 @@ from typing import Any
 
 sys.path.append(sys.argv[1])
 
-import support.tokenizers_zoo as zoo  # noqa: E402
-import torch  # noqa: E402
-from support.proxy import MODEL, STUDENT, Conversation, context, expected  # noqa: E402
-from tensordict import TensorDict  # noqa: E402
-from verl.experimental.teacher_loop import teacher_manager  # noqa: E402
-from verl.trainer.distillation import losses  # noqa: E402
+import support.tokenizers_zoo as zoo
+import torch
+from support.proxy import MODEL, STUDENT, Conversation, context, expected
+from tensordict import TensorDict
+from verl.experimental.teacher_loop import teacher_manager
+from verl.trainer.distillation import losses
 
-from diglot.engines.plugins import verl as plugin  # noqa: E402
+from diglot.engines.plugins import verl as plugin
 
 ASK = "Well?"
 
