@@ -24,7 +24,7 @@ help:
 	@echo "make check       ruff, mypy, the tests and the commands of the documentation"
 	@echo "make test-real   tests with the real models and tokenizers; fetches them"
 	@echo "make test-server  tests with a real vLLM server on the CPU; installs it (3.4 GB)"
-	@echo "make nightly     long fuzzing, many kills"
+	@echo "make nightly     long fuzzing, many kills, a minute of load, verl's own code"
 	@echo "make audit       known faults of the installed packages; needs the network"
 	@echo "make docs        the documentation as a site in build/docs, warnings as errors"
 	@echo "make smoke       the wheel alone in an empty environment: the commands of a first hour, on tiny models"
@@ -56,9 +56,17 @@ test-server: .venv/.installed
 	$(BIN)/python demo/vllm_server.py install
 	$(PYTEST) -m server
 
-nightly: .venv/.installed
+nightly: .venv/.installed .venv/verl/.installed
 	$(BIN)/python demo/assets.py get smollm2-135m-instruct tokenizers
 	$(PYTEST) -m nightly
+
+# verl's own Python code, for the test of its plug-in: beside the environment, whose versions it would change.
+VERL = verl==0.9.1 tensordict==0.10.0 ray==2.60.0 hydra-core==1.3.8 omegaconf==2.4.0 antlr4-python3-runtime==4.9.3 \
+	torchdata==0.11.0 codetiming==1.4.0 cachetools==8.0.2 cloudpickle==3.1.3 dill==0.4.1 importlib-metadata==10.2.0 \
+	msgpack==1.2.4 orjson==3.13.0 pybind11==3.1.0 pylatexenc==2.11 pyvers==0.2.3 zipp==4.1.2
+.venv/verl/.installed: .venv/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/verl $(VERL)
+	touch $@
 
 # Known faults of the pinned packages; asks PyPI's database, and fails where it cannot be asked about one of them.
 audit: .venv/audit/.installed

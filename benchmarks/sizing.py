@@ -204,9 +204,10 @@ def _gib(size: float) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description="How many GPUs does a pair need, and what is its first limit?")
-    for side, least in (("student", 8), ("teacher", 1)):
-        parser.add_argument(f"--{side}", metavar="MODEL", help=f"id or folder of the {side}")
-        parser.add_argument(f"--{side}_gpus", type=int, default=least)
+    parser.add_argument("--student", metavar="MODEL", help="id or folder")
+    parser.add_argument("--teacher", metavar="MODEL", help="id or folder")
+    parser.add_argument("--student_gpus", type=int, default=8)
+    parser.add_argument("--teacher_gpus", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=Plan.tokens, help="in a micro-batch of one GPU")
     given = parser.parse_args(arguments)
     if (given.student is None) != (given.teacher is None) or min(given.student_gpus, given.teacher_gpus) < 1:

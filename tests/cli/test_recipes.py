@@ -13,7 +13,7 @@ import yaml
 from diglot.cli.main import main
 from diglot.cli.options import load_options
 from diglot.cli.parsing import parse_train
-from diglot.cli.recipes import load_recipes
+from diglot.cli.recipes import load_launches, load_recipes
 from diglot.cli.schema import config_schema
 
 RECIPES = load_recipes()
@@ -87,9 +87,11 @@ def test_defaults_are_valid(validator: jsonschema.Draft202012Validator) -> None:
 
 def test_list_names_every_recipe_with_its_first_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(RECIPES)
-    assert len(RECIPES) >= 7 and all(line.endswith(".") for line in lines)
+    recipes, launches = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
+    assert [line.split()[0] for line in recipes] == list(RECIPES)
+    assert launches[0] == "for accelerate launch --config_file:"
+    assert [line.split()[0] for line in launches[1:]] == list(load_launches())
+    assert len(RECIPES) >= 7 and all(line.endswith(".") for line in [*recipes, *launches[1:]])
 
 
 def test_show_prints_a_recipe_and_copy_writes_it_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -107,3 +109,20 @@ def test_show_prints_a_recipe_and_copy_writes_it_once(capsys: pytest.CaptureFixt
 def test_a_wrong_recipe_or_action_is_exit_code_2(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", *given]) == 2
     assert capsys.readouterr().err.startswith("diglot: ")
+
+
+@pytest.mark.parametrize("name", load_launches())
+def test_accelerate_reads_every_configuration_that_is_named_for_it(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    target = tmp_path / "launch.yaml"
+    assert main(["recipes", "copy", name, str(target)]) == 0
+    config: Any = load_config_from_file(str(target))
+    assert config.num_processes == 8 * config.num_machines and not config.use_cpu
+    if "fsdp" in name:
+        assert config.distributed_type.value == "FSDP" and config.fsdp_config["fsdp_version"] == 2
+    said = capsys.readouterr().out
+    assert "accelerate launch" in said and main(["recipes", "list"]) == 0
+    assert name in capsys.readouterr().out

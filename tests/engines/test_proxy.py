@@ -346,8 +346,42 @@ def test_under_load_no_request_is_lost_wrong_or_mixed_up() -> None:
     assert done >= 200 and again > 0
 
 
+HOSTILE: list[bytes] = [
+    b"", b"{", b"[" * 100_000, b'{"prompt": [1e400]}', b'{"prompt": [NaN], "prompt_logprobs": 0}', b"\xff\xfe\x00",
+    b'{"prompt": [99999999], "prompt_logprobs": 0, "max_tokens": 1}', b'{"prompt": "text", "prompt_logprobs": 0}',
+]  # fmt: skip
+
+
+async def _disturb(url: str, server: TeacherServer, seconds: float) -> int:
+    """Bodies that are no requests, and a teacher that is killed and started again, until the time is over; how often
+    it was."""
+    until, killed = time.monotonic() + seconds, 0
+    async with httpx.AsyncClient(timeout=60) as client:
+        while time.monotonic() < until:
+            for body in HOSTILE:
+                status = (await client.post(f"{url}/v1/completions", content=body)).status_code
+                assert status in (400, 413, 429), (body[:40], status)
+            await asyncio.to_thread(server.stop)
+            await asyncio.sleep(0.5)
+            server.start()
+            killed += 1
+            await asyncio.sleep(5.0)
+    return killed
+
+
 @pytest.mark.nightly
 def test_under_load_for_a_minute() -> None:
-    with listening(made.proxy(settings=Settings(queued=150))) as url:
-        done, _ = asyncio.run(_load(url, 60.0, 200))
-    assert done >= 1000
+    """200 clients at once, bodies that are no requests, a teacher that is killed and restarted: each answer is right."""
+    server = TeacherServer(MODEL, zoo.inst()).start()
+
+    async def both(url: str) -> tuple[tuple[int, int], int]:
+        return await asyncio.gather(_load(url, 60.0, 200), _disturb(url, server, 50.0))
+
+    try:
+        with listening(made.proxy(made.served(server.url, budget=60.0), settings=Settings(queued=250))) as url:
+            (done, _), killed = asyncio.run(both(url))
+            text = httpx.get(f"{url}/metrics").text
+    finally:
+        server.stop()
+    assert done >= 1000 and killed >= 3
+    assert "diglot_proxy_requests_under_way 0.0" in text

@@ -22,7 +22,8 @@ class RolloutWorker:
     """Samples, asks the teacher and puts rows of `teacher_top_k + 1` candidates on the queue, in a thread.
 
     Written against TRL 1.16.0. A token that the teacher says nothing about has no candidate, which TRL leaves out of
-    its loss. Elsewhere than in chunks of one token on either side the only candidate is the token that was written.
+    its loss. Candidates are those of the covering distribution; where over a tenth of it is unknown the only one is
+    the token that was written.
 
     Args:
         dataset: rows with `prompt`, messages; read again from the start when it ends.
