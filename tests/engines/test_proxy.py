@@ -371,7 +371,7 @@ async def _disturb(url: str, server: TeacherServer, seconds: float) -> int:
 
 @pytest.mark.nightly
 def test_under_load_for_a_minute() -> None:
-    """200 clients at once, bodies that are no requests, a teacher that is killed and restarted: each answer right."""
+    """200 clients at once, bodies that are no requests, a teacher that is killed and restarted: all answers right."""
     server = TeacherServer(MODEL, zoo.inst()).start()
 
     async def both(url: str) -> tuple[tuple[int, int], int]:

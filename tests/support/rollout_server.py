@@ -34,7 +34,8 @@ class RolloutServer:
         self.requests: list[tuple[str, Any]] = []
         self.loaded, self.busy, self.paused = 0, 3, False
         self.lock = threading.Lock()
-        self.host, self.http = "127.0.0.1", None  # type: str, Any
+        self.host = "127.0.0.1"
+        self.http: Any = None
 
     @property
     def url(self) -> str:
