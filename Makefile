@@ -9,7 +9,7 @@ OUT ?= runs/demo
 WORKERS ?= 2
 
 BIN := .venv/bin
-LOWEST := tests/rendering tests/batches tests/vocabulary tests/checkpoints tests/watching \
+LOWEST := tests/rendering tests/batches tests/vocabulary tests/checkpoints/test_resume.py tests/watching \
 	$(addprefix tests/trainers/test_,gkd.py minillm.py) -m "not nightly"
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 

@@ -116,7 +116,7 @@ def test_every_option_of_ours_has_help() -> None:
 
 @pytest.mark.parametrize(("given", "message"), [
     (["--lambda", "1"], "did you mean 'lmbda'"),
-    (["--teacher_tokenizer", "x"], "did you mean 'teacher_tokenizer_name_or_path'"),
+    (["--teacher_tokenizer", "x"], "did you mean 'teacher_tokenizer_kwargs' or 'teacher_tokenizer_name_or_path'?"),
     (["--beta", "hello"], "beta is 'hello', expected a number"),
     (["--max_steps", "1.5"], "expected a whole number"),
     (["--seq_kd", "maybe"], "expected true or false"),

@@ -222,6 +222,8 @@ def _as_json(value: Any) -> tuple[bool, Any]:
 def _unknown(keys: Iterable[str], where: str) -> str:
     parts = []
     for key in keys:
-        near = difflib.get_close_matches(key, load_options(), n=1)
-        parts.append(f"{key!r} is no option{f'; did you mean {near[0]!r}?' if near else ''}")
+        close = difflib.get_close_matches(key, load_options(), n=2)
+        longer = [name for name in close if name.startswith(key)]  # as good as each other
+        near = " or ".join(map(repr, longer or close[:1]))
+        parts.append(f"{key!r} is no option{f'; did you mean {near}?' if near else ''}")
     return f"{' '.join(parts)} ({where}; `diglot train --help-all` lists all)"
