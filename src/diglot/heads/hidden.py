@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from diglot.errors import ConfigError
@@ -48,7 +47,8 @@ def run_with_hidden(
     if not all_logits and "logits_to_keep" in inspect.signature(type(inner).forward).parameters:
         # One position is not nothing: of a few tokens behind a text the product with a large head is most of the pass.
         own = type(inner).__module__.startswith("transformers.")  # others may take nothing but a number
-        kwargs["logits_to_keep"] = torch.empty(0, dtype=torch.int64, device=input_ids.device) if own else 1
+        # A slice, and no tensor: of a model on several devices the head's input may be on another one.
+        kwargs["logits_to_keep"] = slice(0, 0) if own else 1
     seen: list[Any] = []
     decoder = decoder_of(inner)
     handle = decoder.register_forward_hook(lambda module, args, output: seen.append(output)) if hooked else None
