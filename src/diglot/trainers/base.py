@@ -46,6 +46,7 @@ from diglot.evaluation import Evaluator, OnPolicyReport
 from diglot.heads import Head, gathered, hidden_at_rows, keep_after_forward
 from diglot.objectives import Level
 from diglot.options import DistillationConfig
+from diglot.options.refused import RefusingTrainer, check_arguments
 from diglot.phases import phase as working
 from diglot.rendering import Conversation, Renderer
 from diglot.rollouts import Completion, TransformersSampler
@@ -63,7 +64,6 @@ from diglot.trainers.ranks import (
     sum_over_ranks,
     with_all_names,
 )
-from diglot.trainers.refused import RefusingTrainer, check_arguments
 from diglot.watching.card import write_card
 from diglot.watching.coverage import watch_coverage
 from diglot.watching.metrics import StepMetrics, evaluation_metrics, reference_metrics
