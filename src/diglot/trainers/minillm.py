@@ -89,9 +89,10 @@ class MiniLLMTrainer(DistillationTrainer):
             )
         if not self.observer.own_draws:
             logger.warning(
-                "The student does not write from its own distribution (temperature=%s, top_p=%s, top_k=%s), for whose "
-                "draws the policy gradient takes these texts.", *(self.args.temperature, self.args.top_p, self.args.top_k),
-            )  # fmt: skip
+                "The student does not write from its own distribution (temperature=%s, top_p=%s, top_k=%s), for "
+                "whose draws the policy gradient takes these texts.",
+                *(self.args.temperature, self.args.top_p, self.args.top_k),
+            )
         self.mixed_alpha = self._mixed_alpha()
         self.observer.own_draws &= self.mixed_alpha == 0
         if lm_dataset is None or self.args.lm_coef == 0:
