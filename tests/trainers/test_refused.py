@@ -101,4 +101,4 @@ def test_minillm_says_that_it_writes_from_another_distribution(
     assert "temperature=0.7, top_p=1.0, top_k=0" in caplog.text
     caplog.clear()
     tiny.minillm(tmp_path, zoo.chatml(), zoo.inst())
-    assert "draws from its own distribution" not in caplog.text
+    assert "does not write from its own distribution" not in caplog.text

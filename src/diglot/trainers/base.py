@@ -45,6 +45,7 @@ from diglot.evaluation import Evaluator, OnPolicyReport
 from diglot.heads import Head, even_passes, gathered, hidden_at_rows, keep_after_forward
 from diglot.objectives import Level
 from diglot.options import DistillationConfig
+from diglot.options.refused import RefusingTrainer, check_arguments
 from diglot.phases import phase as working
 from diglot.rendering import Conversation, Renderer
 from diglot.rollouts import Completion, TransformersSampler
@@ -62,7 +63,6 @@ from diglot.trainers.ranks import (
     sum_over_ranks,
     with_all_names,
 )
-from diglot.trainers.refused import RefusingTrainer, check_arguments
 from diglot.watching.card import write_card
 from diglot.watching.coverage import watch_coverage
 from diglot.watching.finite import FiniteSteps

@@ -86,14 +86,12 @@ class MiniLLMTrainer(DistillationTrainer):
         )  # fmt: skip
         if dropout := max((value for *_, value in dropouts(self.student)), default=0.0):
             logger.warning(
-                "The student has a dropout of %s, and every pass draws another one: ratios of the policy are noise "
-                "and clipped before anything is learnt. Set disable_dropout: true.",
-                dropout,
+                "The student has a dropout of %s: ratios of the policy are noise. Set disable_dropout: true.", dropout
             )
         if not self.observer.own_draws:
             logger.warning(
-                "The student writes with temperature=%s, top_p=%s, top_k=%s: the policy gradient takes these texts for "
-                "draws from its own distribution, and its expectation is not that of the reverse KL.",
+                "The student does not write from its own distribution (temperature=%s, top_p=%s, top_k=%s), for "
+                "whose draws the policy gradient takes these texts.",
                 *(self.args.temperature, self.args.top_p, self.args.top_k),
             )
         self.mixed_alpha = self._mixed_alpha()
