@@ -73,8 +73,8 @@ def test_every_argument_has_a_wrong_value_or_a_reason_why_there_is_none(command:
 
 
 def test_no_command_is_forgotten() -> None:
-    """Those left out take no value, or names that tests/cli/test_recipes.py tries; tests/engines has the server's."""
-    assert COMMANDS.keys() - PARSERS.keys() == {"objectives", "recipes", "config-schema", "serve-teacher"}
+    """Those left out take no value, or what test_recipes.py and test_estimate.py try; tests/engines has the server's."""
+    assert COMMANDS.keys() - PARSERS.keys() == {"objectives", "recipes", "config-schema", "estimate", "serve-teacher"}
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,8 @@ WRONG: dict[str, list[str]] = {
     )},
     **{name: ["[1]"] for name in (
         "model_init_kwargs", "teacher_model_init_kwargs", "chat_template_kwargs", "teacher_chat_template_kwargs",
-        "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs",
+        "tokenizer_kwargs", "teacher_tokenizer_kwargs", "activation_checkpointing_kwargs",
+        "gradient_checkpointing_kwargs", "lr_scheduler_kwargs",
     )},
     "beta": ["1.5"], "epsilon": ["0"], "gamma": ["-0.1"], "kd_temperature": ["0"], "lm_coef": ["-1"], "lmbda": ["1.1"],
     "min_coverage": ["2"], "num_iterations": ["0"], "reward_clip": ["0"], "strict_top_k": ["-1"], "temperature": ["0"],

@@ -106,6 +106,23 @@ def test_ctrl_c_before_training_is_one_line(command: list[str], out: Path) -> No
     assert "Traceback" not in run.printed
 
 
+def test_ctrl_c_ends_a_command_that_swallows_it(tmp_path: Path) -> None:
+    """An exception that is raised while Python deletes an object is printed and dropped."""
+    program = tmp_path / "swallows.py"
+    program.write_text(
+        "import os, signal, time\n"
+        "import diglot.cli.failures as failures\n"
+        "failures._PATIENCE = 0.2\n"
+        "class Deleted:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGINT); time.sleep(0.01)\n"
+        "with failures.ending_on_ctrl_c():\n"
+        "    one = Deleted(); del one\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 130 and "diglot: Interrupted by Ctrl-C" in done.stderr
+
+
 def test_a_stopped_run_does_not_answer_its_fixed_prompts_once_more(tmp_path: Path) -> None:
     class CtrlC(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

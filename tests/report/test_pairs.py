@@ -106,7 +106,7 @@ def test_without_details_an_inspection_is_a_few_lines() -> None:
     print_inspection(inspect_pair(*(Input(n, zoo.ALL[n]()) for n in ("chatml", "turns"))), console, details=False)
     out = console.file.getvalue()  # type: ignore[attr-defined]
     assert (
-        len(out.splitlines()) <= 12 and "Verdict: " in out and "--details" in out and "one token on both sides" in out
+        len(out.splitlines()) <= 16 and "Verdict: " in out and "--details" in out and "one token on both sides" in out
     )
 
 

@@ -5,12 +5,17 @@ Imports neither torch nor transformers: their errors are known by name.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import tempfile
+import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from diglot.errors import DiglotError, StoppedError
 
@@ -25,6 +30,8 @@ DISK = (
     "The disk is full or a quota is reached. Free some space (save_total_limit keeps fewer checkpoints), then continue "
     "with the same command and --resume_from_checkpoint: complete checkpoints are untouched."
 )
+CTRL_C = "Interrupted by Ctrl-C. Nothing was saved after the last checkpoint."
+_PATIENCE = 10.0  # seconds that an interrupted command may take to tidy up
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -33,7 +40,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, StoppedError):
         return str(error), error.code
     if isinstance(error, KeyboardInterrupt):
-        return "Interrupted by Ctrl-C. Nothing was saved after the last checkpoint.", INTERRUPTED
+        return CTRL_C, INTERRUPTED
     chain = list(_chain(error))
     if any((isinstance(one, OSError) and one.errno in _FULL) or "os error 28" in str(one) for one in chain):
         return _with_details(DISK, error), UNEXPECTED
@@ -46,6 +53,35 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, ImportError):
         return _with_details(f"A package is missing or does not fit: {one_line(error)}", error), INVALID
     return _with_details(f"{type(error).__name__}, which Diglot did not expect: {one_line(error)}", error), UNEXPECTED
+
+
+@contextlib.contextmanager
+def ending_on_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends a command inside, also where its exception is lost: Python drops those that are raised while an object
+    is deleted or another library's callback runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    timers: list[threading.Timer] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        timers.append(threading.Timer(_PATIENCE, _leave))
+        timers[-1].daemon = True
+        timers[-1].start()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        for timer in timers:
+            timer.cancel()
+
+
+def _leave() -> None:
+    os.write(2, f"\ndiglot: {CTRL_C}\n".encode())
+    os._exit(INTERRUPTED)
 
 
 def one_line(error: BaseException) -> str:

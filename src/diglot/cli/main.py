@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from diglot.cli.failures import explain
+from diglot.cli.failures import ending_on_ctrl_c, explain
 
 USAGE = """usage: diglot COMMAND ...
 
@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"diglot {__version__}")
         return 0
     try:
-        return _run(given[0], given[1:])
+        with ending_on_ctrl_c():
+            return _run(given[0], given[1:])
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
