@@ -73,7 +73,7 @@ def test_every_argument_has_a_wrong_value_or_a_reason_why_there_is_none(command:
 
 
 def test_no_command_is_forgotten() -> None:
-    """Those left out take no value, or what test_recipes.py and test_estimate.py try; tests/engines has the server's."""
+    """Those left out take no value, or are tried in test_recipes.py, test_estimate.py and tests/engines."""
     assert COMMANDS.keys() - PARSERS.keys() == {"objectives", "recipes", "config-schema", "estimate", "serve-teacher"}
 
 

@@ -57,8 +57,10 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def ending_on_ctrl_c() -> Iterator[None]:
-    """Ctrl-C ends a command inside, also where its exception is lost: Python drops those that are raised while an object
-    is deleted or another library's callback runs."""
+    """Ctrl-C ends a command inside, also where its exception is lost.
+
+    Python drops those that are raised while an object is deleted or another library's callback runs.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
