@@ -11,6 +11,7 @@ boundary that tokens of this row run past.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -144,7 +145,8 @@ def branches_to(
     """The teacher's reading of the text up to `position` of a segment; the last token of each, -1: none; and the byte
     end of each of the branches' tokens.
 
-    `first_row` is how many branch tokens there are already.
+    No tokenizer reads half a character. Its bytes are spelt behind the reading of what stands before it, as they are
+    where the teacher has no token for a whole one. `first_row` is how many branch tokens there are already.
     """
     t = written.teacher
     base, jobs, texts = len(t.ids) + first_row, [], []
@@ -155,36 +157,55 @@ def branches_to(
         if j < 0 or t.segment[j] != which:
             continue
         first = _word_start(written, j, text, teacher.word_cuts)
-        try:
-            texts.append(text[t.start[first] : boundary].decode("utf-8"))
-        except UnicodeDecodeError:
-            continue  # the boundary lies inside a character: the teacher cannot be asked about half of one
-        jobs.append((k, first))
+        whole, half = _whole_characters(text[t.start[first] : boundary])
+        spelt = _spelt(half, teacher)
+        if whole is not None and spelt is not None:
+            texts.append(whole)
+            jobs.append((k, first, spelt))
     ids: list[int] = []
     before: list[int] = []
     depth: list[int] = []
     row: list[int] = []
     ends: list[int] = []
     found = np.full(len(position), -1, dtype=np.int64)
-    for (k, first), encoded in zip(jobs, encode_t(texts) if texts else (), strict=True):
-        if not len(encoded.ids) or not encoded.exact.all():
+    for (k, first, spelt), encoded in zip(jobs, encode_t(texts) if texts else (), strict=True):
+        reading = [*encoded.ids.tolist(), *spelt]
+        if not reading or not encoded.exact.all():
             continue
+        at_end = int(t.start[first]) + np.cumsum(teacher.lengths[reading])
+        at_end[: len(encoded.ids)] = int(t.start[first]) + encoded.ends
         common = 0
-        while (
-            common < len(encoded.ids) - 1
-            and first + common < len(t.ids)
-            and (encoded.ids[common] == t.ids[first + common])
-        ):
+        while common < len(reading) - 1 and first + common < len(t.ids) and reading[common] == t.ids[first + common]:
             common += 1
-        for d, token in enumerate(encoded.ids[common:].tolist()):
+        for d, token in enumerate(reading[common:]):
             row.append(first + common if d == 0 else base + len(ids) - 1)
             ids.append(token)
             before.append(first + common)
-            ends.append(int(t.start[first] + encoded.ends[common + d]))
+            ends.append(int(at_end[common + d]))
             depth.append(d)
         found[k] = len(ids) - 1
     arrays = (np.array(x, dtype=np.int64) for x in (ids, before, depth, row))
     return TailTokens(*arrays), found, np.array(ends, dtype=np.int64)
+
+
+def _whole_characters(text: bytes) -> tuple[str | None, bytes]:
+    """A text up to its last whole character, and the bytes behind it; None if it has broken ones elsewhere."""
+    for half in range(min(4, len(text) + 1)):
+        with suppress(UnicodeDecodeError):
+            return text[: len(text) - half].decode("utf-8"), text[len(text) - half :]
+    return None, b""
+
+
+def _spelt(half: bytes, teacher: Vocabulary) -> list[int] | None:
+    """The longest tokens that spell some bytes, from the left; None if there are none."""
+    data, found, at = np.frombuffer(half, dtype=np.uint8), list[int](), 0
+    while at < len(half):
+        token = int(teacher.trie.longest(data, np.array([at]), np.array([len(half)]))[0])
+        if token < 0:
+            return None
+        found.append(token)
+        at += int(teacher.lengths[token])
+    return found
 
 
 def _word_start(written: Written, j: int, text: bytes, cuts: frozenset[int]) -> int:
