@@ -21,7 +21,6 @@ HEALTHY: dict[str, float] = {
     "completions/mean_bytes": 400.0,
     "rollouts/stop_agreement": 0.8,
     "rollouts/teacher_markup_surprisal": 1.0,
-    "covering/skipped_character": 0.01,
 }
 BAD: dict[str, tuple[str, float]] = {
     "coverage_falling": ("align/coverage", 0.8),
@@ -29,7 +28,6 @@ BAD: dict[str, tuple[str, float]] = {
     "length_collapse": ("completions/mean_bytes", 60.0),
     "stop_disagreement": ("rollouts/stop_agreement", 0.3),
     "markup_surprise": ("rollouts/teacher_markup_surprisal", 9.0),
-    "inside_characters": ("covering/skipped_character", 0.09),
 }
 
 

@@ -105,20 +105,6 @@ def markup_surprise(history: History) -> Advice | None:
     )
 
 
-def inside_characters(history: History) -> Advice | None:
-    """One in twenty of the student's tokens ends inside a character, where `covering` has no target."""
-    values = _values(history, "covering/skipped_character", "single_step/skipped_character")
-    if len(values) < WINDOW or (share := median(values[-WINDOW:])) < 0.05:
-        return None
-    return _say(
-        history,
-        "inside_characters",
-        f"{share:.0%} of the student's tokens end inside a character, and covering teaches nothing there: its student "
-        "may come to write broken characters. Its tokenizer has few tokens for this script. Watch nats per byte of "
-        "fresh samples; objective byte or bpm reads such tokens, at the price that docs/objectives.md names.",
-    )
-
-
 def sampler_gap(history: History) -> Advice | None:
     """The engine's log-probs of its samples are a tenth of a nat from the student's: more than rounding."""
     values = _values(history, "sampling/logp_gap_mean")
@@ -173,7 +159,6 @@ RULES: tuple[Callable[[History], Advice | None], ...] = (
     length_collapse,
     stop_disagreement,
     markup_surprise,
-    inside_characters,
     sampler_gap,
 )
 
