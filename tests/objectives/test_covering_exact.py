@@ -140,7 +140,7 @@ def test_a_student_that_cuts_inside_characters_is_taught_there_too(
     mass = CHARACTERS.random_distribution(6)[0]
     texts = [CHARACTERS.strings[i] for i in np.random.default_rng(1).choice(len(mass), 60, p=mass / mass.sum())]
     case = Case((student, teacher), BYTES, CHARACTERS, mass, texts, top_k=10**6)
-    assert len(case.plan.student) == len(case.written.student.ids) and case.plan.skipped == {"character": 0}
+    assert len(case.plan.student) == len(case.written.student.ids) and case.plan.skipped == {"unreadable": 0}
     assert case.differences().max() < 1e-6
 
 

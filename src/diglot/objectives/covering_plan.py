@@ -130,7 +130,7 @@ def plan_covering(written: Written, student: Vocabulary, teacher: Vocabulary, en
 
     ground = Ground(data, lengths, offset, main_at, row_at)
     earlier = _earlier(written, (key, own, main, last), branch, ends, ground, teacher)
-    skipped = {"character": int((found < 0).sum())}
+    skipped = {"unreadable": int((found < 0).sum())}
     prefixes = _prefixes(ground, teacher)
     return CoveringPlan(wanted, previous, following, own, branch, last, main, earlier, prefixes, skipped, ground)
 
