@@ -59,7 +59,9 @@ def smoke(folder: Path) -> None:
     """Every step, in the order in which somebody new takes them."""
     import diglot as package
 
-    check(TESTS.parent not in Path(package.__file__).parents, f"the installed package is used, {package.__file__}")
+    check(
+        TESTS.parent / "src" not in Path(package.__file__).parents, f"the installed package is used, {package.__file__}"
+    )
     version = metadata.version("diglot")
     check(diglot("--version").split() == ["diglot", version], f"diglot --version says {version}")
     check("smollm2-from-gemma3" in diglot("recipes", "list"), "the recipes are in the wheel")
