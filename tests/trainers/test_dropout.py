@@ -10,10 +10,9 @@ import support.tokenizers_zoo as zoo
 import torch
 from peft import LoraConfig
 from support import tiny
+from support.log_ratios import watched_log_ratios
 
 from diglot.heads import dropouts
-from diglot.objectives import policy_gradient
-from diglot.objectives.span import clipped_policy_gradient
 
 TOKEN_IDS = torch.arange(3, 23)[None]
 
@@ -58,13 +57,7 @@ def test_passes_of_training_are_equal_unless_dropout_is_kept(
 @pytest.mark.parametrize("kind", ["attention", "adapter"])
 def test_nothing_is_clipped_before_the_first_step(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-probs of the same weights, once when written and once when trained."""
-    seen: list[float] = []
-
-    def watched(logp: torch.Tensor, logp_old: torch.Tensor, *others: Any) -> Any:
-        seen.append(float((logp - logp_old).detach().abs().max()))
-        return clipped_policy_gradient(logp, logp_old, *others)
-
-    monkeypatch.setattr(policy_gradient, "clipped_policy_gradient", watched)
+    seen = watched_log_ratios(monkeypatch)
     student, keywords = student_of(kind)
     options = {"max_steps": 2, "num_iterations": 2, "learning_rate": 1e-2, "teacher_mixed_alpha": 0.0}
     models = student, tiny.tiny_model(zoo.inst(), 1)

@@ -13,12 +13,11 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from support import tiny
+from support.log_ratios import watched_log_ratios
 
 from diglot.cli.recipes import load_recipes
 from diglot.cli.train import build, split
 from diglot.errors import ConfigError
-from diglot.objectives import policy_gradient
-from diglot.objectives.span import clipped_policy_gradient
 from diglot.rollouts import TransformersSampler
 from diglot.teachers import LocalTeacher
 
@@ -107,13 +106,7 @@ def test_plain_adamw_of_the_callers_own_is_refused_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_ratio_of_the_first_inner_step_is_one(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-probs are scored as they are trained: clipping starts from what the policy was."""
-    seen: list[float] = []
-
-    def watched(logp: torch.Tensor, logp_old: torch.Tensor, *others: Any) -> Any:
-        seen.append(float((logp - logp_old).detach().abs().max()))
-        return clipped_policy_gradient(logp, logp_old, *others)
-
-    monkeypatch.setattr(policy_gradient, "clipped_policy_gradient", watched)
+    seen = watched_log_ratios(monkeypatch)
     options = {"num_iterations": 2, "max_steps": 2, "learning_rate": 1e-2, "bf16": dtype == "bf16"}
     tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), **options, teacher_mixed_alpha=0.0).train()
     first, second = seen

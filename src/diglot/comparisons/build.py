@@ -54,13 +54,6 @@ def load_student(
     return student, _renderer(student, tokenizer, args.chat_template_kwargs, args, "student")
 
 
-def adapt(model: PreTrainedModel, peft_config: Any) -> Any:
-    """The model with an adapter in training; its own weights are frozen."""
-    from peft import get_peft_model
-
-    return get_peft_model(model, peft_config)
-
-
 def keep_trainable(student: PreTrainedModel) -> None:
     """Weights in 4 bits stay in the form that gradients pass through.
 
