@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from diglot.alignment import Alignment, Side, align
 from diglot.batches.packed import PackedSide, pack
 from diglot.batches.reading import ReadPair
-from diglot.batches.sending import sent_together
+from diglot.batches.sending import sent_records
 from diglot.batches.written import Written, WrittenSide
 from diglot.rendering import Rendered, Role
 
@@ -45,14 +44,8 @@ class AlignedBatch:
 
     def to(self, device: torch.device) -> AlignedBatch:
         """The same with inputs and alignment on `device`, in one copy."""
-        parts: tuple[Any, ...] = (self.student, self.teacher, self.alignment)
-        names = [[f.name for f in fields(part) if isinstance(getattr(part, f.name), Tensor)] for part in parts]
-        own = [getattr(part, name) for part, of_part in zip(parts, names, strict=True) for name in of_part]
-        moved = iter(sent_together([*own, self.noncanonical], device))
-        student, teacher, alignment = (
-            replace(part, **{name: next(moved) for name in of_part}) for part, of_part in zip(parts, names, strict=True)
-        )
-        return replace(self, student=student, teacher=teacher, alignment=alignment, noncanonical=next(moved))
+        own, *parts = sent_records([self, self.student, self.teacher, self.alignment], device)
+        return replace(own, **dict(zip(("student", "teacher", "alignment"), parts, strict=True)))
 
 
 def align_pairs(

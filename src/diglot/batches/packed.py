@@ -6,15 +6,14 @@ Shapes: `B` samples, `T` longest of them, `N` scored tokens of the whole batch i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diglot.batches.sending import sent
+from diglot.batches.sending import sent_record
 from diglot.rendering import Rendered, Renderer, Role
 
 
@@ -36,10 +35,7 @@ class PackedSide:
 
     def to(self, device: torch.device | str) -> PackedSide:
         """The same with its tensors on `device`."""
-        moved: dict[str, Any] = {
-            f.name: sent(v, device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return sent_record(self, device)
 
 
 def pad_id(renderer: Renderer) -> int:

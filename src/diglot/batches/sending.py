@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Record = TypeVar("Record")
 _ALIGNED = 16  # bytes: where each tensor of a common buffer begins, so that it can be read as any number type
 
 
@@ -32,3 +35,16 @@ def sent_together(tensors: Sequence[Tensor], device: torch.device | str) -> list
         host[place].view(x.dtype).copy_(x.flatten())
     there = sent(host, device)
     return [there[place].view(x.dtype).view(x.shape) for place, x in zip(places, tensors, strict=True)]
+
+
+def sent_record(record: Record, device: torch.device | str) -> Record:
+    """A dataclass with its tensors on `device`, in one copy; what else it holds stays as it is."""
+    return sent_records([record], device)[0]
+
+
+def sent_records(records: Sequence[Any], device: torch.device | str) -> list[Any]:
+    """Several dataclasses, in one copy for all of them. Gradients do not pass."""
+    names = [[f.name for f in fields(one) if isinstance(getattr(one, f.name), Tensor)] for one in records]
+    own = [getattr(one, name) for one, of_one in zip(records, names, strict=True) for name in of_one]
+    there = iter(sent_together(own, device))
+    return [replace(one, **{name: next(there) for name in of_one}) for one, of_one in zip(records, names, strict=True)]

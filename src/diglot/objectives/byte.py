@@ -11,9 +11,8 @@ Shapes: `N` tokens of a side, `Q` queries (a token's row after its first 0, 1, .
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diglot.batches import Written, WrittenSide
-from diglot.batches.sending import sent, sent_together
+from diglot.batches.sending import sent, sent_record
 from diglot.errors import ConfigError
 from diglot.objectives.base import Metrics, Pair, Scores, SummaryObjective, Values, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
@@ -48,11 +47,7 @@ class SidePlan:
 
     def to(self, device: torch.device | str) -> SidePlan:
         """The same on `device`."""
-        names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
-        moved: dict[str, Any] = dict(
-            zip(names, sent_together([getattr(self, name) for name in names], device), strict=True)
-        )
-        return replace(self, **moved)
+        return sent_record(self, device)
 
 
 @dataclass(frozen=True)

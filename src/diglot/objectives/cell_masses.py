@@ -8,7 +8,7 @@ Shapes: `R` rows, `V` tokens, `K` cells of a row, `M` tokens that are in another
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from diglot.batches.sending import sent_record
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,7 @@ class CellColumns:
 
     def to(self, device: torch.device | str) -> CellColumns:
         """The same on `device`."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return sent_record(self, device)
 
 
 class CellMasses(torch.autograd.Function):
