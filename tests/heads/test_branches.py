@@ -113,3 +113,33 @@ def test_a_batch_without_branches_is_the_plain_pass() -> None:
         main, branches = TreeReading(model, IDS, MASK, ROWS).first(Branches(none, none, none))
         torch.testing.assert_close(main, last_hidden(model, IDS, MASK).flatten(0, 1)[ROWS])
     assert branches.shape == (0, 16)
+
+
+def with_rounding(size: float) -> torch.nn.Module:
+    """A model one of whose channels is five hundred times as large as the others, and whose passes differ a little."""
+    model = models()["llama"]
+    model.model.norm.weight.data[3] = 500.0
+    noise = torch.Generator().manual_seed(0)
+
+    def rounded(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output * (1 + size * torch.randn(output.shape, generator=noise))
+
+    model.model.norm.register_forward_hook(rounded)
+    return model
+
+
+def test_rounding_that_differs_from_pass_to_pass_is_no_reason_to_read_every_prefix_again() -> None:
+    """Real models with large channels fell to ten times the cost with another number of threads."""
+    assert module._takes_trees(with_rounding(1e-5))
+
+
+def test_a_model_whose_trees_give_other_states_reads_every_prefix_again_and_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blind(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, **options: object) -> torch.Tensor:
+        return last_hidden(model, ids, torch.ones_like(mask) if mask.ndim == 4 else mask, **options)
+
+    monkeypatch.setattr(module, "last_hidden", blind)
+    model = models()["llama"]
+    assert not module._takes_trees(model) and not module._takes_trees(model)
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "LlamaForCausalLM" in caplog.text
