@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from diglot.heads import Head, reduce_rows, token_logps
-from diglot.objectives.base import Values
 from diglot.objectives.divergences import generalized_jsd
+from diglot.objectives.scores import Values
 
 R, H, V = 48, 32, 1024
 

@@ -12,7 +12,7 @@ from support import tiny
 from transformers import Trainer
 
 from diglot.errors import ConfigError, DataError
-from diglot.objectives.base import Path as TextPath
+from diglot.objectives.scores import Path as TextPath
 from diglot.objectives.span import Span
 from diglot.options import GKDConfig, MiniLLMConfig
 from diglot.options.refused import check_arguments

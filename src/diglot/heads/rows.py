@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 from diglot.errors import ConfigError
 from diglot.heads.head import Head
 from diglot.heads.pullback import HeadGradient
-from diglot.objectives.base import ColumnObjective, Values
+from diglot.objectives.base import ColumnObjective
+from diglot.objectives.scores import Values
 
 RowFunction = Callable[..., Values]
 Given = Mapping[str, Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diglot.alignment import Alignment
 from diglot.errors import ConfigError
-from diglot.objectives.base import Path, PathObjective, Values, at_least_float32, check_range
+from diglot.objectives.base import PathObjective, at_least_float32, check_range
 from diglot.objectives.chunks import (
     NONCANONICAL,
     check_choice,
@@ -19,6 +19,7 @@ from diglot.objectives.chunks import (
     usable_chunks,
 )
 from diglot.objectives.levels import Level
+from diglot.objectives.scores import Path, Values
 
 DIVERGENCES = ("kl", "reverse_kl", "tvd")
 CHUNKS = ("all", "threshold", "outcome")

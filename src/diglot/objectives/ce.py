@@ -8,7 +8,8 @@ from torch import Tensor
 from diglot.alignment import Alignment
 from diglot.batches import Written
 from diglot.batches.sending import sent
-from diglot.objectives.base import Mask, Metrics, Path, PathObjective, Scores, Values, at_least_float32
+from diglot.objectives.base import Mask, PathObjective, at_least_float32
+from diglot.objectives.scores import Metrics, Path, Scores, Values
 
 
 class CrossEntropy(PathObjective):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from diglot.alignment import Alignment
 from diglot.errors import ConfigError
-from diglot.objectives.base import Path, at_least_float32
+from diglot.objectives.base import at_least_float32
+from diglot.objectives.scores import Path
 
 NONCANONICAL = ("none", "mask", "boundary")
 

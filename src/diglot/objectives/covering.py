@@ -21,7 +21,7 @@ from torch import Tensor
 from diglot.batches import Written
 from diglot.batches.sending import sent
 from diglot.errors import ConfigError
-from diglot.objectives.base import Metrics, Pair, PairObjective, Rows, Scores, Values, at_least_float32, check_range
+from diglot.objectives.base import PairObjective, at_least_float32, check_range
 from diglot.objectives.cell_masses import CellColumns, CellMasses
 from diglot.objectives.covering_ahead import TeacherText
 from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams
@@ -32,6 +32,8 @@ from diglot.objectives.covering_target import Targets, TeacherRows, make_targets
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.levels import Level
 from diglot.objectives.masses import FLOOR, no_text
+from diglot.objectives.pair import Pair
+from diglot.objectives.scores import Metrics, Rows, Scores, Values
 from diglot.objectives.tail import TailTokens
 
 Ints = NDArray[np.int64]

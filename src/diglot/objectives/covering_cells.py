@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diglot.objectives.base import Encode
+from diglot.objectives.pair import Encode
 from diglot.vocabulary import Vocabulary
 from diglot.vocabulary.maps import first_tokens, greedy_tokens
 

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diglot.batches import Written
-from diglot.objectives.base import Encode
 from diglot.objectives.covering_cells import encoded
 from diglot.objectives.covering_plan import CoveringPlan, EarlierRows, Ground, branches_to, pairs_from
 from diglot.objectives.covering_rows import RowsRead
 from diglot.objectives.covering_target import TeacherRows, prefix_masses
+from diglot.objectives.pair import Encode
 from diglot.objectives.tail import TailTokens
 from diglot.vocabulary import Vocabulary
 

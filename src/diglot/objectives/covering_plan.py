@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diglot.batches import Written
-from diglot.objectives.base import Encode
+from diglot.objectives.pair import Encode
 from diglot.objectives.spanning import plain_tokens
 from diglot.objectives.tail import TailTokens
 from diglot.vocabulary import Vocabulary

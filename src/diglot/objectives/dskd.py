@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from diglot.batches import Written
 from diglot.errors import ConfigError
-from diglot.objectives.base import Pair, Part, ProjectedObjective, Rows, Values, at_least_float32
+from diglot.objectives.base import ProjectedObjective, at_least_float32
 from diglot.objectives.divergences import kl
+from diglot.objectives.pair import Pair
+from diglot.objectives.scores import Part, Rows, Values
 
 
 class DSKD(ProjectedObjective):

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diglot.batches import Written
-from diglot.objectives.base import Pair, Rows, Scores, Values, at_least_float32
+from diglot.objectives.base import at_least_float32
 from diglot.objectives.bpm import BPM
 from diglot.objectives.masses import log_mass, ragged
+from diglot.objectives.pair import Pair
+from diglot.objectives.scores import Rows, Scores, Values
 from diglot.vocabulary import Vocabulary
 
 Ints = NDArray[np.int64]

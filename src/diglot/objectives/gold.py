@@ -12,8 +12,10 @@ from torch import Tensor
 from diglot.batches import Written
 from diglot.batches.sending import sent
 from diglot.errors import ConfigError
-from diglot.objectives.base import Pair, RowObjective, Rows, Scores, Values, at_least_float32, check_range
+from diglot.objectives.base import RowObjective, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
+from diglot.objectives.pair import Pair
+from diglot.objectives.scores import Rows, Scores, Values
 from diglot.objectives.strict import check_columns
 from diglot.objectives.uld import sorted_l1
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from diglot.errors import ConfigError
-from diglot.objectives.base import Pair, RowObjective, Rows, Scores, Values, at_least_float32, check_range
+from diglot.objectives.base import RowObjective, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.masses import FLOOR
+from diglot.objectives.pair import Pair
+from diglot.objectives.scores import Rows, Scores, Values
 
 
 def full_jsd(logits_s: Tensor, logits_t: Tensor, beta: float = 0.5) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from diglot.objectives.base import Pair
+    from diglot.objectives.pair import Pair
 
 FLOOR = 1e-8
 """A mass that no token can carry to a cell counts as this much where a KL divergence would be infinite."""

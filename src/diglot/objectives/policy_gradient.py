@@ -12,8 +12,9 @@ from torch import Tensor
 from diglot.batches import Written
 from diglot.batches.sending import sent
 from diglot.errors import ConfigError
-from diglot.objectives.base import Metrics, Objective, Scores
+from diglot.objectives.base import Objective
 from diglot.objectives.levels import Level
+from diglot.objectives.scores import Metrics, Scores
 from diglot.objectives.span import clipped_policy_gradient
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from diglot.errors import ConfigError
 from diglot.objectives.alm import ALM
-from diglot.objectives.base import Objective, Pair
+from diglot.objectives.base import Objective
 from diglot.objectives.bpm import BPM
 from diglot.objectives.byte import ByteDistribution
 from diglot.objectives.ce import CrossEntropy
@@ -20,6 +20,7 @@ from diglot.objectives.escd import ESCD
 from diglot.objectives.gold import Gold
 from diglot.objectives.jsd import JSD
 from diglot.objectives.levels import Level
+from diglot.objectives.pair import Pair
 from diglot.objectives.sequence_kl import SequenceKL
 from diglot.objectives.shared_prefix import SharedPrefix
 from diglot.objectives.simct import SimCT

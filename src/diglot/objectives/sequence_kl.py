@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from diglot.alignment import Alignment
-from diglot.objectives.base import Path, PathObjective, Values, at_least_float32
+from diglot.objectives.base import PathObjective, at_least_float32
+from diglot.objectives.scores import Path, Values
 
 
 def mean_logp(logp: Tensor, chunk: Tensor, alignment: Alignment[Tensor]) -> Tensor:

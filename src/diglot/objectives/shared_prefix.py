@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from diglot.batches import Written
-from diglot.objectives.base import Pair, RowObjective, Rows, Values, at_least_float32, check_range
+from diglot.objectives.base import RowObjective, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.masses import gathered, log_mass
+from diglot.objectives.pair import Pair
+from diglot.objectives.scores import Rows, Values
 from diglot.objectives.spanning import plain_tokens
 from diglot.vocabulary.maps import shared_prefix_cells
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from diglot.batches.sending import sent
-from diglot.objectives.base import Pair, RowObjective, Rows, Scores, Values, at_least_float32
+from diglot.objectives.base import RowObjective, at_least_float32
 from diglot.objectives.chunks import chunk_sums
 from diglot.objectives.divergences import kl
+from diglot.objectives.pair import Pair
+from diglot.objectives.scores import Rows, Scores, Values
 from diglot.objectives.strict import check_columns
 
 if TYPE_CHECKING:

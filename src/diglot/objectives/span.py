@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diglot.alignment import Alignment
 from diglot.errors import ConfigError
-from diglot.objectives.base import Path, PathObjective, Values
+from diglot.objectives.base import PathObjective
 from diglot.objectives.chunks import (
     NONCANONICAL,
     check_choice,
@@ -25,6 +25,7 @@ from diglot.objectives.chunks import (
 )
 from diglot.objectives.credit import CREDITS, discounted_returns, remaining_chunks, replies, span_advantages
 from diglot.objectives.levels import Level
+from diglot.objectives.scores import Path, Values
 
 __all__ = [
     "Span",

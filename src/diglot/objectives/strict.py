@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from diglot.errors import ConfigError
-from diglot.objectives.base import ColumnObjective, Pair, Values, at_least_float32, check_range
+from diglot.objectives.base import ColumnObjective, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.levels import Level
 from diglot.objectives.masses import FLOOR, no_text
+from diglot.objectives.pair import Pair
+from diglot.objectives.scores import Values
 
 
 def chosen_columns(logits_s: Tensor, pair: Pair, top_k: int | None) -> tuple[Tensor, Tensor]:

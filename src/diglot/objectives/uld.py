@@ -11,7 +11,9 @@ from torch import Tensor
 
 from diglot.batches import Written
 from diglot.errors import ConfigError
-from diglot.objectives.base import Pair, RowObjective, Rows, Values, at_least_float32
+from diglot.objectives.base import RowObjective, at_least_float32
+from diglot.objectives.pair import Pair
+from diglot.objectives.scores import Rows, Values
 
 Ints = NDArray[np.int64]
 

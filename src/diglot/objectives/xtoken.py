@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from diglot.errors import ConfigError
-from diglot.objectives.base import Metrics, Pair, RowObjective, Rows, Scores, Values, at_least_float32
+from diglot.objectives.base import RowObjective, at_least_float32
 from diglot.objectives.divergences import kl
+from diglot.objectives.pair import Pair
+from diglot.objectives.scores import Metrics, Rows, Scores, Values
 from diglot.vocabulary import Projection, Vocabulary
 
 if TYPE_CHECKING:
