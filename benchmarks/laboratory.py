@@ -91,8 +91,10 @@ class Laboratory:
             "longer": float(student[:, -1].mean()),
         }
 
-    def run(self, arm: Arm, seed: int, start: str, steps: int, batch: int, rate: float) -> dict[str, Any]:
-        """One cell. The models are read anew, so a cell depends on no other."""
+    def run(
+        self, arm: Arm, seed: int, start: str, steps: int, batch: int, rate: float, windows: int = 1
+    ) -> dict[str, Any]:
+        """One cell. The models are read anew, so a cell depends on no other. An epoch has `windows` steps."""
         teacher, _, of_teacher = self.teacher
         student, before, canonical = self.student(start)
         prompts = list(self.texts.prompts)
@@ -114,7 +116,7 @@ class Laboratory:
                 disable_tqdm=True,
                 seed=seed,
             )
-            rows = [{"prompt": prompts[i % len(prompts)]} for i in range(max(batch, len(prompts)))]
+            rows = [{"prompt": prompts[i % len(prompts)]} for i in range(max(batch * windows, len(prompts)))]
             trainer = arm.trainer(
                 student,
                 teacher,
@@ -212,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--windows", type=int, default=1, help="steps of an epoch; rollout_ahead needs several")
     parser.add_argument("--out", type=Path, default=Path("runs/laboratory"))
     parser.add_argument("--any-code", action="store_true", help="take cells that other code has run")
     options = parser.parse_args(arguments)
@@ -221,6 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     cells = Cells(options.out, code_digest(Path(__file__), Path(toys.__file__)), options.any_code)
     run = dict(steps=options.steps, batch=options.batch, rate=options.rate)
+    if options.windows > 1:  # cells of before this option keep their names
+        run["windows"] = options.windows
     results = []
     for pair in options.pairs:
         laboratory = replace(Laboratory(pair), models=cache() / "toys")

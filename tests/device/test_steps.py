@@ -169,6 +169,42 @@ def test_the_stand_in_refuses_to_mix_devices_and_counts_waits() -> None:
     assert run.stdout.split() == ["7", "6"], run.stderr
 
 
+UNORDERED = """
+import torch
+from support import standin
+standin.install()
+x, at = torch.ones(3, device="standin:0"), torch.tensor([0, 0, 1]).to("standin:0")
+wrong = [
+    lambda: x.cumsum(0), lambda: x.clone().cumsum_(0), lambda: x.scatter_reduce(0, at, x, "sum"),
+    lambda: at.bincount(x), lambda: x.kthvalue(1),
+]
+right = [
+    lambda: at.cumsum(0), lambda: at.bincount(), lambda: x.scatter_reduce(0, at, x, "amax"),
+    lambda: x.index_add(0, at, x), lambda: x.scatter_add(0, at, x),
+]
+def raised(them):
+    count = 0
+    for one in them:
+        try:
+            one()
+        except RuntimeError as error:
+            count += "deterministic" in str(error)
+    return count
+before = raised(wrong)
+torch.use_deterministic_algorithms(True)
+print(before, raised(wrong), raised(right))
+"""
+
+
+def test_the_stand_in_raises_where_cuda_has_no_order() -> None:
+    """All other cases run under this rule: no objective comes to such an operation (`full_determinism`)."""
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    run = subprocess.run(
+        [sys.executable, "-c", UNORDERED], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.stdout.split() == ["0", "5", "0"], run.stderr
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("make", [tiny.gkd, tiny.minillm], ids=["gkd", "minillm"])

@@ -5,7 +5,7 @@ that holds an ordinary CPU tensor; every operation runs there with the CPU's own
 Before it runs, CUDA's rules are applied: no two devices in one operation, but for scalars of the CPU; no numpy of a
 device tensor; an index of the CPU into a device tensor is a hidden copy. Where CUDA would make the host wait (an item,
 a blocking copy, a size that depends on values), that is counted under the phase of the run and the innermost line of
-Diglot.
+Diglot. With `torch.use_deterministic_algorithms` an operation raises that would on CUDA.
 
 Not seen here: the numerics of kernels, streams and their races, memory, several processes.
 
@@ -34,6 +34,13 @@ _SIZE_BY_VALUE = {
     aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default,
     aten.unique_consecutive.default, aten.bincount.default,
 }  # fmt: skip
+_UNORDERED = {
+    aten.cumsum.default, aten.cumsum_.default, aten.put_.default, aten.put.default, aten.histc.default,
+    aten.kthvalue.default, aten.median.dim, aten.nanmedian.dim, aten.scatter_reduce.two, aten.scatter_reduce_.two,
+    aten.bincount.default,
+}  # fmt: skip
+"""What torch raises at on CUDA under `use_deterministic_algorithms`, as far as a language model could come to it (the
+list in its documentation; pooling, padding, resampling and losses of pictures are left out)."""
 _INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
@@ -117,6 +124,8 @@ def _run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _copy(*args, **kwargs)
     if op is aten._to_copy.default:
         return _to(*args, **kwargs)
+    if op in _UNORDERED and torch.are_deterministic_algorithms_enabled():
+        _check_order(op, args, kwargs)
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     held = [x for x in tensors if isinstance(x, DeviceTensor)]
     if op in _INDEXING:
@@ -142,6 +151,20 @@ def _run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return found
     wrapped = tree_map_only(torch.Tensor, lambda x: DeviceTensor(x, index), found)
     return return_and_correct_aliasing(op, args, kwargs, wrapped)
+
+
+def _check_order(op: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Raise where the order of an operation's sums is not fixed on CUDA."""
+    whole = not args[0].dtype.is_floating_point
+    if op in (aten.cumsum.default, aten.cumsum_.default) and whole:
+        return
+    if op in (aten.scatter_reduce.two, aten.scatter_reduce_.two) and args[4] not in ("sum", "mean"):
+        return
+    if op is aten.bincount.default and (args[1] if len(args) > 1 else kwargs.get("weights")) is None:
+        return
+    if op in (aten.put_.default, aten.put.default) and len(args) > 3 and args[3]:
+        return
+    raise RuntimeError(f"{op} does not have a deterministic implementation on CUDA ({_line()})")
 
 
 def _check_indices(own: torch.Tensor, indices: Any, values: Any) -> None:

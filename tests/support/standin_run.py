@@ -176,6 +176,8 @@ def cases() -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # as `full_determinism` does: every case fails where CUDA would raise
+    torch.utils.deterministic.fill_uninitialized_memory = False
     _watch(DistillationTrainer, "train", "rest")  # the optimizer, and the log
     _watch(DistillationTrainer, "training_step", "backward")
     _watch(DistillationTrainer, "get_batch_samples", "window")

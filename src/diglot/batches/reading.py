@@ -86,11 +86,11 @@ class PairReader:
         """The conversation as the teacher is given it."""
         return teacher_reads(conversation, self.teacher_system)
 
-    def prompt_ids(self, conversation: Conversation, room: int) -> Ids | None:
-        """The student's prompt, or None (and counted) if it leaves less than `room` tokens of `max_length`."""
+    def prompt_ids(self, conversation: Conversation, room: int, *, counted: bool = True) -> Ids | None:
+        """The student's prompt, or None (and `counted`) if it leaves less than `room` tokens of `max_length`."""
         ids = self.student.prompt_ids(conversation)
         if self.max_length is not None and len(ids) + room > self.max_length:
-            self.dropped["prompt_too_long"] += 1
+            self.dropped["prompt_too_long"] += counted
             return None
         return ids
 

@@ -30,7 +30,7 @@ VERSIONS = ("diglot", "torch", "transformers")
 SHAPING = (
     "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay",
     "max_length", "max_completion_length", "temperature", "top_p", "top_k", "num_generations", "teacher_mixed_alpha",
-    "score_turns", "score_reasoning", "score_tool_calls", "bf16", "fp16", "max_grad_norm", "optim",
+    "rollout_ahead", "score_turns", "score_reasoning", "score_tool_calls", "bf16", "fp16", "max_grad_norm", "optim",
     "markers", "fold_system", "on_bad_row",
 )  # fmt: skip
 _WITHOUT_EFFECT = {"rows_per_chunk", "min_coverage", "objective"}  # the terms in force stand for the last

@@ -18,6 +18,8 @@ from diglot.heads import Branches, TreeReading, default_chunk_rows
 from diglot.objectives import Pair, Plan, Rollout
 from diglot.objectives.tail import TailTokens
 from diglot.rendering import Conversation, Role
+from diglot.rollouts import Completion
+from diglot.rollouts.ahead import Row
 from diglot.teachers import CachedTeacher, LocalTeacher, Teacher, WholeRows, gives_rows, scores_chosen, whole_rows
 
 if TYPE_CHECKING:  # it needs packages that not everyone has
@@ -26,6 +28,16 @@ if TYPE_CHECKING:  # it needs packages that not everyone has
 
 Read = tuple["ReadPair | None", ...]
 """What each comparison reads of one text; None where it reads nothing."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a window, as each comparison reads them, and where they come from."""
+
+    reads: list[list[Read]]  # of each micro-batch
+    on_policy: bool
+    from_data: bool = False  # they come again in later epochs
+    by_all: bool = True  # is every teacher meant to read every text?
 
 
 @dataclass(frozen=True)
@@ -189,6 +201,24 @@ class Batch:
     def parts(self) -> list[Batch]:
         """All that the loss is a sum over."""
         return [self] if self.reference is None else [self, self.reference]
+
+
+def read_completions(
+    comparisons: Sequence[Comparison], rows: Sequence[Sequence[Row]], written: Sequence[Completion]
+) -> list[list[Read]]:
+    """What the student wrote for the rows of each micro-batch that have a prompt, as every comparison reads it."""
+    completions = iter(written)
+    return [[_read(comparisons, c, p, None if p is None else next(completions)) for c, p, _ in batch] for batch in rows]
+
+
+def _read(
+    comparisons: Sequence[Comparison], conversation: Conversation, prompt: Any, completion: Completion | None
+) -> Read:
+    if completion is None:
+        return (None,) * len(comparisons)
+    pairs = [one.reader.sampled(conversation, completion.ids, prompt) for one in comparisons]
+    said = completion.logps
+    return tuple(pair if pair is None or said is None else pair.with_logps(said) for pair in pairs)
 
 
 def make_batch(

@@ -16,6 +16,7 @@ from diglot.comparisons.comparison import Answers, Batch, View
 from diglot.errors import ConfigError, TeacherError
 from diglot.heads import Head, TreeReading, logits_by_parts, reads_few_columns, reduce_rows, summaries, token_logps
 from diglot.objectives import Part, Path, Rollout, Rows, Values
+from diglot.objectives.masses import running_sums
 from diglot.objectives.scores import Compare, Summary
 from diglot.objectives.tail import TailTokens
 from diglot.teachers import gives_rows
@@ -201,7 +202,7 @@ class ModelScores:
             here = slice(bounds[block.start], bounds[block.start + len(logits)])
             row = of_row[here] - block.start
             # Prefix sums in float64, in place: a range is a difference of two of them.
-            sums = logits.softmax(-1)[:, order].double().cumsum_(-1)
+            sums = running_sums(logits.softmax(-1)[:, order].double(), overwrite=True)
             upper, lower = (sums[row, (b - 1).clamp(min=0)] * (b > 0) for b in (high[here], low[here]))
             return (upper - lower).clamp(min=1e-30).log().to(logits.dtype)
 

@@ -1,8 +1,17 @@
 """Which conversations do we train on?"""
 
 from diglot.data.loading import has_replies, load_dataset
-from diglot.data.samples import Sample, to_sample
+from diglot.data.samples import Sample, collate_samples, to_sample
 from diglot.data.sources import hold_out, load_sources
 from diglot.data.survey import usable_rows
 
-__all__ = ["Sample", "has_replies", "hold_out", "load_dataset", "load_sources", "to_sample", "usable_rows"]
+__all__ = [
+    "Sample",
+    "collate_samples",
+    "has_replies",
+    "hold_out",
+    "load_dataset",
+    "load_sources",
+    "to_sample",
+    "usable_rows",
+]

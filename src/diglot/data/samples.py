@@ -159,6 +159,11 @@ def _messages(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...]
     return tuple(_without_none(message) for message in value)
 
 
+def collate_samples(rows: list[dict[str, Any]]) -> dict[str, list[Sample]]:
+    """Rows of a dataset as samples; runs in the data workers."""
+    return {"samples": [to_sample(row, where=f"row {row.get('__row__', i)}") for i, row in enumerate(rows)]}
+
+
 def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
     """JSON schemas, as a list or, since their shapes differ from row to row, as a string of JSON."""
     if isinstance(value, str):

@@ -25,7 +25,7 @@ from diglot.batches.sending import sent_together
 from diglot.errors import ConfigError
 from diglot.objectives.base import RowObjective, at_least_float32, check_range
 from diglot.objectives.divergences import forward_kl, generalized_jsd
-from diglot.objectives.masses import FLOOR, gathered, log_mass, ragged
+from diglot.objectives.masses import FLOOR, gathered, log_mass, ragged, running_sums
 from diglot.objectives.pair import Pair
 from diglot.objectives.scores import Rows, Scores, Values
 from diglot.objectives.spanning import Spanning, plain_tokens, prefix_range, spanning
@@ -146,7 +146,8 @@ class BPM(RowObjective):
         logp = scores.teacher_ranges(*map(torch.from_numpy, (token, low, high))).double()
         at = whole + 1, found.last, j[found.row]
         known, last, first = sent_together([torch.from_numpy(x) for x in at], logp.device)
-        before = logp.new_zeros(len(written.teacher.ids) + 1).index_copy(0, known, logp[: len(whole)]).cumsum(0)
+        each = logp.new_zeros(len(written.teacher.ids) + 1).index_copy(0, known, logp[: len(whole)])
+        before = running_sums(each, overwrite=True)
         return (before[last] - before[first] + logp[len(whole) :]).exp().float()
 
     def _head(self, written: Written, i: NDArray[np.int64], j: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -24,7 +24,7 @@ from diglot.batches.sending import sent, sent_record
 from diglot.errors import ConfigError
 from diglot.objectives.base import SummaryObjective, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
-from diglot.objectives.masses import FLOOR, log_mass, ragged
+from diglot.objectives.masses import FLOOR, log_mass, ragged, running_sums
 from diglot.objectives.pair import Pair
 from diglot.objectives.scores import Metrics, Scores, Values
 from diglot.objectives.spanning import plain_tokens
@@ -242,7 +242,7 @@ class _Columns:
         begin, end = plan.host_first[[rows.start, rows.start + len(probs)]].tolist()
         node, row = plan.node[begin:end], plan.token[begin:end] - rows.start
         # Sorted by bytes, the tokens that start with a prefix are neighbours: a mass is a difference of running sums.
-        running = probs.gather(1, self.sorted_ids.expand(len(probs), -1)).double().cumsum(-1)
+        running = running_sums(probs.gather(1, self.sorted_ids.expand(len(probs), -1)).double())
         running = nn.functional.pad(running, (1, 0))
 
         def between(query: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from diglot.alignment import Alignment
 from diglot.errors import ConfigError
 from diglot.objectives.base import at_least_float32
+from diglot.objectives.masses import running_sums
 from diglot.objectives.scores import Path
 
 NONCANONICAL = ("none", "mask", "boundary")
@@ -36,7 +37,7 @@ def suffix_in_chunk(values: Tensor, chunk: Tensor, num_chunks: int) -> Tensor:
     exact = values.double()  # a difference of running sums: float32 would round at the size of the whole batch
     inside = chunk >= 0
     kept = torch.where(inside, exact, 0.0)
-    total = kept.cumsum(0)
+    total = running_sums(kept)
     at, slot = torch.arange(len(chunk), device=chunk.device), _slot(chunk, num_chunks)
     last = chunk.new_zeros(num_chunks + 1).scatter_reduce(0, slot, at, "amax", include_self=False)
     return torch.where(inside, total[last[chunk.clamp(min=0)]] - (total - kept), 0.0).to(values.dtype)

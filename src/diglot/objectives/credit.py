@@ -11,6 +11,7 @@ from torch import Tensor
 from diglot.alignment import Alignment
 from diglot.objectives.base import at_least_float32
 from diglot.objectives.chunks import check_choice, chunk_sums, suffix_in_chunk
+from diglot.objectives.masses import running_sums
 
 CREDITS = ("variance_reduced", "shared", "whole", "uniform", "proportional")
 
@@ -125,7 +126,7 @@ def _unexplained(ratio: Tensor, explained: Tensor, alignment: Alignment, usable:
     left = (ratio - chunk_sums(steps, alignment.chunk_s, alignment.num_chunks)).clamp(-clip, clip)
     left = torch.where(usable, left, 0.0).double()
     of_segment = left.new_zeros(alignment.num_segments).index_add(0, segment, left)
-    so_far = (left.cumsum(0) - (of_segment.cumsum(0) - of_segment)[segment]).to(ratio.dtype)
+    so_far = (running_sums(left) - (running_sums(of_segment) - of_segment)[segment]).to(ratio.dtype)
     later = suffix_in_chunk(steps, alignment.chunk_s, alignment.num_chunks) - steps
     return so_far[chunk] + later
 
@@ -140,7 +141,7 @@ def _whole(
     kept = torch.where(scored, logp_s, 0.0).double()
     totals = kept.new_zeros(alignment.num_segments).index_add(0, token_segment, kept)
     # Tokens are in order of segment, so what lies before a segment is the sum of the segments before.
-    before = kept.cumsum(0) - kept - (totals.cumsum(0) - totals)[token_segment]
+    before = running_sums(kept) - kept - (running_sums(totals) - totals)[token_segment]
     whole = of_teacher[token_segment] - (totals[token_segment] - before).to(logp_s.dtype)
     if prompt is None:
         return whole

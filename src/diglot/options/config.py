@@ -159,6 +159,14 @@ class DistillationConfig(TrainingArguments):
     top_k: int = option(0, "Top-k sampling, 0: off.", "Generation")
     num_generations: int = option(1, "Completions per prompt.", "Generation")
 
+    rollout_ahead: int = option(
+        0,
+        "1: the student writes the next completions with the weights of before the optimizer steps on these, so that "
+        "a vLLM server writes while the student is trained (docs/rollouts.md). They are older by those steps: policy "
+        "gradients are weighted for it, divergences are not.",
+        "Generation",
+    )
+
     # vLLM (names as TRL's)
     use_vllm: bool = option(False, "Let vLLM write the student's completions.", "Generation")
     vllm_mode: str = option(
@@ -188,7 +196,8 @@ class DistillationConfig(TrainingArguments):
     )
     vllm_importance_sampling_correction: bool = option(
         True,
-        "Weight policy gradients by the student's probability of a token over vLLM's, which sampled it.",
+        "Weight policy gradients by the student's probability of a token over that of what sampled it: vLLM, or the "
+        "student of some steps ago (rollout_ahead).",
         "Generation",
     )
     vllm_importance_sampling_clip_max: float = option(3.0, "The largest such weight.", "Generation")
@@ -263,6 +272,11 @@ class DistillationConfig(TrainingArguments):
                 f"max_length={self.max_length}. Raise max_length or lower max_completion_length."
             )
 
+    @property
+    def steps_per_window(self) -> int:
+        """How many optimizer steps a set of completions serves."""
+        return 1
+
     def _check_server(self) -> None:
         if self.teacher_model_server_url is not None:
             checked_address(self.teacher_model_server_url, "teacher_model_server_url")
@@ -313,6 +327,11 @@ class GKDConfig(DistillationConfig):
                 )
             self.max_completion_length = self.max_new_tokens
         super().__post_init__()
+        if self.rollout_ahead and self.lmbda == 0:
+            raise ConfigError(
+                f"rollout_ahead={self.rollout_ahead} has the student write ahead, and with lmbda=0 it never writes. "
+                "Raise lmbda, or drop it."
+            )
         if self.seq_kd and self.lmbda == 1:
             raise ConfigError(
                 "seq_kd=True says who writes in off-policy steps, and lmbda=1.0 leaves none. Lower lmbda, or drop it."
@@ -344,6 +363,10 @@ class MiniLLMConfig(DistillationConfig):
     lm_coef: float = option(
         1.0, "Weight of the language-modelling loss on `lm_dataset`, when one is given.", "Objective"
     )
+
+    @property
+    def steps_per_window(self) -> int:
+        return self.num_iterations
 
     def __post_init__(self) -> None:
         super().__post_init__()

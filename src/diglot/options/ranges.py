@@ -53,6 +53,7 @@ RANGES: Mapping[str, Range] = {
     "log_rollouts": (0, None, "0 (none) or more"),
     "strict_top_k": (0, None, "0 (all shared tokens) or more"),
     "top_k": (0, None, "0 (off) or more"),
+    "rollout_ahead": (0, 1, "0 or 1"),
     "max_steps": (-1, None, "-1 (as many as num_train_epochs says) or more"),
     "vllm_server_port": (1, 65535, "a port, 1 to 65535"),
     "seed": (0, 2**32 - 1, "in [0, 2^32)"),

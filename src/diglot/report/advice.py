@@ -110,6 +110,15 @@ def sampler_gap(history: History) -> Advice | None:
     values = _values(history, "sampling/logp_gap_mean")
     if not values or values[-1] < 0.1:
         return None
+    if any(_values(history, "sampling/steps_old")):
+        return _say(
+            history,
+            "sampler_gap",
+            f"The student is {values[-1]:.2f} nats a token away from the one that wrote these completions ahead: its "
+            "steps are large for texts of before them, or vLLM has other weights. Lower the learning rate, or set "
+            "rollout_ahead to 0. Policy gradients are weighted for the gap up to vllm_importance_sampling_clip_max, "
+            "divergences are not.",
+        )
     return _say(
         history,
         "sampler_gap",

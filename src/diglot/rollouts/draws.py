@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from diglot.batches.sending import sent
+from diglot.objectives.masses import running_sums
 
 _BELOW_ONE = 1 - 2.0**-48  # a draw times a total then stays below the total
 
@@ -33,7 +34,7 @@ class RowDraws(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._draws = sent(self._draws, scores.device)  # those of the whole completion, at its first token
         draw = self._draws[:, input_ids.shape[1] - self._start, None]
-        below = scores.float().softmax(-1).double().cumsum_(-1)
+        below = running_sums(scores.float().softmax(-1).double(), overwrite=True)
         # Strictly above: a token without probability leaves the sum where it was and is never found.
         token = torch.searchsorted(below, draw * below[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)

@@ -33,6 +33,10 @@ class RolloutEngine(Protocol):
     def own_weights(self) -> bool:
         """Does it hold weights of its own, which `sync` must renew?"""
 
+    @property
+    def elsewhere(self) -> bool:
+        """Does it write on hardware of its own, so that training can go on meanwhile?"""
+
     def sync(self, model: PreTrainedModel) -> None:
         """Take over the weights of `model` as they are now. Called by one process, with nothing under way."""
 
@@ -43,6 +47,9 @@ class RolloutEngine(Protocol):
 
         `seed`: one for each prompt, or one from which they follow.
         """
+
+    def break_off(self) -> None:
+        """Repeat nothing of what is under way."""
 
     def close(self) -> None:
         """Let go of connections and memory."""

@@ -119,6 +119,7 @@ class TransformersSampler:
         return found
 
     own_weights: ClassVar[bool] = False
+    elsewhere: ClassVar[bool] = False
 
     def sync(self, model: PreTrainedModel) -> None:
         """Nothing to do: it runs the model itself."""
@@ -128,6 +129,9 @@ class TransformersSampler:
     ) -> list[Completion]:
         """As `RolloutEngine.write`."""
         return [Completion(ids) for ids in self(model, prompts, max_new_tokens=max_new_tokens, seed=seed)]
+
+    def break_off(self) -> None:
+        """Nothing is under way."""
 
     def close(self) -> None:
         """Nothing to let go of."""

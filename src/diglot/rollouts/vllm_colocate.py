@@ -27,6 +27,7 @@ class ColocatedVLLM:
     """
 
     own_weights = True
+    elsewhere = False
 
     def __init__(
         self, sampling: Sampling, weights: WeightsFolder, options: dict[str, Any], dtype: str | None = None
@@ -86,6 +87,9 @@ class ColocatedVLLM:
         rows = output.logprobs
         logps = None if rows is None else [row[i].logprob for i, row in zip(ids, rows, strict=False)]
         return checked(ids, logps, output.finish_reason, self.sampling, max_new_tokens)
+
+    def break_off(self) -> None:
+        """Nothing is under way."""
 
     def close(self) -> None:
         """Let go of vLLM's memory."""

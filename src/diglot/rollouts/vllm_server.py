@@ -42,6 +42,7 @@ class VLLMServer:
     """
 
     own_weights = True
+    elsewhere = True
 
     def __init__(self, client: Client, model: str, sampling: Sampling, weights: WeightsFolder) -> None:
         self.client, self.model, self.sampling, self.weights = client, model, sampling, weights
@@ -121,6 +122,10 @@ class VLLMServer:
                 one.cancel()
             self.client.break_off()
             raise
+
+    def break_off(self) -> None:
+        """Repeat no request that is under way."""
+        self.client.break_off()
 
     def close(self) -> None:
         """Break off requests and let go of the connections; the server stays."""

@@ -11,14 +11,13 @@ import logging
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -27,8 +26,9 @@ from diglot.batches import PackedSide, pad_id
 from diglot.batches.lengths import as_read, by_length
 from diglot.checkpoints.manifest import describe_run
 from diglot.checkpoints.saving import Checkpoints, StopOnSignal, write_options
-from diglot.comparisons import Batch, Comparison, Read, Term, View, check_options, make_batch, scores_of
+from diglot.comparisons import Batch, Comparison, Term, Texts, View, check_options, make_batch, scores_of
 from diglot.comparisons.build import complete, describe, load_student, mean_metrics, prepare_comparisons, routes
+from diglot.comparisons.comparison import read_completions
 from diglot.comparisons.counts import set_counts
 from diglot.comparisons.precision import check_trainable, to_train
 from diglot.comparisons.projectors import (
@@ -39,7 +39,7 @@ from diglot.comparisons.projectors import (
     save_projectors,
 )
 from diglot.comparisons.rows import checked_rows
-from diglot.data import Sample, to_sample
+from diglot.data import Sample, collate_samples, to_sample
 from diglot.errors import ConfigError, RolloutsUnavailable, TeacherUnavailable
 from diglot.evaluation import Evaluator, OnPolicyReport
 from diglot.heads import Head, even_passes, gathered, hidden_at_rows, keep_after_forward
@@ -49,6 +49,7 @@ from diglot.options.refused import RefusingTrainer, check_arguments
 from diglot.phases import phase as working
 from diglot.rendering import Conversation, Renderer
 from diglot.rollouts import Completion, TransformersSampler
+from diglot.rollouts.ahead import Ahead, Ids, Row, Waiting, Window, answered, rows_of
 from diglot.rollouts.connect import make_engine
 from diglot.teachers import LocalTeacher
 from diglot.teachers.adapter import AdapterOff
@@ -71,24 +72,6 @@ from diglot.watching.observing import Observer
 from diglot.watching.recording import RecordCallback, with_numbers
 
 logger = logging.getLogger(__name__)
-
-Window = list[list[Sample]]
-Ids = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The texts of a window, as each comparison reads them, and where they come from."""
-
-    reads: list[list[Read]]  # of each micro-batch
-    on_policy: bool
-    from_data: bool = False  # they come again in later epochs
-    by_all: bool = True  # is every teacher meant to read every text?
-
-
-def collate_samples(rows: list[dict[str, Any]]) -> dict[str, list[Sample]]:
-    """Rows of a dataset as samples; runs in the data workers."""
-    return {"samples": [to_sample(row, where=f"row {row.get('__row__', i)}") for i, row in enumerate(rows)]}
 
 
 class DistillationTrainer(RefusingTrainer):
@@ -159,8 +142,8 @@ class DistillationTrainer(RefusingTrainer):
         self.projectors = self._to_device()
         self.metrics = StepMetrics()
         self.stopping: StopOnSignal | None = None
-        cap = args.vllm_importance_sampling_clip_max if args.vllm_importance_sampling_correction else None
-        self.rollouts = Rollouts(engine, self.accelerator, self.metrics, cap)
+        self.rollouts = Rollouts(engine, self.accelerator, self.metrics, args, self.comparisons[0], self.student_head)
+        self.ahead = Ahead(args.rollout_ahead * args.steps_per_window, args.process_index)
         self.finite = FiniteSteps(self.accelerator, args, self.metrics)
         self.checkpoints = Checkpoints(self.accelerator, args, self.identity)
         self.observer = Observer(args, self.comparisons, self.student_head, self.metrics, self.accelerator.autocast)
@@ -218,6 +201,10 @@ class DistillationTrainer(RefusingTrainer):
         """Over how many items of a micro-batch each term is averaged."""
         return view.items()
 
+    def student_writes_at(self, step: int) -> bool:
+        """Is it the student that writes the texts of this step?"""
+        return True
+
     # ---- one window: texts, read, aligned, counted ---------------------------------------------------------------
 
     def prepare(self, window: Window) -> list[Batch]:
@@ -227,6 +214,7 @@ class DistillationTrainer(RefusingTrainer):
         """
         routed = routes(self.comparisons, [sample for batch in window for sample in batch])
         texts = self.texts(window)
+        self._write_ahead()
         first = [[next((pair for pair in read if pair), None) for read in batch] for batch in texts.reads]
         together = self.args.num_generations if texts.on_policy else 1
         split = as_read(first) if self._split_matters else by_length(first, together)
@@ -260,7 +248,7 @@ class DistillationTrainer(RefusingTrainer):
         total, world = torch.zeros((), device=self.args.device), self.accelerator.num_processes
         for part in batch.parts:
             hidden = self.hidden_at_rows(model, part.student)
-            self.rollouts.measure(part, hidden, self.student_head, self.state.global_step)
+            self.rollouts.measure(part, hidden, self.state.global_step)
             total = total + hidden.sum() * 0.0  # a rank with nothing to compare takes part in the backward pass too
             with even_passes(*self.teacher_models()):
                 for view in part.views:
@@ -290,7 +278,7 @@ class DistillationTrainer(RefusingTrainer):
     ) -> tuple[list[dict[str, Batch]], int | None]:
         """All micro-batches of one optimizer step, ready for `compute_loss`."""
         keep_after_forward(self.student, self.student_head.module)
-        window = [batch["samples"] for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        window = self.ahead.read(epoch_iterator, num_batches)
         if not window:
             return [], None
         self.finite.rows = [sample.where for batch in window for sample in batch]
@@ -309,29 +297,32 @@ class DistillationTrainer(RefusingTrainer):
     # ---- what the student writes ---------------------------------------------------------------------------------
 
     def student_writes(self, window: Window) -> Texts:
-        """The student writes `num_generations` completions for each prompt of the window, in one call."""
-        conversations = [[s.conversation for s in batch for _ in range(self.args.num_generations)] for batch in window]
-        reader, longest = self.comparisons[0].reader, self.args.max_completion_length
-        prompts = [[reader.prompt_ids(c, longest) for c in batch] for batch in conversations]
-        seeds = self.row_seeds("rollouts", window, self.args.num_generations)
-        rows = [row for batch in zip(conversations, prompts, seeds, strict=True) for row in zip(*batch, strict=True)]
-        kept = [(c, p, seed) for c, p, seed in rows if p is not None]
+        """The student writes `num_generations` completions for each prompt of a window in one call, or has done it."""
+        step = self.state.global_step
+        rows = self._rows(window, step)
+        conversations, prompts, seeds = answered(rows)
+        waited = self.ahead.take(step, prompts)
         with gathered(self.student):  # also where there is nothing to write: other ranks gather too
-            own = [c for c, _, _ in kept], [p for _, p, _ in kept], [seed for _, _, seed in kept]
-            completions = iter(self.complete(*own))
-        reads = [
-            [self._read(c, p, None if p is None else next(completions)) for c, p in zip(*both, strict=True)]
-            for both in zip(conversations, prompts, strict=True)
-        ]
-        return Texts(reads, on_policy=True)
+            written, of_step = waited or (self.complete(conversations, prompts, seeds), step)
+        if self.ahead.steps:
+            self.metrics.add_mean("sampling/steps_old", step - of_step, 1)
+        return Texts(read_completions(self.comparisons, rows, written), on_policy=True)
 
-    def _read(self, conversation: Conversation, prompt: Ids | None, completion: Completion | None) -> Read:
-        """A completion as every comparison reads it."""
-        if completion is None:
-            return (None,) * len(self.comparisons)
-        pairs = [one.reader.sampled(conversation, completion.ids, prompt) for one in self.comparisons]
-        said = completion.logps
-        return tuple(pair if pair is None or said is None else pair.with_logps(said) for pair in pairs)
+    def _write_ahead(self) -> None:
+        """The student writes for a window to come, if it is to write for that one."""
+        step, longest = self.state.global_step, self.args.max_completion_length
+        turn, window = self.ahead.due(step, self.state.max_steps)
+        if window is None or not self.student_writes_at(turn):
+            return
+        _, prompts, seeds = answered(self._rows(window, turn, counted=False))
+        with gathered(self.student):
+            later = self.rollouts.write_later(self.student, step, prompts, longest=longest, seeds=seeds)
+        self.ahead.put(turn, Waiting(prompts, step, later))
+
+    def _rows(self, window: Window, step: int, *, counted: bool = True) -> list[list[Row]]:
+        """What is to be written for the window of a step."""
+        seeds = self.row_seeds("rollouts", window, self.args.num_generations, step)
+        return rows_of(self.comparisons[0].reader, window, seeds, self.args.max_completion_length, counted=counted)
 
     def complete(
         self, conversations: Sequence[Conversation], prompts: Sequence[Ids], seeds: Sequence[int]
@@ -366,22 +357,25 @@ class DistillationTrainer(RefusingTrainer):
 
     # ---- chance and ranks ----------------------------------------------------------------------------------------
 
-    def draw(self, what: str) -> float:
-        """A uniform number in [0, 1) that depends on seed and step only: equal on all ranks and after a resume."""
-        return random.Random(self.seed_for(what)).random()
+    def draw(self, what: str, step: int | None = None) -> float:
+        """A uniform number in [0, 1) that depends on seed and step (default: this one), on all ranks and on resume."""
+        return random.Random(self.seed_for(what, step)).random()
 
-    def seed_for(self, what: str) -> int:
+    def seed_for(self, what: str, step: int | None = None) -> int:
         """A seed that depends on the run's seed, the step and `what`: equal on all ranks and after a resume."""
-        return random.Random(f"{what}/{self.args.seed}/{self.state.global_step}").getrandbits(63)
+        at = self.state.global_step if step is None else step
+        return random.Random(f"{what}/{self.args.seed}/{at}").getrandbits(63)
 
-    def row_seeds(self, what: str, window: Sequence[Sequence[Any]], per_row: int = 1) -> list[list[int]]:
+    def row_seeds(
+        self, what: str, window: Sequence[Sequence[Any]], per_row: int = 1, step: int | None = None
+    ) -> list[list[int]]:
         """For each micro-batch `per_row` seeds of each of its rows.
 
         They depend on the row's place in the window of all ranks, so not on how many ranks there are.
         """
         args = self.args
         places = row_places([len(b) for b in window], self._train_batch_size, args.process_index, args.world_size)
-        base = self.seed_for(what)
+        base = self.seed_for(what, step)
         return [[row_seed(base, place, i) for place in batch for i in range(per_row)] for batch in places]
 
     def count_over_ranks(self, counts: Mapping[str, Any]) -> dict[str, float]:
@@ -438,6 +432,7 @@ class DistillationTrainer(RefusingTrainer):
         except BaseException as error:
             for one in self.comparisons:
                 one.teacher.break_off()
+            self.rollouts.break_off()
             if isinstance(error, (TeacherUnavailable, RolloutsUnavailable)) and self.args.world_size == 1:
                 folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
                 if not (folder / "trainer_state.json").exists():
@@ -445,6 +440,7 @@ class DistillationTrainer(RefusingTrainer):
                 raise type(error)(f"{error} It is {folder}.") from None
             raise
         finally:
+            self.ahead.drop()
             self.remove_callback(watch)
         if watch.stopped:
             raise watch.error(self.state.global_step, self.args.output_dir)
@@ -475,6 +471,8 @@ class DistillationTrainer(RefusingTrainer):
         """Write into a checkpoint what the Trainer does not keep itself; on every rank."""
         if self.projectors and self.is_world_process_zero():
             save_projectors(folder, self.projectors)
+        if not self.args.save_only_model:
+            self.ahead.save(folder, self.state.global_step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student so that the folder does not load before all of it is there."""
@@ -503,6 +501,7 @@ class DistillationTrainer(RefusingTrainer):
         """Take up from `checkpoint` what the Trainer does not keep itself. Model and state are loaded already."""
         logged = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
         self.metrics.num_tokens = logged[-1] if logged else 0.0
+        self.ahead.restore(checkpoint)
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 

@@ -7,16 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 from diglot.batches import ReadPair
-from diglot.comparisons import Comparison, Read, Term, defaults_of, entries_of, terms_of
+from diglot.comparisons import Comparison, Read, Term, Texts, defaults_of, entries_of, terms_of
 from diglot.comparisons.auto import auto_objective
 from diglot.comparisons.rows import checked_rows
 from diglot.data import Sample
 from diglot.errors import ConfigError
 from diglot.heads import gathered
 from diglot.options import GKDConfig
+from diglot.rollouts.ahead import Window
 from diglot.teachers import local
 from diglot.teachers.cache import cached
-from diglot.trainers.base import DistillationTrainer, Texts, Window
+from diglot.trainers.base import DistillationTrainer
 
 
 class GKDTrainer(DistillationTrainer):
@@ -60,9 +61,12 @@ class GKDTrainer(DistillationTrainer):
             )
         return checked_rows(self.comparisons, self.args, train, evaluation, replies)
 
+    def student_writes_at(self, step: int) -> bool:
+        return self.draw("lmbda", step) < self.args.lmbda
+
     def texts(self, window: Window) -> Texts:
         """One draw a step decides who writes: the student, or the data (with `seq_kd` each teacher)."""
-        if self.draw("lmbda") < self.args.lmbda:
+        if self.student_writes_at(self.state.global_step):
             return self.student_writes(window)
         if self.args.seq_kd:
             return self.teachers_write(window)

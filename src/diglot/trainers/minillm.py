@@ -30,7 +30,18 @@ from diglot.batches import ReadPair, pad_id
 from diglot.batches.sending import sent
 from diglot.batches.windows import RepeatedWindows, repeated_stream
 from diglot.checkpoints.held import HeldBatch, load_held, save_held
-from diglot.comparisons import Batch, Comparison, Term, View, defaults_of, entries_of, make_batch, scores_of, terms_of
+from diglot.comparisons import (
+    Batch,
+    Comparison,
+    Term,
+    Texts,
+    View,
+    defaults_of,
+    entries_of,
+    make_batch,
+    scores_of,
+    terms_of,
+)
 from diglot.comparisons.auto import explained_by, single_step
 from diglot.comparisons.counts import set_counts
 from diglot.comparisons.rows import checked_texts
@@ -43,8 +54,9 @@ from diglot.objectives.span import Span, span_advantages
 from diglot.options import MiniLLMConfig
 from diglot.rendering import Conversation, Rendered
 from diglot.rollouts import TeacherMixture, continue_prefixes, mixture_weight, write_prefixes
+from diglot.rollouts.ahead import Ids, Window
 from diglot.teachers import LocalTeacher, local
-from diglot.trainers.base import DistillationTrainer, Ids, Texts, Window
+from diglot.trainers.base import DistillationTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +100,7 @@ class MiniLLMTrainer(DistillationTrainer):
             logger.warning(
                 "The student has a dropout of %s: ratios of the policy are noise. Set disable_dropout: true.", dropout
             )
-        if not self.observer.own_draws:
+        if (self.args.temperature, self.args.top_p, self.args.top_k) != (1, 1, 0):
             logger.warning(
                 "The student does not write from its own distribution (temperature=%s, top_p=%s, top_k=%s), for "
                 "whose draws the policy gradient takes these texts.",
@@ -158,6 +170,8 @@ class MiniLLMTrainer(DistillationTrainer):
             why = f"the teacher cannot write here, it is {teacher.name}"
         elif self.args.use_vllm:
             why = "vLLM samples from the student alone (use_vllm)"
+        elif self.args.rollout_ahead:
+            why = "what is written ahead is weighted by the student's own ratio (rollout_ahead)"
         else:
             return alpha
         logger.warning("teacher_mixed_alpha is 0: %s.", why)
@@ -241,7 +255,7 @@ class MiniLLMTrainer(DistillationTrainer):
     def _rewarded(self, batches: list[Batch], known: Mapping[tuple[int, int], HeldBatch] | None) -> list[Batch]:
         for i, batch in enumerate(batches):
             hidden = self.hidden_at_rows(self.student, batch.student)
-            self.rollouts.measure(batch, hidden, self.student_head, self.state.global_step)
+            self.rollouts.measure(batch, hidden, self.state.global_step)
             with even_passes(*self.teacher_models()):
                 for k, view in enumerate(batch.views):
                     scores = scores_of(batch, view, hidden, self.student_head)

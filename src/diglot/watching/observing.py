@@ -58,7 +58,8 @@ class Observer:
         self.comparison = comparisons[self._number]
         self.drift = Drift()
         self._texts: list[Sample] | None = None
-        self.own_draws = args.temperature == args.top_p == 1 and not args.top_k  # is what it writes its distribution?
+        # Is what it writes its distribution, and that of now?
+        self.own_draws = args.temperature == args.top_p == 1 and not args.top_k and not args.rollout_ahead
         self._is_main, self._folder = args.process_index == 0, Path(str(args.output_dir))
 
     # ---- during the run ----------------------------------------------------------------------------------------

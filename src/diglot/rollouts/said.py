@@ -1,0 +1,69 @@
+"""What the student that is trained says about completions that it wrote itself and that are trained on later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from diglot.batches.sending import sent
+from diglot.heads import Head, evaluating, hidden_at_rows, token_logps
+from diglot.rollouts.engine import Completion
+
+Ids = NDArray[np.int64]
+
+
+@torch.no_grad()
+def with_logps(
+    model: PreTrainedModel,
+    head: Head,
+    prompts: Sequence[Ids],
+    completions: Sequence[Completion],
+    pad_id: int,
+    *,
+    at_a_time: int,
+    chunk_rows: int,
+) -> list[Completion]:
+    """The completions with the log-probability in nats of each id as `model` is now, before temperature and nucleus.
+
+    Args:
+        head: the model's.
+        prompts: one for each completion.
+        at_a_time: completions in one forward pass.
+        chunk_rows: rows of logits that exist at a time.
+    """
+    found: list[Completion] = []
+    for begin in range(0, len(completions), at_a_time):
+        some, fronts = completions[begin : begin + at_a_time], prompts[begin : begin + at_a_time]
+        logps = _logps(model, head, fronts, [one.ids for one in some], pad_id, chunk_rows).double().cpu().numpy()
+        parts = np.split(logps, np.cumsum([len(one.ids) for one in some])[:-1])
+        found += [replace(one, logps=own) for one, own in zip(some, parts, strict=True)]
+    return found
+
+
+def _logps(
+    model: PreTrainedModel, head: Head, prompts: Sequence[Ids], completions: Sequence[Ids], pad_id: int, rows: int
+) -> Tensor:
+    """Log-probs of all ids of some completions, one behind the other."""
+    texts = [np.concatenate(both) for both in zip(prompts, completions, strict=True)]
+    ids = np.full((len(texts), max(map(len, texts))), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)], mask[row, : len(text)] = text, 1
+    predicting = [
+        row * ids.shape[1] + np.arange(len(prompt) - 1, len(text) - 1)
+        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+    ]
+    at = np.concatenate(predicting)
+    input_ids, attention_mask, places, targets = (
+        sent(torch.from_numpy(x), model.device) for x in (ids, mask, at, np.concatenate(completions))
+    )
+    with evaluating(model):
+        hidden = hidden_at_rows(model, input_ids, attention_mask, places, (ids, at))
+    none = torch.zeros_like(targets, dtype=torch.bool)  # the very id that was sampled, not the whole stop set
+    return token_logps(hidden, head, targets, none, [int(targets[0])] if len(targets) else [0], rows)
