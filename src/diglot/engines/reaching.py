@@ -8,7 +8,7 @@ a start that it reaches.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,7 +108,7 @@ class Beyond:
             pairs = {key: [(key[0], i) for i in self._longer(key[1], d)] for key, d in asked.items()}
             answers = iter(self.neighbours.allowed([pair for of_key in pairs.values() for pair in of_key]))
             for key, of_key in pairs.items():
-                self._known[key] = any([next(answers) for _ in of_key])
+                self._known[key] = any(list(islice(answers, len(of_key))))
         return np.array([self._known[key] for key in keys], dtype=np.bool_)
 
     def _longer(self, node: int, depth: int) -> list[int]:
@@ -139,7 +139,8 @@ def mass_beside(plan: Boundaries, named: Named, pieces: Pieces, whole: Floats, b
         some = (mass > _SOME * whole[to]) & ~counted
         parts.append((to[some], pieces.token[on[some]], node[some], np.full(int(some.sum()), depth), mass[some]))
     to, token, node, depths, mass = (np.concatenate(x) for x in zip(*parts, strict=True))
-    return np.bincount(to, mass * beyond.any_behind(token, node, depths), minlength=plan.items)
+    beside = np.bincount(to, mass * beyond.any_behind(token, node, depths), minlength=plan.items)
+    return beside.astype(np.float64)
 
 
 def _first_of_branches(plan: Boundaries) -> Ints:

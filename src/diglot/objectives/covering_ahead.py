@@ -147,6 +147,7 @@ def look_ahead(
                 strict=True,
             )
         )
+        if look is not None or (r, i) in there
     ]
     for level in range(_PIECES):
         todo = [path.advanced(there) for path in todo]

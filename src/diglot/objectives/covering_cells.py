@@ -175,6 +175,7 @@ class Neighbours:
     def some_allowed(self, before: Ints, cell: Ints, cells: CellMap) -> NDArray[np.bool_]:
         """Does a cell hold a token that is written behind the one `before`, `[n]`? -1: a text starts there."""
         found, doubtful = self._named(before, cell)
+        doubtful = doubtful[cells.size[cell[doubtful]] > 1]
         found[doubtful] = [any(of_cell) for of_cell in self._others(before[doubtful], cell[doubtful], cells)]
         return found
 

@@ -115,7 +115,7 @@ def plan_covering(written: Written, student: Vocabulary, teacher: Vocabulary, en
 def find_boundaries(
     written: Written, student: Vocabulary, teacher: Vocabulary, encode_t: Encode
 ) -> tuple[Boundaries, Ints]:
-    """All boundaries of a batch with the teacher's branches to them, and the byte end of each of the branches' tokens."""
+    """All boundaries of a batch with the teacher's branches to them, and the byte end of each branch token."""
     s, t = written.student, written.teacher
     lengths = np.array([len(text) for text in written.texts], dtype=np.int64)
     data = np.frombuffer(b"".join(written.texts), dtype=np.uint8)
