@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,14 @@ def test_verls_own_manager_and_loss_take_the_teachers_numbers() -> None:
     if not (VERL / "verl").exists():
         pytest.fail(f"verl is not in {VERL}. Run `make nightly`, which installs it there.")
     script = ROOT / "tests" / "support" / "verl_itself.py"
-    done = subprocess.run([sys.executable, str(script), str(VERL)], capture_output=True, text=True, timeout=300)
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("src", "tests"))
+    done = subprocess.run(
+        [sys.executable, str(script), str(VERL)],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
     rows, first = found["expected"], found["first"]

@@ -12,7 +12,6 @@ a start that it reaches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,10 +19,10 @@ from numpy.typing import NDArray
 
 from diglot.batches import Written
 from diglot.engines.likeliest import Likeliest, likeliest_of
-from diglot.engines.reaching import Named, find_leaves, mass_beside, mass_ended
+from diglot.engines.reaching import Beyond, Named, find_leaves, mass_beside, mass_ended
 from diglot.objectives.covering_ahead import Leaves, TeacherText, look_ahead, open_leaves
 from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams
-from diglot.objectives.covering_plan import CoveringPlan, plan_covering
+from diglot.objectives.covering_plan import Boundaries, find_boundaries
 from diglot.objectives.covering_rows import RowsRead
 from diglot.objectives.tail import TailTokens
 from diglot.rendering import Renderer
@@ -56,7 +55,7 @@ class Known:
     """What was found out about texts of a few tokens so far."""
 
     student: Neighbours
-    teacher: Neighbours
+    beyond: Beyond
     seams: Seams
 
 
@@ -91,14 +90,14 @@ class Covering:
             The distribution, at most `K + 1` ids of each start, and the student tokens that begin there, `[R]`.
         """
         t, table = written.teacher, self.teacher.vocabulary
-        plan = plan_covering(written, self.student.vocabulary, table, self.teacher.encoder.encode)
+        plan, _ = find_boundaries(written, self.student.vocabulary, table, self.teacher.encoder.encode)
         named = Named.of(ids, top, t.ids, logps)
         of_stop = np.where(t.stop, np.exp(logps), named.of_only(self._stops))
         leaves, pieces = find_leaves(plan, named, table, self._stops, self.first)
         known = self._known_now(len(leaves.mass))
         own, (ended, sure) = plan.last < 0, mass_ended(plan, named)
         whole = own + ended + np.bincount(leaves.boundary, leaves.mass * (leaves.consumed > 0), minlength=plan.items)
-        beside = mass_beside(plan, named, pieces, whole, table, known.teacher)
+        beside = mass_beside(plan, named, pieces, whole, known.beyond)
         whole = whole + beside
         lost = ~(np.isfinite(whole) & (whole > 0))  # behind a token that the teacher holds impossible
         whole[lost] = 1.0
@@ -113,7 +112,7 @@ class Covering:
 
     def _named(
         self,
-        plan: CoveringPlan,
+        plan: Boundaries,
         written: Written,
         named: Named,
         leaves: Leaves,
@@ -133,7 +132,7 @@ class Covering:
             _rows(named, self._stops),
             self.first,
             known.seams,
-            _nothing_read(),
+            None,
         )
         vague = np.bincount(leaves.boundary[which], ahead.left, minlength=count) + shares.vague
         sure = np.ones(len(leaves.mass), dtype=np.bool_)
@@ -174,7 +173,7 @@ class Covering:
 
     def _nothing_known(self) -> Known:
         student, teacher = (Neighbours(side.vocabulary, side.encoder.encode) for side in (self.student, self.teacher))
-        return Known(student, teacher, Seams(self.first, self.student.encoder.encode))
+        return Known(student, Beyond(self.teacher.vocabulary, teacher), Seams(self.first, self.student.encoder.encode))
 
 
 def _rows(named: Named, stops: Ints) -> RowsRead:
@@ -188,19 +187,8 @@ def _rows(named: Named, stops: Ints) -> RowsRead:
     return RowsRead(none, stop, none, ids, top, none.astype(np.int64), none.astype(np.int64), none, none)
 
 
-def _nothing_read() -> Callable[[TailTokens], RowsRead]:
-    """Behind tokens that were not written no row says anything."""
-
-    def look(tail: TailTokens) -> RowsRead:
-        count = len(tail.ids)
-        nothing = Named(np.full((count, 1), -1), np.full((count, 1), -np.inf), np.zeros(count), np.zeros(count + 1))
-        return _rows(nothing, np.zeros(0, dtype=np.int64))
-
-    return look
-
-
 def _of_written(
-    plan: CoveringPlan, ids_s: Ints, known: tuple[Ints, Ints, Floats], vague: Floats, prefix: Floats
+    plan: Boundaries, ids_s: Ints, known: tuple[Ints, Ints, Floats], vague: Floats, prefix: Floats
 ) -> Floats:
     """How much of what is vague begins with the written token, at least, `[R]`.
 

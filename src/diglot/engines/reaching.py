@@ -8,14 +8,14 @@ a start that it reaches.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diglot.objectives.covering_ahead import Leaves
 from diglot.objectives.covering_cells import CellMap, Neighbours
-from diglot.objectives.covering_plan import CoveringPlan, Ground
+from diglot.objectives.covering_plan import Boundaries, Ground
 from diglot.vocabulary import Vocabulary
 
 Bools = NDArray[np.bool_]
@@ -60,7 +60,7 @@ class Pieces:
 
 
 def find_leaves(
-    plan: CoveringPlan, named: Named, teacher: Vocabulary, stops: Ints, cells: CellMap
+    plan: Boundaries, named: Named, teacher: Vocabulary, stops: Ints, cells: CellMap
 ) -> tuple[Leaves, Pieces]:
     """Named tokens at the starts that they reach: all their bytes before it are the text's, and some follow; and
     those that are the text's to their end, which is no end of the written tokens."""
@@ -93,38 +93,57 @@ def find_leaves(
     return leaves, Pieces(row, ids[row, k], end, before[row] + named.logps[row, k])
 
 
-def mass_beside(
-    plan: CoveringPlan, named: Named, pieces: Pieces, whole: Floats, teacher: Vocabulary, known: Neighbours
-) -> Floats:
+class Beyond:
+    """Does the teacher's tokenizer write one of the tokens that go on like the text behind another one?"""
+
+    def __init__(self, teacher: Vocabulary, neighbours: Neighbours) -> None:
+        self.teacher, self.neighbours = teacher, neighbours
+        self._known: dict[tuple[int, int], bool] = {}
+
+    def any_behind(self, token: Ints, node: Ints, depth: Ints) -> Bools:
+        """For each token and node of the trie, of `depth` bytes: of tokens that are longer, a few are tried, `[n]`."""
+        keys = list(zip(token.tolist(), node.tolist(), strict=True))
+        asked = {key: d for key, d in zip(keys, depth.tolist(), strict=True) if key not in self._known}
+        if asked:
+            pairs = {key: [(key[0], i) for i in self._longer(key[1], d)] for key, d in asked.items()}
+            answers = iter(self.neighbours.allowed([pair for of_key in pairs.values() for pair in of_key]))
+            for key, of_key in pairs.items():
+                self._known[key] = any(list(islice(answers, len(of_key))))
+        return np.array([self._known[key] for key in keys], dtype=np.bool_)
+
+    def _longer(self, node: int, depth: int) -> list[int]:
+        trie = self.teacher.trie
+        longer = trie.sorted_ids[trie.low[node] : trie.high[node]]
+        longer = longer[self.teacher.lengths[longer] > depth]
+        which = np.unique(np.linspace(0, len(longer) - 1, min(len(longer), _TRIED)).astype(np.int64))
+        return longer[which].tolist()
+
+
+def mass_beside(plan: Boundaries, named: Named, pieces: Pieces, whole: Floats, beyond: Beyond) -> Floats:
     """Mass, at most, of the texts in which a token that runs past a start begins where none of the written ones
     does, `[R]`: no row was read there. Where it can be a small part of the mass it is not counted.
 
     Args:
         whole: `[R]`, the mass of each start that is known.
-        known: what the teacher's tokenizer writes side by side.
+        beyond: what the teacher's tokenizer writes side by side.
     """
-    ground, trie, lengths = plan.ground, teacher.trie, teacher.lengths
-    first = _first_of_branches(plan)
-    of: dict[tuple[int, int], float] = {}  # piece and start -> mass
-    tried: list[tuple[tuple[int, int], tuple[int, int]]] = []
-    for on, depth, node in trie.walk(ground.data, *ground.span(pieces.end)) if len(ground.data) else ():
+    ground, first = plan.ground, _first_of_branches(plan)
+    parts = [(*(np.zeros(0, dtype=np.int64) for _ in range(4)), np.zeros(0))]
+    walked = beyond.teacher.trie.walk(ground.data, *ground.span(pieces.end)) if len(ground.data) else ()
+    for on, depth, node in walked:
         to = ground.row_at[pieces.end[on] + depth]
-        mass = np.where(to >= 0, np.exp(np.minimum(pieces.reach[on] - named.before[plan.main[to]], _LARGE)), 0.0)
+        hit = to >= 0
+        on, node, to = on[hit], node[hit], to[hit]
+        mass = np.exp(np.minimum(pieces.reach[on] - named.before[plan.main[to]], _LARGE))
         counted = (first[to] == np.column_stack([pieces.row[on], pieces.token[on]])).all(-1)
-        for h in np.flatnonzero((mass > _SOME * whole[to]) & ~counted).tolist():
-            longer = trie.sorted_ids[trie.low[node[h]] : trie.high[node[h]]]
-            longer = longer[lengths[longer] > depth]
-            some = longer[np.unique(np.linspace(0, len(longer) - 1, min(len(longer), _TRIED)).astype(np.int64))]
-            of[int(on[h]), int(to[h])] = float(mass[h])
-            tried += [((int(on[h]), int(to[h])), (int(pieces.token[on[h]]), i)) for i in some.tolist()]
-    allowed = known.allowed([pair for _, pair in tried])
-    beside = np.zeros(plan.items)
-    for one in {one for (one, _), yes in zip(tried, allowed, strict=True) if yes}:
-        beside[one[1]] += of[one]
-    return beside
+        some = (mass > _SOME * whole[to]) & ~counted
+        parts.append((to[some], pieces.token[on[some]], node[some], np.full(int(some.sum()), depth), mass[some]))
+    to, token, node, depths, mass = (np.concatenate(x) for x in zip(*parts, strict=True))
+    beside = np.bincount(to, mass * beyond.any_behind(token, node, depths), minlength=plan.items)
+    return beside.astype(np.float64)
 
 
-def _first_of_branches(plan: CoveringPlan) -> Ints:
+def _first_of_branches(plan: Boundaries) -> Ints:
     """Row and token with which the teacher's reading of the text so far leaves that of the whole text, `[R, 2]`; -1
     where it does not."""
     first = np.full((plan.items, 2), -1, dtype=np.int64)
@@ -135,7 +154,7 @@ def _first_of_branches(plan: CoveringPlan) -> Ints:
     return first
 
 
-def mass_ended(plan: CoveringPlan, named: Named) -> tuple[Floats, Bools]:
+def mass_ended(plan: Boundaries, named: Named) -> tuple[Floats, Bools]:
     """Mass of the texts in which the teacher's reading of the text so far ends at the start, `[R]`: 0 where the reading
     of the whole text does. Sure if it is one token that its row names; otherwise an upper bound: that of the first
     token, or of the last that is named."""

@@ -9,7 +9,7 @@ Shapes: `L` leaves, each a teacher token that may come next at a boundary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,22 +78,13 @@ class _Path:
     pieces: tuple[int, ...]
     text: bytes  # that is not written yet
     mass: float
-    ends: bool = False  # the turn ends behind it
 
     def advanced(self, there: Mapping[tuple[int, int], int]) -> _Path:
         """From the last row of the path that is known already."""
         row, pieces = self.row, self.pieces
         while pieces and (row, pieces[0]) in there:
             row, pieces = there[row, pieces[0]], pieces[1:]
-        return replace(self, row=row, pieces=pieces)
-
-    def continued(self, rows: RowsRead, at: int, token: Callable[[int], bytes]) -> Iterator[_Path]:
-        """With each piece that may come behind it, and its end; `at` is its row."""
-        yield replace(self, mass=float(np.exp(rows.stop[at])) * self.mass, ends=True)
-        masses = np.exp(rows.top[at]) * self.mass
-        for i, mass in zip(rows.top_ids[at].tolist(), masses.tolist(), strict=True):
-            if mass > _SMALL:
-                yield replace(self, pieces=(*self.pieces, i), text=self.text + token(i), mass=mass)
+        return self if row == self.row else replace(self, row=row, pieces=pieces)
 
 
 def branches_behind(paths: Sequence[_Path], branch: TailTokens, count: int) -> tuple[TailTokens, Ints]:
@@ -139,11 +130,15 @@ def look_ahead(
     rows: RowsRead,
     cells: CellMap,
     seams: Seams,
-    look: Callable[[TailTokens], RowsRead],
+    look: Callable[[TailTokens], RowsRead] | None,
 ) -> Ahead:
-    """Which student token each of the leaves turns out to begin, once more of the teacher's pieces are known."""
+    """Which student token each of the leaves turns out to begin, once more of the teacher's pieces are known.
+
+    `look` reads the teacher behind pieces; without it there are the rows of `text` and `branch` alone.
+    """
     token, there = cells.teacher.token, _next_rows(branch, text)
     left, known = leaves.mass.copy(), list[tuple[int, int, float]]()
+    before: list[int] = previous[leaves.boundary].tolist()
     todo = [
         _Path(k, b, r, (i,), token(i)[c:], m)
         for k, (b, r, i, c, m) in enumerate(
@@ -152,24 +147,46 @@ def look_ahead(
                 strict=True,
             )
         )
+        if look is not None or (r, i) in there
     ]
     for level in range(_PIECES):
         todo = [path.advanced(there) for path in todo]
+        if look is None:
+            todo = [path for path in todo if not path.pieces]
         tail, place = branches_behind(todo, branch, len(text.ids))
-        behind = look(tail) if len(tail.ids) else rows
-        more: list[_Path] = []
-        for path, at in zip(todo, place.tolist(), strict=True):
-            more += path.continued(rows, path.row, token) if at < 0 else path.continued(behind, at, token)
-        found = seams.begins([(int(previous[one.boundary]), one.text) for one in more])
-        todo = []
-        for one, begins in zip(more, found, strict=True):
+        more = _continued(todo, place, rows, look(tail) if look is not None and len(tail.ids) else rows)
+        texts = [todo[p].text + token(i) if i >= 0 else todo[p].text for p, i, _ in more]
+        found = seams.begins([(before[todo[p].leaf], one) for (p, *_), one in zip(more, texts, strict=True)])
+        longer: list[_Path] = []
+        for (p, i, mass), one, begins in zip(more, texts, found, strict=True):
             if begins is None:
                 continue
-            cell, is_open = begins
-            if is_open and not one.ends and one.mass > _LOOK and level + 1 < _PIECES:
-                todo.append(one)
+            (cell, is_open), path = begins, todo[p]
+            if is_open and i >= 0 and mass > _LOOK and level + 1 < _PIECES:
+                longer.append(_Path(path.leaf, path.boundary, path.row, (*path.pieces, i), one, mass))
             else:
-                left[one.leaf] -= one.mass
-                known.append((one.boundary, cell, one.mass))
+                left[path.leaf] -= mass
+                known.append((path.boundary, cell, mass))
+        todo = longer
     table = np.array(known, dtype=np.float64).reshape(-1, 3)
     return Ahead(table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2], np.maximum(left, 0.0))
+
+
+def _continued(paths: Sequence[_Path], place: Ints, rows: RowsRead, behind: RowsRead) -> list[tuple[int, int, float]]:
+    """Each path with each piece that may come behind it, and with its end, whose piece is -1: path, piece, mass.
+
+    `place` is the row of each path among those `behind`, -1: its own row is among `rows`.
+    """
+    there, mass = place < 0, np.array([path.mass for path in paths])
+    found = []
+    for read, which, at in (
+        (rows, np.flatnonzero(there), np.array([path.row for path in paths], dtype=np.int64)[there]),
+        (behind, np.flatnonzero(~there), place[~there]),
+    ):
+        of_piece = np.exp(read.top[at]) * mass[which, None]
+        path, k = np.nonzero(of_piece > _SMALL)
+        found.append((which, np.full(len(which), -1), np.exp(read.stop[at]) * mass[which]))
+        found.append((which[path], read.top_ids[at[path], k], of_piece[path, k]))
+    columns = [np.concatenate(x) for x in zip(*found, strict=True)]
+    order = np.argsort(columns[0], kind="stable")
+    return list(zip(*(x[order].tolist() for x in columns), strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,8 +144,14 @@ class Neighbours:
 
     def allowed(self, pairs: list[tuple[int, int]]) -> list[bool]:
         """For each pair of ids. True for what is no text by itself: nothing can be said of it."""
+        found = list(map(self._known.get, pairs))
+        if None not in found:  # nearly always, once a run is under way
+            return cast(list[bool], found)
         forget_oldest(self._known)
-        new = [p for p in dict.fromkeys(pairs) if p not in self._known]
+        self._find_out([pair for pair in dict.fromkeys(pairs) if pair not in self._known])
+        return [self._known[pair] for pair in pairs]
+
+    def _find_out(self, new: list[tuple[int, int]]) -> None:
         # Where the tokenizer cuts in any case, it writes each of the two by itself: there are fewer tokens than pairs.
         apart = [pair for pair in new if self._cut_between(*pair)]
         alone = dict.fromkeys((token,) for pair in apart for token in pair)
@@ -156,7 +162,6 @@ class Neighbours:
         together: dict[tuple[int, ...], bool | None] = {}
         self._ask([pair for pair in new if pair not in self._known], together)
         self._known |= {pair: answer is not False for pair, answer in together.items()}
-        return [self._known[pair] for pair in pairs]
 
     def _ask(self, new: Sequence[tuple[int, ...]], known: dict[tuple[int, ...], bool | None]) -> None:
         """Does the tokenizer write the text of these tokens with them? None for what is no text."""
@@ -170,6 +175,7 @@ class Neighbours:
     def some_allowed(self, before: Ints, cell: Ints, cells: CellMap) -> NDArray[np.bool_]:
         """Does a cell hold a token that is written behind the one `before`, `[n]`? -1: a text starts there."""
         found, doubtful = self._named(before, cell)
+        doubtful = doubtful[cells.size[cell[doubtful]] > 1]
         found[doubtful] = [any(of_cell) for of_cell in self._others(before[doubtful], cell[doubtful], cells)]
         return found
 

@@ -77,7 +77,7 @@ class Ground:
 
 
 @dataclass(frozen=True)
-class CoveringPlan:
+class Boundaries:
     """Rows `0 .. N_t - 1` predict the teacher's tokens, row `N_t + e` follows branch token `e`."""
 
     student: Ints  # [R] token whose predicting row is compared
@@ -87,8 +87,7 @@ class CoveringPlan:
     branch: TailTokens
     last: Ints  # [R] the branch's last token, -1: the boundary is one of the teacher's own
     main: Ints  # [R] the teacher token that starts at the boundary, or in whose place the branch begins
-    earlier: EarlierRows
-    prefixes: Prefixes
+    key: Ints  # [R] the boundary's place of the ground
     skipped: dict[str, int]  # why boundaries are not compared -> how many
     ground: Ground
 
@@ -98,8 +97,25 @@ class CoveringPlan:
         return len(self.student)
 
 
+@dataclass(frozen=True)
+class CoveringPlan(Boundaries):
+    """With the rows whose tokens run past them."""
+
+    earlier: EarlierRows
+    prefixes: Prefixes
+
+
 def plan_covering(written: Written, student: Vocabulary, teacher: Vocabulary, encode_t: Encode) -> CoveringPlan:
     """All boundaries of a batch, the teacher's branches, and the earlier rows whose tokens run past each."""
+    found, ends = find_boundaries(written, student, teacher, encode_t)
+    earlier, prefixes = _earlier(written, found, ends, teacher), _prefixes(found.ground, teacher)
+    return CoveringPlan(**vars(found), earlier=earlier, prefixes=prefixes)
+
+
+def find_boundaries(
+    written: Written, student: Vocabulary, teacher: Vocabulary, encode_t: Encode
+) -> tuple[Boundaries, Ints]:
+    """All boundaries of a batch with the teacher's branches to them, and the byte end of each branch token."""
     s, t = written.student, written.teacher
     lengths = np.array([len(text) for text in written.texts], dtype=np.int64)
     data = np.frombuffer(b"".join(written.texts), dtype=np.uint8)
@@ -129,10 +145,8 @@ def plan_covering(written: Written, student: Vocabulary, teacher: Vocabulary, en
     previous = np.where(same, wanted - 1, -1)
 
     ground = Ground(data, lengths, offset, main_at, row_at)
-    earlier = _earlier(written, (key, own, main, last), branch, ends, ground, teacher)
     skipped = {"unreadable": int((found < 0).sum())}
-    prefixes = _prefixes(ground, teacher)
-    return CoveringPlan(wanted, previous, following, own, branch, last, main, earlier, prefixes, skipped, ground)
+    return Boundaries(wanted, previous, following, own, branch, last, main, key, skipped, ground), ends
 
 
 def _at(lengths: Ints, segment: Ints) -> Ints:
@@ -223,22 +237,16 @@ def _word_start(written: Written, j: int, text: bytes, cuts: frozenset[int]) -> 
     return j
 
 
-def _earlier(
-    written: Written,
-    boundaries: tuple[Ints, Ints, Ints, Ints],
-    branch: TailTokens,
-    ends: Ints,
-    ground: Ground,
-    teacher: Vocabulary,
-) -> EarlierRows:
-    """Pairs of rows that are known from the text: of the student's boundaries (place, row, main, last), of the
-    teacher's own, and of those inside branches."""
-    main_at, t, (_, _, main, last) = ground.main_at, written.teacher, boundaries
+def _earlier(written: Written, found: Boundaries, ends: Ints, teacher: Vocabulary) -> EarlierRows:
+    """Pairs of rows that are known from the text: of the student's boundaries, of the teacher's own, and of those
+    inside branches."""
+    ground, branch, main, last = found.ground, found.branch, found.main, found.last
+    main_at, t = ground.main_at, written.teacher
     alone = np.flatnonzero((main_at >= 0) & (ground.row_at < 0))
     in_branch = ground.offset[t.segment[branch.before]] + ends if len(ends) else ends
     tails = np.flatnonzero(ground.row_at[in_branch] < 0)
     sources = (
-        boundaries,
+        (found.key, found.own, main, last),
         (alone, main_at[alone], main_at[alone], np.full(len(alone), -1)),
         (in_branch[tails], len(t.ids) + tails, branch.before[tails], tails),
     )
