@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -12,6 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from diglot.errors import ConfigError
 from diglot.vocabulary.kinds import byte_alphabet
+from diglot.vocabulary.own_file import differences_from_file
+
+logger = logging.getLogger(__name__)
 
 _TEXTS = ("def f(n): return 12", "na\u00efve \u6570\u5b66 \U0001f642", "\t  a\r\nb ")
 
@@ -20,7 +24,8 @@ def load_tokenizer(place: str, arguments: Mapping[str, Any] | None = None, **opt
     """The tokenizer of a model id or folder.
 
     Where the library picks one that is not backed by `tokenizers` (Mistral's own beside vLLM, a Python class), and the
-    place has what one that is can be made of, it is that.
+    place has what one that is can be made of, it is that. Where it rebuilds tokenizer.json for a declared class so that
+    text is lost (releases before 5.16 do, of DeepSeek V3), the file is read as it is, with a warning.
 
     Args:
         arguments: for `from_pretrained`. `tokenizer_class` among them names a class of transformers: with
@@ -42,6 +47,14 @@ def load_tokenizer(place: str, arguments: Mapping[str, Any] | None = None, **opt
             return of_bytes
         with suppress(Exception):  # whatever the library raises where there is nothing to make it of
             return PreTrainedTokenizerFast.from_pretrained(place, **chosen)
+    lost = next((one for one in differences_from_file(tokenizer) if one.lost), None) if name is None else None
+    if lost is not None:
+        logger.warning(
+            "%s: transformers %s rebuilds this tokenizer as %s, which loses text: of %r it keeps %r. Its "
+            "tokenizer.json is read as it is instead.",
+            *(place, transformers.__version__, type(tokenizer).__name__, lost.text, tokenizer.decode(lost.loaded_ids)),
+        )
+        return PreTrainedTokenizerFast.from_pretrained(place, **chosen)
     return tokenizer
 
 
