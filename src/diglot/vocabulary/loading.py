@@ -67,7 +67,8 @@ def _readable(tokenizer: PreTrainedTokenizerBase, place: str, options: Mapping[s
         logger.warning(
             "%s: transformers %s rebuilds this tokenizer as %s, which loses text: of %r it keeps %r. Its "
             "tokenizer.json is read as it is instead.",
-            *(place, transformers.__version__, type(tokenizer).__name__, lost.text, tokenizer.decode(lost.loaded_ids)),
+            *(place, transformers.__version__, type(tokenizer).__name__, lost.text),
+            tokenizer.decode(list(lost.loaded_ids)),
         )
         return PreTrainedTokenizerFast.from_pretrained(place, **options)
     return tokenizer
