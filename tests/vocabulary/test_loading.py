@@ -68,7 +68,7 @@ def test_where_the_library_picks_a_class_of_its_own_the_file_is_read(
 def test_a_file_whose_rebuilding_loses_text_is_read_as_it_is(
     special: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As DeepSeek V3's, a byte-level file that declares a class of SentencePiece's form, in releases before 5.16. The
+    """As DeepSeek V3's, a byte-level file that declares a class of SentencePiece's form, in transformers 5.4. The
     rebuilt one loses spaces, or refuses the text where it has no unknown token."""
     backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate([*sorted(byte_alphabet()), *special])}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

@@ -23,7 +23,7 @@ class RefusingTrainer(Trainer):
     """A Trainer without what needs a batch that one model reads by itself, and whose accelerator divides no loss."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As the Trainer's. It accumulates by itself, and yet has Accelerate divide by the steps before 5.23."""
+        """As the Trainer's. It accumulates by itself; in 5.4 Accelerate divides by the steps as well."""
         super().create_accelerator_and_postprocess()
         self.accelerator.gradient_accumulation_steps = 1
 

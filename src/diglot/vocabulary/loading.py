@@ -28,7 +28,7 @@ def load_tokenizer(place: str, arguments: Mapping[str, Any] | None = None, **opt
 
     Where the library picks one that is not backed by `tokenizers` (Mistral's own beside vLLM, a Python class), and the
     place has what one that is can be made of, it is that. Where it rebuilds tokenizer.json for a declared class so that
-    text is lost (releases before 5.16 do, of DeepSeek V3), the file is read as it is, with a warning. One made of
+    text is lost (5.4 does, of DeepSeek V3), the file is read as it is, with a warning. One made of
     tekken.json alone gets the roles of its control tokens that nothing else names; it has no chat template.
 
     Args:
