@@ -30,18 +30,20 @@ ROWS = {
     "dataset_format": ["nonsense", "alpaca"], "dataset_columns": ["nonsense=messages", "messages=nonsense", "=,"],
     "markers": ["nonsense"],
 }  # fmt: skip
+TOKENIZER = {"teacher_tokenizer_kwargs": ["[1]", "{", '{"tokenizer_class": "Nonesuch"}']}
+TOKENIZERS = {**TOKENIZER, "tokenizer_kwargs": TOKENIZER["teacher_tokenizer_kwargs"]}
 # Wrong values of each argument, by its place in GOOD or its name.
 WRONG: dict[str, dict[str, list[str]]] = {
     "inspect": {
         "student": ["/nowhere"], "teacher": ["/nowhere"], "data": ["/nowhere.jsonl", "FILE"], "split": ["nonsense"],
         "rows": ["0", "many"], "model_rows": ["0", "1.5"], "batch_size": ["-1"], "max_completion_length": ["0"],
-        "dtype": ["nonsense", "nn"], "device": ["nonsense", "cuda:99"], **ROWS,
+        "dtype": ["nonsense", "nn"], "device": ["nonsense", "cuda:99"], **ROWS, **TOKENIZERS,
     },
     "align": {"student": ["/nowhere"], "teacher": ["/nowhere"]},
     "eval": {
         "models": ["/nowhere"], "teacher": ["/nowhere"], "data": ["/nowhere.jsonl", "FILE"], "split": ["nonsense"],
         "rows": ["0", "many"], "max_completion_length": ["0"], "batch_size": ["0"], "seed": ["x"],
-        "device": ["nonsense"], "dtype": ["nonsense"], "lm_eval_tasks": ["nonsense"], **ROWS,
+        "device": ["nonsense"], "dtype": ["nonsense"], "lm_eval_tasks": ["nonsense"], **ROWS, **TOKENIZERS,
     },
     "report": {"run": ["/nowhere", "FILE"], "other": ["/nowhere"]},
     "score": {
@@ -49,6 +51,7 @@ WRONG: dict[str, dict[str, list[str]]] = {
         "dataset_train_split": ["nonsense"], "teacher_tokenizer_name_or_path": ["/nowhere"],
         "teacher_model_init_kwargs": ["[1]", "{"], "teacher_chat_template_kwargs": ["[1]"],
         "teacher_max_length": ["0"], "score_turns": ["some"], "batch_size": ["0"], "shard_texts": ["0"], **ROWS,
+        **TOKENIZER,
     },
 }  # fmt: skip
 TEXT = "any text is right"

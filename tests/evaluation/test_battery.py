@@ -153,6 +153,15 @@ def test_lm_eval_that_is_not_installed_is_an_error_before_anything_is_measured(
     assert "pip install 'lm-eval[hf]'" in capsys.readouterr().err
 
 
+def test_lm_eval_loads_a_tokenizer_of_its_own_and_arguments_for_one_are_refused(
+    hub: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    given = ["--lm_eval_tasks", "arc_easy", "--tokenizer_kwargs", '{"eos_token": "<unk>"}']
+    assert main(command(hub, *given)) == 2
+    assert "would not reach --lm_eval_tasks arc_easy" in capsys.readouterr().err
+
+
 STAND_IN = """
 import json, pathlib, sys
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))

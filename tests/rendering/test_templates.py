@@ -12,10 +12,10 @@ import pytest
 import support.tokenizers_zoo as zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from diglot.errors import DataError, RenderingError
 from diglot.rendering import Conversation, Renderer, Role, truncate
+from diglot.vocabulary import load_tokenizer
 
 STRIPS_REASONING = zoo.CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
 CLOSED_THINK = zoo.THINK.replace("<think>\n", "<think>\n\n</think>\n\n")
@@ -241,7 +241,7 @@ def real(name: str) -> Renderer:
     import assets  # of the demo
 
     folder = assets.fetch_model(name) if name in assets.MODELS else assets.fetch_tokenizer(name)
-    return Renderer(AutoTokenizer.from_pretrained(folder), name=name)
+    return Renderer(load_tokenizer(str(folder)), name=name)
 
 
 @pytest.mark.real

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from assets import cache
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from diglot.vocabulary import load_tokenizer
 
 TOKENIZERS = (
     "smollm2", "gemma3", "qwen3", "llama3", "deepseek_v3", "llama2", "claude", "gpt35turbo", "gpt4o", "gptoss",
@@ -30,4 +32,4 @@ def model_folder(name: str) -> Path:
 def tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A real tokenizer, one of `TOKENIZERS`."""
     folder = model_folder("smollm2-135m-instruct") if name == "smollm2" else _folder("tokenizers", name)
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(str(folder))

@@ -9,13 +9,11 @@ import pytest
 import support.tokenizers_zoo as zoo
 from datasets import Dataset, IterableDataset
 from support import tiny
-from transformers import Trainer
 
 from diglot.errors import ConfigError, DataError
 from diglot.objectives.scores import Path as TextPath
 from diglot.objectives.span import Span
 from diglot.options import GKDConfig, MiniLLMConfig
-from diglot.options.refused import check_arguments
 
 
 @pytest.mark.parametrize(
@@ -104,12 +102,3 @@ def test_minillm_says_that_it_writes_from_another_distribution(
     caplog.clear()
     tiny.minillm(tmp_path, zoo.chatml(), zoo.inst())
     assert "does not write from its own distribution" not in caplog.text
-
-
-def test_a_trainer_that_would_divide_the_loss_once_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainers that do not know `loss_is_scaled_for_ga` do so wherever micro-batches are accumulated."""
-    check_arguments(None, 2)
-    monkeypatch.delattr(Trainer, "loss_is_scaled_for_ga")
-    check_arguments(None, 1)
-    with pytest.raises(ConfigError, match="gradient_accumulation_steps=2"):
-        check_arguments(None, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import pytest
 import support.tokenizers_zoo as zoo
 from datasets import Dataset
 from support import tiny
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from diglot.errors import ConfigError
 from diglot.options import GKDConfig
 from diglot.rendering import Renderer
 from diglot.trainers import GKDTrainer
 from diglot.vocabulary import Vocabulary, load_tokenizer
+from diglot.vocabulary.kinds import byte_alphabet
 
 TEXTS = ("hello naïve 数学 🙂\n\ttab", "", "</s> a <extra_id_0>b", "a</s> \n b")
 
@@ -59,6 +62,26 @@ def test_where_the_library_picks_a_class_of_its_own_the_file_is_read(
     assert tokenizer("Hi")["input_ids"] == zoo.chatml()("Hi")["input_ids"]
     assert tokenizer.chat_template == zoo.chatml().chat_template
     assert isinstance(load_tokenizer(str(tmp_path / "nothing here")), Foreign)
+
+
+@pytest.mark.parametrize("special", [["</s>", "<unk>"], ["</s>"]])
+def test_a_file_whose_rebuilding_loses_text_is_read_as_it_is(
+    special: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As DeepSeek V3's, a byte-level file that declares a class of SentencePiece's form, in transformers 5.4. The
+    rebuilt one loses spaces, or refuses the text where it has no unknown token."""
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate([*sorted(byte_alphabet()), *special])}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path)
+    stated = tmp_path / "tokenizer_config.json"
+    stated.write_text(json.dumps({**json.loads(stated.read_text()), "tokenizer_class": "CodeLlamaTokenizer"}))
+    named = load_tokenizer(str(tmp_path), {"tokenizer_class": "CodeLlamaTokenizer"})  # asked for by name: not replaced
+    assert type(named).__name__ == "CodeLlamaTokenizer" and not caplog.messages
+    text = "hello world 12"
+    with suppress(Exception):
+        assert named.decode(named.encode(text, add_special_tokens=False)) != text
+    assert load_tokenizer(str(tmp_path)).encode(text, add_special_tokens=False) == backend.encode(text).ids
+    assert "CodeLlamaTokenizer, which loses text" in caplog.text
 
 
 def test_a_run_can_name_the_class_or_other_arguments_for_each_side(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rich.table import Table
 from diglot.cli.loading import (
     add_data_options,
     add_rendering_options,
+    add_tokenizer_options,
     check_counts,
     check_place,
     data_options,
@@ -41,6 +42,11 @@ def evaluate(arguments: Sequence[str]) -> int:
         raise ConfigError(
             f"--lm_eval_tasks {given.lm_eval_tasks} needs lm-eval, which is not installed. "
             "Run: pip install 'lm-eval[hf]'."
+        )
+    if given.lm_eval_tasks and given.tokenizer_kwargs:
+        raise ConfigError(
+            f"--tokenizer_kwargs {json.dumps(given.tokenizer_kwargs)} would not reach --lm_eval_tasks "
+            f"{given.lm_eval_tasks}: lm-eval loads the tokenizer itself. Give them in two commands."
         )
     for name in given.models:
         check_model_name(name, "model", "MODEL")
@@ -70,6 +76,7 @@ def parser() -> Parser:
     found.add_argument("--data", required=True, help="a hub id, a JSONL, Parquet or CSV file, or a folder")
     add_data_options(found)
     add_rendering_options(found)
+    add_tokenizer_options(found, "student", "teacher")
     found.add_argument("--split", default="train", help="split of the data (default: train, as a single file has)")
     found.add_argument("--rows", type=int, default=64, help="how many rows are read (default: 64)")
     found.add_argument("--max_completion_length", type=int, default=128, help="tokens of a sample (default: 128)")
@@ -91,17 +98,17 @@ def _measure(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     rows = islice(load_dataset(given.data, split=given.split, **data_options(given)), given.rows)
     samples = [to_sample(row, where=f"row {i}") for i, row in enumerate(rows)]
     plan = Plan(given.max_completion_length, given.batch_size, seed=given.seed)
-    teacher = None if given.teacher is None else _load(given.teacher, given)
+    teacher = None if given.teacher is None else _load(given.teacher, given, given.teacher_tokenizer_kwargs)
     found = {}
     for name in given.models:
-        side = _load(name, given)
+        side = _load(name, given, given.tokenizer_kwargs)
         with phase(f"Measuring {name} on {len(samples)} rows"):
             measures = measure(side, teacher, samples, plan)
         found[name] = {key: one.as_json() for key, one in measures.items()}
     return found
 
 
-def _load(name: str, given: argparse.Namespace) -> Any:
+def _load(name: str, given: argparse.Namespace, arguments: Mapping[str, Any]) -> Any:
     """A model in evaluation mode on the device, with its own tokenizer."""
     from diglot.evaluation.battery import Side
     from diglot.rendering import Renderer
@@ -109,7 +116,7 @@ def _load(name: str, given: argparse.Namespace) -> Any:
 
     with phase(f"Loading {name}"):
         model = load_model(name, given.device, given.dtype, given.trust_remote_code)
-    tokenizer = load_tokenizer(name, trust_remote_code=given.trust_remote_code)
+    tokenizer = load_tokenizer(name, arguments, trust_remote_code=given.trust_remote_code)
     rows = model.get_input_embeddings().num_embeddings
     return Side(
         name,

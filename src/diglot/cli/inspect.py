@@ -12,11 +12,13 @@ from typing import Any
 from diglot.cli.loading import (
     add_data_options,
     add_rendering_options,
+    add_tokenizer_options,
     check_counts,
     check_place,
     data_options,
     load_model,
     rendering_options,
+    tokenizer_words,
 )
 from diglot.cli.names import check_model_name
 from diglot.cli.options import load_options
@@ -47,6 +49,7 @@ def parser() -> Parser:
     found.add_argument("--split", default="train", help="split of --data (default: train)")
     add_data_options(found)
     add_rendering_options(found)
+    add_tokenizer_options(found, "student", "teacher")
     found.add_argument("--rows", type=int, default=256, help="rows of --data that are read (default: 256)")
     found.add_argument("--details", action="store_true", help="show what the verdict rests on: about 90 lines")
     found.add_argument("--json", action="store_true", help="everything as JSON")
@@ -75,7 +78,8 @@ def inspect(arguments: Sequence[str]) -> int:
 
     samples = _samples(given) if given.data else None
     with phase("Loading both tokenizers"):
-        student, teacher = load_input(given.student, "student"), load_input(given.teacher, "teacher")
+        student = load_input(given.student, "student", given.tokenizer_kwargs)
+        teacher = load_input(given.teacher, "teacher", given.teacher_tokenizer_kwargs)
     floor = float(load_options()["min_coverage"].default)
     with phase("Reading texts with both, trying every objective"):
         found = inspect_pair(student, teacher, samples, data=given.data, min_coverage=floor, **rendering_options(given))
@@ -104,6 +108,7 @@ def _with_data(inspection: Any, options: Any, samples: list[Any]) -> Any:
     words = [f"--{n} {shlex.quote(v)}" for n in ("dataset_format", "dataset_columns") if (v := getattr(options, n))]
     words += [f"--markers {options.markers}"] if options.markers != "read" else []
     words += ["--fold_system"] if options.fold_system else []
+    words += tokenizer_words(options)
     if verdict.command is not None and words:
         verdict = dataclasses.replace(verdict, command=" ".join([verdict.command, *words]))
     plain = sum(sample.conversation.messages is None and bool(sample.conversation.text) for sample in samples)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 from typing import Any
 
 from diglot.errors import ConfigError
+
+TOKENIZER_OPTIONS = {"student": "tokenizer_kwargs", "teacher": "teacher_tokenizer_kwargs"}
 
 
 def check_counts(given: argparse.Namespace, *names: str) -> None:
@@ -40,6 +44,30 @@ def rendering_options(given: argparse.Namespace) -> dict[str, Any]:
 def data_options(given: argparse.Namespace) -> dict[str, Any]:
     """The same, as arguments of `load_dataset`."""
     return {"format": given.dataset_format, "columns": given.dataset_columns}
+
+
+def json_mapping(text: str) -> dict[str, Any]:
+    """The `type` of an option that is a mapping, as JSON."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no mapping")
+    return found
+
+
+def add_tokenizer_options(parser: argparse.ArgumentParser, *sides: str) -> None:
+    """Arguments for loading the tokenizers of these sides ("student", "teacher"), as in `diglot train`."""
+    for side in sides:
+        what = f"JSON: arguments for `from_pretrained` of the {side}'s tokenizer, as in train"
+        parser.add_argument(f"--{TOKENIZER_OPTIONS[side]}", type=json_mapping, default={}, metavar="JSON", help=what)
+
+
+def tokenizer_words(given: argparse.Namespace) -> list[str]:
+    """The same, as they are written for `diglot train`; none where none are given."""
+    values = {option: getattr(given, option) for option in TOKENIZER_OPTIONS.values()}
+    return [f"--{option} {shlex.quote(json.dumps(value))}" for option, value in values.items() if value]
 
 
 def check_place(device: str | None, dtype: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ from typing import Any
 from diglot.cli.loading import (
     add_data_options,
     add_rendering_options,
+    add_tokenizer_options,
     check_counts,
     data_options,
+    json_mapping,
     rendering_options,
 )
 from diglot.cli.names import check_model_name
@@ -54,8 +55,9 @@ def parser() -> Parser:
     add("--teacher_tokenizer_name_or_path", help="The teacher's tokenizer, when it is not beside its weights.")
     add("--teacher_model_revision", help="Revision of the teacher's model and tokenizer.")
     add("--teacher_trust_remote_code", action="store_true", help="Run code of the teacher's repository.")
-    add("--teacher_model_init_kwargs", type=_mapping, default={}, help="JSON: arguments for `from_pretrained`.")
-    add("--teacher_chat_template_kwargs", type=_mapping, default={}, help="JSON: arguments for the chat template.")
+    add_tokenizer_options(made, "teacher")
+    add("--teacher_model_init_kwargs", type=json_mapping, default={}, help="JSON: arguments for `from_pretrained`.")
+    add("--teacher_chat_template_kwargs", type=json_mapping, default={}, help="JSON: arguments for the chat template.")
     add_rendering_options(made)
     add("--teacher_system_prompt", help="A text that the teacher reads before everything else.")
     add("--teacher_max_length", type=int, help="Longest text in teacher tokens.")
@@ -64,16 +66,6 @@ def parser() -> Parser:
     add("--batch_size", type=int, default=8, help="Texts that are read at a time (default: 8).")
     add("--shard_texts", type=int, default=512, help="Texts in a file (default: 512).")
     return made
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no mapping")
-    return found
 
 
 def score(arguments: Sequence[str]) -> int:
@@ -134,6 +126,7 @@ def _teacher(options: argparse.Namespace) -> tuple[Any, Any]:
         tokenizer_name_or_path=options.teacher_tokenizer_name_or_path,
         model_name_or_path=place,
         gguf_file=kwargs.get("gguf_file"),
+        arguments=options.teacher_tokenizer_kwargs,
         **own,
     )
     embeddings: Any = model.get_input_embeddings()

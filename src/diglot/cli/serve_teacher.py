@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from diglot.cli.loading import check_counts, check_place, load_model
+from diglot.cli.loading import add_tokenizer_options, check_counts, check_place, json_mapping, load_model
 from diglot.cli.parsing import Parser
-from diglot.cli.score import _mapping
 
 EXAMPLE = """example:
   diglot serve-teacher --student Qwen/Qwen3-1.7B --teacher http://127.0.0.1:8000 --teacher_tokenizer google/gemma-3-1b
@@ -32,8 +31,9 @@ def parser() -> Parser:
     add("--teacher", required=True, help="http://HOST:PORT of vLLM or SGLang, a model id, or a folder.")
     add("--teacher_tokenizer", help="The tokenizer of a served teacher, or of one whose weights have none beside them.")
     add("--teacher_name", help="The teacher's name at its server, where that has several.")
-    add("--student_chat_template_kwargs", type=_mapping, default={}, help="JSON: as the engine renders prompts.")
-    add("--teacher_chat_template_kwargs", type=_mapping, default={}, help="JSON: arguments for the teacher's template.")
+    add_tokenizer_options(made, "student", "teacher")
+    add("--student_chat_template_kwargs", type=json_mapping, default={}, help="JSON: as the engine renders prompts.")
+    add("--teacher_chat_template_kwargs", type=json_mapping, default={}, help="JSON: for the teacher's template.")
     add(
         "--teacher_max_length", type=int, help="Longest text in teacher tokens; the rest of a longer one is not scored."
     )
@@ -105,7 +105,7 @@ def _scorer(options: argparse.Namespace) -> Any:
     from diglot.vocabulary import load_tokenizer
 
     student = Renderer(
-        load_tokenizer(options.student),
+        load_tokenizer(options.student, options.tokenizer_kwargs),
         chat_template_kwargs=options.student_chat_template_kwargs,
         name="student",
     )
@@ -115,7 +115,7 @@ def _scorer(options: argparse.Namespace) -> Any:
         )
     model = None if is_address(options.teacher) else _model(options)
     teacher = Renderer(
-        load_tokenizer(options.teacher_tokenizer or options.teacher),
+        load_tokenizer(options.teacher_tokenizer or options.teacher, options.teacher_tokenizer_kwargs),
         num_embeddings=None if model is None else model.get_input_embeddings().num_embeddings,
         generation_config=None if model is None else model.generation_config,
         chat_template_kwargs=options.teacher_chat_template_kwargs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +25,13 @@ class Input:
     generation_config: GenerationConfig | None = None
 
 
-def load_input(name: str, role: str) -> Input:
+def load_input(name: str, role: str, arguments: Mapping[str, Any] | None = None) -> Input:
     """The tokenizer of a model id or folder, and its configuration if there is one: a tokenizer alone will do.
 
-    Raises `ConfigError` if there is no tokenizer.
+    `arguments` are for `load_tokenizer`. Raises `ConfigError` if there is no tokenizer.
     """
     try:
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name, arguments)
     except DiglotError:
         raise
     except Exception as error:  # whatever the library raises for what is no tokenizer

@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import transformers
 from transformers import Trainer
 
 from diglot.errors import ConfigError
 
 
-def check_arguments(compute_metrics: Callable[..., Any] | None, accumulation_steps: int) -> None:
-    """Raise `ConfigError` for arguments that nothing would ever use, or that this version of transformers spoils."""
-    if accumulation_steps > 1 and not hasattr(Trainer, "loss_is_scaled_for_ga"):
-        raise ConfigError(
-            f"transformers {transformers.__version__} divides every micro-batch's loss by gradient_accumulation_steps="
-            f"{accumulation_steps}, though it is a share of the window's already: gradients are too small. Install "
-            "a version whose Trainer has loss_is_scaled_for_ga (5.23 does), or set gradient_accumulation_steps to 1."
-        )
+def check_arguments(compute_metrics: Callable[..., Any] | None) -> None:
+    """Raise `ConfigError` for arguments that nothing would ever use."""
     if compute_metrics is not None:
         raise ConfigError(
             "compute_metrics is never called: an evaluation has no predictions and labels, it measures bits per byte "
@@ -27,7 +20,12 @@ def check_arguments(compute_metrics: Callable[..., Any] | None, accumulation_ste
 
 
 class RefusingTrainer(Trainer):
-    """A Trainer without what needs a batch that one model reads by itself."""
+    """A Trainer without what needs a batch that one model reads by itself, and whose accelerator divides no loss."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's. It accumulates by itself; in 5.4 Accelerate divides by the steps as well."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.gradient_accumulation_steps = 1
 
     def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise `ConfigError`."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError, VocabularyError
@@ -19,6 +19,7 @@ from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
 from diglot.teachers.fingerprint import template_digest
 from diglot.teachers.kept import Answer, Folder, Shard, differences, text_keys
+from diglot.vocabulary import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class ScoredTeacher:
         self._check({name: request["reading"].get(name) for name in given}, given)
         kept_kwargs = request["reading"]["template_kwargs"]
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder.path / "tokenizer")
+            tokenizer = load_tokenizer(str(self.folder.path / "tokenizer"))
         self.renderer = self._renderer(tokenizer, request["reading"])
         self._check(request["tokenizer"], tokenizer_of(self.renderer, kept_kwargs))
         self.max_length: int | None = request["reading"]["max_length"]

@@ -108,7 +108,7 @@ class DistillationTrainer(RefusingTrainer):
     ) -> None:
         # Before the Trainer's own setup, which makes the output folder: what cannot work leaves nothing behind.
         self.args = args = args if args is not None else self.config_class(output_dir="diglot-output")
-        check_arguments(compute_metrics, args.gradient_accumulation_steps)
+        check_arguments(compute_metrics)
         check_devices(args)
         own, self.student_renderer = load_student(model, processing_class, args, frozen=peft_config is not None)
         compared = prepare_comparisons(own, self.student_renderer, teacher_model, teacher_processing_class, args)
@@ -134,8 +134,8 @@ class DistillationTrainer(RefusingTrainer):
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            compute_loss_func=self.batch_loss,  # never called: losses are shares of the window's, not divided once more
         )
-        self.loss_is_scaled_for_ga = True  # every micro-batch's loss is already a share of the window's
         check_wrapping(self.accelerator)
         self.student_head = Head.of(self.student)
         self.student_head.verify(self.student)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -12,7 +14,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from diglot.errors import ConfigError
 from diglot.vocabulary.kinds import byte_alphabet
+from diglot.vocabulary.own_file import differences_from_file
 
+logger = logging.getLogger(__name__)
+
+# What these control tokens of every tekken.json are for, which the file itself does not say.
+_TEKKEN_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _TEXTS = ("def f(n): return 12", "na\u00efve \u6570\u5b66 \U0001f642", "\t  a\r\nb ")
 
 
@@ -20,7 +27,9 @@ def load_tokenizer(place: str, arguments: Mapping[str, Any] | None = None, **opt
     """The tokenizer of a model id or folder.
 
     Where the library picks one that is not backed by `tokenizers` (Mistral's own beside vLLM, a Python class), and the
-    place has what one that is can be made of, it is that.
+    place has what one that is can be made of, it is that. Where it rebuilds tokenizer.json for a declared class so that
+    text is lost (5.4 does, of DeepSeek V3), the file is read as it is, with a warning. One made of
+    tekken.json alone gets the roles of its control tokens that nothing else names; it has no chat template.
 
     Args:
         arguments: for `from_pretrained`. `tokenizer_class` among them names a class of transformers: with
@@ -37,16 +46,38 @@ def load_tokenizer(place: str, arguments: Mapping[str, Any] | None = None, **opt
         if not hasattr(loader, "from_pretrained"):
             raise ConfigError(f"tokenizer_class={name!r}: transformers has no such class of tokenizers.")
     tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(place, **chosen)
-    if name is None and not hasattr(tokenizer, "backend_tokenizer"):
+    if name is None:
+        tokenizer = _readable(tokenizer, place, chosen)
+    if Path(getattr(tokenizer, "vocab_file", None) or "").name == "tekken.json":
+        for role, token in _TEKKEN_ROLES.items():
+            if getattr(tokenizer, role, None) is None and tokenizer.convert_tokens_to_ids(token) is not None:
+                setattr(tokenizer, role, token)
+    return tokenizer
+
+
+def _readable(tokenizer: PreTrainedTokenizerBase, place: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer that the library picked, or another one of the same place whose bytes can be read."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
         if (of_bytes := of_single_bytes(tokenizer)) is not None:
             return of_bytes
         with suppress(Exception):  # whatever the library raises where there is nothing to make it of
-            return PreTrainedTokenizerFast.from_pretrained(place, **chosen)
+            return PreTrainedTokenizerFast.from_pretrained(place, **options)
+    lost = next((one for one in differences_from_file(tokenizer) if one.lost), None)
+    if lost is not None:
+        logger.warning(
+            "%s: transformers %s rebuilds this tokenizer as %s, which loses text: of %r it keeps %r. Its "
+            "tokenizer.json is read as it is instead.",
+            *(place, transformers.__version__, type(tokenizer).__name__, lost.text),
+            tokenizer.decode(list(lost.loaded_ids)),
+        )
+        return PreTrainedTokenizerFast.from_pretrained(place, **options)
     return tokenizer
 
 
 def of_single_bytes(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast | None:
     """The same on the `tokenizers` library, of one whose text tokens are the 256 bytes (ByT5's), else None."""
+    if any(len(tokenizer.encode(text, add_special_tokens=False)) != len(text.encode()) for text in _TEXTS):
+        return None  # before it is asked for tokens that it may not have, which some classes warn of one by one
     ids: list[Any] = [tokenizer.convert_tokens_to_ids(chr(byte)) for byte in range(256)]
     if len(set(ids)) < 256 or not all(
         tokenizer.encode(text, add_special_tokens=False) == [ids[byte] for byte in text.encode()] for text in _TEXTS

@@ -6,6 +6,7 @@ declares; what the file says is then not read. A model that was trained with the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -29,31 +30,34 @@ TEXTS = (
 
 
 class Difference(NamedTuple):
-    """The first text that is cut in another way, as token ids of the file and of the loaded tokenizer."""
+    """A text that is cut in another way, as token ids of the file and of the loaded tokenizer."""
 
     path: str
     text: str
     file_ids: tuple[int, ...]
     loaded_ids: tuple[int, ...]
+    lost: bool  # decoding gives the text back by the file, and does not as loaded
 
 
 def difference_from_file(tokenizer: PreTrainedTokenizerBase) -> Difference | None:
+    """The first of `differences_from_file`, or None."""
+    return next(differences_from_file(tokenizer), None)
+
+
+def differences_from_file(tokenizer: PreTrainedTokenizerBase) -> Iterator[Difference]:
     """Compare `tokenizer` with its tokenizer.json on `TEXTS`.
 
-    None: no difference, or nothing to compare with (made in memory, loaded from elsewhere, or one with BPE dropout).
+    None, where there is nothing to compare with: made in memory, loaded from elsewhere, or one with BPE dropout.
     Nothing is downloaded.
     """
     backend, path = getattr(tokenizer, "backend_tokenizer", None), _file_of(tokenizer)
     if backend is None or path is None or getattr(backend.model, "dropout", None):
-        return None
-    stated = _ids_by_file(str(path), path.stat().st_mtime_ns)
-    if stated is None:
-        return None
-    for text, ids in zip(TEXTS, stated, strict=True):
-        loaded = _ids(backend.encode(text, add_special_tokens=False))
+        return
+    stated = _by_file(str(path), path.stat().st_mtime_ns)
+    for text, (ids, kept) in zip(TEXTS, stated, strict=False):  # of none, where there is nothing to compare with
+        loaded = _ids_of(backend, text)
         if loaded != ids:
-            return Difference(str(path), text, ids, loaded)
-    return None
+            yield Difference(str(path), text, ids, loaded, kept and backend.decode(loaded) != text)
 
 
 def describe_difference(difference: Difference, name: str) -> str:
@@ -85,17 +89,27 @@ def _file_of(tokenizer: PreTrainedTokenizerBase) -> Path | None:
     return Path(cached) if cached else None
 
 
+def _ids_of(backend: Tokenizer, text: str) -> tuple[int, ...]:
+    """None where it refuses the text: one rebuilt with a byte fallback or an unknown token that it does not have."""
+    try:
+        return _ids(backend.encode(text, add_special_tokens=False))
+    except Exception:  # the library raises nothing narrower
+        return ()
+
+
 @lru_cache(maxsize=64)
-def _ids_by_file(path: str, _written: int) -> tuple[tuple[int, ...], ...] | None:
-    """Of each text, as the file says; None where the file has a BPE dropout or is none that can be read."""
+def _by_file(path: str, _written: int) -> tuple[tuple[tuple[int, ...], bool], ...]:
+    """Of each text, its ids as the file says, and whether these decode to it; none where the file has a BPE dropout or
+    is none that can be read."""
     try:
         stated = Tokenizer.from_file(path)
     except Exception:  # the library raises nothing narrower; transformers has read the tokenizer from something else
-        return None
+        return ()
     if getattr(stated.model, "dropout", None):
-        return None
+        return ()
     stated.no_truncation()
-    return tuple(_ids(stated.encode(text, add_special_tokens=False)) for text in TEXTS)
+    ids = [_ids(stated.encode(text, add_special_tokens=False)) for text in TEXTS]
+    return tuple((one, stated.decode(one) == text) for one, text in zip(ids, TEXTS, strict=True))
 
 
 def _ids(encoding: Encoding) -> tuple[int, ...]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from functools import lru_cache
 
-from transformers import AutoTokenizer
-
 from diglot.engines.project import Projector
 from diglot.engines.serving.scorer import Scorer
 from diglot.engines.serving.upstream import ServedUpstream
 from diglot.http.address import checked_address
 from diglot.rendering import Renderer
+from diglot.vocabulary import load_tokenizer
 
 
 def connect(
@@ -55,7 +54,7 @@ def _made(
     retry_seconds: float,
 ) -> Scorer:
     renderers = [
-        Renderer(AutoTokenizer.from_pretrained(place), name=name)
+        Renderer(load_tokenizer(place), name=name)
         for place, name in ((student, "student"), (teacher_tokenizer, "teacher"))
     ]
     url = checked_address(teacher_url.rstrip("/").removesuffix("/generate"), "the teacher's address")

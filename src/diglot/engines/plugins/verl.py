@@ -19,6 +19,7 @@ from diglot.engines.project import Projector
 from diglot.engines.scores import TeacherScores
 from diglot.engines.turns import TurnFinder
 from diglot.errors import ConfigError, TeacherError
+from diglot.vocabulary import load_tokenizer
 
 LOSS = "diglot_k1"
 
@@ -30,13 +31,12 @@ def install(student: str, teacher: str) -> None:
         student: where the student's tokenizer and template are.
         teacher: the same of the teacher.
     """
-    from transformers import AutoTokenizer
     from verl.experimental.teacher_loop import teacher_manager
     from verl.trainer.distillation import losses
     from verl.utils.metric import AggregationType, Metric
     from verl.workers.utils.padding import no_padding_2_padding
 
-    projector = Projector(AutoTokenizer.from_pretrained(student), AutoTokenizer.from_pretrained(teacher))
+    projector = Projector(load_tokenizer(student), load_tokenizer(teacher))
     manager = teacher_manager.AsyncTeacherLLMServerManager
     teacher_manager.AsyncTeacherLLMServerManager = cross_tokenizer(manager, projector)
     settings = losses.DistillationLossSettings(names=[LOSS], use_estimator=True)
