@@ -19,3 +19,8 @@ def test_masses_are_conserved_on_generated_text(
     student: str, teacher: str, text: str, seed: int, spread: float
 ) -> None:
     check_masses(Scored.of(student, teacher, [text], seed=seed, spread=spread))
+
+
+def test_a_byte_that_hardly_any_token_goes_on_with_keeps_its_distribution() -> None:
+    """A piece that has most of its row's mass, and longer ones with less than a running sum can tell from nothing."""
+    check_masses(Scored.of("chatml", "wordpiece", ["<00ge0000"], seed=77, spread=12.0))

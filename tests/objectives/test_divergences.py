@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diglot.errors import ConfigError
 from diglot.heads import Head, reduce_rows
-from diglot.objectives import Pair, Path, generalized_jsd, make_objective
+from diglot.objectives import Pair, generalized_jsd, make_objective
 from diglot.objectives.divergences import forward_kl, kl
 from diglot.objectives.jsd import full_jsd
 
@@ -212,8 +212,6 @@ def test_values_that_cannot_work_are_refused(name: str, option: str, value: floa
         make_objective(name, pair(6, 6), **{option: value})
 
 
-def test_pair_and_path_move_together() -> None:
+def test_a_pair_moves_with_its_tensors() -> None:
     moved = pair(6, 6).to("meta")
     assert moved.shared_s.is_meta and moved.stop_t.is_meta and moved.size_s == 6
-    path = Path(torch.zeros(2), torch.zeros(3), weight=torch.ones(2)).to("meta")
-    assert path.logp_s.is_meta and path.weight is not None and path.weight.is_meta and path.logp_old is None

@@ -255,14 +255,19 @@ class _Columns:
         longer = torch.where(childless, self.high[node], self.low[self.first_child[node].clamp(max=len(self.low) - 1)])
         out = running.new_zeros(len(node), ENDED + 1)
         out = out.index_put((parent, self.byte[child]), between(parent, self.low[child], self.high[child]))
-        out = out.index_put((every, torch.full_like(every, ENDED)), between(every, self.low[node], longer))
+        low = self.low[node]
+        one = probs[row, self.sorted_ids[low.clamp(max=len(self.sorted_ids) - 1)]].double()
+        ended = torch.where(longer - low == 1, one, between(every, low, longer))  # a single token's mass as it is
+        out = out.index_put((every, torch.full_like(every, ENDED)), ended)
         stop = torch.where(node == 0, probs[:, self.stop].sum(-1).double()[row], 0.0)
         out = out.index_put((every, torch.full_like(every, STOP)), stop)
-        return self._sharpened(out, probs, node, row).to(probs.dtype)
+        return self._sharpened(out, probs, node, row, ~childless).to(probs.dtype)
 
-    def _sharpened(self, out: Tensor, probs: Tensor, node: Tensor, row: Tensor) -> Tensor:
-        """The same where a prefix is so unlikely that running sums would round its masses: summed one by one."""
-        query = ((node > 0) & (out.detach().sum(-1) < _FAINT)).nonzero()[:, 0]  # the host waits here
+    def _sharpened(self, out: Tensor, probs: Tensor, node: Tensor, row: Tensor, goes_on: Tensor) -> Tensor:
+        """The same where the tokens that go on are so unlikely that running sums would round their masses away, however
+        likely it is that one ended: summed one by one."""
+        faint = (node > 0) & goes_on & (out.detach()[:, :STOP].sum(-1) < _FAINT)
+        query = faint.nonzero()[:, 0]  # the host waits here
         if not len(query):
             return out
         at, owner = ragged(self.low[node[query]], self.high[node[query]])
