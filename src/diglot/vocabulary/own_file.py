@@ -47,14 +47,16 @@ def difference_from_file(tokenizer: PreTrainedTokenizerBase) -> Difference | Non
 def differences_from_file(tokenizer: PreTrainedTokenizerBase) -> Iterator[Difference]:
     """Compare `tokenizer` with its tokenizer.json on `TEXTS`.
 
-    None, where there is nothing to compare with: made in memory, loaded from elsewhere, or one with BPE dropout.
+    None are found where there is nothing to compare with: made in memory, loaded from elsewhere, or with BPE dropout.
     Nothing is downloaded.
     """
     backend, path = getattr(tokenizer, "backend_tokenizer", None), _file_of(tokenizer)
     if backend is None or path is None or getattr(backend.model, "dropout", None):
         return
     stated = _by_file(str(path), path.stat().st_mtime_ns)
-    for text, (ids, kept) in zip(TEXTS, stated, strict=False):  # of none, where there is nothing to compare with
+    if not stated:
+        return
+    for text, (ids, kept) in zip(TEXTS, stated, strict=True):
         loaded = _ids_of(backend, text)
         if loaded != ids:
             yield Difference(str(path), text, ids, loaded, kept and backend.decode(loaded) != text)
@@ -90,7 +92,7 @@ def _file_of(tokenizer: PreTrainedTokenizerBase) -> Path | None:
 
 
 def _ids_of(backend: Tokenizer, text: str) -> tuple[int, ...]:
-    """None where it refuses the text: one rebuilt with a byte fallback or an unknown token that it does not have."""
+    """No ids where it refuses the text: one rebuilt with a byte fallback or an unknown token that it does not have."""
     try:
         return _ids(backend.encode(text, add_special_tokens=False))
     except Exception:  # the library raises nothing narrower
