@@ -122,7 +122,7 @@ def make_trainer(
         processing_class=AutoTokenizer.from_pretrained(student),
     )
     if trainer == "gkd":
-        args = GKDConfig(**common, lmbda=1.0, beta=1.0)
+        args = GKDConfig(**common, lmbda=1.0)
         return GKDTrainer(models[0], models[1], args, **data)
     return MiniLLMTrainer(models[0], models[1], MiniLLMConfig(**common, num_iterations=2), **data)
 
@@ -135,20 +135,34 @@ class Measured:
     written: tuple[OnPolicyReport, OnPolicyReport]
 
     @property
-    def reverse_kl(self) -> float:
-        """Mean of both seeds, nats per byte."""
-        return sum(r.reverse_kl_nats_per_byte for r in self.written) / 2
+    def both(self) -> OnPolicyReport:
+        """The samples of both seeds."""
+        return OnPolicyReport.joined(self.written)
 
     def numbers(self) -> dict[str, float]:
         """What goes into `summary.json`."""
-        first = self.written[0]
+        both = self.both
         return {
-            "reverse_kl_nats_per_byte": self.reverse_kl,
+            "reverse_kl_nats_per_byte": both.reverse_kl_nats_per_byte,
             "bits_per_byte": self.reference.bits_per_byte,
-            "stop_agreement": first.stop_agreement,
-            "coverage": first.coverage,
-            "surprisal_nats_per_byte": first.surprisal_nats_per_byte,
+            "stop_agreement": both.stop_agreement,
+            "coverage": both.coverage,
+            "surprisal_nats_per_byte": both.surprisal_nats_per_byte,
         }
+
+    def seed_noise(self) -> float:
+        """What the other seed changes of the divergence, nats per byte."""
+        one, other = (r.reverse_kl_nats_per_byte for r in self.written)
+        return abs(one - other)
+
+
+def noises(before: Measured, after: Measured) -> dict[str, float]:
+    """How far another draw of samples moves each number; of the two measurements, the larger."""
+    return {
+        "reverse_kl_nats_per_byte": max(before.seed_noise(), after.seed_noise()),
+        "bits_per_byte": max(before.reference.bits_per_byte_error, after.reference.bits_per_byte_error),
+        "stop_agreement": max(before.both.stop_agreement_error, after.both.stop_agreement_error),
+    }
 
 
 def measure(trainer: DistillationTrainer, samples: Sequence[Sample]) -> Measured:
@@ -161,17 +175,17 @@ def measure(trainer: DistillationTrainer, samples: Sequence[Sample]) -> Measured
     return Measured(evaluator.on_reference(samples), written)  # type: ignore[arg-type]
 
 
-def show(before: Measured, after: Measured, noise: float, prompts: Sequence[str]) -> None:
+def show(before: Measured, after: Measured, prompts: Sequence[str]) -> None:
     """The table, and three completions before and after."""
-    b, a = before.numbers(), after.numbers()
+    b, a, noise = before.numbers(), after.numbers(), noises(before, after)
     lines = [
-        ("divergence student -> teacher, fresh samples", "reverse_kl_nats_per_byte", noise, "nats per byte"),
-        ("held-out text", "bits_per_byte", after.reference.bits_per_byte_error, "bits per byte"),
-        ("stop-probability agreement", "stop_agreement", None, "0 to 1"),
-        ("alignment coverage", "coverage", None, "share of tokens"),
+        ("divergence student -> teacher, fresh samples", "reverse_kl_nats_per_byte", "nats per byte"),
+        ("held-out text", "bits_per_byte", "bits per byte"),
+        ("stop-probability agreement", "stop_agreement", "0 to 1"),
+        ("alignment coverage", "coverage", "share of tokens"),
     ]
     console.print(
-        before_after_table([(text, b[k], a[k], err, unit) for text, k, err, unit in lines], "Before and after")
+        before_after_table([(text, b[k], a[k], noise.get(k), unit) for text, k, unit in lines], "Before and after")
     )
     for i in range(3):
         for name, measured in (("before", before), ("after", after)):
@@ -207,11 +221,8 @@ def main() -> None:
     folder = options.out / "student"
     trainer.save_model(str(folder))
 
-    noise = max(
-        abs(m.written[0].reverse_kl_nats_per_byte - m.written[1].reverse_kl_nats_per_byte) for m in (before, after)
-    )
     prompts = [row["prompt"] if options.pair == "base" else row["prompt"][0]["content"] + "\n" for row in rows]
-    show(before, after, noise, prompts)
+    show(before, after, prompts)
     times = list(clock.items())
     seconds = {name: round(t - times[i][1], 1) for i, (name, t) in enumerate(times[1:])}
     summary = {
@@ -219,13 +230,14 @@ def main() -> None:
         "after": after.numbers(),
         "seconds": seconds,
         "coverage": after.numbers()["coverage"],
-        "noise": {"reverse_kl_nats_per_byte": noise},
+        "noise": noises(before, after),
         "pair": options.pair,
         "trainer": options.trainer,
         "steps": trainer.state.global_step,
     }
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    gain = before.reverse_kl - after.reverse_kl
+    name = "reverse_kl_nats_per_byte"
+    gain, noise = summary["before"][name] - summary["after"][name], summary["noise"][name]
     verdict = "lower by more than" if gain > noise else "[bold red]not lower by more than[/]"
     console.print(
         f"The divergence fell by {gain:.4f} nats per byte: {verdict} the noise of another seed ({noise:.4f})."

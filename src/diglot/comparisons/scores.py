@@ -167,23 +167,15 @@ class ModelScores:
         return self._teacher
 
     @torch.no_grad()
-    def teacher_rows(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
+    def teacher_behind(self, tail: TailTokens) -> Tensor:
         if not len(tail.ids):
-            return self._log_probs(self.hidden_t)
-        behind = self._behind(tail)
-        return self._log_probs(torch.cat([self.hidden_t, behind]))
-
-    @torch.no_grad()
-    def teacher_rows_behind(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
-        return self._log_probs(self._behind(tail))
-
-    def _behind(self, tail: TailTokens) -> Tensor:
+            return self.hidden_t[:0]
         behind, self._reading = self.answers.branched(tail, self._reading)
         return behind
 
     @torch.no_grad()
-    def _log_probs(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        for at, logits in logits_by_parts(hidden, self.teacher.head, self.chunk_rows(False)):
+    def teacher_log_probs(self, hidden: Tensor, ids: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        for at, logits in logits_by_parts(hidden, self.teacher.head, self.chunk_rows(False), ids):
             cooled = logits if self.temperature == 1.0 else logits / self.temperature
             yield at, cooled.log_softmax(-1, dtype=torch.float32)
 

@@ -68,6 +68,12 @@ class OnPolicyReport:
         return cls(**sums)
 
     @classmethod
+    def joined(cls, reports: Sequence[OnPolicyReport]) -> OnPolicyReport:
+        """The samples of several reports as one."""
+        sums = {name: np.concatenate([getattr(one, name) for one in reports]) for name in cls.columns()}
+        return cls(**sums, completions=[text for one in reports for text in one.completions])
+
+    @classmethod
     def columns(cls) -> list[str]:
         """Names of the arrays."""
         return [f.name for f in fields(cls) if f.name != "completions"]
@@ -92,6 +98,11 @@ class OnPolicyReport:
     def stop_agreement(self) -> float:
         """Overlap of both sides' stop probabilities over all rows where both could stop, in [0, 1]; 1 is equal."""
         return ratio(self.stop_common, self.stop_either)
+
+    @property
+    def stop_agreement_error(self) -> float:
+        """Standard error over samples. Large where a few rows hold nearly all of the probability of stopping."""
+        return ratio_error(self.stop_common, self.stop_either)
 
     @property
     def coverage(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,20 @@ class Head:
             chosen = nn.functional.embedding(ids, weight).to(exact)  # [R, k, H]
             raw = torch.bmm(chosen, hidden.to(exact).unsqueeze(-1)).squeeze(-1)
         return raw if bias is None else raw + bias[ids]
+
+    def raw_columns(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
+        """Maps `hidden [R, H]` to what `raw` gives of the columns `ids` `[k]`, the same for all rows: `[R, k]`."""
+        if not self.is_linear:
+            return lambda hidden: self.raw(hidden)[:, ids]
+        own = self._own(None)
+        weight, bias = nn.functional.embedding(ids, own["weight"]), own.get("bias")
+        dtype = product_dtype(weight)
+
+        def raw(hidden: Tensor) -> Tensor:
+            found = rows_times(hidden, weight, dtype)
+            return found if bias is None else found + bias[ids]
+
+        return raw
 
     def columns(self, hidden: Tensor, ids: Tensor, parameters: Sequence[Tensor] | None = None) -> Tensor:
         """Logits `[R, k]` of the columns `ids` `[R, k]` only, for `hidden [R, H]`; needs `is_linear`."""

@@ -175,10 +175,16 @@ def parts(rows: int, chunk_rows: int) -> Iterator[slice]:
     return blocks(rows, max(chunk_rows // _PARTS, 1))
 
 
-def logits_by_parts(hidden: Tensor, head: Head, chunk_rows: int) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of `hidden [N, H]`, and their logits `[r, V]`: an eighth of a block at a time, for what copies them."""
+def logits_by_parts(
+    hidden: Tensor, head: Head, chunk_rows: int, ids: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of `hidden [N, H]`, and their logits `[r, V]`: an eighth of a block at a time, for what copies them.
+
+    Of the columns `ids` `[k]` only, if given: `[r, k]`.
+    """
+    form = head.raw if ids is None else head.raw_columns(ids)
     for block in blocks(len(hidden), chunk_rows):
-        raw = head.raw(hidden[block])
+        raw = form(hidden[block])
         for part in parts(len(raw), chunk_rows):
             yield within(block, part), head.finished(raw[part])
 

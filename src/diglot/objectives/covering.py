@@ -26,8 +26,8 @@ from diglot.objectives.cell_masses import CellColumns, CellMasses
 from diglot.objectives.covering_ahead import TeacherText
 from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams
 from diglot.objectives.covering_inner import with_inner
-from diglot.objectives.covering_plan import CoveringPlan, EarlierRows, plan_covering
-from diglot.objectives.covering_rows import NEGLIGIBLE, NO_PAIRS, RowsRead, Table, read_rows
+from diglot.objectives.covering_plan import CoveringPlan, plan_covering
+from diglot.objectives.covering_rows import NEGLIGIBLE, NO_PAIRS, NONE, RowsRead, Table, read_rows
 from diglot.objectives.covering_target import Targets, TeacherRows, make_targets
 from diglot.objectives.divergences import generalized_jsd
 from diglot.objectives.levels import Level
@@ -97,19 +97,18 @@ class Covering(PairObjective):
         count, asked = len(t.ids), len(plan.prefixes.row)
         row = np.concatenate([np.arange(count), plan.branch.row, plan.prefixes.row])
         token = np.concatenate([t.ids, plan.branch.ids, plan.prefixes.token])
-        read = read_rows(scores.teacher_rows(plan.branch), row, token, plan.earlier, 0, self.table)
+        behind = scores.teacher_behind(plan.branch)
+        hidden = torch.cat([scores.hidden_t, behind])
+        read = read_rows(scores.teacher_log_probs(hidden), row, token, plan.earlier, 0, self.table)
         text = np.where(t.stop, read.stop[:count], read.single[:count])
         rows = TeacherRows(text, read.single[count : len(row) - asked], read)
         prefix = read.single[len(row) - asked :]
 
-        def ask(tail: TailTokens, row: Ints, token: Ints, pairs: EarlierRows, first: int) -> RowsRead:
-            return read_rows(scores.teacher_rows_behind(tail), row, token, pairs, first, self.table)
-
-        plan, rows = with_inner(plan, rows, prefix, written, self.teacher, self.encode_t, ask)
-        none = np.zeros(0, dtype=np.int64)
+        plan, rows = with_inner(plan, rows, prefix, scores, self.teacher, self.encode_t, self.table)
 
         def look(tail: TailTokens) -> RowsRead:
-            return ask(tail, none, none, NO_PAIRS, 0)
+            log_probs = scores.teacher_log_probs(scores.teacher_behind(tail))
+            return read_rows(log_probs, NONE, NONE, NO_PAIRS, 0, self.table)
 
         return make_targets(
             plan,

@@ -7,18 +7,21 @@ about it, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from diglot.batches import Written
+from diglot.batches.sending import sent
 from diglot.objectives.covering_cells import encoded
 from diglot.objectives.covering_plan import CoveringPlan, EarlierRows, Ground, branches_to, pairs_from
-from diglot.objectives.covering_rows import RowsRead
-from diglot.objectives.covering_target import TeacherRows, prefix_masses
+from diglot.objectives.covering_rows import NONE, Table, read_rows
+from diglot.objectives.covering_target import TeacherRows, prefix_masses, reach_of
 from diglot.objectives.pair import Encode
+from diglot.objectives.scores import Scores
 from diglot.objectives.tail import TailTokens
 from diglot.vocabulary import Vocabulary
 
@@ -27,6 +30,7 @@ Floats = NDArray[np.float64]
 _TAIL, _PAIRS = TailTokens.__dataclass_fields__, EarlierRows.__dataclass_fields__
 _TRIED = 8  # tokens that run past a boundary, at most so many
 _SOME = 3e-2  # of the mass of the next boundary: a place that can hold less is not asked about
+_FREQUENT = 2**13  # ids below this are those of the most frequent tokens, in the order in which they were learnt
 
 
 @np.errstate(invalid="ignore")
@@ -60,45 +64,91 @@ def with_inner(
     plan: CoveringPlan,
     rows: TeacherRows,
     prefix: Floats,
-    written: Written,
+    scores: Scores,
     teacher: Vocabulary,
     encode_t: Encode,
-    ask: Callable[[TailTokens, Ints, Ints, EarlierRows, int], RowsRead],
+    table: Table,
 ) -> tuple[CoveringPlan, TeacherRows]:
-    """The plan and its rows with those behind places that hold some of the mass.
+    """The plan and its rows with those behind places that hold some of the mass. `prefix`: log-probs of
+    `plan.prefixes`."""
+    segment_t, first = scores.written.teacher.segment, len(scores.written.teacher.ids) + len(plan.branch.ids)
+    known = dict(zip(zip(plan.prefixes.row.tolist(), plan.prefixes.token.tolist(), strict=True), prefix, strict=True))
 
-    Args:
-        prefix: log-probs of `plan.prefixes`.
-        ask: reads the teacher behind branches: these, rows and tokens of single entries, pairs, the first row's number.
-    """
-    count, base, ground = len(written.teacher.ids), len(plan.branch.ids), plan.ground
-    places = _heavy_places(plan, rows, prefix, written.teacher.segment)
-    segment = np.searchsorted(ground.offset, places, side="right") - 1
-    position = places - ground.offset[segment]
-    more, last, _ = branches_to(written, segment, position, encode_t, teacher, base)
-    kept = _run_past(ground, places, last, more, teacher, encode_t)
-    if kept.any():
-        more, last, _ = branches_to(written, segment[kept], position[kept], encode_t, teacher, base)
-        pairs = pairs_from(places[kept], count + base + last, more.before[last], base + last, ground, teacher)
-        stride = int(max(plan.earlier.consumed.max(initial=0), pairs.consumed.max(initial=0))) + 1
-        known = plan.earlier.to * stride + plan.earlier.consumed
-        pairs = pairs.at(~np.isin(pairs.to * stride + pairs.consumed, known))
+    def begun(tail: TailTokens) -> Floats:
+        """Log-probs of the tokens that stand first in their branches."""
+        pairs = zip(tail.row.tolist(), tail.ids.tolist(), strict=True)
+        return np.array([known.get(one, -np.inf) for one in pairs])
+
+    places = _heavy_places(plan, rows, prefix, segment_t)
+    places, more, last = _branches(plan, places, scores.written, teacher, encode_t)
+    if len(places):
+        hidden = scores.teacher_behind(more)
+        pairs = _new_pairs(plan, places, last, more, first, teacher)
+        at = pairs.last - len(plan.branch.ids)
+        most = reach_of(plan, rows, segment_t)(pairs.main, np.full(len(at), -1))
+        most += begun(more)[at - more.depth[at]]  # what stands behind these first tokens can only take from it
+        most += _at_most(pairs, hidden, first, scores, table) - prefix_masses(plan, rows, segment_t)[0][pairs.to]
+        some = np.flatnonzero(np.isin(last, at[~(most < np.log(_SOME))]))
+        kept = np.flatnonzero(np.isin(np.cumsum(more.depth == 0) - 1, some))
+        places, (more, last) = places[some], more.ending_at(last[some], first)
+    if len(places):
+        pairs = _new_pairs(plan, places, last, more, first, teacher)
         deeper = np.flatnonzero(more.depth)
-        behind = ask(more, more.row[deeper], more.ids[deeper], pairs, count + base)
-        first = dict(
-            zip(zip(plan.prefixes.row.tolist(), plan.prefixes.token.tolist(), strict=True), prefix, strict=True)
-        )
-        tail = np.array([first.get(one, -np.inf) for one in zip(more.row.tolist(), more.ids.tolist(), strict=True)])
+        log_probs = scores.teacher_log_probs(hidden[sent(torch.from_numpy(kept), hidden.device)])
+        behind = read_rows(log_probs, more.row[deeper], more.ids[deeper], pairs, first, table)
+        tail = begun(more)
         tail[deeper] = behind.single
         branch = TailTokens(*(np.concatenate([getattr(plan.branch, n), getattr(more, n)]) for n in _TAIL))
         earlier = EarlierRows(*(np.concatenate([getattr(plan.earlier, n), getattr(pairs, n)]) for n in _PAIRS))
         plan = replace(plan, branch=branch, earlier=earlier)
         rows = TeacherRows(rows.text, np.concatenate([rows.tail, tail]), rows.read.with_more(behind))
     # A target must not depend on whether a place with hardly any mass was found, that is, on what comes later.
-    log_prefix, _, start = prefix_masses(plan, rows, written.teacher.segment)
+    log_prefix, _, start = prefix_masses(plan, rows, segment_t)
     with np.errstate(invalid="ignore"):
         light = start + rows.read.range_total - log_prefix[plan.earlier.to] < np.log(_SOME)
     return plan, replace(rows, read=rows.read.without(plan.earlier.extra & light))
+
+
+def _branches(
+    plan: CoveringPlan, places: Ints, written: Written, teacher: Vocabulary, encode_t: Encode
+) -> tuple[Ints, TailTokens, Ints]:
+    """Those places behind which the teacher could write a token that runs past the next boundary, the branches to
+    them, and where each one's ends."""
+    ground, base = plan.ground, len(plan.branch.ids)
+    segment = np.searchsorted(ground.offset, places, side="right") - 1
+    branch, last, _ = branches_to(written, segment, places - ground.offset[segment], encode_t, teacher, base)
+    some = np.flatnonzero(_run_past(ground, places, last, branch, teacher, encode_t))
+    return places[some], *branch.ending_at(last[some], len(written.teacher.ids) + base)
+
+
+def _new_pairs(
+    plan: CoveringPlan, places: Ints, last: Ints, branch: TailTokens, first: int, teacher: Vocabulary
+) -> EarlierRows:
+    """Of rows behind branches that end at places, those pairs that are not known yet."""
+    end = len(plan.branch.ids) + last
+    pairs = pairs_from(places, first + last, branch.before[last], end, plan.ground, teacher)
+    stride = int(max(plan.earlier.consumed.max(initial=0), pairs.consumed.max(initial=0))) + 1
+    known = plan.earlier.to * stride + plan.earlier.consumed
+    return pairs.at(~np.isin(pairs.to * stride + pairs.consumed, known))
+
+
+def _at_most(pairs: EarlierRows, hidden: Tensor, first: int, scores: Scores, table: Table) -> Floats:
+    """What the range of each pair holds in its row at most, as a logarithm.
+
+    Nearly all places hold nothing, and the columns of a few frequent tokens and of the ranges show that: a row is
+    shared out among them as if there were no others.
+    """
+    order = table.sorted_ids
+    asked = np.zeros(len(order) + 1, dtype=np.int64)
+    np.add.at(asked, pairs.low, 1)
+    np.add.at(asked, pairs.high, -1)
+    chosen = np.flatnonzero((np.cumsum(asked)[:-1] > 0) | (order.cpu().numpy() < _FREQUENT))
+    low = np.searchsorted(chosen, pairs.low)
+    within = replace(pairs, low=low, high=low + pairs.high - pairs.low)
+    ids = order.to(hidden.device)[sent(torch.from_numpy(chosen), hidden.device)]
+    nothing = ids[:0]
+    columns = Table(nothing, nothing, torch.arange(len(ids), device=ids.device), 1)
+    return read_rows(scores.teacher_log_probs(hidden, ids), NONE, NONE, within, first, columns).range_total
 
 
 def _run_past(

@@ -68,7 +68,8 @@ class RowsRead:
         return RowsRead(*joined)
 
 
-NO_PAIRS = EarlierRows(*(np.zeros(0, dtype=np.int64),) * 7, np.zeros(0, dtype=np.bool_))
+NONE = np.zeros(0, dtype=np.int64)
+NO_PAIRS = EarlierRows(*(NONE,) * 7, np.zeros(0, dtype=np.bool_))
 
 
 @torch.no_grad()

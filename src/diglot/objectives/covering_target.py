@@ -102,7 +102,7 @@ def make_targets(
 def prefix_masses(plan: CoveringPlan, rows: TeacherRows, segment_t: Ints) -> tuple[Floats, Floats, Floats]:
     """Log mass of all texts that begin with what is written up to each boundary, `[R]`, the share of the boundary's own
     row in it, `[R]`, and the log mass of the reading up to each earlier row, `[Q]`."""
-    count, reach = len(plan.student), _reach(plan, rows, segment_t)
+    count, reach = len(plan.student), reach_of(plan, rows, segment_t)
     own, start = reach(plan.main, plan.last), reach(plan.earlier.main, plan.earlier.last)
     earlier = start + rows.read.range_total
     most = np.maximum(own, _grouped_max(earlier, plan.earlier.to, count))
@@ -126,7 +126,7 @@ def _leaves(plan: CoveringPlan, rows: TeacherRows, cells: CellMap, weight: Float
     return Leaves(boundary, row, token, consumed, cell, mass).at(np.flatnonzero(mass > 1e-9))
 
 
-def _reach(plan: CoveringPlan, rows: TeacherRows, segment_t: Ints) -> Callable[[Ints, Ints], Floats]:
+def reach_of(plan: CoveringPlan, rows: TeacherRows, segment_t: Ints) -> Callable[[Ints, Ints], Floats]:
     """Log mass of the teacher's own reading of the text up to a boundary, from the start of its segment."""
     before = np.concatenate([[0.0], np.cumsum(rows.text)])
     tails = rows.tail.copy()

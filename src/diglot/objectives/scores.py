@@ -204,14 +204,18 @@ class Scores(Protocol):
     def kept_distributions(self, segment: Tensor, position: Tensor) -> Tensor | None:
         """The teacher's next-byte distributions at these bytes, `[I, 257]`, if that is what was kept of it."""
 
-    def teacher_rows(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
-        """Log-probs of the teacher's rows, part by part: those that predict its tokens, then those behind branches.
+    def teacher_behind(self, tail: TailTokens) -> Tensor:
+        """The teacher's hidden states behind each token of branches, `[E, H_t]`, constant.
 
-        Each part is a slice of the `N_t + E` rows and their log-probs `[r, V_t]`, on the teacher's device, to write on.
+        The first branches, if they are asked for before `hidden_t`, are read in the same pass; later ones alone.
         """
 
-    def teacher_rows_behind(self, tail: TailTokens) -> Iterator[tuple[slice, Tensor]]:
-        """The same of the rows behind other branches alone, `E` of them: what the first rows gave reason to ask."""
+    def teacher_log_probs(self, hidden: Tensor, ids: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Log-probs of rows of the teacher's hidden states, part by part.
+
+        Each part is a slice of the rows and their log-probs `[r, V_t]`, on the teacher's device, to write on. With
+        `ids`, `[k]` on that device: as if the teacher had these columns alone, `[r, k]`, so none is below the true one.
+        """
 
     # ---- hidden states
 
