@@ -263,6 +263,18 @@ def test_inner_epochs_reuse_the_completions_and_their_old_log_probs(tmp_path: Pa
     assert held[0] is held[1] is held[2] and held[3] is held[4] is held[5] and held[0] is not held[3]
 
 
+def test_the_teacher_is_asked_once_for_all_inner_epochs(tmp_path: Path) -> None:
+    """What the single step compares with is the teacher's alone, and stays what it was while the student moves."""
+    trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), num_iterations=3, teacher_mixed_alpha=0.0)
+    passes: list[int] = []
+    trainer.comparisons[0].teacher.model.register_forward_hook(lambda *_: passes.append(1))
+    batches = window(trainer, ROWS[:4])
+    asked = len(passes)
+    for _ in range(3):
+        gradient(trainer, batches)
+    assert len(passes) == asked > 0
+
+
 def test_each_window_of_data_comes_once_per_inner_epoch_and_every_row_is_seen(tmp_path: Path) -> None:
     from diglot.batches.windows import RepeatedWindows
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # it needs packages that not everyone has
     from diglot.teachers.scored import KeptScores
     from diglot.teachers.served import TextScores
 
+T = TypeVar("T")
 Read = tuple["ReadPair | None", ...]
 """What each comparison reads of one text; None where it reads nothing."""
 
@@ -105,6 +106,14 @@ class Answers:
         self._teacher, self._side, self._cache = teacher, side, cache
         self._pending: Any = None if teacher is None else teacher.ask(side, stop_as_set)
         self._gives_rows = teacher is not None and gives_rows(teacher)
+        self._made: dict[object, Any] = {}
+
+    def once(self, by: object, make: Callable[[], T]) -> T:
+        """`make()`, and from then on what it gave."""
+        if by not in self._made:
+            self._made[by] = make()
+        found: T = self._made[by]
+        return found
 
     @property
     def said(self) -> TextScores | KeptScores | None:

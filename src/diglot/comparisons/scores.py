@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from diglot.objectives.tail import TailTokens
 from diglot.teachers import gives_rows
 from diglot.vocabulary import Vocabulary
 
+T = TypeVar("T")
 References = Callable[[], tuple[Tensor, Tensor]]
 
 
@@ -178,6 +180,9 @@ class ModelScores:
         for at, logits in logits_by_parts(hidden, self.teacher.head, self.chunk_rows(False), ids):
             cooled = logits if self.temperature == 1.0 else logits / self.temperature
             yield at, cooled.log_softmax(-1, dtype=torch.float32)
+
+    def once(self, by: object, make: Callable[[], T]) -> T:
+        return self.answers.once(by, make)
 
     # ---- single entries of rows --------------------------------------------------------------------------------
 

@@ -123,12 +123,15 @@ class Covering(PairObjective):
             self.canonical,
         )
 
+    def _known_targets(self, plan: CoveringPlan, scores: Scores) -> Targets:
+        return scores.once(self, lambda: self.targets(plan, scores))
+
     @property
     def is_single_step(self) -> bool:
         return self.beta == 1 and not self.written_apart
 
     def explained(self, plan: CoveringPlan, scores: Scores) -> Tensor:
-        student, _, values = self._compared(plan, scores, self.targets(plan, scores), 0.0)
+        student, _, values = self._compared(plan, scores, self._known_targets(plan, scores), 0.0)
         gain = values.metrics[_EXPLAINED]
         found = torch.full((len(scores.written.student.ids),), math.nan, dtype=gain.dtype, device=gain.device)
         found[student] = gain
@@ -143,7 +146,7 @@ class Covering(PairObjective):
         return student, *scores.rows(self, Rows(student, student), given, share, with_teacher=False)
 
     def loss(self, plan: CoveringPlan, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
-        targets = self.targets(plan, scores)
+        targets = self._known_targets(plan, scores)
         _, loss, values = self._compared(plan, scores, targets, share)
         skipped = {
             f"skipped_{why}": torch.cat([torch.ones(n), torch.zeros(plan.items)]) for why, n in plan.skipped.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diglot.batches import Written
     from diglot.objectives.tail import TailTokens
 
+T = TypeVar("T")
 Compare = Callable[..., "Values"]
 Summary = Callable[[Tensor, slice], Tensor]
 Metrics = Mapping[str, Tensor]
@@ -215,6 +216,12 @@ class Scores(Protocol):
 
         Each part is a slice of the rows and their log-probs `[r, V_t]`, on the teacher's device, to write on. With
         `ids`, `[k]` on that device: as if the teacher had these columns alone, `[r, k]`, so none is below the true one.
+        """
+
+    def once(self, by: object, make: Callable[[], T]) -> T:
+        """`make()`, which is made of the teacher's answers alone: once for a text, however often it is trained on.
+
+        `by` is the objective, or whatever else tells it from others.
         """
 
     # ---- hidden states
