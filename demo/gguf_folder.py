@@ -38,7 +38,7 @@ class Header:
     @property
     def architecture(self) -> str:
         """ "llama", "qwen2" or "gemma3"."""
-        return self.fields["general.architecture"]
+        return str(self.fields["general.architecture"])
 
     def __getitem__(self, key: str) -> Any:
         """A field of the architecture, for instance `block_count`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,7 +15,7 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
-def align(student: Side, teacher: Side, num_segments: int) -> Alignment[NDArray]:
+def align(student: Side, teacher: Side, num_segments: int) -> Alignment[NDArray[Any]]:
     """Cut the segments of a batch at the byte offsets where tokens of both sides end.
 
     A token of zero bytes joins the chunk of the next token of its segment that has bytes, at the end of a segment the

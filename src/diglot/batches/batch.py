@@ -25,7 +25,7 @@ class AlignedBatch:
     pairs: list[ReadPair]
     student: PackedSide
     teacher: PackedSide
-    alignment: Alignment  # torch tensors
+    alignment: Alignment[Tensor]  # torch tensors
     written: Written  # the same and the tokens, as numpy arrays
     stats: dict[str, float]  # sums and counts for the log
     on_policy: bool
@@ -45,7 +45,8 @@ class AlignedBatch:
     def to(self, device: torch.device) -> AlignedBatch:
         """The same with inputs and alignment on `device`, in one copy."""
         own, *parts = sent_records([self, self.student, self.teacher, self.alignment], device)
-        return replace(own, **dict(zip(("student", "teacher", "alignment"), parts, strict=True)))
+        found: AlignedBatch = replace(own, **dict(zip(("student", "teacher", "alignment"), parts, strict=True)))
+        return found
 
 
 def align_pairs(

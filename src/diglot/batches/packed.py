@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,8 +53,8 @@ def pack(samples: Sequence[Rendered], num_segments: Sequence[int], pad_id: int) 
     width = max((len(r.ids) for r in samples), default=1)
     ids = np.full((len(samples), width), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
-    rows: list[NDArray] = []
-    segments: list[NDArray] = []
+    rows: list[NDArray[Any]] = []
+    segments: list[NDArray[Any]] = []
     first_segment = np.cumsum([0, *num_segments])
     for b, r in enumerate(samples):
         ids[b, : len(r.ids)] = r.ids
@@ -62,7 +63,7 @@ def pack(samples: Sequence[Rendered], num_segments: Sequence[int], pad_id: int) 
         rows.append(b * width + scored - 1)
         segments.append(r.segment[scored].astype(np.int64) + first_segment[b])
 
-    def joined(name: str, dtype: type) -> NDArray:
+    def joined(name: str, dtype: type) -> NDArray[Any]:
         return np.concatenate([getattr(r, name)[r.segment >= 0] for r in samples] or [np.zeros(0)]).astype(dtype)
 
     segment = np.concatenate(segments or [np.zeros(0)]).astype(np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,19 +38,21 @@ class Written:
 
     student: WrittenSide
     teacher: WrittenSide
-    alignment: Alignment[NDArray]
+    alignment: Alignment[NDArray[Any]]
     texts: Sequence[bytes]  # of each segment, as far as both sides hold it
     left_out: Bools | None = None  # [N_s] student tokens of a role that is not scored; they are not exact either
 
     @cached_property
     def usable_s(self) -> Bools:
         """Which student tokens lie in an exact chunk, `[N_s]`."""
-        return self.alignment.in_exact_chunk(self.alignment.chunk_s)
+        found: Bools = self.alignment.in_exact_chunk(self.alignment.chunk_s)
+        return found
 
     @cached_property
     def usable_t(self) -> Bools:
         """Which teacher tokens lie in an exact chunk, `[N_t]`."""
-        return self.alignment.in_exact_chunk(self.alignment.chunk_t)
+        found: Bools = self.alignment.in_exact_chunk(self.alignment.chunk_t)
+        return found
 
     @cached_property
     def first_s(self) -> Ints:

@@ -148,7 +148,8 @@ def lm_eval(model: str, tasks: str, batch_size: int, device: str | None = None) 
                 f"lm-eval ended with code {done.returncode} for {model} and tasks {tasks}: "
                 f"{done.stderr.strip()[-800:]} Try the same alone: {' '.join(command)}"
             )
-        return json.loads(written[-1].read_text(encoding="utf-8"))["results"]
+        found: dict[str, Any] = json.loads(written[-1].read_text(encoding="utf-8"))["results"]
+        return found
 
 
 def _print(found: dict[str, dict[str, Any]]) -> None:

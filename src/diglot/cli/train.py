@@ -104,7 +104,8 @@ def split(values: dict[str, Any]) -> tuple[TrainArguments, DistillationConfig]:
 
 def resolved(script: TrainArguments, config: DistillationConfig) -> dict[str, Any]:
     """Every option with the value in force, as plain values; secrets left out."""
-    return without_secrets({**vars(script), **config.to_dict()})
+    found: dict[str, Any] = without_secrets({**vars(script), **config.to_dict()})
+    return found
 
 
 def build(script: TrainArguments, config: DistillationConfig) -> DistillationTrainer:

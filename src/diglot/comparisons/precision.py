@@ -32,7 +32,7 @@ def to_train(student: PreTrainedModel, peft_config: Any | None, args: Distillati
     if peft_config is not None:
         from peft import get_peft_model
 
-        trained = get_peft_model(student, peft_config)  # type: ignore[arg-type]
+        trained = get_peft_model(student, peft_config)
     if args.disable_dropout:
         if dropout := getattr(peft_config, "lora_dropout", 0.0):
             logger.warning(

@@ -119,7 +119,7 @@ def _letters(value: Any) -> int:
     return sum(_letters(one) for one in value) if isinstance(value, (list, tuple)) else 0
 
 
-def _from_messages(messages: tuple[dict, ...], tools: Any, where: str) -> Sample:
+def _from_messages(messages: tuple[dict[str, Any], ...], tools: Any, where: str) -> Sample:
     if messages[-1]["role"] != "assistant":
         return Sample(Conversation(messages, tools=tools), None, where)
     if len(messages) == 1:

@@ -46,7 +46,8 @@ class Named:
 
     def of_only(self, which: Ints) -> Floats:
         """Mass of some ids in each row, `[N_t]`."""
-        return np.exp(np.where(np.isin(self.ids, which), self.logps, -np.inf)).sum(-1)
+        found: Floats = np.exp(np.where(np.isin(self.ids, which), self.logps, -np.inf)).sum(-1)
+        return found
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class Beyond:
         longer = trie.sorted_ids[trie.low[node] : trie.high[node]]
         longer = longer[self.teacher.lengths[longer] > depth]
         which = np.unique(np.linspace(0, len(longer) - 1, min(len(longer), _TRIED)).astype(np.int64))
-        return longer[which].tolist()
+        found: list[int] = longer[which].tolist()
+        return found
 
 
 def mass_beside(plan: Boundaries, named: Named, pieces: Pieces, whole: Floats, beyond: Beyond) -> Floats:

@@ -29,7 +29,7 @@ class Reading:
     num_bytes: int  # of the turns that are scored
 
     @property
-    def alignment(self) -> Alignment[NDArray]:
+    def alignment(self) -> Alignment[NDArray[Any]]:
         """Of the scored tokens."""
         return self.written.alignment
 
@@ -79,7 +79,7 @@ def _teacher_side(
 ) -> Rendered:
     """The teacher's rendering, with only the sampled turns as segments."""
     written = [r.segment_bytes[0].decode("utf-8") for r in turns]
-    messages: list[dict] = []
+    messages: list[dict[str, Any]] = []
     for k, between in enumerate(transcript.messages):
         messages += [dict(m) for m in between]
         if k < len(written) - 1:
@@ -129,7 +129,7 @@ def _with_own_tokens(theirs: Rendered, turns: list[Rendered]) -> Rendered:
     return replace(theirs, **joined)
 
 
-def _cut(rendered: Rendered, at: slice | Ints, segment: int | None = None) -> dict[str, NDArray]:
+def _cut(rendered: Rendered, at: slice | Ints, segment: int | None = None) -> dict[str, NDArray[Any]]:
     """Some tokens of a rendering, all of one segment if it is named."""
     result = {name: getattr(rendered, name)[at] for name in ("ids", "roles", "segment", "end", "exact")}
     if segment is not None:

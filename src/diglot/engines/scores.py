@@ -93,7 +93,7 @@ def score_hidden(hidden: Any, head: Callable[[Any], Any], ids: NDArray[np.int64]
     return TeacherScores(logps, top_ids, top_logps) if top else TeacherScores(logps)
 
 
-def as_array(values: Any, dtype: type) -> NDArray:
+def as_array(values: Any, dtype: type) -> NDArray[Any]:
     """A numpy array of a list, an array or a tensor."""
     if hasattr(values, "detach"):
         values = values.detach().to("cpu")

@@ -98,7 +98,8 @@ class Head:
         dtype = product_dtype(weight)
         if ids is None:
             raw = _Product.apply(hidden.flatten(0, -2), weight, dtype).unflatten(0, hidden.shape[:-1])
-            return raw if bias is None else raw + bias
+            found: Tensor = raw if bias is None else raw + bias
+            return found
         with torch.autocast(hidden.device.type, enabled=False):
             exact = result_dtype(dtype)
             chosen = nn.functional.embedding(ids, weight).to(exact)  # [R, k, H]
@@ -183,7 +184,8 @@ class Head:
     def _all(self, hidden: Tensor, parameters: Sequence[Tensor] | None) -> Tensor:
         given = dict(zip(self._trainable, parameters or (), strict=parameters is not None))
         own = {f"module.{name}": p for name, p in given.items()}
-        return functional_call(_Unhooked(self.module), own, (hidden,))
+        found: Tensor = functional_call(_Unhooked(self.module), own, (hidden,))
+        return found
 
     def _own(self, parameters: Sequence[Tensor] | None) -> dict[str, Tensor]:
         own: dict[str, Tensor] = dict(self.module.named_parameters())
@@ -232,7 +234,8 @@ class _Unhooked(nn.Module):
         self.module = module
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.module.forward(hidden)
+        found: Tensor = self.module.forward(hidden)
+        return found
 
 
 def _scale(config: Any) -> float:

@@ -68,7 +68,7 @@ def run_with_hidden(
 
 def decoder_of(model: Any) -> nn.Module:
     """What makes the hidden states that the output head reads. `ConfigError` if it is not apart from the head."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
     if decoder is not None and decoder is not model and getattr(decoder, "lm_head", None) is not None:
         decoder = decoder.model  # Llama 4 with pictures holds a whole language model, with its head
     if decoder is None or decoder is model:
@@ -76,11 +76,13 @@ def decoder_of(model: Any) -> nn.Module:
             f"{type(model).__name__} has no decoder apart from its output head (get_decoder gives "
             f"{type(decoder).__name__}). Use a causal language model of transformers."
         )
-    return decoder
+    inner: nn.Module = decoder
+    return inner
 
 
 def _hidden_of(output: Any) -> Tensor:
-    return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+    found: Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+    return found
 
 
 def is_compiled(model: nn.Module, inner: nn.Module) -> bool:

@@ -316,7 +316,10 @@ class _Gradients:
     def attached_to(self, total: Tensor) -> Tensor:
         """`total` as a node of the graph with these gradients."""
         inputs = (self.hidden, *self.head.parameters, *self.given.values())
-        return _Attach.apply(total, [self.hidden_sum, *self.head.sums, *self.of_given.values()], self.scale, *inputs)
+        found: Tensor = _Attach.apply(
+            total, [self.hidden_sum, *self.head.sums, *self.of_given.values()], self.scale, *inputs
+        )
+        return found
 
 
 class _Attach(torch.autograd.Function):

@@ -28,7 +28,8 @@ def summaries(summary: Summary, hidden: Tensor, head: Head, chunk_rows: int, tem
         logits = head.finished(raw)
         return summary(logits if temperature == 1.0 else logits / temperature, block)
 
-    return _Summaries.apply(of_raw, head, chunk_rows, hidden, *head.parameters)
+    found: Tensor = _Summaries.apply(of_raw, head, chunk_rows, hidden, *head.parameters)
+    return found
 
 
 class _Summaries(torch.autograd.Function):

@@ -1,9 +1,9 @@
 """What are two models to each other, before anything is trained?"""
 
-from diglot.inspection.facts import Inspection
+from diglot.inspection.facts import Inspection, ModelFacts
 from diglot.inspection.inspect import Side, inspect_pair
 from diglot.inspection.load import Input
-from diglot.inspection.models import ModelFacts, inspect_models
+from diglot.inspection.models import inspect_models
 from diglot.inspection.spans import Span, align_text, spans_of
 
 __all__ = [

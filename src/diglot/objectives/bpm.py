@@ -188,7 +188,8 @@ class BPM(RowObjective):
         logits, tokens = at_least_float32(logits_s), reached[:, :-2]
         if self.stop:
             tokens = tokens.index_fill(-1, self.pair.stop_s, False)
-        return _Cells.apply(logits, tokens, self.pair.stop_s if self.stop else self.pair.stop_s[:0])
+        found: Tensor = _Cells.apply(logits, tokens, self.pair.stop_s if self.stop else self.pair.stop_s[:0])
+        return found
 
     def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
         with torch.no_grad():
@@ -250,4 +251,5 @@ def blank_tokens(vocabulary: Vocabulary) -> NDArray[np.bool_]:
     """Which tokens are spaces and tabs only, `[V]`."""
     blanks = np.isin(vocabulary.data, np.frombuffer(b" \t", dtype=np.uint8))
     count = np.concatenate([[0], np.cumsum(blanks)])
-    return (vocabulary.lengths > 0) & (np.diff(count[vocabulary.offsets]) == vocabulary.lengths)
+    found: NDArray[np.bool_] = (vocabulary.lengths > 0) & (np.diff(count[vocabulary.offsets]) == vocabulary.lengths)
+    return found

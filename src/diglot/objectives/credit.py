@@ -39,7 +39,7 @@ def remaining_chunks(segment: Tensor) -> Tensor:
 def span_advantages(
     logp_s: Tensor,
     logp_t: Tensor,
-    alignment: Alignment,
+    alignment: Alignment[Tensor],
     *,
     gamma: float,
     length_normalization: bool,
@@ -114,7 +114,7 @@ def span_advantages(
     return torch.where(scored, (own + future[chunk]) / count, 0.0)
 
 
-def _unexplained(ratio: Tensor, explained: Tensor, alignment: Alignment, usable: Tensor, clip: float) -> Tensor:
+def _unexplained(ratio: Tensor, explained: Tensor, alignment: Alignment[Tensor], usable: Tensor, clip: float) -> Tensor:
     """What the single steps do not say, but for chunks behind the token's own, `[N_s]`.
 
     The steps of later tokens of its chunk, and the log-ratios of all chunks up to its own less the steps in them. The
@@ -132,7 +132,7 @@ def _unexplained(ratio: Tensor, explained: Tensor, alignment: Alignment, usable:
 
 
 def _whole(
-    gain: Tensor, logp_s: Tensor, alignment: Alignment, usable: Tensor, scored: Tensor, prompt: Tensor | None
+    gain: Tensor, logp_s: Tensor, alignment: Alignment[Tensor], usable: Tensor, scored: Tensor, prompt: Tensor | None
 ) -> Tensor:
     """The teacher's log-prob of each token's segment minus the student's of the token and all after it, [N_s]."""
     segment = alignment.chunk_segment
@@ -168,12 +168,12 @@ def replies(prompt: Tensor) -> Tensor:
     return torch.bincount(prompt)[prompt]
 
 
-def _share(credit: str, logp: Tensor, alignment: Alignment) -> Tensor:
+def _share(credit: str, logp: Tensor, alignment: Alignment[Tensor]) -> Tensor:
     """Which part of its chunk's reward each token gets, [N_s]. Parts of a chunk add up to 1 unless `shared`."""
     if credit == "shared":
         return torch.ones_like(logp)
     chunk = alignment.chunk_s.clamp(min=0)
-    even = 1.0 / alignment.count_s[chunk].to(logp.dtype)
+    even: Tensor = 1.0 / alignment.count_s[chunk].to(logp.dtype)
     if credit == "uniform":
         return even
     total = chunk_sums(logp, alignment.chunk_s, alignment.num_chunks)[chunk]

@@ -26,7 +26,8 @@ def forward_kl(p: Tensor, logq: Tensor) -> Tensor:
     As `kl`, with two passes over the entries instead of a dozen: its derivative by `logq` is `-p`.
     """
     logp = p.clamp(min=torch.finfo(p.dtype).tiny).log_()
-    return logp.mul_(p).sum(-1) - _Expectation.apply(p, logq)
+    found: Tensor = logp.mul_(p).sum(-1) - _Expectation.apply(p, logq)
+    return found
 
 
 class _Expectation(torch.autograd.Function):
@@ -117,4 +118,5 @@ class _Mixture(torch.autograd.Function):
 def _alike(*values: Tensor) -> tuple[Tensor, ...]:
     """In one number type and shape, so that a derivative has those of its argument."""
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in values))
-    return torch.broadcast_tensors(*(x.to(dtype) for x in values))
+    found: tuple[Tensor, ...] = torch.broadcast_tensors(*(x.to(dtype) for x in values))
+    return found

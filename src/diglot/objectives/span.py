@@ -119,7 +119,7 @@ class Span(PathObjective):
     def reads_references(self) -> bool:
         return self.reference_alpha is not None
 
-    def __call__(self, path: Path, alignment: Alignment) -> tuple[Values, Tensor]:
+    def __call__(self, path: Path, alignment: Alignment[Tensor]) -> tuple[Values, Tensor]:
         old = path.logp_s.detach() if path.logp_old is None else path.logp_old
         scored_s, scored_t = self._compared(old, path)
         shared: dict[str, Any] = dict(

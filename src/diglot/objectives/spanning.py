@@ -81,4 +81,7 @@ def plain_tokens(side: WrittenSide, vocabulary: Vocabulary) -> NDArray[np.bool_]
 
     Some tokenizers' first or last token of a text stands for its bytes without a space.
     """
-    return side.stop | ((vocabulary.lengths[side.ids] == side.end - side.start) & (side.end > side.start))
+    found: NDArray[np.bool_] = side.stop | (
+        (vocabulary.lengths[side.ids] == side.end - side.start) & (side.end > side.start)
+    )
+    return found

@@ -23,7 +23,8 @@ def sorted_l1(p: Tensor, q: Tensor) -> Tensor:
 
     `q` is a constant. Where two masses of one rank are equal the gradient is 0.
     """
-    return _SortedL1.apply(p, q)
+    found: Tensor = _SortedL1.apply(p, q)
+    return found
 
 
 class _SortedL1(torch.autograd.Function):

@@ -104,7 +104,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         tags=["diglot", facts.method.lower(), "on-policy-distillation", *facts.tags],
         teacher=teachers or None,
     )
-    return ModelCard.from_template(
+    found: ModelCard = ModelCard.from_template(
         data,
         template_str=_TEMPLATE,
         model_name=facts.model_name,
@@ -117,6 +117,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         results=_results(facts.run),
         papers=_papers(facts),
     )
+    return found
 
 
 def _link(name: str, site: str) -> str:

@@ -69,7 +69,8 @@ def save_plain(model: PreTrainedModel, folder: Path, whole_head: bool = False) -
 
 def _save(model: PreTrainedModel, state: dict[str, Any], folder: Path, whole_head: bool) -> None:
     if not whole_head:
-        return model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, state_dict=state)
+        return
     name = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
     config: Any = model.config
     tied, config.tie_word_embeddings = config.tie_word_embeddings, False

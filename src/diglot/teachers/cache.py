@@ -86,7 +86,10 @@ class CachedTeacher:
     def _ask(self, side: PackedSide, rows: list[int], batch_of_row: Tensor) -> tuple[Tensor, ...]:
         """The teacher's answers about some rows of the batch, at the batch's own width."""
         part, at, counts = _part(side, rows, batch_of_row)
-        return self.teacher.at_rows(side.input_ids[part], side.attention_mask[part], at).split(counts)
+        found: tuple[Tensor, ...] = self.teacher.at_rows(side.input_ids[part], side.attention_mask[part], at).split(
+            counts
+        )
+        return found
 
     # ---- keys --------------------------------------------------------------------------------------------------
 
@@ -135,7 +138,8 @@ class CachedTeacher:
         """The answer in a file; None if there is none or it is not what was written."""
         try:
             with safe_open(path, framework="pt") as file:
-                answer, checksum = file.get_tensor("hidden"), (file.metadata() or {}).get("sha256")
+                answer: Tensor = file.get_tensor("hidden")
+                checksum = (file.metadata() or {}).get("sha256")
         except FileNotFoundError:
             return None
         except _UNREADABLE as error:

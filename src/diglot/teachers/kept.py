@@ -84,7 +84,7 @@ def write_shard(path: Path, keys: Sequence[bytes], answers: Sequence[Answer]) ->
     os.replace(unfinished, path)
 
 
-def _joined(parts: Sequence[NDArray]) -> NDArray:
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate(parts)
 
 
@@ -132,12 +132,12 @@ class Shard:
             raise TeacherError(f"{self.path} is damaged at text {i}. Remove it and run `diglot score` again.")
         return answer
 
-    def _slice(self, name: str, unit: str, i: int) -> NDArray:
+    def _slice(self, name: str, unit: str, i: int) -> NDArray[Any]:
         low, high = self._offsets[unit][i : i + 2]
         column = self._file.get_slice(name)
-        if 0 in column.get_shape():
-            return self._file.get_tensor(name)
-        return column[int(low) : int(high)]
+        empty = 0 in column.get_shape()
+        found: NDArray[Any] = self._file.get_tensor(name) if empty else column[int(low) : int(high)]
+        return found
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ def load_language_model(name: str, **options: Any) -> PreTrainedModel:
     pictures = config is not None and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     loader: Any = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
     try:
-        return loader.from_pretrained(name, **options)
+        found: PreTrainedModel = loader.from_pretrained(name, **options)
+        return found
     except (SafetensorError, pickle.UnpicklingError) as error:
         why = str(error).strip().split("\n", 1)[0][:200]
         raise ConfigError(

@@ -42,7 +42,8 @@ class LocalTeacher:
     @property
     def name(self) -> str:
         """Where the weights came from."""
-        return self.model.config._name_or_path
+        found: str = self.model.config._name_or_path
+        return found
 
     @property
     def model_name(self) -> str:
@@ -52,7 +53,7 @@ class LocalTeacher:
     def to(self, device: torch.device | str) -> None:
         """Move the weights, unless they were put where they are on purpose."""
         if not keeps_its_device(self.model):
-            self.model.to(device)  # type: ignore[arg-type]
+            self.model.to(device)
 
     def want(self, top: int) -> None:
         """Whole rows are at hand, so any number."""

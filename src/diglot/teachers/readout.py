@@ -38,7 +38,8 @@ class Readout:
     def hidden(self, states: Tensor) -> Tensor:
         """What the head reads, `[N, H]`, from states before the final norm, in their own number type; no gradient."""
         with torch.no_grad():
-            return self.norm(states.to(self.head.device or states.device))
+            found: Tensor = self.norm(states.to(self.head.device or states.device))
+            return found
 
     def to(self, device: torch.device | str) -> None:
         """Move both."""
@@ -104,7 +105,8 @@ def _tensor(names: Sequence[str], place: str, revision: str | None) -> Tensor:
         try:
             with safe_open(path, framework="pt") as tensors:
                 if name in tensors.keys():  # noqa: SIM118  (not a dictionary)
-                    return tensors.get_tensor(name)
+                    found: Tensor = tensors.get_tensor(name)
+                    return found
         except SafetensorError as error:
             raise NoWeights(f"{path} cannot be read: {error}") from error
     raise NoWeights(f"There is no {names[0]} in safetensors files at {place!r}.")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class TextScores:
 class Pending:
     """Requests under way. `result` waits for them."""
 
-    def __init__(self, teacher: ServedTeacher, side: PackedSide, answers: Sequence[tuple[int, Future]]) -> None:
+    def __init__(self, teacher: ServedTeacher, side: PackedSide, answers: Sequence[tuple[int, Future[Any]]]) -> None:
         self._teacher, self._side, self._answers = teacher, side, answers
         self._found: TextScores | None = None
 

@@ -89,7 +89,8 @@ def read_states(name: str, ids: Ids, width: int, first: int, seconds: float) -> 
             f"The server's hidden state at token {at} of {len(ids)} holds numbers that are not finite. Look for NaN in "
             "the model's weights, or serve it in bfloat16 instead of float16."
         )
-    return found
+    result: Tensor = found
+    return result
 
 
 def discard_states(answer: Any, ids: Ids, seconds: float = 1.0) -> None:

@@ -61,7 +61,7 @@ def _readable(tokenizer: PreTrainedTokenizerBase, place: str, options: Mapping[s
         if (of_bytes := of_single_bytes(tokenizer)) is not None:
             return of_bytes
         with suppress(Exception):  # whatever the library raises where there is nothing to make it of
-            return PreTrainedTokenizerFast.from_pretrained(place, **options)
+            return _as_written(place, options)
     lost = next((one for one in differences_from_file(tokenizer) if one.lost), None)
     if lost is not None:
         logger.warning(
@@ -70,8 +70,14 @@ def _readable(tokenizer: PreTrainedTokenizerBase, place: str, options: Mapping[s
             *(place, transformers.__version__, type(tokenizer).__name__, lost.text),
             tokenizer.decode(list(lost.loaded_ids)),
         )
-        return PreTrainedTokenizerFast.from_pretrained(place, **options)
+        return _as_written(place, options)
     return tokenizer
+
+
+def _as_written(place: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer.json of a place, not rebuilt."""
+    found: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(place, **options)
+    return found
 
 
 def of_single_bytes(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast | None:

@@ -182,7 +182,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], bytes]:
     return record, raw
 
 
-def _problem(ids: NDArray, weights: NDArray, size_t: int) -> str:
+def _problem(ids: NDArray[Any], weights: NDArray[Any], size_t: int) -> str:
     """What is wrong with the arrays of a projection; empty if nothing is."""
     if ids.shape != weights.shape or ids.ndim != 2 or ids.shape[1] != SLOTS:
         return f"ids have shape {ids.shape} and weights {weights.shape}, expected [V_s, {SLOTS}] twice"
@@ -252,7 +252,7 @@ def _greedy(raw: bytes, ids_of: dict[bytes, int], longest: int) -> list[int]:
     return ids
 
 
-def _identity(student: Vocabulary, teacher: Vocabulary) -> tuple[Ints, NDArray]:
+def _identity(student: Vocabulary, teacher: Vocabulary) -> tuple[Ints, NDArray[Any]]:
     ids = np.full((len(student), SLOTS), -1, dtype=np.int64)
     known = ~student.control
     known[[i for i in student.names if i < len(teacher)]] = True
@@ -261,7 +261,7 @@ def _identity(student: Vocabulary, teacher: Vocabulary) -> tuple[Ints, NDArray]:
     return ids, (ids >= 0).astype(np.float64)
 
 
-def _split(student: Vocabulary, teacher: Vocabulary, encode_t: Encode) -> tuple[Ints, NDArray]:
+def _split(student: Vocabulary, teacher: Vocabulary, encode_t: Encode) -> tuple[Ints, NDArray[Any]]:
     """Rules 1 and 2."""
     tokens_s, tokens_t = student.tokens(), teacher.tokens()
     ids_of = _by_bytes(tokens_t, encode_t)
@@ -274,7 +274,7 @@ def _split(student: Vocabulary, teacher: Vocabulary, encode_t: Encode) -> tuple[
 
 def _match_controls(
     ids: Ints,
-    weights: NDArray,
+    weights: NDArray[Any],
     student: Vocabulary,
     teacher: Vocabulary,
     roles: Sequence[tuple[Sequence[int], Sequence[int]]],
@@ -290,7 +290,7 @@ def _match_controls(
 
 
 def _add_reverse(
-    ids: Ints, weights: NDArray, student: Vocabulary, teacher: Vocabulary, encode_t: Encode, encode_s: Encode
+    ids: Ints, weights: NDArray[Any], student: Vocabulary, teacher: Vocabulary, encode_t: Encode, encode_s: Encode
 ) -> None:
     """Rule 3."""
     tokens_s, tokens_t = student.tokens(), teacher.tokens()
@@ -309,7 +309,7 @@ def _add_reverse(
     ids[rows, -1], weights[rows, -1] = [ids_of[raw] for raw in best.values()], REVERSE
 
 
-def _normalised(ids: Ints, weights: NDArray) -> tuple[Ints, NDArray]:
+def _normalised(ids: Ints, weights: NDArray[Any]) -> tuple[Ints, NDArray[Any]]:
     """Equal ids of a row added up, every non-empty row of sum 1, heaviest first."""
     for later in range(1, SLOTS):
         for earlier in range(later):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,7 +123,7 @@ class Vocabulary:
         raw, offsets = self._plain
         return [raw[low:high] for low, high in pairwise(offsets)]
 
-    def bytes_of(self, ids: Sequence[int] | NDArray) -> bytes:
+    def bytes_of(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
         """The bytes of `ids`, one after the other. Raises `VocabularyError` for an id outside [0, V)."""
         return b"".join(self.token(int(i)) for i in ids)
 
