@@ -6,7 +6,7 @@ Imports neither torch nor transformers.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -31,17 +31,18 @@ def install(rc: Path) -> str:
     return f"Written to {rc}. It works in new shells, and in this one after: source {rc}"
 
 
-def candidates(words: Sequence[str], commands: Iterable[str]) -> list[str]:
+def candidates(words: Sequence[str], modules: Mapping[str, str]) -> list[str]:
     """What the last of `words` may become; nothing where a name or a file is due, which the shell completes itself.
 
     Args:
         words: those behind `diglot`, up to the cursor. Bash gives `--option=value` as three.
+        modules: of the commands beside `train`, each with a `parser()`.
     """
     *before, word = words or [""]
     if not before:
-        return _fitting([*commands, *(_FIRST if word.startswith("-") else ())], word)
+        return _fitting(["train", *modules, *(_FIRST if word.startswith("-") else ())], word)
     command, *given = before
-    options, actions = _known(command)
+    options, actions = _known(command, modules)
     if word == "=":
         given, word = [*given, "="], ""
     option = given[-2] if len(given) > 1 and given[-1] == "=" else given[-1] if given else ""
@@ -56,7 +57,7 @@ def _fitting(words: Iterable[str], start: str) -> list[str]:
     return [word for word in words if word.startswith(start)]
 
 
-def _known(command: str) -> tuple[dict[str, tuple[str, ...] | None], list[str]]:
+def _known(command: str, modules: Mapping[str, str]) -> tuple[dict[str, tuple[str, ...] | None], list[str]]:
     """Option -> its values (none to choose from: empty; it takes none: None), and the command's own actions."""
     if command in ("train", "estimate"):
         found: dict[str, tuple[str, ...] | None] = {"--config": (), "--help": None}
@@ -64,11 +65,9 @@ def _known(command: str) -> tuple[dict[str, tuple[str, ...] | None], list[str]]:
         for one in load_options().values():
             found[f"--{one.name}"] = one.choices or (("true", "false") if "bool" in one.kinds else ())
         return found, []
-    from diglot.cli.main import COMMANDS
-
-    if command not in COMMANDS:
+    if command not in modules:
         return {}, []
-    parser: argparse.ArgumentParser = import_module(COMMANDS[command][0]).parser()
+    parser: argparse.ArgumentParser = import_module(modules[command]).parser()
     options: dict[str, tuple[str, ...] | None] = {}
     actions: list[str] = []
     for action in parser._actions:

@@ -86,7 +86,7 @@ def _complete(how: str, words: list[str]) -> int:
     if how == "--show-completion":
         print(completion.BASH, end="")
     elif how == "--complete":
-        print("\n".join(completion.candidates(words, ["train", *COMMANDS])))
+        print("\n".join(completion.candidates(words, {name: module for name, (module, _) in COMMANDS.items()})))
     else:
         print(completion.install(Path("~/.bashrc").expanduser()))
     return 0
