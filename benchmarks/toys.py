@@ -26,6 +26,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from diglot.heads import cache_argument
+
 STOP = 0
 Floats = NDArray[np.float64]
 
@@ -109,7 +111,7 @@ class Trie:
 
 def path_log_probs(model: Any, prompts: Sequence[Sequence[int]], trie: Trie) -> Tensor:
     """Log-prob of every path of the trie and a stop behind it, in nats, `[prompts, paths]`; has a gradient."""
-    count, width = len(prompts), max(map(len, prompts))
+    count, width, name = len(prompts), max(map(len, prompts)), cache_argument(model)
     ids = torch.tensor([[STOP] * (width - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     place = mask.sum(-1, keepdim=True)
@@ -119,15 +121,16 @@ def path_log_probs(model: Any, prompts: Sequence[Sequence[int]], trie: Trie) -> 
     for parents, tokens in trie.levels:
         chosen = (torch.arange(count)[:, None] * size + parents).flatten()
         log_probs = log_probs[:, parents] + rows[:, parents, tokens]
-        out.past_key_values.reorder_cache(chosen)
+        kept = getattr(out, name)
+        kept.reorder_cache(chosen)
         mask = torch.cat([mask[chosen], torch.ones(len(chosen), 1, dtype=mask.dtype)], -1)
         place, size = place[chosen], len(parents)
         out = model(
             input_ids=tokens.repeat(count)[:, None],
             attention_mask=mask,
             position_ids=place,
-            past_key_values=out.past_key_values,
             use_cache=True,
+            **{name: kept},
         )
         place = place + 1
         rows = out.logits[:, -1].float().log_softmax(-1).view(count, size, -1)

@@ -52,6 +52,16 @@ def test_a_teacher_that_is_smaller_than_the_student_is_said(tmp_path: Path) -> N
     assert "is smaller than the student" in warning and "swapped" in warning
 
 
+def test_a_teacher_of_16_bits_on_a_cpu_is_said_with_what_to_do(tmp_path: Path) -> None:
+    student, tokenizers = tiny.tiny_model(zoo.chatml(), 0), (zoo.chatml(), zoo.inst())
+    models = [
+        (student, tiny.tiny_model(zoo.inst(), 1).to(dtype)) for dtype in (tiny.torch.float32, tiny.torch.bfloat16)
+    ]
+    assert list(blocks.slow_types(tiny.gkd(tmp_path / "a", *tokenizers, models=models[0]))) == []
+    (warning,) = blocks.slow_types(tiny.gkd(tmp_path / "b", *tokenizers, models=models[1]))
+    assert "bfloat16" in warning and """--teacher_model_init_kwargs '{"dtype": "float32"}'""" in warning
+
+
 def test_head_room_is_read_off_the_data_and_leaves_the_run_as_it_was(tmp_path: Path) -> None:
     model = tiny.tiny_model(zoo.chatml(), 0)
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.chatml(), models=(model, tiny.tiny_model(zoo.chatml(), 0)))

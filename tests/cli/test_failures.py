@@ -81,6 +81,27 @@ def test_a_path_that_is_not_there_is_said_before_any_library_is_loaded(
     assert done.returncode == 2 and done.stderr.startswith(f"diglot: {message}"), done.stderr
 
 
+@pytest.mark.parametrize(("words", "message"), [
+    (["train", "--output_dir", "x", "--teacher_model_name_or_path", "MODEL"],
+     "Not given: model_name_or_path, dataset_name. Say --model_name_or_path ..."),
+    (["inspect", "MODEL", "MODEL", "--data", "nope.jsonl"], "The data is 'nope.jsonl' (--data)"),
+    (["inspect", "MODEL", "./nope"], "The teacher is './nope' (TEACHER)"),
+    (["align", "./nope", "MODEL", "text"], "The student is './nope' (STUDENT)"),
+    (["eval", "MODEL", "--data", "nope.jsonl"], "The data is 'nope.jsonl' (--data)"),
+    (["eval", "./nope", "--data", "DATA"], "The model is './nope' (MODEL)"),
+    (["score", "--teacher", "MODEL", "--data", "./nope", "--out", "x"], "The data is './nope' (--data)"),
+])  # fmt: skip
+def test_the_other_commands_say_it_as_soon(words: list[str], message: str, model: str, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    given = [{"MODEL": model, "DATA": str(tmp_path / "data.jsonl")}.get(word, word) for word in words]
+    code = (
+        "import sys; from diglot.cli.main import main; code = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"diglot: {message}"), done.stderr
+
+
 @pytest.mark.parametrize(("option", "side"), [
     ("model_name_or_path", "student"), ("teacher_model_name_or_path", "teacher"),
     ("tokenizer_name_or_path", "student's tokenizer"), ("teacher_tokenizer_name_or_path", "teacher's tokenizer"),
@@ -176,6 +197,7 @@ def fail(error: BaseException) -> Any:
 @pytest.mark.parametrize(("error", "message", "code"), [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "Lower per_device_train_batch_size", 3),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "Lower per_device_train_batch_size", 3),
+    (RuntimeError("unable to mmap 536 bytes from file <model.safetensors>: Cannot allocate memory (12)"), "Lower per_", 3),
     (OSError(errno.ENOSPC, "No space left on device"), "The disk is full", 3),
     (RuntimeError("I/O error: No space left on device (os error 28)"), "The disk is full", 3),
     (ImportError("No module named 'x'"), "A package is missing", 2),

@@ -64,6 +64,24 @@ def test_with_models_adds_what_only_weights_say(folders: dict[str, str], capsys:
     assert "reverse KL of the student's samples" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("rows", "times"), [
+    ([{"prompt": "A river", "completion": " runs down to the sea."}], 0),  # plain text needs no template
+    ([{"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}], 1),
+    (None, 1),  # built-in texts: it is not known what will be given
+])  # fmt: skip
+def test_a_missing_template_is_said_once_where_it_matters(
+    rows: list[dict[str, object]] | None, times: int, folders: dict[str, str], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or ()), encoding="utf-8")
+    main(
+        ["inspect", folders["chatml"], folders["unigram"], *(["--data", str(tmp_path / "rows.jsonl")] if rows else [])]
+    )
+    said = " ".join(capsys.readouterr().out.split()) + caplog.text
+    assert said.count("has no chat template") == times, said
+    assert "diglot objectives" in said or (times and rows)
+
+
 @pytest.mark.parametrize(("student", "teacher", "data", "message"), [
     ("chatml", "odd", None, "does not say which bytes"),
     ("chatml", "unigram", "chat.jsonl", "no chat template"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     PreTrainedConfig,
     Qwen2Config,
@@ -165,6 +167,37 @@ def test_in_doubt_the_pass_is_the_plain_one(why: str) -> None:
     read = Read(inner)
     assert hidden_at_rows(model, ids, mask, rows).shape == (len(rows), 16)
     assert read.shapes == [tuple(ids.shape)]
+
+
+NAME = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+
+
+class OfNewerName(LlamaForCausalLM):
+    """Takes its keys and values as `cache`, as models of transformers do from 5.24 on; another name is an error."""
+
+    def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any = None, cache: Any = None,
+                use_cache: Any = None, output_hidden_states: Any = None, return_dict: Any = None) -> Any:  # fmt: skip
+        rest = dict(position_ids=position_ids, use_cache=use_cache, return_dict=return_dict)
+        return super().forward(input_ids, attention_mask, **rest, **{NAME: cache})
+
+
+class OfOlderName(OfNewerName):
+    """The same as `past_key_values`."""
+
+    def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any = None, past_key_values: Any = None,
+                use_cache: Any = None, output_hidden_states: Any = None, return_dict: Any = None) -> Any:  # fmt: skip
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, use_cache)
+
+
+@pytest.mark.parametrize("kind", [OfNewerName, OfOlderName])
+def test_prompts_are_read_once_whatever_a_model_calls_its_cache(kind: type[LlamaForCausalLM]) -> None:
+    torch.manual_seed(0)
+    model, (ids, mask, rows) = kind(LlamaConfig(**SMALL)).double().eval(), batch()
+    hidden_at_rows(model, ids, mask, rows)
+    read = Read(model)
+    found = hidden_at_rows(model, ids, mask, rows)
+    assert read.shapes == [(3, 14), (6, 11)]
+    torch.testing.assert_close(found, plainly(model, ids, mask, rows), rtol=1e-10, atol=1e-10)
 
 
 def test_a_model_with_another_kind_of_cache_is_read_plainly() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from diglot.cli.names import check_model_name
 from diglot.cli.parsing import Parser
 from diglot.cli.screen import show_phases
-from diglot.phases import phase
+from diglot.phases import LOADING, phase
 
 EXAMPLE = """example:
   diglot align HuggingFaceTB/SmolLM2-135M-Instruct Qwen/Qwen2.5-1.5B-Instruct "x = 12345"
@@ -32,14 +33,16 @@ def parser() -> Parser:
 def align(arguments: Sequence[str]) -> int:
     """Print the alignment of a text, read as the continuation of something."""
     given = parser().parse_args(arguments)
+    check_model_name(given.student, "student", "STUDENT")
+    check_model_name(given.teacher, "teacher", "TEACHER")
     show_phases()
     encoders = []
-    with phase("Loading both tokenizers"):
+    with phase(LOADING):
         from diglot.inspection import align_text
         from diglot.inspection.load import load_input
         from diglot.report.alignment import print_alignment
         from diglot.vocabulary import ByteEncoder, Vocabulary
-
+    with phase("Loading both tokenizers"):
         for name, role in ((given.student, "student"), (given.teacher, "teacher")):
             one = load_input(name, role)
             encoders.append(ByteEncoder(one.tokenizer, Vocabulary.from_tokenizer(one.tokenizer, one.num_embeddings)))

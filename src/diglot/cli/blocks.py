@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +39,7 @@ HEADROOM_ROWS = 8  # replies of the data that both models read before training
 def print_start(trainer: DistillationTrainer, script: TrainArguments) -> None:
     """Which model is which, the objective and why, steps, memory; then what looks wrong."""
     _print("This run", start_lines(trainer, script))
-    for warning in [*swapped(trainer), *headroom(trainer)]:
+    for warning in [*swapped(trainer), *slow_types(trainer), *headroom(trainer)]:
         Console().print(Text(warning, style="yellow" if warning.startswith("!") else ""), highlight=False)
 
 
@@ -152,6 +153,19 @@ def swapped(trainer: DistillationTrainer) -> Iterator[str]:
                 yield (
                     f"! The teacher ({_count(theirs)} parameters) is smaller than the student ({_count(mine)}). Are "
                     "they swapped? model_name_or_path is the student, which is trained."
+                )
+
+
+def slow_types(trainer: DistillationTrainer) -> Iterator[str]:
+    """A line for each teacher of 16 bits on a CPU, which few of them compute with at speed."""
+    for one in trainer.comparisons:
+        if isinstance(one.teacher, LocalTeacher) and not isinstance(one.teacher, AdapterOff):
+            model: Any = one.teacher.model
+            if model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
+                dtype = str(model.dtype).removeprefix("torch.")
+                yield (
+                    f"! The teacher computes in {dtype}, on many CPUs several times slower than in float32. With "
+                    """memory for it: --teacher_model_init_kwargs '{"dtype": "float32"}'."""
                 )
 
 

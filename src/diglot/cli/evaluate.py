@@ -26,18 +26,17 @@ from diglot.cli.loading import (
     load_model,
     rendering_options,
 )
-from diglot.cli.names import check_model_name
+from diglot.cli.names import check_data, check_model_name
 from diglot.cli.parsing import Parser
 from diglot.cli.screen import show_phases
 from diglot.errors import ConfigError
-from diglot.phases import phase
+from diglot.phases import LOADING, phase
 
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Measure every model on the same rows with the same seed, and print a table or JSON."""
     given = parser().parse_args(arguments)
     check_counts(given, "rows", "max_completion_length", "batch_size")
-    check_place(given.device, given.dtype)
     if given.lm_eval_tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             f"--lm_eval_tasks {given.lm_eval_tasks} needs lm-eval, which is not installed. "
@@ -48,11 +47,15 @@ def evaluate(arguments: Sequence[str]) -> int:
             f"--tokenizer_kwargs {json.dumps(given.tokenizer_kwargs)} would not reach --lm_eval_tasks "
             f"{given.lm_eval_tasks}: lm-eval loads the tokenizer itself. Give them in two commands."
         )
+    check_data(given.data, "--data")
     for name in given.models:
         check_model_name(name, "model", "MODEL")
     if given.teacher is not None:
         check_model_name(given.teacher, "teacher", "--teacher")
     show_phases()
+    with phase(LOADING):
+        from diglot.evaluation import battery  # noqa: F401
+    check_place(given.device, given.dtype)
     found = _measure(given)
     if given.lm_eval_tasks:
         for name, one in found.items():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
+import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diglot.cli.loading import (
@@ -20,11 +22,11 @@ from diglot.cli.loading import (
     rendering_options,
     tokenizer_words,
 )
-from diglot.cli.names import check_model_name
+from diglot.cli.names import check_data, check_model_name
 from diglot.cli.options import load_options
 from diglot.cli.parsing import Parser
 from diglot.cli.screen import show_phases
-from diglot.phases import phase
+from diglot.phases import LOADING, phase
 
 EXAMPLE = """exit code: 0 the pair can be trained, 1 it cannot, 2 a wrong argument.
 
@@ -67,21 +69,22 @@ def inspect(arguments: Sequence[str]) -> int:
     """Inspect and print; the exit code says whether the pair can be trained."""
     given = parser().parse_args(arguments)
     check_counts(given, "rows", "model_rows", "batch_size", "max_completion_length")
-    if given.with_models:
-        check_place(given.device, given.dtype)
+    check_data(given.data, "--data")
     check_model_name(given.student, "student", "STUDENT")
     check_model_name(given.teacher, "teacher", "TEACHER")
     show_phases()
-    with phase("Loading torch and transformers"):
+    with phase(LOADING):
         from diglot.inspection import inspect_pair
         from diglot.inspection.load import load_input
+    if given.with_models:
+        check_place(given.device, given.dtype)
 
     samples = _samples(given) if given.data else None
     with phase("Loading both tokenizers"):
         student = load_input(given.student, "student", given.tokenizer_kwargs)
         teacher = load_input(given.teacher, "teacher", given.teacher_tokenizer_kwargs)
     floor = float(load_options()["min_coverage"].default)
-    with phase("Reading texts with both, trying every objective"):
+    with phase("Reading texts with both, trying every objective"), _as_verdict():
         found = inspect_pair(student, teacher, samples, data=given.data, min_coverage=floor, **rendering_options(given))
     found = dataclasses.replace(found, verdict=_with_data(found, given, samples or []))
     if given.with_models and found.student is not None:
@@ -93,6 +96,18 @@ def inspect(arguments: Sequence[str]) -> int:
 
         print_inspection(found, details=given.details)
     return 0 if found.verdict.trainable else 1
+
+
+@contextlib.contextmanager
+def _as_verdict() -> Iterator[None]:
+    """What renderers warn of is part of the verdict, where it matters for the rows."""
+    renderers = logging.getLogger("diglot.rendering")
+    before = renderers.level
+    renderers.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        renderers.setLevel(before)
 
 
 def _samples(options: Any) -> list[Any]:

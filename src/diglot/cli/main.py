@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from diglot.cli.failures import ending_on_ctrl_c, explain
 
@@ -30,6 +31,7 @@ teachers:
 
   diglot COMMAND --help   options of a command
   diglot --version
+  diglot --install-completion   commands and options at TAB, in bash
 """
 
 
@@ -49,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"diglot {__version__}")
         return 0
+    if given[0] in ("--complete", "--show-completion", "--install-completion"):
+        return _complete(given[0], given[1:])
     try:
         with ending_on_ctrl_c():
             return _run(given[0], given[1:])
@@ -76,18 +80,31 @@ COMMANDS = {
 }
 
 
+def _complete(how: str, words: list[str]) -> int:
+    from diglot.cli import completion
+
+    if how == "--show-completion":
+        print(completion.BASH, end="")
+    elif how == "--complete":
+        print("\n".join(completion.candidates(words, {name: module for name, (module, _) in COMMANDS.items()})))
+    else:
+        print(completion.install(Path("~/.bashrc").expanduser()))
+    return 0
+
+
 def _run(command: str, arguments: list[str]) -> int:
     if command == "train":
         from diglot.cli.parsing import parse_train
 
         values = parse_train(arguments)
-        from diglot.cli.names import check_paths
+        from diglot.cli.names import check_given, check_paths
         from diglot.cli.screen import show_phases
-        from diglot.phases import phase
+        from diglot.phases import LOADING, phase
 
         check_paths(values)
+        check_given(values)
         show_phases()
-        with phase("Loading torch and transformers"):
+        with phase(LOADING):
             from diglot.cli.train import train
         return train(values)
     if command in COMMANDS:

@@ -41,6 +41,17 @@ def check_model_name(name: str, side: str, option: str, revision: str | None = N
         _check_hub(name, side, option, revision)
 
 
+def check_given(values: Mapping[str, Any]) -> None:
+    """`ConfigError` that names every option which `diglot train` cannot do without and which is not there."""
+    needed = ("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir")
+    missing = [name for name in needed if values.get(name) is None]
+    if missing and not values.get("dry_run"):
+        raise ConfigError(
+            f"Not given: {', '.join(missing)}. Say --{missing[0]} ... or put it into a recipe; `diglot train --help` "
+            "says what each is."
+        )
+
+
 def check_paths(values: Mapping[str, Any]) -> None:
     """`ConfigError` for a path among the options of `diglot train` that is not there, before any library is loaded.
 
@@ -51,11 +62,15 @@ def check_paths(values: Mapping[str, Any]) -> None:
         if isinstance(name, str) and (_is_path(name) or Path(name).exists()):
             check_model_name(name, side, option)
     for option in ("dataset_name", "eval_dataset_name", "lm_dataset_name"):
-        name = values.get(option)
-        if isinstance(name, str) and (_is_path(name) or name.endswith(_DATA)) and not Path(name).expanduser().exists():
-            raise ConfigError(
-                f"The data is {name!r} ({option}), and there is no such file or folder (looked from {Path.cwd()})."
-            )
+        check_data(values.get(option), option)
+
+
+def check_data(name: Any, option: str) -> None:
+    """`ConfigError` for the path of data that is not there. Lists and names on the hub are looked at later."""
+    if isinstance(name, str) and (_is_path(name) or name.endswith(_DATA)) and not Path(name).expanduser().exists():
+        raise ConfigError(
+            f"The data is {name!r} ({option}), and there is no such file or folder (looked from {Path.cwd()})."
+        )
 
 
 def _is_path(name: str) -> bool:

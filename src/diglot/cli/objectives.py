@@ -8,14 +8,25 @@ from rich.console import Console
 from rich.table import Table
 
 from diglot.cli.parsing import Parser
-from diglot.objectives import guide
+from diglot.cli.screen import show_phases
+from diglot.phases import LOADING, phase
+
+
+def parser() -> Parser:
+    """The parser of the command."""
+    found = Parser(prog="diglot objectives", description="Which objective for what.")
+    found.add_argument("--markdown", action="store_true", help="the table as markdown")
+    return found
 
 
 def show(arguments: Sequence[str]) -> int:
     """Print the table for the terminal, or as markdown."""
-    parser = Parser(prog="diglot objectives", description="Which objective for what.")
-    parser.add_argument("--markdown", action="store_true", help="the table as docs/objectives.md has it")
-    if parser.parse_args(arguments).markdown:
+    given = parser().parse_args(arguments)
+    show_phases()
+    with phase(LOADING):
+        from diglot.objectives import guide
+
+    if given.markdown:
         print(guide.markdown(), end="")
         return 0
     table = Table(title="Objectives: --objective NAME, or a weighted list in a recipe", show_lines=True)

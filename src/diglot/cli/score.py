@@ -16,8 +16,10 @@ from diglot.cli.loading import (
     json_mapping,
     rendering_options,
 )
-from diglot.cli.names import check_model_name
+from diglot.cli.names import check_data, check_model_name
 from diglot.cli.parsing import Parser
+from diglot.cli.screen import show_phases
+from diglot.phases import LOADING, phase
 
 EXAMPLE = """example:
   diglot score --teacher Qwen/Qwen2.5-1.5B-Instruct --data replies.jsonl --out runs/scores --level bytes
@@ -74,34 +76,38 @@ def score(arguments: Sequence[str]) -> int:
     check_counts(options, "k", "batch_size", "shard_texts")
     if options.teacher_max_length is not None:
         check_counts(options, "teacher_max_length")
+    check_data(options.data, "--data")
     check_model_name(options.teacher, "teacher", "--teacher", options.teacher_model_revision)
-    from rich.console import Console
+    show_phases()
+    with phase(LOADING):
+        from tqdm.auto import tqdm
 
-    from diglot.data import load_dataset, to_sample
-    from diglot.teachers.scoring import Manner, Reading, score_texts
+        from diglot.data import load_dataset, to_sample
+        from diglot.teachers.scoring import Manner, Reading, score_texts
 
     split = options.dataset_train_split
     rows: Any = load_dataset(options.data, config=options.dataset_config, split=split, **data_options(options))
     samples = [to_sample(row, f"{options.data} row {i}") for i, row in enumerate(rows)]
-    teacher, eos = _teacher(options)
-    console = Console(stderr=True)
-    folder = score_texts(
-        teacher,
-        samples,
-        Path(options.out).expanduser(),
-        data=options.data,
-        reading=Reading(
-            options.score_turns,
-            options.teacher_system_prompt,
-            options.thinking,
-            options.teacher_chat_template_kwargs,
-            options.teacher_max_length,
-            **rendering_options(options),
-        ),
-        manner=Manner(options.level, options.k, options.batch_size, options.shard_texts),
-        generation_eos=eos,
-        progress=lambda done, of: console.print(f"{done} of {of} shards"),
-    )
+    with phase(f"Loading the teacher {options.teacher}"):
+        teacher, eos = _teacher(options)
+    with tqdm(total=len(samples), desc="Scoring texts", disable=None) as bar:  # on a terminal
+        folder = score_texts(
+            teacher,
+            samples,
+            Path(options.out).expanduser(),
+            data=options.data,
+            reading=Reading(
+                options.score_turns,
+                options.teacher_system_prompt,
+                options.thinking,
+                options.teacher_chat_template_kwargs,
+                options.teacher_max_length,
+                **rendering_options(options),
+            ),
+            manner=Manner(options.level, options.k, options.batch_size, options.shard_texts),
+            generation_eos=eos,
+            progress=lambda done, of: bar.update(done - bar.n),
+        )
     index = folder.index
     print(
         f"{index['texts']} texts, {index['tokens']} tokens, {index['bytes']} bytes: {index['bytes_per_token']} bytes "

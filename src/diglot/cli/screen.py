@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import threading
+from collections.abc import Iterator
 
 from diglot import phases
 
@@ -15,7 +18,7 @@ class _Screen(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
         if "tqdm" in sys.modules:
-            from tqdm import tqdm
+            from tqdm.auto import tqdm
 
             tqdm.write(text, file=sys.stderr)
         else:
@@ -30,3 +33,30 @@ def show_phases() -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         phases.logger.setLevel(logging.INFO)
         phases.logger.addHandler(_SCREEN)  # a second time changes nothing
+        if sys.stderr.isatty():
+            phases.shown = _counting
+
+
+@contextlib.contextmanager
+def _counting(text: str) -> Iterator[None]:
+    """The time that a long phase has taken so far, counted on the last line until it ends."""
+    ended = threading.Event()
+
+    def count() -> None:
+        if ended.wait(phases.LONG):
+            return
+        from tqdm.auto import tqdm
+
+        # The time stands first: a long name is cut at the terminal's width.
+        with tqdm(desc=text, bar_format="{elapsed} {desc}", initial=0, leave=False, dynamic_ncols=True) as bar:
+            bar.start_t -= phases.LONG
+            while not ended.wait(1.0):
+                bar.refresh()
+
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

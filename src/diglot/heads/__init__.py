@@ -5,7 +5,7 @@ from __future__ import annotations
 from diglot.heads.branches import Branches, TreeReading
 from diglot.heads.dropout import dropouts, turn_off_dropout
 from diglot.heads.head import Head
-from diglot.heads.hidden import last_hidden
+from diglot.heads.hidden import cache_argument, last_hidden
 from diglot.heads.modes import evaluating
 from diglot.heads.rows import default_chunk_rows, logits_by_parts, reads_few_columns, reduce_rows
 from diglot.heads.sharding import even_passes, gathered, keep_after_forward, shard_frozen
@@ -16,6 +16,7 @@ __all__ = [
     "Branches",
     "Head",
     "TreeReading",
+    "cache_argument",
     "default_chunk_rows",
     "dropouts",
     "evaluating",

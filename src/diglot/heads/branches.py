@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from diglot.batches.sending import sent, sent_together
-from diglot.heads.hidden import is_compiled, last_hidden, unwrap
+from diglot.heads.hidden import cache_argument, is_compiled, last_hidden, unwrap
 
 logger = logging.getLogger(__name__)
 Ints = NDArray[np.int64]
@@ -100,7 +100,7 @@ class TreeReading:
         sees[:, new:, kept + new :] = (whose[:, :, None] == whose[:, None, :]) & earlier
         every = torch.arange(new + more, device=device)
         sees[:, every, kept + every] = True  # padding sees itself, so that no row of the softmax is empty
-        options = dict(position_ids=positions, past_key_values=self._cache, use_cache=True)
+        options = {cache_argument(self.model): self._cache, "position_ids": positions, "use_cache": True}
         hidden = last_hidden(self.model, ids, sees[:, None], **options)
         main = hidden[:, :new].flatten(0, 1)[self.rows] if new else hidden[:0, 0]
         return main, hidden[at_row, at]

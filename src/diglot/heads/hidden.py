@@ -24,6 +24,15 @@ def unwrap(model: nn.Module) -> Any:
             return inner
 
 
+def cache_argument(model: nn.Module) -> str:
+    """What this model's `forward` and its output call the kept keys and values.
+
+    It is `past_key_values` up to transformers 5.23, and `cache` since.
+    """
+    known = inspect.signature(type(unwrap(model)).forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
 def last_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
     """The hidden states that the output head reads, `[B, T, H]`, after the final norm, with gradient if enabled.
 

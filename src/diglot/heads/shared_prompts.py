@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from diglot.batches.sending import sent_together
 from diglot.heads.dropout import dropouts
-from diglot.heads.hidden import is_compiled, last_hidden, run_with_hidden, unwrap
+from diglot.heads.hidden import cache_argument, is_compiled, last_hidden, run_with_hidden, unwrap
 from diglot.heads.modes import evaluating
 
 Host = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -138,7 +138,7 @@ def _left(plan: SharedPrompts) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _run(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-    options = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
+    options = {"position_ids": positions, cache_argument(model): cache, "use_cache": True}
     return run_with_hidden(model, ids, mask, all_logits=False, **options)[0]
 
 
@@ -152,7 +152,7 @@ def _allowed(model: nn.Module) -> bool:
     if any(getattr(m, "gradient_checkpointing", False) for m in inner.modules()) or _drops_out(inner):
         return False
     known = inspect.signature(type(inner).forward).parameters
-    return {"position_ids", "past_key_values", "use_cache"} <= set(known)
+    return {"position_ids", cache_argument(inner), "use_cache"} <= set(known)
 
 
 def _drops_out(model: PreTrainedModel) -> bool:

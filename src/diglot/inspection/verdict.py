@@ -108,14 +108,16 @@ def verdict(
     return Verdict(
         trainable=not stops,
         problems=tuple(stops),
-        warnings=tuple(_warnings(student, teacher, agreement, critical)),
+        warnings=tuple(_warnings(student, teacher, agreement, critical, data)),
         objectives=objectives,
         objective=name,
         command=None if stops or name is None else _command(student.name, teacher.name, same, name, data),
     )
 
 
-def _warnings(student: SideFacts, teacher: SideFacts, agreement: Agreement, critical: Sequence[Critical]) -> list[str]:
+def _warnings(
+    student: SideFacts, teacher: SideFacts, agreement: Agreement, critical: Sequence[Critical], data: str | None
+) -> list[str]:
     found = []
     if student.opens_thinking != teacher.opens_thinking:
         opens, other = ("student", "teacher") if student.opens_thinking else ("teacher", "student")
@@ -124,7 +126,7 @@ def _warnings(student: SideFacts, teacher: SideFacts, agreement: Agreement, crit
             "student does. chat_template_kwargs may switch it off (enable_thinking: false)."
         )
     for side, name in ((student, "student"), (teacher, "teacher")):
-        if not side.has_template:
+        if not side.has_template and data is None:  # of data that are known, conversations are a problem by themselves
             found.append(f"The {name} has no chat template: give it plain text (`prompt`, `text`), not messages.")
         found += side.notes
     for share, name in ((agreement.inexact_texts_student, "student"), (agreement.inexact_texts_teacher, "teacher")):

@@ -235,7 +235,7 @@ def _verdict(verdict: Verdict) -> list[Text]:
         lines = [Text(start, style="bold green")]
     if verdict.command is not None:
         lines.append(Text(f"  {verdict.command}", no_wrap=True))
-        lines.append(Text("Objectives side by side, in plain words: docs/which-objective.md", style="dim"))
+        lines.append(Text("Objectives side by side, in plain words: diglot objectives", style="dim"))
     lines += [Text(f"! {problem}", style="red") for problem in verdict.problems]
     lines += [Text(f"- {warning}", style="yellow") for warning in verdict.warnings]
     return lines

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
+from diglot.heads import cache_argument
 from diglot.rollouts.sampler import Ids, pad_left
 
 
@@ -53,15 +54,16 @@ class TeacherMixture(LogitsProcessor):
             self._mask = torch.cat([self._mask, torch.ones_like(self._next_ids)], dim=1)
         positions = self._mask.cumsum(1).sub(1).clamp(min=0)[:, -self._next_ids.shape[1] :]
         with self._running() as model:
+            name = cache_argument(model)
             out = model(
                 input_ids=self._next_ids,
                 attention_mask=self._mask,
                 position_ids=positions,
-                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{name: self._cache},
             )
-        self._cache = out.past_key_values
+        self._cache = getattr(out, name)
         width = min(scores.shape[-1], out.logits.shape[-1])  # embedding padding may differ
         teacher = torch.full_like(scores, -torch.inf, dtype=torch.float32)
         teacher[:, :width] = out.logits[:, -1, :width].to(teacher).log_softmax(-1)

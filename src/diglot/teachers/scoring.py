@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,12 +82,11 @@ def score_texts(
     Args:
         data: the name of the texts, for messages.
         generation_eos: the end-of-text ids of the model's generation config.
-        progress: told how many shards are done, of how many.
+        progress: told how many texts are done, of how many.
 
     Raises:
         TeacherError: `out` holds scores of another request (the message says what differs), or the level takes a
-        teacher
-            in this process.
+            teacher in this process.
         DataError: a sample without a reply.
     """
     request = _request(teacher, samples, data, reading, manner, generation_eos)
@@ -115,8 +114,9 @@ def score_texts(
         kept = [r for r in read if r is not None]
         skipped += len(read) - len(kept)
         if not path.exists():
-            _write(path, scorer, kept, manner.batch_size)
-        progress(number + 1, len(starts))
+            for done in _write(path, scorer, kept, manner.batch_size):
+                progress(start + done, len(samples))
+        progress(start + len(read), len(samples))
     return _finish(out, len(starts), skipped)
 
 
@@ -188,7 +188,8 @@ def _read(teacher: Teacher, sample: Sample, reading: Reading) -> Rendered | None
         return None
 
 
-def _write(path: Path, scorer: _Scorer, texts: Sequence[Rendered], batch_size: int) -> None:
+def _write(path: Path, scorer: _Scorer, texts: Sequence[Rendered], batch_size: int) -> Iterator[int]:
+    """Write a shard, and say after each batch how many of its texts are scored."""
     keys: list[bytes] = []
     answers: list[Answer] = []
     for start in range(0, len(texts), batch_size):
@@ -196,6 +197,7 @@ def _write(path: Path, scorer: _Scorer, texts: Sequence[Rendered], batch_size: i
         side = pack(some, [max(len(r.segment_bytes), 1) for r in some], scorer.pad_id)
         keys += text_keys(side)
         answers += scorer.answers(side)
+        yield start + len(some)
     write_shard(path, keys, answers)
 
 

@@ -1,0 +1,78 @@
+"""Completion of commands and options in bash, which asks `diglot --complete WORD ...` at each TAB.
+
+Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from diglot.cli.options import load_options
+
+BASH = """_diglot() {
+    local IFS=$'\\n'
+    COMPREPLY=($(diglot --complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+}
+complete -o default -F _diglot diglot
+"""
+_FIRST = ("--help", "--version", "--install-completion", "--show-completion")
+
+
+def install(rc: Path) -> str:
+    """Append the function to a start file of bash, unless it is there; what was done, in words."""
+    text = rc.read_text(encoding="utf-8") if rc.exists() else ""
+    if BASH in text:
+        return f"{rc} completes diglot already."
+    with rc.open("a", encoding="utf-8") as file:
+        file.write(f"{'' if text.endswith(chr(10)) or not text else chr(10)}\n# completion of diglot\n{BASH}")
+    return f"Written to {rc}. It works in new shells, and in this one after: source {rc}"
+
+
+def candidates(words: Sequence[str], modules: Mapping[str, str]) -> list[str]:
+    """What the last of `words` may become; nothing where a name or a file is due, which the shell completes itself.
+
+    Args:
+        words: those behind `diglot`, up to the cursor. Bash gives `--option=value` as three.
+        modules: of the commands beside `train`, each with a `parser()`.
+    """
+    *before, word = words or [""]
+    if not before:
+        return _fitting(["train", *modules, *(_FIRST if word.startswith("-") else ())], word)
+    command, *given = before
+    options, actions = _known(command, modules)
+    if word == "=":
+        given, word = [*given, "="], ""
+    option = given[-2] if len(given) > 1 and given[-1] == "=" else given[-1] if given else ""
+    if (values := options.get(option)) is not None:
+        return _fitting(values, word)
+    if word.startswith("-"):
+        return _fitting(options, word)
+    return _fitting(actions, word) if not given else []
+
+
+def _fitting(words: Iterable[str], start: str) -> list[str]:
+    return [word for word in words if word.startswith(start)]
+
+
+def _known(command: str, modules: Mapping[str, str]) -> tuple[dict[str, tuple[str, ...] | None], list[str]]:
+    """Option -> its values (none to choose from: empty; it takes none: None), and the command's own actions."""
+    if command in ("train", "estimate"):
+        found: dict[str, tuple[str, ...] | None] = {"--config": (), "--help": None}
+        found |= {"--help-all": None} if command == "train" else {}
+        for one in load_options().values():
+            found[f"--{one.name}"] = one.choices or (("true", "false") if "bool" in one.kinds else ())
+        return found, []
+    if command not in modules:
+        return {}, []
+    parser: argparse.ArgumentParser = import_module(modules[command]).parser()
+    options: dict[str, tuple[str, ...] | None] = {}
+    actions: list[str] = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            actions = list(action.choices)
+        for name in [one for one in action.option_strings if one.startswith("--")][:1]:
+            options[name] = None if action.nargs == 0 else tuple(map(str, action.choices or ()))
+    return options, actions
