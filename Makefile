@@ -107,7 +107,7 @@ lowest:
 	build/lowest/env/bin/python -I -m pip install --quiet --constraint build/lowest/constraints.txt build/lowest/*.whl peft hypothesis pytest
 	cd build/lowest && env/bin/python -I $(CURDIR)/tests/support/smoke.py
 	build/lowest/env/bin/python demo/assets.py get tokenizers smollm2-135m-instruct
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false build/lowest/env/bin/python -m pytest -q $(LOWEST)
+	$(PYTEST:$(BIN)/%=build/lowest/env/bin/%) $(LOWEST)
 
 dist:
 	rm -rf dist build/dist build/lib build/bdist.*

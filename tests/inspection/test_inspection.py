@@ -112,6 +112,46 @@ def test_both_renderings_spell_the_conversation_in_their_own_templates() -> None
         assert [t.role for t in side][-1] == "stop" and side[-1].control
 
 
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+ASKED = {"role": "user", "content": "Time?"}
+
+
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        ({"prompt": "Two and two", "completion": " is four."}, "Two and two| is four."),
+        ({"text": "Two and two is four."}, "|Two and two is four."),
+        ({"prompt": "Two and two"}, "Two and two|"),
+        ({"prompt": [ASKED]}, "Time?|"),
+        ({"prompt": [ASKED], "completion": ""}, "Time?|"),
+        ({"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}, "Time?|clock|UTC"),
+        ({"messages": [ASKED, {"role": "assistant", "thinking": "Late.", "content": "Noon."}]}, "Time?|Late.|Noon."),
+    ],
+)
+def test_the_first_row_is_shown_as_training_reads_it(row: dict[str, Any], read: str) -> None:
+    """In whatever form it comes, with all parts of its reply, and with no word that it does not hold."""
+    rendering = on([row], "chatml", "turns").rendering
+    assert rendering is not None
+    prompt, *reply = read.split("|")
+    for side in (rendering.student, rendering.teacher):
+        assert prompt in "".join(t.text for t in side if t.role == "prompt")
+        written = "".join(t.text for t in side if t.role not in ("prompt", "stop"))
+        assert written == "" if reply == [""] else all(part in written for part in reply)
+        assert "144" not in written
+        assert (side[-1].role == "stop") == (row.keys() != {"prompt"})
+
+
+def test_a_row_whose_reply_cannot_be_read_stops_training_and_is_named() -> None:
+    """Its prompt alone is in order: what training would say of the reply is what the verdict says."""
+    refused = {"messages": [ASKED, {"role": "assistant", "content": "Noon.", "stamp": "12:00"}]}
+    stamped = zoo.chatml()
+    stamped.chat_template = str(stamped.chat_template).replace("{{ m['content'] }}", "{{ m.stamp }}{{ m['content'] }}")
+    samples = [to_sample(row, f"row {i}") for i, row in enumerate((CHAT, refused))]
+    found = inspect_pair(Input("stamped", stamped), Input("turns", zoo.turns()), samples)
+    assert not found.verdict.trainable and found.rendering is not None
+    assert "row 1" in found.verdict.problems[0] and "stamp" in found.verdict.problems[0]
+
+
 def test_a_think_block_on_one_side_only_is_told() -> None:
     found = inspected("thinker", "chatml")
     assert found.student is not None and found.student.opens_thinking

@@ -51,7 +51,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Rendering:
-    """One conversation as both sides read it."""
+    """The first row, without data a built-in conversation, as both sides read it."""
 
     student: tuple[Token, ...]
     teacher: tuple[Token, ...]

@@ -16,7 +16,7 @@ from diglot.inspection.facts import Inspection, Rendering, SideFacts, Stop, Toke
 from diglot.inspection.load import Input, load_input
 from diglot.inspection.texts import BUILT_IN, CONVERSATION, TEXTS
 from diglot.objectives import Level, Pair
-from diglot.rendering import Conversation, Rendered, Renderer, Role
+from diglot.rendering import Conversation, Renderer, Role
 
 _FIRST_CHARACTERS = 4000  # of each text: enough to see how it is cut, and one long row must not take minutes
 
@@ -93,13 +93,14 @@ def inspect_sides(
         mine.vocabulary, theirs.vocabulary, mine.stop_ids, theirs.stop_ids, mine.encoder.encode, theirs.encoder.encode
     )
     reader = PairReader(mine, theirs, same_vocabulary=pair.same)
-    problems = [] if samples is None else _refused(reader, samples)
-    shown = next((s for s in samples or () if s.conversation.messages is not None), _built_in_conversation())
-    rendering, refused = _render(reader, shown)
-    problems += [refused] if refused and samples is not None and refused not in problems else []
+    problems = [] if samples is None else _without_template(reader, samples)
+    built_in = Sample(Conversation(CONVERSATION[:1]), CONVERSATION[1]["content"], "built-in conversation")
+    rendering, refused = _first_row(reader, [built_in] if samples is None else samples)
+    problems += [refused] if refused and samples is not None else []
+    talk = next((s for s in samples or () if s.conversation.messages is not None), built_in).conversation
     texts = list(TEXTS) if samples is None else _texts(samples)
     batch = _align(reader, texts)
-    side_s, side_t = _facts(student, shown.conversation), _facts(teacher, shown.conversation)
+    side_s, side_t = _facts(student, talk), _facts(teacher, talk)
     agreed, critical = measure.agreement(batch.written), measure.critical(batch.written, mine, theirs)
     objectives = verdict.judge_objectives(pair, batch, offered)
     return Inspection(
@@ -123,15 +124,11 @@ def inspect_sides(
 # ---- what is read --------------------------------------------------------------------------------------------------
 
 
-def _built_in_conversation() -> Sample:
-    return Sample(Conversation(CONVERSATION[:1]), CONVERSATION[1]["content"], "built-in conversation")
-
-
 def _texts(samples: Sequence[Sample]) -> list[str]:
     """What will be scored or, where a row has a prompt only, the prompt: the nearest to it that we have."""
     texts = []
     for sample in samples:
-        text = sample.reply
+        text = sample.answer.text if sample.answer else sample.reply
         if not text:
             messages = sample.conversation.messages
             text = sample.conversation.text if messages is None else str(messages[-1].get("content") or "")
@@ -146,42 +143,51 @@ def _align(reader: PairReader, texts: Sequence[str]) -> AlignedBatch:
     return align_pairs(pairs, pad_s=reader.student.stop_id, pad_t=reader.teacher.stop_id, on_policy=False)
 
 
-def _refused(reader: PairReader, samples: Sequence[Sample]) -> list[str]:
-    """What stops training on these rows: a template that refuses one, or messages for a model without a template."""
-    talks = [s for s in samples if s.conversation.messages is not None]
-    problems = [
-        f"The {side.name} has no chat template and {len(talks)} of {len(samples)} rows are conversations: it would "
+def _without_template(reader: PairReader, samples: Sequence[Sample]) -> list[str]:
+    """Conversations for a model that has no template to read them with."""
+    talks = sum(s.conversation.messages is not None for s in samples)
+    return [
+        f"The {side.name} has no chat template and {talks} of {len(samples)} rows are conversations: it would "
         "read a transcript of a kind that it was not trained on, and what it says about the end of a reply means "
         "nothing. Take an instruct model, set the tokenizer's chat_template, or give rows of plain text (`prompt`, "
         "`text`)."
         for side in (reader.student, reader.teacher)
         if talks and not side.has_template
     ]
-    for sample in talks:
+
+
+def _first_row(reader: PairReader, samples: Sequence[Sample]) -> tuple[Rendering | None, str | None]:
+    """The first row that both sides read, as training reads it, and why the first that stops training does so."""
+    rendering: Rendering | None = None
+    refused: str | None = None
+    for sample in samples:
         try:
-            reader.student.prompt_ids(sample.conversation)
-            reader.teacher.prompt_ids(sample.conversation)
-        except RenderingError as error:
-            return [*problems, f"{sample.where}: {error}"]
-    return problems
+            rows = _read(reader, sample)
+        except DiglotError as error:
+            refused = refused or (str(error) if sample.where in str(error) else f"{sample.where}: {error}")
+            continue
+        if rendering is None:
+            rendering = Rendering(_tokens(*rows[0], reader.student), _tokens(*rows[1], reader.teacher))
+    return rendering, refused
 
 
-def _render(reader: PairReader, sample: Sample) -> tuple[Rendering | None, str | None]:
-    """The conversation on both sides, or why it cannot be read."""
-    try:
-        pair = reader.written(Sample(sample.conversation, sample.reply or CONVERSATION[1]["content"], sample.where))
-    except DiglotError as error:
-        return None, str(error)
-    assert pair is not None  # no limit of length is set
-    return Rendering(_tokens(pair.student, reader.student), _tokens(pair.teacher, reader.teacher)), None
+def _read(reader: PairReader, sample: Sample) -> list[tuple[list[int], list[int]]]:
+    """Ids and roles of a row on each side: of its prompt alone where the student writes the reply."""
+    if sample.reply is not None:
+        pair = reader.written(sample)
+        assert pair is not None  # no limit of length is set, and no teacher is named
+        return [(side.ids.tolist(), side.roles.tolist()) for side in (pair.student, pair.teacher)]
+    thinking, reads = reader.student.opens_thinking(sample.conversation), reader.teacher_reads(sample.conversation)
+    prompts = reader.student.prompt_ids(sample.conversation), reader.teacher.prompt_ids(reads, thinking=thinking)
+    return [(ids.tolist(), [Role.PROMPT] * len(ids)) for ids in prompts]
 
 
-def _tokens(rendered: Rendered, side: Renderer) -> tuple[Token, ...]:
+def _tokens(ids: Sequence[int], roles: Sequence[int], side: Renderer) -> tuple[Token, ...]:
     """Tokens for people."""
     table = side.vocabulary
     return tuple(
-        Token(int(i), table.display(i), Role(role).name.lower(), bool(table.control[i]))
-        for i, role in zip(rendered.ids.tolist(), rendered.roles.tolist(), strict=True)
+        Token(i, table.display(i), Role(role).name.lower(), bool(table.control[i]))
+        for i, role in zip(ids, roles, strict=True)
     )
 
 

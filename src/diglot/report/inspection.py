@@ -12,6 +12,7 @@ from rich.text import Text
 
 from diglot.inspection import Inspection, ModelFacts
 from diglot.inspection.facts import Critical, ObjectiveFacts, Rendering, SideFacts, Token, Verdict
+from diglot.inspection.texts import BUILT_IN
 from diglot.report.alignment import escape
 
 ROLE_STYLES = {
@@ -54,7 +55,7 @@ def _parts(found: Inspection) -> Iterable[RenderableType]:
         yield _sides(found.student, found.teacher)
         yield _relation(found)
     if found.rendering is not None:
-        yield _rendering(found.rendering)
+        yield _rendering(found.rendering, "One conversation" if found.texts == BUILT_IN else "The first row")
     if found.agreement is not None:
         yield _numbers(found)
     if found.critical:
@@ -106,8 +107,8 @@ def _relation(found: Inspection) -> Text:
     return Text(f"{same} {found.difference}\n" if found.same else f"{same}\n")
 
 
-def _rendering(rendering: Rendering) -> RenderableType:
-    table = _table("One conversation, as each side reads it", "student", "teacher")
+def _rendering(rendering: Rendering, what: str) -> RenderableType:
+    table = _table(f"{what}, as each side reads it", "student", "teacher")
     table.add_row(_tokens(rendering.student), _tokens(rendering.teacher))
     legend = Text(" ").join(Text(role, style=style) for role, style in ROLE_STYLES.items())
     return Group(table, Text("roles: ") + legend, Text())
