@@ -197,9 +197,10 @@ def fail(error: BaseException) -> Any:
 @pytest.mark.parametrize(("error", "message", "code"), [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "Lower per_device_train_batch_size", 3),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "Lower per_device_train_batch_size", 3),
-    (RuntimeError("unable to mmap 536 bytes from file <model.safetensors>: Cannot allocate memory (12)"), "Lower per_", 3),
+    (RuntimeError("unable to mmap 536 bytes: Cannot allocate memory (12)"), "Lower per_", 3),
     (OSError(errno.ENOSPC, "No space left on device"), "The disk is full", 3),
     (RuntimeError("I/O error: No space left on device (os error 28)"), "The disk is full", 3),
+    (RuntimeError("I/O error: File too large (os error 27)"), "or a quota is reached", 3),  # a limit of this user's
     (ImportError("No module named 'x'"), "A package is missing", 2),
     (ZeroDivisionError("by\nzero"), "ZeroDivisionError, which Diglot did not expect: by zero", 3),
 ])  # fmt: skip

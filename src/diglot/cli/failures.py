@@ -32,7 +32,7 @@ DISK = (
 )
 CTRL_C = "Interrupted by Ctrl-C. Nothing was saved after the last checkpoint."
 _PATIENCE = 10.0  # seconds that an interrupted command may take to tidy up
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -42,7 +42,11 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return CTRL_C, INTERRUPTED
     chain = list(_chain(error))
-    if any((isinstance(one, OSError) and one.errno in _FULL) or "os error 28" in str(one) for one in chain):
+    if any(
+        (isinstance(one, OSError) and one.errno in _FULL)
+        or any(code in str(one) for code in ("os error 27", "os error 28"))
+        for one in chain
+    ):
         return _with_details(DISK, error), UNEXPECTED
     if any(_is_memory(one) for one in chain):
         return _with_details(MEMORY, error), UNEXPECTED
