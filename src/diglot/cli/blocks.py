@@ -157,14 +157,14 @@ def swapped(trainer: DistillationTrainer) -> Iterator[str]:
 
 
 def slow_types(trainer: DistillationTrainer) -> Iterator[str]:
-    """A line for each teacher of 16 bits on a CPU, which few of them compute with at speed."""
+    """A line for each teacher of 16 bits on a CPU, which may read much more slowly than in float32."""
     for one in trainer.comparisons:
         if isinstance(one.teacher, LocalTeacher) and not isinstance(one.teacher, AdapterOff):
             model: Any = one.teacher.model
             if model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
                 dtype = str(model.dtype).removeprefix("torch.")
                 yield (
-                    f"! The teacher computes in {dtype}, on many CPUs several times slower than in float32. With "
+                    f"! The teacher computes in {dtype}, which on a CPU may be several times slower than float32. With "
                     """memory for it: --teacher_model_init_kwargs '{"dtype": "float32"}'."""
                 )
 
