@@ -17,7 +17,7 @@ def test_it_measures_both_comparisons_and_keeps_what_was_run(tmp_path: Path) -> 
     found = json.loads((tmp_path / "deep" / "gpu.json").read_text())
     assert found["card"] == "CPU" and found["rows"] == 40 and "--vocabularies" in found["command"]
     for name in ("jsd", "cells"):
-        assert 0 < found[name]["share"] < 1 and found[name]["seconds"] > 0
+        assert found[name]["share"] > 0 and found[name]["seconds"] > 0
 
 
 def test_its_stage_gives_both_gradients() -> None:

@@ -138,6 +138,7 @@ def test_options_named_in_the_documentation_exist() -> None:
     scripts = [p.read_text(encoding="utf-8") for folder in folders for p in (ROOT / folder).glob("*.py")]
     known = {"config", "help", "version", *load_options()}
     known |= {"nproc_per_node", "num_processes"}  # of torchrun and accelerate
+    known |= {"install", "show"}  # what the pattern sees of --install-completion and --show-completion
     known |= {option for text in scripts for option in re.findall(r'add(?:_argument)?\(\s*"--(\w+)', text)}
     for page in PAGES:
         ours = re.sub(r"^```text\n.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)

@@ -190,7 +190,8 @@ def test_logits_are_formed_of_scored_rows_and_one_position_of_each_pass_alone(
     batches = window(trainer, tiny.CHAT_ROWS, 4)
     for batch in batches:
         view = batch.views[0]
-        vars(view.answers).pop("hidden", None)  # MiniLLM has asked already
+        vars(view.answers).pop("hidden", None)  # MiniLLM has asked already, and remembers
+        view.answers._made.clear()
         sides = ((trainer.model, batch.student), (trainer.comparisons[0].teacher.model, view.read.teacher))
         formed = [FormedRows(model, monkeypatch) for model, _ in sides]
         trainer.compute_loss(trainer.model, {"batch": batch}).backward()

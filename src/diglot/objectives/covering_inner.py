@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diglot.batches import Written
-from diglot.batches.sending import sent
 from diglot.objectives.covering_cells import encoded
 from diglot.objectives.covering_plan import CoveringPlan, EarlierRows, Ground, branches_to, pairs_from
 from diglot.objectives.covering_rows import NONE, Table, read_rows
@@ -81,8 +80,9 @@ def with_inner(
 
     places = _heavy_places(plan, rows, prefix, segment_t)
     places, more, last = _branches(plan, places, scores.written, teacher, encode_t)
-    if len(places):
-        hidden = scores.teacher_behind(more)
+    hidden = scores.teacher_behind(more)
+    on_host = hidden.is_cpu and table.sorted_ids.is_cpu
+    if len(places) and on_host:  # elsewhere to wait for the answer takes longer than the rows
         pairs = _new_pairs(plan, places, last, more, first, teacher)
         at = pairs.last - len(plan.branch.ids)
         most = reach_of(plan, rows, segment_t)(pairs.main, np.full(len(at), -1))
@@ -90,12 +90,11 @@ def with_inner(
         most += _at_most(pairs, hidden, first, scores, table) - prefix_masses(plan, rows, segment_t)[0][pairs.to]
         some = np.flatnonzero(np.isin(last, at[~(most < np.log(_SOME))]))
         kept = np.flatnonzero(np.isin(np.cumsum(more.depth == 0) - 1, some))
-        places, (more, last) = places[some], more.ending_at(last[some], first)
+        places, (more, last), hidden = places[some], more.ending_at(last[some], first), hidden[torch.from_numpy(kept)]
     if len(places):
         pairs = _new_pairs(plan, places, last, more, first, teacher)
         deeper = np.flatnonzero(more.depth)
-        log_probs = scores.teacher_log_probs(hidden[sent(torch.from_numpy(kept), hidden.device)])
-        behind = read_rows(log_probs, more.row[deeper], more.ids[deeper], pairs, first, table)
+        behind = read_rows(scores.teacher_log_probs(hidden), more.row[deeper], more.ids[deeper], pairs, first, table)
         tail = begun(more)
         tail[deeper] = behind.single
         branch = TailTokens(*(np.concatenate([getattr(plan.branch, n), getattr(more, n)]) for n in _TAIL))
@@ -142,12 +141,11 @@ def _at_most(pairs: EarlierRows, hidden: Tensor, first: int, scores: Scores, tab
     asked = np.zeros(len(order) + 1, dtype=np.int64)
     np.add.at(asked, pairs.low, 1)
     np.add.at(asked, pairs.high, -1)
-    chosen = np.flatnonzero((np.cumsum(asked)[:-1] > 0) | (order.cpu().numpy() < _FREQUENT))
+    chosen = np.flatnonzero((np.cumsum(asked)[:-1] > 0) | (order.numpy() < _FREQUENT))
     low = np.searchsorted(chosen, pairs.low)
     within = replace(pairs, low=low, high=low + pairs.high - pairs.low)
-    ids = order.to(hidden.device)[sent(torch.from_numpy(chosen), hidden.device)]
-    nothing = ids[:0]
-    columns = Table(nothing, nothing, torch.arange(len(ids), device=ids.device), 1)
+    ids = order[torch.from_numpy(chosen)]
+    columns = Table(ids[:0], ids[:0], torch.arange(len(ids)), 1)
     return read_rows(scores.teacher_log_probs(hidden, ids), NONE, NONE, within, first, columns).range_total
 
 
