@@ -13,6 +13,7 @@ from support import tiny
 from transformers import (
     CLIPVisionConfig,
     Llama4Config,
+    Llama4ForCausalLM,
     Llama4ForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
@@ -79,14 +80,15 @@ def test_a_model_with_eyes_trains_and_teaches_by_name(role: str, folders: dict[s
         assert not (out / "preprocessor_config.json").exists()
 
 
-def test_a_decoder_that_is_a_language_model_itself_gives_hidden_states() -> None:
-    """Llama 4 with pictures: its decoder has a head of its own."""
+@pytest.mark.parametrize("pictures", [True, False])
+def test_a_decoder_that_is_a_language_model_itself_gives_hidden_states(pictures: bool) -> None:
+    """Llama 4, with and without pictures: its decoder has a head of its own."""
     eyes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28)
     eyes |= dict(patch_size=14, vision_output_dim=16, projector_input_dim=16, projector_output_dim=16)
     text = dict(vocab_size=64, intermediate_size_mlp=48, num_local_experts=2, max_position_embeddings=64, **SMALL)
     config = Llama4Config(text_config={**text, "layer_types": None, "no_rope_layers": None}, vision_config=eyes)
     torch.manual_seed(0)
-    model = Llama4ForConditionalGeneration(config).eval()
+    model = (Llama4ForConditionalGeneration(config) if pictures else Llama4ForCausalLM(config.text_config)).eval()
     ids = torch.arange(8, 16)[None]
     with torch.no_grad():
         hidden = last_hidden(model, ids, torch.ones_like(ids))

@@ -78,8 +78,8 @@ def run_with_hidden(
 def decoder_of(model: Any) -> nn.Module:
     """What makes the hidden states that the output head reads. `ConfigError` if it is not apart from the head."""
     decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if decoder is not None and decoder is not model and getattr(decoder, "lm_head", None) is not None:
-        decoder = decoder.model  # Llama 4 with pictures holds a whole language model, with its head
+    if getattr(decoder, "lm_head", None) is not None:
+        decoder = getattr(decoder, "model", model)  # Llama 4 gives a whole language model: itself, or that of pictures
     if decoder is None or decoder is model:
         raise ConfigError(
             f"{type(model).__name__} has no decoder apart from its output head (get_decoder gives "
