@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,9 +175,9 @@ def measure(trainer: DistillationTrainer, samples: Sequence[Sample]) -> Measured
     return Measured(evaluator.on_reference(samples), written)  # type: ignore[arg-type]
 
 
-def show(before: Measured, after: Measured, prompts: Sequence[str]) -> None:
+def show(before: Measured, after: Measured, noise: Mapping[str, float], prompts: Sequence[str]) -> None:
     """The table, and three completions before and after."""
-    b, a, noise = before.numbers(), after.numbers(), noises(before, after)
+    b, a = before.numbers(), after.numbers()
     lines = [
         ("divergence student -> teacher, fresh samples", "reverse_kl_nats_per_byte", "nats per byte"),
         ("held-out text", "bits_per_byte", "bits per byte"),
@@ -222,7 +222,8 @@ def main() -> None:
     trainer.save_model(str(folder))
 
     prompts = [row["prompt"] if options.pair == "base" else row["prompt"][0]["content"] + "\n" for row in rows]
-    show(before, after, prompts)
+    noise = noises(before, after)
+    show(before, after, noise, prompts)
     times = list(clock.items())
     seconds = {name: round(t - times[i][1], 1) for i, (name, t) in enumerate(times[1:])}
     summary = {
@@ -230,17 +231,17 @@ def main() -> None:
         "after": after.numbers(),
         "seconds": seconds,
         "coverage": after.numbers()["coverage"],
-        "noise": noises(before, after),
+        "noise": noise,
         "pair": options.pair,
         "trainer": options.trainer,
         "steps": trainer.state.global_step,
     }
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     name = "reverse_kl_nats_per_byte"
-    gain, noise = summary["before"][name] - summary["after"][name], summary["noise"][name]
-    verdict = "lower by more than" if gain > noise else "[bold red]not lower by more than[/]"
+    gain = summary["before"][name] - summary["after"][name]
+    verdict = "lower by more than" if gain > noise[name] else "[bold red]not lower by more than[/]"
     console.print(
-        f"The divergence fell by {gain:.4f} nats per byte: {verdict} the noise of another seed ({noise:.4f})."
+        f"The divergence fell by {gain:.4f} nats per byte: {verdict} the noise of another seed ({noise[name]:.4f})."
     )
     console.print(f"Student: [bold]{folder}[/]   numbers: [bold]{options.out / 'summary.json'}[/]   seconds: {seconds}")
 

@@ -33,10 +33,9 @@ _FREQUENT = 2**13  # ids below this are those of the most frequent tokens, in th
 
 
 @np.errstate(invalid="ignore")
-def _heavy_places(plan: CoveringPlan, rows: TeacherRows, prefix: Floats, segment_t: Ints) -> Ints:
+def _heavy_places(plan: CoveringPlan, rows: TeacherRows, prefix: Floats, log_prefix: Floats, segment_t: Ints) -> Ints:
     """Where a token of the teacher may end with some of the mass, as places of the ground."""
     ground, prefixes = plan.ground, plan.prefixes
-    log_prefix, _, _ = prefix_masses(plan, rows, segment_t)
     begins, compared = np.flatnonzero(ground.main_at >= 0), np.flatnonzero(ground.row_at >= 0)
     if not len(begins) or not len(compared):
         return np.zeros(0, dtype=np.int64)
@@ -78,7 +77,8 @@ def with_inner(
         pairs = zip(tail.row.tolist(), tail.ids.tolist(), strict=True)
         return np.array([known.get(one, -np.inf) for one in pairs])
 
-    places = _heavy_places(plan, rows, prefix, segment_t)
+    log_prefix, _, _ = prefix_masses(plan, rows, segment_t)
+    places = _heavy_places(plan, rows, prefix, log_prefix, segment_t)
     places, more, last = _branches(plan, places, scores.written, teacher, encode_t)
     hidden = scores.teacher_behind(more)
     on_host = hidden.is_cpu and table.sorted_ids.is_cpu
@@ -87,7 +87,7 @@ def with_inner(
         at = pairs.last - len(plan.branch.ids)
         most = reach_of(plan, rows, segment_t)(pairs.main, np.full(len(at), -1))
         most += begun(more)[at - more.depth[at]]  # what stands behind these first tokens can only take from it
-        most += _at_most(pairs, hidden, first, scores, table) - prefix_masses(plan, rows, segment_t)[0][pairs.to]
+        most += _at_most(pairs, hidden, first, scores, table) - log_prefix[pairs.to]
         some = np.flatnonzero(np.isin(last, at[~(most < np.log(_SOME))]))
         kept = np.flatnonzero(np.isin(np.cumsum(more.depth == 0) - 1, some))
         places, (more, last), hidden = places[some], more.ending_at(last[some], first), hidden[torch.from_numpy(kept)]

@@ -257,7 +257,7 @@ class DistillationConfig(TrainingArguments):
         check_texts(vars(self))
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith("_per_byte"):
             self.greater_is_better = False  # bits and nats; the Trainer takes for less only what is called a loss
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         for name in {one.name for one in fields(self)}.intersection(_MAPPINGS):  # older transformers have fewer
             setattr(self, name, as_mapping(name, getattr(self, name)))
         self._check_server()

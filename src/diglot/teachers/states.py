@@ -79,7 +79,7 @@ def read_states(name: str, ids: Ids, width: int, first: int, seconds: float) -> 
                     f"The hidden states in {name!r} are {shape}, expected ({len(ids)}, layers, {width}): the weights "
                     "beside the teacher's tokenizer are not those of the model that is served."
                 )
-            found = states[first:, shape[1] - 1 : shape[1], :][:, 0]
+            found: Tensor = states[first:, shape[1] - 1 : shape[1], :][:, 0]
     except (SafetensorError, OSError, ValueError) as error:
         raise NotHere(f"The hidden states in {name!r} are no whole file: {error}.") from error
     _remove(path, lock)
@@ -89,8 +89,7 @@ def read_states(name: str, ids: Ids, width: int, first: int, seconds: float) -> 
             f"The server's hidden state at token {at} of {len(ids)} holds numbers that are not finite. Look for NaN in "
             "the model's weights, or serve it in bfloat16 instead of float16."
         )
-    result: Tensor = found
-    return result
+    return found
 
 
 def discard_states(answer: Any, ids: Ids, seconds: float = 1.0) -> None:

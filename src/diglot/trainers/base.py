@@ -392,7 +392,7 @@ class DistillationTrainer(RefusingTrainer):
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """The norm before the optimizer's step: the place to refuse it."""
-        norm: Any = super()._get_grad_norm(model, grad_norm)
+        norm: Any = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         own = self.projectors.values()
         return self.finite.check(norm, self.state.global_step, (*model.parameters(), *own), own)
 
@@ -487,7 +487,7 @@ class DistillationTrainer(RefusingTrainer):
         """The Trainer's own, with the options as JSON instead of a pickle."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            options: dict[str, Any] = self.args.to_dict()
+            options: dict[str, Any] = self.args.to_dict()  # type: ignore[no-untyped-call]
             write_options(Path(str(output_dir or self.args.output_dir)), options)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

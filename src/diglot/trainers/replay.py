@@ -32,7 +32,7 @@ def replay(trainer: DistillationTrainer, folder: str | Path) -> list[dict[str, A
         model.zero_grad()
         with trainer.accelerator.autocast():
             loss = trainer.batch_loss(model, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         norm = torch.stack([g.double().norm() for g in grads.values()]).norm() if grads else torch.zeros(())
         bad = [n for n, g in grads.items() if not torch.isfinite(g).all()]

@@ -26,10 +26,10 @@ class NotebookNumbers(NotebookProgressCallback):
     training_tracker: Any
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        super().on_train_begin(args, state, control, **others)
+        super().on_train_begin(args, state, control, **others)  # type: ignore[no-untyped-call]
         self.training_tracker = _Tracker(state.max_steps)  # the first line makes the columns
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
