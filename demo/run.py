@@ -54,7 +54,7 @@ PAIRS = {
         max_steps={"gkd": 18, "minillm": 18},
         batch=16,
         max_completion_length=48,
-        learning_rate=1e-4,
+        learning_rate=5e-5,
         eval_prompts=48,
     ),
     "instruct": Recipe(

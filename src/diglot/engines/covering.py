@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from diglot.batches import Written
 from diglot.engines.likeliest import Likeliest, likeliest_of
 from diglot.engines.reaching import Beyond, Named, find_leaves, mass_beside, mass_ended
-from diglot.objectives.covering_ahead import Leaves, TeacherText, look_ahead, open_leaves
+from diglot.objectives.covering_ahead import Cuts, Leaves, TeacherText, settle
 from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams
 from diglot.objectives.covering_plan import Boundaries, find_boundaries
 from diglot.objectives.covering_rows import RowsRead
@@ -31,7 +31,6 @@ from diglot.vocabulary.maps import first_tokens, greedy_tokens
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 _NEGLIGIBLE = 1e-3  # of the mass of a start: a leaf of less is not tried against the student's tokenizer
-_HOPELESS = 0.99  # of it: where more could not be written, the student's tokens so far are not its tokenizer's own
 _REMEMBERED = 2**20  # leaves that are tried before what is known about pairs of tokens is let go
 
 
@@ -123,36 +122,21 @@ class Covering:
         """From leaves to the student's ids."""
         s, count = written.student.ids, plan.items
         previous = np.where(plan.previous >= 0, s[np.maximum(plan.previous, 0)], -1)
-        which = open_leaves(leaves, previous, self.first, self.probes, known.student)
-        ahead = look_ahead(
-            leaves.at(which),
+        settled = settle(
+            leaves,
             previous,
+            Cuts(self.first, self.probes, known.student, known.seams),
             _NO_TOKENS,
             TeacherText(written.teacher.ids, written.teacher.segment),
             _rows(named, self._stops),
-            self.first,
-            known.seams,
             None,
+            _NEGLIGIBLE,
         )
-        vague = np.bincount(leaves.boundary[which], ahead.left, minlength=count) + shares.vague
-        sure = np.ones(len(leaves.mass), dtype=np.bool_)
-        sure[which] = False
-        refused = np.zeros(len(leaves.mass), dtype=np.bool_)
-        tried = np.flatnonzero((leaves.mass > _NEGLIGIBLE) & (leaves.cell >= 0) & sure)
-        refused[tried] = ~known.student.some_allowed(previous[leaves.boundary[tried]], leaves.cell[tried], self.first)
-        lost = np.bincount(leaves.boundary, leaves.mass * refused, minlength=count)
-        lost += np.bincount(ahead.boundary, ahead.mass * (ahead.cell < 0), minlength=count)
-        hopeless = lost > _HOPELESS
-        share = np.where(hopeless, 1.0, 1 - lost)
-        from_leaves = np.flatnonzero(sure & (leaves.cell >= 0) & (~refused | hopeless[leaves.boundary]))
-        from_ahead, stops = np.flatnonzero(ahead.cell >= 0), np.flatnonzero(shares.stop > 0)
-        parts = (
-            (leaves.boundary[from_leaves], leaves.cell[from_leaves], leaves.mass[from_leaves]),
-            (ahead.boundary[from_ahead], ahead.cell[from_ahead], ahead.mass[from_ahead]),
-            (stops, np.full(len(stops), self.student.stop_id), shares.stop[stops]),
-        )
-        row, name, mass = (np.concatenate(x) for x in zip(*parts, strict=True))
-        mass, vague = mass / share[row], vague / share
+        share, some, stops = settled.share, np.flatnonzero(settled.mass > 0), np.flatnonzero(shares.stop > 0)
+        row = np.concatenate([settled.boundary[some], stops])
+        name = np.concatenate([settled.cell[some], np.full(len(stops), self.student.stop_id)])
+        mass = np.concatenate([settled.mass[some], shares.stop[stops] / share[stops]])
+        vague = settled.vague + shares.vague / share
         more = _of_written(plan, s, (row, name, mass), vague, shares.prefix + np.log(share))
         at = np.flatnonzero(more > 0)
         ids, logps, residual = likeliest_of(

@@ -23,7 +23,7 @@ from diglot.batches.sending import sent
 from diglot.errors import ConfigError
 from diglot.objectives.base import PairObjective, at_least_float32, check_range
 from diglot.objectives.cell_masses import CellColumns, CellMasses
-from diglot.objectives.covering_ahead import TeacherText
+from diglot.objectives.covering_ahead import Cuts, TeacherText
 from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams
 from diglot.objectives.covering_inner import with_inner
 from diglot.objectives.covering_plan import CoveringPlan, plan_covering
@@ -74,9 +74,12 @@ class Covering(PairObjective):
         self.beta, self.top_k, self.canonical, self.written_apart = beta, top_k, canonical, written_apart
         self.student, self.teacher, self.encode_t = tables.student, tables.teacher, tables.encode_t
         self.cells = CellMap(tables.student, tables.teacher, tables.encode_s, tables.encode_t)
-        self.probes = Probes(self.cells, tables.encode_s, tables.encode_t)
-        self.neighbours = Neighbours(tables.student, tables.encode_s)
-        self.seams = Seams(self.cells, tables.encode_s)
+        self.cuts = Cuts(
+            self.cells,
+            Probes(self.cells, tables.encode_s, tables.encode_t),
+            Neighbours(tables.student, tables.encode_s),
+            Seams(self.cells, tables.encode_s),
+        )
         self.columns = CellColumns.of(self.cells.cell)
         order = torch.from_numpy(tables.teacher.trie.sorted_ids)
         self.silent_s, silent_t = no_text(pair)
@@ -113,10 +116,7 @@ class Covering(PairObjective):
         return make_targets(
             plan,
             rows,
-            self.cells,
-            self.probes,
-            self.neighbours,
-            self.seams,
+            self.cuts,
             look,
             written.student.ids,
             TeacherText(t.ids, t.segment),

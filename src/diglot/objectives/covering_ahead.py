@@ -23,6 +23,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 _LOOK = 3e-2  # of the mass of a boundary: a leaf of less is not looked behind
 _PIECES = 3  # of the teacher, behind the first, at most so many
+_HOPELESS = 0.99  # of it: where more could not be written, the tokens so far are not the student tokenizer's own
 _SMALL = 1e-4  # of the mass of a boundary: what follows a leaf with less is not told apart
 
 
@@ -51,6 +52,16 @@ class TeacherText:
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """How the student's tokenizer cuts what the teacher may write."""
+
+    cells: CellMap
+    probes: Probes
+    neighbours: Neighbours
+    seams: Seams
+
+
+@dataclass(frozen=True)
 class Ahead:
     """What is known by looking further."""
 
@@ -60,12 +71,12 @@ class Ahead:
     left: Floats  # [L] of each leaf, what nothing more is known of
 
 
-def open_leaves(leaves: Leaves, previous: Ints, cells: CellMap, probes: Probes, neighbours: Neighbours) -> Ints:
+def open_leaves(leaves: Leaves, previous: Ints, cuts: Cuts) -> Ints:
     """Which leaves begin one token or another, or none, depending on what follows them."""
     heavy = np.flatnonzero((leaves.mass > _LOOK) & (leaves.cell >= 0))
     some = leaves.at(heavy)
-    sure = neighbours.all_allowed(previous[some.boundary], some.cell, cells)
-    return heavy[~sure | probes.open(some.token, some.consumed, some.cell)]
+    sure = cuts.neighbours.all_allowed(previous[some.boundary], some.cell, cuts.cells)
+    return heavy[~sure | cuts.probes.open(some.token, some.consumed, some.cell)]
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,58 @@ def branches_behind(paths: Sequence[_Path], branch: TailTokens, count: int) -> t
     return TailTokens(*arrays), place
 
 
+@dataclass(frozen=True)
+class Settled:
+    """Which of the student's cells the leaves begin, as shares of their boundary."""
+
+    boundary: Ints  # [S]
+    cell: Ints  # [S] a boundary's cell may be there more than once
+    mass: Floats  # [S] of what the student's tokenizer could write; 0 where that is nothing
+    share: Floats  # [R] how much of the whole mass that is
+    vague: Floats  # [R] of which it is not known what it begins
+
+
+def settle(
+    leaves: Leaves,
+    previous: Ints,
+    cuts: Cuts,
+    branch: TailTokens,
+    text: TeacherText,
+    rows: RowsRead,
+    look: Callable[[TailTokens], RowsRead] | None,
+    least: float,
+) -> Settled:
+    """Drop what the student's tokenizer could not have written behind `previous`, `[R]`, and look ahead where it is
+    open what a leaf begins. What that leaves open counts for the leaf's own cell; as vague, if `look` is not given.
+
+    Args:
+        least: mass of a leaf that is tried against the student's tokenizer.
+    """
+    count, which = len(previous), open_leaves(leaves, previous, cuts)
+    ahead = look_ahead(leaves.at(which), previous, branch, text, rows, cuts, look)
+    left, vague = leaves.mass.copy(), np.zeros(count)
+    left[which] = ahead.left
+    if look is None:
+        vague += np.bincount(leaves.boundary[which], ahead.left, minlength=count)
+        left[which] = 0.0
+    refused = np.zeros(len(left), dtype=np.bool_)
+    tried = np.flatnonzero((left > least) & (leaves.cell >= 0))
+    refused[tried] = ~cuts.neighbours.some_allowed(previous[leaves.boundary[tried]], leaves.cell[tried], cuts.cells)
+    lost = np.zeros(count)
+    lost += np.bincount(ahead.boundary, ahead.mass * (ahead.cell < 0), minlength=count)
+    lost += np.bincount(leaves.boundary, left * refused, minlength=count)
+    hopeless = lost > _HOPELESS
+    lost[hopeless], vague[hopeless] = 0.0, 0.0
+    left = np.where(hopeless[leaves.boundary], leaves.mass, np.where(refused, 0.0, left))
+    from_leaves = np.flatnonzero(leaves.cell >= 0)
+    from_ahead = np.flatnonzero((ahead.cell >= 0) & ~hopeless[ahead.boundary])
+    boundary = np.concatenate([leaves.boundary[from_leaves], ahead.boundary[from_ahead]])
+    cell = np.concatenate([leaves.cell[from_leaves], ahead.cell[from_ahead]])
+    mass = np.concatenate([left[from_leaves], ahead.mass[from_ahead]])
+    share = 1 - lost
+    return Settled(boundary, cell, mass / share[boundary], share, vague / share)
+
+
 def _next_rows(branch: TailTokens, text: TeacherText) -> dict[tuple[int, int], int]:
     """Rows behind a row and a token, as far as they are there: of the text, and of branches."""
     count = len(text.ids)
@@ -128,15 +191,14 @@ def look_ahead(
     branch: TailTokens,
     text: TeacherText,
     rows: RowsRead,
-    cells: CellMap,
-    seams: Seams,
+    cuts: Cuts,
     look: Callable[[TailTokens], RowsRead] | None,
 ) -> Ahead:
     """Which student token each of the leaves turns out to begin, once more of the teacher's pieces are known.
 
     `look` reads the teacher behind pieces; without it there are the rows of `text` and `branch` alone.
     """
-    token, there = cells.teacher.token, _next_rows(branch, text)
+    token, there = cuts.cells.teacher.token, _next_rows(branch, text)
     left, known = leaves.mass.copy(), list[tuple[int, int, float]]()
     before: list[int] = previous[leaves.boundary].tolist()
     todo = [
@@ -156,7 +218,7 @@ def look_ahead(
         tail, place = branches_behind(todo, branch, len(text.ids))
         more = _continued(todo, place, rows, look(tail) if look is not None and len(tail.ids) else rows)
         texts = [todo[p].text + token(i) if i >= 0 else todo[p].text for p, i, _ in more]
-        found = seams.begins([(before[todo[p].leaf], one) for (p, *_), one in zip(more, texts, strict=True)])
+        found = cuts.seams.begins([(before[todo[p].leaf], one) for (p, *_), one in zip(more, texts, strict=True)])
         longer: list[_Path] = []
         for (p, i, mass), one, begins in zip(more, texts, found, strict=True):
             if begins is None:

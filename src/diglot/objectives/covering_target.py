@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diglot.objectives.covering_ahead import Leaves, TeacherText, look_ahead, open_leaves
-from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams
+from diglot.objectives.covering_ahead import Cuts, Leaves, TeacherText, settle
+from diglot.objectives.covering_cells import CellMap
 from diglot.objectives.covering_plan import CoveringPlan
 from diglot.objectives.covering_rows import NEGLIGIBLE, RowsRead
 from diglot.objectives.tail import TailTokens
@@ -49,10 +49,7 @@ class Targets:
 def make_targets(
     plan: CoveringPlan,
     rows: TeacherRows,
-    cells: CellMap,
-    probes: Probes,
-    neighbours: Neighbours,
-    seams: Seams,
+    cuts: Cuts,
     look: Callable[[TailTokens], RowsRead],
     ids_s: Ints,
     t: TeacherText,
@@ -67,34 +64,17 @@ def make_targets(
     stop = np.exp(rows.read.stop[plan.own]) * weight
     stop = np.where(np.isfinite(log_prefix), stop, np.nan)  # not finite: so is the loss
     previous = np.where((plan.previous >= 0) & canonical, ids_s[np.maximum(plan.previous, 0)], -1)
-    leaves = _leaves(plan, rows, cells, weight, start - log_prefix[plan.earlier.to])
-    which = open_leaves(leaves, previous, cells, probes, neighbours)
-    ahead = look_ahead(leaves.at(which), previous, plan.branch, t, rows.read, cells, seams, look)
-    left = leaves.mass.copy()
-    left[which] = ahead.left
-    refused = np.zeros(len(left), dtype=np.bool_)
-    looked = np.flatnonzero((left > NEGLIGIBLE) & (leaves.cell >= 0))
-    refused[looked] = ~neighbours.some_allowed(previous[leaves.boundary[looked]], leaves.cell[looked], cells)
-    lost = np.zeros(count)
-    lost += np.bincount(ahead.boundary, ahead.mass * (ahead.cell < 0), minlength=count)
-    lost += np.bincount(leaves.boundary, left * refused, minlength=count)
-    hopeless = lost > 0.99  # the written tokens are not the student tokenizer's own: nothing to hold on to
-    lost[hopeless] = 0
-    left = np.where(hopeless[leaves.boundary], leaves.mass, np.where(refused, 0, left))
-    sure = (ahead.cell >= 0) & ~hopeless[ahead.boundary]
-    known = leaves.cell >= 0
-    share = 1 - lost
-    boundary = np.concatenate([leaves.boundary[known], ahead.boundary[sure]])
-    cell = np.concatenate([leaves.cell[known], ahead.cell[sure]])
-    mass = np.concatenate([left[known], ahead.mass[sure]])
-    boundary, cell, mass = _summed(boundary, cell, mass / share[boundary], len(cells.cell))
+    leaves = _leaves(plan, rows, cuts.cells, weight, start - log_prefix[plan.earlier.to])
+    settled = settle(leaves, previous, cuts, plan.branch, t, rows.read, look, NEGLIGIBLE)
+    boundary, cell, mass = _summed(settled.boundary, settled.cell, settled.mass, len(cuts.cells.cell))
 
     place = np.arange(len(boundary)) - np.searchsorted(boundary, boundary)
     column = np.full((count, int(place.max(initial=-1)) + 1), -1, dtype=np.int64)
     dense = np.zeros(column.shape)
     column[boundary, place], dense[boundary, place] = cell, mass
-    split, own_mass = _written_token(plan, cells, ids_s, column, dense, log_prefix + np.log(share))
+    split, own_mass = _written_token(plan, cuts.cells, ids_s, column, dense, log_prefix + np.log(settled.share))
     silent = np.exp(rows.read.silent[plan.own]) * weight
+    share = settled.share
     return Targets(column, dense, stop / share, silent / share, split, own_mass, share, 1 - weight)
 
 
