@@ -23,7 +23,7 @@ from diglot.objectives import OBJECTIVES
 
 TESTS = Path(__file__).resolve().parents[1]
 GKD = [
-    "data", "generations", "observed", "tied", "lora", "compiled", "accumulated", "beside", "beside-bpm",
+    "data", "generations", "nucleus", "observed", "tied", "lora", "compiled", "accumulated", "beside", "beside-bpm",
     "beside-covering", "split", "split-covering", "split-tied", "several",
 ]  # fmt: skip
 OTHERS = [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import support.tokenizers_zoo as zoo
 import torch
 from support import tiny
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TopPLogitsWarper
 
 from diglot.rollouts import TransformersSampler, continue_prefixes
+from diglot.rollouts.draws import Nucleus
 
 
 def test_the_models_own_generation_config_does_not_bend_the_samples() -> None:
@@ -43,6 +45,17 @@ def test_a_completion_ends_with_its_stop_or_was_cut() -> None:
         assert not np.isin(ids[:-1], sampler.stop_ids).any()
         assert len(ids) == 20 or ids[-1] in sampler.stop_ids
     assert {len(i) for i in found} != {20}
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.5, 0.9, 0.999])
+def test_a_nucleus_is_that_of_transformers(top_p: float) -> None:
+    """Equal scores and impossible tokens among them; of even a tiny mass one token is left."""
+    scores = torch.randn(16, 200, generator=torch.Generator().manual_seed(0)) * 3
+    scores[3, :50], scores[4, 7:], scores[5] = 1.0, -torch.inf, 0.0
+    ids = torch.zeros(16, 1, dtype=torch.long)
+    found = Nucleus(top_p)(ids, scores)
+    assert torch.equal(found, TopPLogitsWarper(top_p)(ids, scores))
+    assert (found > -torch.inf).any(-1).all()
 
 
 def test_no_prompts_no_completions() -> None:

@@ -144,6 +144,7 @@ def cases() -> dict[str, Any]:
     return found | {
         "gkd-data": functools.partial(gkd, objective="strict", lmbda=0.0),
         "gkd-generations": functools.partial(gkd, lmbda=1.0, num_generations=3),
+        "gkd-nucleus": functools.partial(gkd, lmbda=1.0, top_p=0.9),
         "gkd-observed": functools.partial(gkd, lmbda=1.0, log_rollouts=2),
         "gkd-tied": functools.partial(gkd, lmbda=1.0, tied=True),
         "gkd-lora": functools.partial(gkd, lmbda=1.0, keywords=lora),

@@ -40,6 +40,22 @@ class RowDraws(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
+class Nucleus(LogitsProcessor):
+    """Leaves the fewest likeliest tokens of each row whose mass reaches `top_p`, in (0, 1).
+
+    What `TopPLogitsWarper` of transformers does, with sums that have an order on CUDA too (`full_determinism`).
+    """
+
+    def __init__(self, top_p: float) -> None:
+        self.top_p = top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        ascending, order = scores.sort(-1)
+        beside = running_sums(ascending.softmax(-1)) <= 1 - self.top_p
+        beside[:, -1] = False
+        return scores.masked_fill(beside.scatter(1, order, beside), -torch.inf)
+
+
 def seeds_of_rows(seed: int | Sequence[int], rows: int) -> list[int]:
     """`seed` itself if it is one for each row, else one for each row that follows from it and the row's place."""
     if not isinstance(seed, int):

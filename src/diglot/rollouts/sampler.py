@@ -18,12 +18,11 @@ from transformers import (
     PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from diglot.batches.sending import sent
 from diglot.heads import evaluating
-from diglot.rollouts.draws import RowDraws, seeds_of_rows
+from diglot.rollouts.draws import Nucleus, RowDraws, seeds_of_rows
 from diglot.rollouts.engine import Completion
 
 Ids = NDArray[np.int64]
@@ -115,7 +114,7 @@ class TransformersSampler:
         if self.top_k:
             found.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:
-            found.append(TopPLogitsWarper(self.top_p))
+            found.append(Nucleus(self.top_p))
         return found
 
     own_weights: ClassVar[bool] = False
