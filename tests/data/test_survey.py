@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from diglot.data import Sample, survey, usable_rows
+from diglot.data import Sample, collate_samples, survey, usable_rows
 from diglot.errors import DataError, RenderingError
 
 ROWS: list[dict[str, Any]] = [{"prompt": f"p{i}", "completion": "c"} for i in range(6)]
@@ -113,6 +113,20 @@ def test_of_a_stream_only_shapes_are_looked_at(caplog: pytest.LogCaptureFixture)
     kept = list(usable_rows(stream, reading, name="train", about={}, on_bad_row="skip"))
     assert [row["__row__"] for row in kept] == list(range(6)) and reading.seen == 0
     assert "Left out (on_bad_row): train row 6" in caplog.text
+
+
+def test_a_bad_row_of_a_stream_stops_with_the_option_that_leaves_it_out() -> None:
+    broken = {"prompt": None, "completion": "c"}
+    with pytest.raises(DataError, match=r"train row 0 has nothing.* on_bad_row: skip"):
+        usable_rows(
+            Dataset.from_list([broken, *ROWS]).to_iterable_dataset(),
+            Reading(),
+            name="train",
+            about={},
+            on_bad_row="stop",
+        )
+    with pytest.raises(DataError, match=r"row 5 has nothing.* on_bad_row: skip"):  # when its turn comes
+        collate_samples([{**ROWS[0], "__row__": 4}, {**broken, "__row__": 5}])
 
 
 def test_the_first_row_of_a_stream_is_read_at_once() -> None:

@@ -87,6 +87,9 @@ def reads(readers: list[PairReader], replies: str | None, space: int) -> Read:
     def read(sample: Sample) -> bool:
         if replies and sample.reply is None:
             raise DataError(f"{sample.where} has no completion, and {replies}.")
+        labels, route = [one.label for one in readers], sample.conversation.route
+        if len(readers) > 1 and route is not None and route not in labels:
+            raise DataError(f"{sample.where} names the teacher {route!r}; there are {', '.join(map(str, labels))}.")
         fits = False  # on both sides of one comparison at least: what the others could not read is watched in training
         for reader in readers:
             if replies:

@@ -25,7 +25,7 @@ from datasets.utils import tqdm
 
 from diglot.data.loading import with_row_numbers
 from diglot.data.recognise import check_columns, check_routes
-from diglot.data.samples import Sample, to_sample
+from diglot.data.samples import Sample, to_sample, to_sample_or_stop
 from diglot.errors import DataError, DiglotError
 
 logger = logging.getLogger(__name__)
@@ -157,8 +157,10 @@ def _usable_stream(data: IterableDataset, read: Read, name: str, on_bad_row: str
     if first is None:
         raise DataError(f"{name} has no rows.")
     check_columns(list(first), first, name)
-    if on_bad_row == "stop" and (bad := survey([first], read, name).bad):
-        raise DataError(bad[0])
+    if on_bad_row == "stop":
+        to_sample_or_stop(first, where(first, 0, name))
+        if bad := survey([first], read, name).bad:  # what a template refuses is not left out of a stream either
+            raise DataError(bad[0])
     data = with_row_numbers(data)
     return data.filter(_readable, fn_kwargs={"name": name}) if on_bad_row == "skip" else data
 
