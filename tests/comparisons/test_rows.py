@@ -86,6 +86,15 @@ def test_rows_without_completion_will_do_where_none_is_read(tmp_path: Path) -> N
     assert len(tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), rows).train_dataset) == 9
 
 
+@pytest.mark.parametrize(("lmbda", "told"), [(0.5, True), (1.0, False)])
+def test_empty_completions_are_told_at_the_start_of_a_run_that_reads_them(
+    lmbda: float, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "x", "completion": "y"}, *[{"prompt": "x", "completion": ""}] * 3]
+    tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), rows, lmbda=lmbda)
+    assert ("3 of 4 rows of train have an empty completion" in caplog.text) is told
+
+
 def test_rows_to_evaluate_on_and_to_imitate_are_read_too(tmp_path: Path) -> None:
     both = {"keywords": {"eval_dataset": Dataset.from_list([SYSTEM])}}
     with pytest.raises(DataError, match=r"eval row 0.*no system role"):

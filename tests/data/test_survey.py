@@ -55,6 +55,26 @@ def test_a_dataset_without_a_usable_row_is_an_error_even_when_they_are_skipped()
         usable_rows(Dataset.from_dict({"prompt": []}), Reading(), name="train", about={}, on_bad_row="skip")
 
 
+@pytest.mark.parametrize("trained_on", [True, False])
+def test_rows_with_an_empty_completion_are_told_where_completions_are_trained_on(
+    trained_on: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    ask, call = {"role": "user", "content": "a"}, {"function": {"name": "f", "arguments": "{}"}}
+    rows = [
+        *({**row, "messages": None} for row in ROWS),
+        {"messages": [ask, {"role": "assistant", "content": "", "tool_calls": None}]},
+        {"messages": [ask, {"role": "assistant", "content": "", "tool_calls": [call]}]},
+        *[{"prompt": "p", "completion": ""}] * 7,
+        {"prompt": "", "completion": ""},
+    ]
+    usable(Reading(), rows, on_bad_row="skip", replies=trained_on)
+    told = [record.getMessage() for record in caplog.records if "empty completion" in record.getMessage()]
+    assert len(told) == trained_on
+    if trained_on:
+        assert told[0].startswith("8 of 16 rows of train have an empty completion")
+        assert told[0].endswith("The first: row 6, row 8, row 9, row 10, row 11.")
+
+
 def test_rows_that_do_not_fit_are_told_and_stay(caplog: pytest.LogCaptureFixture) -> None:
     assert len(usable(Reading(long=("p2",)))) == 6
     assert "1 of 6 rows of train do not fit" in caplog.text

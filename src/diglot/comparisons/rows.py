@@ -72,6 +72,7 @@ def _usable(
             about={"sides": [_about(r) for r in readers], "replies": replies, "space": args.max_completion_length},
             on_bad_row=args.on_bad_row,
             templates=all(side.has_template for r in readers for side in (r.student, r.teacher)),
+            replies=replies is not None,
             labels=[one.label for one in comparisons] if len(comparisons) > 1 else [],
         )
 
