@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -327,3 +329,46 @@ def test_an_error_in_any_call_of_a_save_leaves_the_old_folder_or_the_new(
         if "done" in seen:
             break
     assert nth > 5 and seen == {"done", "new", "old" if there else "none"}
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "model"])
+def test_a_save_for_which_there_is_no_room_leaves_nothing_behind(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), save_strategy="steps", save_steps=1)
+    full = counted(trainer._save, 2 if what == "checkpoint" else 3, [])
+    monkeypatch.setattr(trainer, "_save", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        trainer.train()
+        trainer.save_model()
+    assert not list(tmp_path.glob(".saving-*"))
+    assert saving.last_whole(tmp_path).name == ("checkpoint-1" if what == "checkpoint" else "checkpoint-2")
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_killed_save_left_is_gone_at_the_next_start(resume: bool, tmp_path: Path) -> None:
+    if resume:
+        tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), max_steps=1, save_strategy="steps").train()
+    left = tmp_path / ".saving-7" / "checkpoint-7"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half of")
+    tiny.gkd(tmp_path, zoo.chatml(), zoo.inst()).train(resume_from_checkpoint=resume)
+    assert not left.parent.exists()
+
+
+def test_what_another_process_is_writing_stays_and_is_not_written_into(tmp_path: Path) -> None:
+    text = "import sys, pathlib; from diglot.checkpoints import durable\n"
+    text += "with durable.writing(pathlib.Path(sys.argv[1])): print(flush=True); input()"
+    beside = tmp_path / ".saving-1"
+    with subprocess.Popen(
+        [sys.executable, "-c", text, str(beside)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout is not None and writer.stdout.readline()
+        durable.tidy(tmp_path)
+        assert beside.exists()
+        with pytest.raises(CheckpointError, match="Another process is saving"), durable.writing(beside):
+            pass
+        writer.kill()  # and what it held is free
+    durable.tidy(tmp_path)
+    assert not beside.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import support.tokenizers_zoo as zoo
 import torch
+import transformers
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from support import tiny
 
 
@@ -105,3 +108,21 @@ def test_the_check_can_fail(tmp_path: Path) -> None:
         seed=7,
     )
     assert any(not torch.equal(p, q) for p, q in zip(through.model.parameters(), other.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("absent", "named"), [
+    ((), []),
+    (("model.norm.weight",), ["model.norm.weight"]),
+    (("model.embed_tokens.weight",), ["lm_head.weight", "model.embed_tokens.weight"]),
+])  # fmt: skip
+def test_of_tied_weights_only_those_are_missing_that_a_checkpoint_holds_under_no_name(
+    absent: tuple[str, ...], named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tiny.tiny_model(zoo.chatml(), 0, tie_word_embeddings=True), tiny.tiny_model(zoo.inst(), 1)
+    trainer = run(tiny.gkd, tmp_path, "inst", models=models, save_steps=1)
+    file = tmp_path / "checkpoint-1" / "model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if name not in absent}, file)
+    said: list[str] = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", said.append)
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert [sorted(re.findall(r"'(.+?)'", text)) for text in said] == ([named] if named else [])

@@ -143,9 +143,9 @@ def test_a_wrong_value_is_refused_in_one_message(
 
 ASK, SAY = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two."}
 BROKEN_ROWS = {
-    "prompt": [3, "", [], [{"content": "no role"}], [{"role": "user", "content": 3}]],
+    "prompt": [None, 3, "", [], [{"content": "no role"}], [{"role": "user", "content": 3}]],
     "completion": [3, [ASK]],
-    "messages": ["How many?", [], [SAY], [{"role": 3, "content": "x"}]],
+    "messages": ["How many?", [], [SAY], [{"role": 3, "content": "x"}], [{**ASK, "content": None}]],
     "text": [3, ["a"]],
     "tools": ["[{", [3]],
 }
@@ -163,6 +163,7 @@ def test_a_broken_row_is_named_by_its_index_and_its_file(
     data.write_text("".join(json.dumps(row) + "\n" for row in (good, {**beside, column: value})))
     said = refused(command(folders, out, "--dataset_name", str(data)), out, capsys)
     assert str(data) in said and ("row 1" in said or "line 2" in said or column in said), said
+    assert "on_bad_row: skip" in said or "line 2" in said, said
 
 
 def test_the_table_of_broken_rows_has_every_column() -> None:

@@ -200,6 +200,7 @@ def fail(error: BaseException) -> Any:
     (RuntimeError("unable to mmap 536 bytes: Cannot allocate memory (12)"), "Lower per_", 3),
     (OSError(errno.ENOSPC, "No space left on device"), "The disk is full", 3),
     (RuntimeError("I/O error: No space left on device (os error 28)"), "The disk is full", 3),
+    (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2264 vs 2156"), "The disk is full", 3),
     (RuntimeError("I/O error: File too large (os error 27)"), "or a quota is reached", 3),  # a limit of this user's
     (ImportError("No module named 'x'"), "A package is missing", 2),
     (ZeroDivisionError("by\nzero"), "ZeroDivisionError, which Diglot did not expect: by zero", 3),

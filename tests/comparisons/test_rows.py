@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import support.tokenizers_zoo as zoo
 from datasets import Dataset
 from support import tiny
 
 from diglot.batches.windows import repeated_stream
+from diglot.comparisons.rows import reads
+from diglot.data import Sample, to_sample
 from diglot.errors import DataError
 from diglot.rendering import Conversation
 
@@ -51,11 +55,44 @@ def test_how_messages_are_put_into_templates_is_an_option_of_both_sides(tmp_path
     assert student.vocabulary.bytes_of(ids[~student.vocabulary.control[ids]]).count(b"<|im_end|>") == 1
 
 
+def test_a_turn_of_weight_0_is_context_and_never_scored(tmp_path: Path) -> None:
+    """As in OpenAI's format for fine-tuning; the other turns keep their tokens and their places."""
+    turns = tiny.CHAT_ROWS[0]["messages"]
+    plain = [*turns, {"role": "user", "content": "And what is three?"}, {"role": "assistant", "content": "Three is."}]
+    marked = [{**m, "weight": 0} if i == 1 else m for i, m in enumerate(plain)]
+    for kind in (zoo.chatml(), zoo.inst()):
+        trainer = tiny.gkd(tmp_path, zoo.chatml(), kind, [{"messages": marked}] * 4, lmbda=0.0, score_turns="all")
+        both, last = (
+            trainer.comparisons[0].reader.written(to_sample({"messages": one}, "row")) for one in (plain, marked)
+        )
+        for side in ("student", "teacher"):
+            whole, kept = getattr(both, side), getattr(last, side)
+            assert len(whole.segment_bytes) == 2 and kept.segment_bytes == whole.segment_bytes[1:]
+            assert kept.ids.tolist() == whole.ids.tolist()
+            assert (np.flatnonzero(kept.segment == 0) == np.flatnonzero(whole.segment == 1)).all()
+
+
+def test_a_row_for_a_teacher_that_there_is_not_is_a_bad_row() -> None:
+    readers: list[Any] = [SimpleNamespace(label=label) for label in ("law", "maths")]
+    sample = Sample(Conversation(None, "x", route="chess"), "y", "train row 3")
+    with pytest.raises(DataError, match="train row 3 names the teacher 'chess'; there are law, maths"):
+        reads(readers, None, 4)(sample)
+
+
 def test_rows_without_completion_will_do_where_none_is_read(tmp_path: Path) -> None:
     rows = [UNANSWERED, *tiny.CHAT_ROWS]
     assert len(tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), rows, lmbda=1.0).train_dataset) == 9
     assert len(tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), rows, seq_kd=True).train_dataset) == 9
     assert len(tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), rows).train_dataset) == 9
+
+
+@pytest.mark.parametrize(("lmbda", "told"), [(0.5, True), (1.0, False)])
+def test_empty_completions_are_told_at_the_start_of_a_run_that_reads_them(
+    lmbda: float, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "x", "completion": "y"}, *[{"prompt": "x", "completion": ""}] * 3]
+    tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), rows, lmbda=lmbda)
+    assert ("3 of 4 rows of train have an empty completion" in caplog.text) is told
 
 
 def test_rows_to_evaluate_on_and_to_imitate_are_read_too(tmp_path: Path) -> None:

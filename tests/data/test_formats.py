@@ -35,6 +35,8 @@ ROWS: list[tuple[dict[str, Any], str, list[dict[str, str]]]] = [
     ({"conversations": [HUMAN, GPT], "system": "Be brief."}, "--dataset_format sharegpt", [BRIEF, ASK]),
     ({"conversations": json.dumps([HUMAN, GPT])}, "--dataset_format sharegpt", [ASK]),
     ({"messages": [HUMAN, GPT]}, "--dataset_format sharegpt", [ASK]),
+    ({"conversations": [HUMAN, {**GPT, "weight": 0}, HUMAN, GPT]}, "--dataset_format sharegpt",
+     [ASK, {**SAY, "weight": 0}, ASK]),
     ({"conversations": [ASK, SAY]}, "--dataset_columns messages=conversations", [ASK]),
     ({"messages": json.dumps([ASK, SAY])}, "--dataset_format json_text", [ASK]),
     ({"instruction": Q, "input": "", "output": A}, "--dataset_format alpaca", [ASK]),

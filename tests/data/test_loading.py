@@ -137,6 +137,27 @@ def test_an_unknown_ending_and_a_folder_without_data_are_errors(tmp_path: Path) 
         load_dataset(str(tmp_path / "empty"))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("row", [
+    {"prompt": None, "completion": "c"},
+    {"messages": [{"role": "user", "content": None}]},
+    {"prompt": "a", "images": ["a.png"]},
+    {"prompt": ""},
+])  # fmt: skip
+def test_a_bad_row_stops_with_the_option_that_leaves_it_out(tmp_path: Path, row: Any, streaming: bool) -> None:
+    name = write_jsonl(tmp_path / "d.jsonl", [row, *ROWS])
+    with pytest.raises(DataError, match=r"row 0[ :].*on_bad_row: skip"):
+        load_dataset(name, streaming=streaming)
+    assert len(plain(load_dataset(name, streaming=streaming, on_bad_row="skip"))) == 3
+
+
+def test_columns_are_not_called_unread_because_the_first_row_has_nothing_in_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_dataset(write_jsonl(tmp_path / "d.jsonl", [{"prompt": None, "completion": "c"}, *ROWS]), on_bad_row="skip")
+    assert "nothing reads" not in caplog.text
+
+
 def test_replies_are_there_only_if_every_row_has_one() -> None:
     ask, say = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     assert has_replies(Dataset.from_list([{"messages": [ask, say]}, {"messages": [ask, say]}]))

@@ -27,6 +27,11 @@ SAY = {"role": "assistant", "content": "Two."}
         ({"text": 3}, "`text` is int"),
         ({"prompt": "a", "tools": "[{"}, "`tools` is a string but not JSON"),
         ({"prompt": "a", "tools": ["f"]}, "expected a list of JSON schemas"),
+        ({"prompt": None, "completion": "c"}, "nothing in its columns completion, prompt"),
+        ({"messages": [{"role": "user", "content": None}, SAY]}, "has neither content nor a call"),
+        ({"messages": [ASK, {"role": "assistant", "tool_calls": []}]}, "has neither content nor a call"),
+        ({"messages": [ASK, {**SAY, "weight": 0}]}, "the last message has weight 0"),
+        ({"messages": [ASK, {**SAY, "weight": 0.5}, ASK, SAY]}, "a message of weight 0.5, expected 0 or 1"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(row, said) -> None:
@@ -52,6 +57,17 @@ def test_fields_that_a_table_filled_with_none_are_gone_at_every_depth() -> None:
         {**call, "content": None},
         ASK,
     )
+
+
+def test_a_message_may_say_something_else_than_content() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    thought = {"role": "assistant", "content": None, "reasoning_content": "Two, I think."}
+    for message in (call, thought):
+        assert to_sample({"messages": [ASK, message]}, "row").answer is not None
+
+
+def test_a_message_of_weight_1_is_a_message_without_a_weight() -> None:
+    assert to_sample({"messages": [ASK, {**SAY, "weight": 1}]}, "row") == to_sample({"messages": [ASK, SAY]}, "row")
 
 
 def test_tools_may_be_a_string_of_json() -> None:

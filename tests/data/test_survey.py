@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from diglot.data import Sample, survey, usable_rows
+from diglot.data import Sample, collate_samples, survey, usable_rows
 from diglot.errors import DataError, RenderingError
 
 ROWS: list[dict[str, Any]] = [{"prompt": f"p{i}", "completion": "c"} for i in range(6)]
@@ -53,6 +53,26 @@ def test_a_dataset_without_a_usable_row_is_an_error_even_when_they_are_skipped()
         usable(Reading(long=tuple(row["prompt"] for row in ROWS)))
     with pytest.raises(DataError, match="train has no rows"):
         usable_rows(Dataset.from_dict({"prompt": []}), Reading(), name="train", about={}, on_bad_row="skip")
+
+
+@pytest.mark.parametrize("trained_on", [True, False])
+def test_rows_with_an_empty_completion_are_told_where_completions_are_trained_on(
+    trained_on: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    ask, call = {"role": "user", "content": "a"}, {"function": {"name": "f", "arguments": "{}"}}
+    rows = [
+        *({**row, "messages": None} for row in ROWS),
+        {"messages": [ask, {"role": "assistant", "content": "", "tool_calls": None}]},
+        {"messages": [ask, {"role": "assistant", "content": "", "tool_calls": [call]}]},
+        *[{"prompt": "p", "completion": ""}] * 7,
+        {"prompt": "", "completion": ""},
+    ]
+    usable(Reading(), rows, on_bad_row="skip", replies=trained_on)
+    told = [record.getMessage() for record in caplog.records if "empty completion" in record.getMessage()]
+    assert len(told) == trained_on
+    if trained_on:
+        assert told[0].startswith("8 of 16 rows of train have an empty completion")
+        assert told[0].endswith("The first: row 6, row 8, row 9, row 10, row 11.")
 
 
 def test_rows_that_do_not_fit_are_told_and_stay(caplog: pytest.LogCaptureFixture) -> None:
@@ -113,6 +133,20 @@ def test_of_a_stream_only_shapes_are_looked_at(caplog: pytest.LogCaptureFixture)
     kept = list(usable_rows(stream, reading, name="train", about={}, on_bad_row="skip"))
     assert [row["__row__"] for row in kept] == list(range(6)) and reading.seen == 0
     assert "Left out (on_bad_row): train row 6" in caplog.text
+
+
+def test_a_bad_row_of_a_stream_stops_with_the_option_that_leaves_it_out() -> None:
+    broken = {"prompt": None, "completion": "c"}
+    with pytest.raises(DataError, match=r"train row 0 has nothing.* on_bad_row: skip"):
+        usable_rows(
+            Dataset.from_list([broken, *ROWS]).to_iterable_dataset(),
+            Reading(),
+            name="train",
+            about={},
+            on_bad_row="stop",
+        )
+    with pytest.raises(DataError, match=r"row 5 has nothing.* on_bad_row: skip"):  # when its turn comes
+        collate_samples([{**ROWS[0], "__row__": 4}, {**broken, "__row__": 5}])
 
 
 def test_the_first_row_of_a_stream_is_read_at_once() -> None:

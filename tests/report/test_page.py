@@ -87,6 +87,25 @@ def test_curves_numbers_warnings_gaps_pair_and_options_are_there(one: str) -> No
     assert "chunk g5" in spans and "chunk m5" in spans and "chunk m5 stop" in spans and "chunk unknown" in spans
 
 
+@pytest.mark.parametrize(("student", "teacher", "shown"), [
+    ("org/student", "org/teacher", "org/student ← org/teacher"),
+    ("HERE/student", "HERE/teacher/", "student ← teacher"),
+    ("~/models/student", "../teacher", "student ← teacher"),
+    ("org/student", [{"name": "HERE/a", "weight": 2}, "org/b"], "org/student ← a, org/b"),
+    ("org/student", "http://10.0.0.3:8000", "org/student ← a teacher on a server"),
+    ("org/student", [{"name": "http://10.0.0.3:8000", "tokenizer": "HERE/c"}, "self"], "org/student ← c, self"),
+])  # fmt: skip
+def test_models_are_named_without_their_folders_and_addresses(
+    student: str, teacher: object, shown: str, tmp_path: Path
+) -> None:
+    folder = make_run(tmp_path / "r")
+    given = {"model_name_or_path": student, "teacher_model_name_or_path": teacher, "trainer": "gkd"}
+    text = json.dumps(given).replace("HERE", str(tmp_path))
+    (folder / "resolved_config.yaml").write_text(text, encoding="utf-8")
+    subtitle = re.search(r'<p class="sub">\s*(.*?), gkd, ', page([load_run(folder)]), re.S)
+    assert subtitle and subtitle[1] == shown
+
+
 def test_two_runs_stand_side_by_side(tmp_path: Path) -> None:
     runs = [load_run(make_run(tmp_path / name, shift)) for name, shift in (("a <b>", 0.0), ("second", 0.05))]
     text = page(runs)

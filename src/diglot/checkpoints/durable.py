@@ -5,11 +5,13 @@ A folder is whole if it holds a manifest, which is written last and lists every 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,36 @@ BESIDE = ".saving-"  # a folder that is being written
 GONE = ".removing-"  # a folder that is being removed
 _LARGEST_MANIFEST = 1 << 24  # bytes
 _AT_A_TIME = 8  # files; a thread reads one, and hashing it lets the others run
+
+
+@contextlib.contextmanager
+def writing(beside: Path) -> Iterator[None]:
+    """Make a folder to write into, and hold it: nobody's `tidy` clears it away meanwhile.
+
+    Raises:
+        CheckpointError: another process writes into it.
+    """
+    beside.mkdir(parents=True, exist_ok=True)
+    handle = _hold(beside)
+    if handle is None:
+        raise CheckpointError(f"Another process is saving into {beside.parent}. Give each run its own output_dir.")
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _hold(beside: Path) -> int | None:
+    """A handle that holds a folder until it is closed or its process ends; None if somebody else holds it."""
+    handle = os.open(beside, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:  # a file system that has no locks
+        pass
+    return handle
 
 
 def seal(folder: Path, about: Mapping[str, Any]) -> None:
@@ -59,14 +91,23 @@ def remove(folder: Path) -> None:
 
 
 def tidy(run: Path) -> None:
-    """Clear away what a killed save left in `run`. A folder that was whole but not yet in its place is put there."""
+    """Clear away what a save that failed or was killed left in `run`, not what a process is writing.
+
+    A folder that was whole but not yet in its place is put there.
+    """
     if not run.is_dir():
         return
     for beside in run.glob(f"{BESIDE}*"):
-        for made in beside.iterdir() if beside.is_dir() else ():
-            if not (run / made.name).exists() and problem(made) is None:
-                os.rename(made, run / made.name)
-        shutil.rmtree(beside, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # it has come to its end meanwhile
+            if (handle := _hold(beside)) is None:
+                continue
+            try:
+                for made in beside.iterdir() if beside.is_dir() else ():
+                    if not (run / made.name).exists() and problem(made) is None:
+                        os.rename(made, run / made.name)
+                shutil.rmtree(beside, ignore_errors=True)
+            finally:
+                os.close(handle)
     for doomed in run.glob(f"{GONE}*"):
         shutil.rmtree(doomed, ignore_errors=True)
 

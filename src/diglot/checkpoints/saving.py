@@ -54,37 +54,51 @@ class Checkpoints:
     def saving(self, run: Path, state: TrainerState) -> Iterator[Path]:
         """A folder that becomes checkpoint `state.global_step` of `run` when the block has ended well."""
         step, main = state.global_step, self.args.should_save
+        beside, target = run / f"{durable.BESIDE}{step}", run / f"checkpoint-{step}"
+        made = beside / target.name
+        with self._writing(run, beside):
+            self.beside = beside
+            try:
+                made.mkdir(parents=True, exist_ok=True)
+                yield made
+            finally:
+                self.beside = None
+            self.accelerator.wait_for_everyone()
+            if main:
+                if state.best_model_checkpoint == str(made):  # the state must name the place where it will be
+                    state.best_model_checkpoint = str(target)
+                    state.save_to_json(str(made / TRAINER_STATE_NAME))
+                durable.seal(made, {"step": step, **self.described()})
+                durable.place(made, target)
+                shutil.rmtree(beside, ignore_errors=True)
+        if main:
+            rotate(run, self.args.save_total_limit, state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _writing(self, run: Path, beside: Path) -> Iterator[None]:
+        """`beside`, a folder in `run`, held while the block writes into it; a block that fails leaves nothing there."""
+        main = self.args.should_save
         if main:
             durable.tidy(run)
         self.accelerator.wait_for_everyone()
-        self.beside = run / f"{durable.BESIDE}{step}"
-        made, target = self.beside / f"checkpoint-{step}", run / f"checkpoint-{step}"
         try:
-            made.mkdir(parents=True, exist_ok=True)
-            yield made
-        finally:
-            self.beside = None
-        self.accelerator.wait_for_everyone()
-        if main:
-            if state.best_model_checkpoint == str(made):  # the state must name the place where it will be
-                state.best_model_checkpoint = str(target)
-                state.save_to_json(str(made / TRAINER_STATE_NAME))
-            durable.seal(made, {"step": step, **self.described()})
-            durable.place(made, target)
-            shutil.rmtree(made.parent, ignore_errors=True)
-            rotate(run, self.args.save_total_limit, state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
+            with durable.writing(beside) if main else contextlib.nullcontext():
+                yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if main:
+                    durable.tidy(run)
+            raise
 
     def save_model(self, target: Path, save: Callable[[str], None]) -> None:
         """`save` the student into a folder beside `target`, which does not load before all of it is there."""
         beside = target / f"{durable.BESIDE}model"
-        if self.args.should_save:
-            shutil.rmtree(beside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        save(str(beside))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save and beside.is_dir():
-            durable.move_files(beside, target, last=_LOADABLE)
+        with self._writing(target, beside):
+            save(str(beside))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save and any(beside.iterdir()):
+                durable.move_files(beside, target, last=_LOADABLE)
 
     def find(self, resume: str | bool | None) -> str | None:
         """The folder to resume from, whole, undamaged and of this run; None to start anew.
@@ -92,12 +106,12 @@ class Checkpoints:
         Raises:
             CheckpointError: no complete checkpoint, a damaged one, or one of another run; says what differs.
         """
-        if resume is None or resume is False:
-            return None
         run = Path(str(self.args.output_dir))
         if self.args.should_save:
             durable.tidy(run)
         self.accelerator.wait_for_everyone()
+        if resume is None or resume is False:
+            return None
         chosen = last_whole(run) if resume is True else Path(str(resume))
         read = durable.verify if self.args.should_save else durable.read_manifest
         check_same(read(chosen), self.described(), chosen)

@@ -1,4 +1,4 @@
-"""Completion of commands and options in bash, which asks `diglot --complete WORD ...` at each TAB.
+"""Completion of commands and options in bash and zsh, which ask `diglot --complete WORD ...` at each TAB.
 
 Imports neither torch nor transformers.
 """
@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from diglot.cli.options import load_options
+from diglot.errors import ConfigError
 
 BASH = """_diglot() {
     local IFS=$'\\n'
@@ -18,16 +19,40 @@ BASH = """_diglot() {
 }
 complete -o default -F _diglot diglot
 """
+ZSH = """_diglot() {
+    local -a given found
+    given=("${(@Q)words[2,CURRENT-1]}")
+    [[ $PREFIX == --*=* ]] && given+=("${PREFIX%%=*}" =) && compset -P '*='
+    found=(${(f)"$(diglot --complete "${given[@]}" "$PREFIX" 2>/dev/null)"})
+    (( $#found )) && compadd -a found || _files
+}
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+compdef _diglot diglot
+"""
 _FIRST = ("--help", "--version", "--install-completion", "--show-completion")
 
 
-def install(rc: Path) -> str:
-    """Append the function to a start file of bash, unless it is there; what was done, in words."""
+def of_shell(environment: Mapping[str, str]) -> tuple[str, Path]:
+    """The function for the shell that `SHELL` names (nothing: bash), and the start file it belongs into.
+
+    Raises:
+        ConfigError: a shell that is not known.
+    """
+    shell = Path(environment.get("SHELL") or "bash").name
+    if shell == "bash":
+        return BASH, Path("~/.bashrc").expanduser()
+    if shell == "zsh":
+        return ZSH, Path(environment.get("ZDOTDIR") or "~").expanduser() / ".zshrc"
+    raise ConfigError(f"Completion is known for bash and zsh, and SHELL says {shell}. Set SHELL to one of them.")
+
+
+def install(function: str, rc: Path) -> str:
+    """Append the function to a start file, unless it is there; what was done, in words."""
     text = rc.read_text(encoding="utf-8") if rc.exists() else ""
-    if BASH in text:
+    if function in text:
         return f"{rc} completes diglot already."
     with rc.open("a", encoding="utf-8") as file:
-        file.write(f"{'' if text.endswith(chr(10)) or not text else chr(10)}\n# completion of diglot\n{BASH}")
+        file.write(f"{'' if text.endswith(chr(10)) or not text else chr(10)}\n# completion of diglot\n{function}")
     return f"Written to {rc}. It works in new shells, and in this one after: source {rc}"
 
 
@@ -35,7 +60,7 @@ def candidates(words: Sequence[str], modules: Mapping[str, str]) -> list[str]:
     """What the last of `words` may become; nothing where a name or a file is due, which the shell completes itself.
 
     Args:
-        words: those behind `diglot`, up to the cursor. Bash gives `--option=value` as three.
+        words: those behind `diglot`, up to the cursor; `--option=value` as three.
         modules: of the commands beside `train`, each with a `parser()`.
     """
     *before, word = words or [""]

@@ -33,6 +33,7 @@ DISK = (
 CTRL_C = "Interrupted by Ctrl-C. Nothing was saved after the last checkpoint."
 _PATIENCE = 10.0  # seconds that an interrupted command may take to tidy up
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ROOM = ("os error 27", "os error 28", "PytorchStreamWriter failed writing", "unexpected pos ")  # of Rust, of torch
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -43,8 +44,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return CTRL_C, INTERRUPTED
     chain = list(_chain(error))
     if any(
-        (isinstance(one, OSError) and one.errno in _FULL)
-        or any(code in str(one) for code in ("os error 27", "os error 28"))
+        (isinstance(one, OSError) and one.errno in _FULL) or any(words in str(one) for words in _NO_ROOM)
         for one in chain
     ):
         return _with_details(DISK, error), UNEXPECTED

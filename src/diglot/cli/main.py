@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
 from diglot.cli.failures import ending_on_ctrl_c, explain
 
@@ -31,7 +30,7 @@ teachers:
 
   diglot COMMAND --help   options of a command
   diglot --version
-  diglot --install-completion   commands and options at TAB, in bash
+  diglot --install-completion   commands and options at TAB, in bash and zsh
 """
 
 
@@ -51,8 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"diglot {__version__}")
         return 0
-    if given[0] in ("--complete", "--show-completion", "--install-completion"):
-        return _complete(given[0], given[1:])
     try:
         with ending_on_ctrl_c():
             return _run(given[0], given[1:])
@@ -83,12 +80,11 @@ COMMANDS = {
 def _complete(how: str, words: list[str]) -> int:
     from diglot.cli import completion
 
-    if how == "--show-completion":
-        print(completion.BASH, end="")
-    elif how == "--complete":
+    if how == "--complete":
         print("\n".join(completion.candidates(words, {name: module for name, (module, _) in COMMANDS.items()})))
-    else:
-        print(completion.install(Path("~/.bashrc").expanduser()))
+        return 0
+    function, rc = completion.of_shell(os.environ)
+    print(function.rstrip() if how == "--show-completion" else completion.install(function, rc))
     return 0
 
 
@@ -110,6 +106,8 @@ def _run(command: str, arguments: list[str]) -> int:
     if command in COMMANDS:
         module, function = COMMANDS[command]
         return int(getattr(import_module(module), function)(arguments))
+    if command in ("--complete", "--show-completion", "--install-completion"):
+        return _complete(command, arguments)
     known = ", ".join(["train", *COMMANDS])
     print(f"diglot: there is no command {command!r}; commands: {known}", file=sys.stderr)
     return 2

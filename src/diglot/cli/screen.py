@@ -13,10 +13,10 @@ from diglot import phases
 
 
 class _Screen(logging.Handler):
-    """Writes to standard error as it is at that moment, above a progress bar if there is one."""
+    """Writes lines to standard error as it is at that moment, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record)
+        text = _erase() + self.format(record)
         if "tqdm" in sys.modules:
             from tqdm.auto import tqdm
 
@@ -28,6 +28,11 @@ class _Screen(logging.Handler):
 _SCREEN = _Screen(logging.INFO)
 
 
+def _erase() -> str:
+    """What clears the rest of a terminal's line, where a bar may have been that was longer; nothing elsewhere."""
+    return "\x1b[K" if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else ""
+
+
 def show_phases() -> None:
     """From now on phases are shown; of several processes the first one shows its own."""
     if int(os.environ.get("RANK", "0")) == 0:
@@ -35,6 +40,7 @@ def show_phases() -> None:
         phases.logger.addHandler(_SCREEN)  # a second time changes nothing
         if sys.stderr.isatty():
             phases.shown = _counting
+            logging.lastResort = _Screen(logging.WARNING)  # warnings that nobody handles: not behind the count
 
 
 @contextlib.contextmanager
@@ -48,10 +54,12 @@ def _counting(text: str) -> Iterator[None]:
         from tqdm.auto import tqdm
 
         # The time stands first: a long name is cut at the terminal's width.
-        with tqdm(desc=text, bar_format="{elapsed} {desc}", initial=0, leave=False, dynamic_ncols=True) as bar:
+        form = f"{_erase()}{{elapsed}} {{desc}}"
+        with tqdm(desc=text, bar_format=form, initial=0, leave=False, dynamic_ncols=True) as bar:
             bar.start_t -= phases.LONG
             while not ended.wait(1.0):
                 bar.refresh()
+        print(_erase(), end="", file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=count, daemon=True)
     thread.start()

@@ -72,6 +72,7 @@ def _usable(
             about={"sides": [_about(r) for r in readers], "replies": replies, "space": args.max_completion_length},
             on_bad_row=args.on_bad_row,
             templates=all(side.has_template for r in readers for side in (r.student, r.teacher)),
+            replies=replies is not None,
             labels=[one.label for one in comparisons] if len(comparisons) > 1 else [],
         )
 
@@ -87,6 +88,9 @@ def reads(readers: list[PairReader], replies: str | None, space: int) -> Read:
     def read(sample: Sample) -> bool:
         if replies and sample.reply is None:
             raise DataError(f"{sample.where} has no completion, and {replies}.")
+        labels, route = [one.label for one in readers], sample.conversation.route
+        if len(readers) > 1 and route is not None and route not in labels:
+            raise DataError(f"{sample.where} names the teacher {route!r}; there are {', '.join(map(str, labels))}.")
         fits = False  # on both sides of one comparison at least: what the others could not read is watched in training
         for reader in readers:
             if replies:

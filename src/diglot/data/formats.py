@@ -163,7 +163,8 @@ def _turn(turn: Any, name: str) -> dict[str, Any]:
         raise DataError(
             f"`{name}` holds {turn!r:.80}, expected {{'from': ..., 'value': ...}} with one of {', '.join(_SPEAKERS)}."
         )
-    return {"role": _SPEAKERS[speaker], "content": _text(turn.get("value"), "value")}
+    message = {"role": _SPEAKERS[speaker], "content": _text(turn.get("value"), "value")}
+    return message if turn.get("weight") is None else {**message, "weight": turn["weight"]}
 
 
 def _alpaca(row: Row) -> dict[str, Any]:

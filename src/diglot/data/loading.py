@@ -16,8 +16,8 @@ from datasets import Dataset, Features, IterableDataset
 from diglot.data.files import BUILDERS, explain, first_cause, is_file_name, load_file
 from diglot.data.formats import BAD, FORMATS, OWN, check_mapping, column_mapping, convert
 from diglot.data.recognise import EXPECTED, check_columns
-from diglot.data.samples import to_sample
-from diglot.errors import ConfigError, DataError, RenderingError
+from diglot.data.samples import to_sample, to_sample_or_stop
+from diglot.errors import ConfigError, DataError
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else reading a local file asks a server to count it
 
@@ -115,10 +115,7 @@ def has_replies(dataset: Dataset | IterableDataset) -> bool:
 def check_rows(rows: Iterable[Mapping[str, Any]], where: str) -> None:
     """Raise DataError at the first row that cannot be used."""
     for number, row in enumerate(rows):
-        try:
-            to_sample(row, f"{where} row {number}")
-        except RenderingError as error:
-            raise DataError(str(error)) from error
+        to_sample_or_stop(row, f"{where} row {number}")
 
 
 def _number(row: dict[str, Any], index: int) -> dict[str, Any]:

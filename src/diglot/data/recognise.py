@@ -176,7 +176,9 @@ def _read(row: Mapping[str, Any]) -> set[str]:
     always = {"tools", "teacher_prompt", "teacher"}
     if row.get("messages") is not None:
         return always | {"messages"}
-    return always | ({"prompt", "completion"} if row.get("prompt") is not None else {"text"})
+    if row.get("prompt") is not None:
+        return always | {"prompt", "completion"}
+    return always | {"text"} if row.get("text") is not None else always | {"messages", "prompt", "completion", "text"}
 
 
 def _listed(columns: Sequence[str]) -> str:

@@ -9,11 +9,14 @@ from typing import Any
 
 from diglot.data.formats import BAD
 from diglot.data.recognise import EXPECTED, MEDIA
-from diglot.errors import DataError
+from diglot.errors import DataError, DiglotError
 from diglot.rendering import Conversation, Reply, message_reply
+from diglot.rendering.reply import REASONING_FIELDS
 from diglot.rendering.template import content_text
 
 LONGEST = 1 << 24  # characters of a row
+LEAVE_OUT = "Mend it, or have training leave such rows out: on_bad_row: skip."
+_SAYS = ("tool_calls", "function_call", "audio", *REASONING_FIELDS)  # what a message may say without content
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,22 @@ def to_sample(row: Mapping[str, Any], where: str) -> Sample:
     return replace(sample, conversation=conversation)
 
 
+def to_sample_or_stop(row: Mapping[str, Any], where: str) -> Sample:
+    """`to_sample` where a bad row is the end: its error says how such rows are left out."""
+    try:
+        return to_sample(row, where)
+    except DiglotError as error:
+        raise DataError(f"{error} {LEAVE_OUT}") from error
+
+
 def _own_columns(row: Mapping[str, Any], where: str) -> Sample:
     """What the student reads."""
     if row.get(BAD):
         raise DataError(f"{where}: {row[BAD]}")
     if media := [name for name in MEDIA if row.get(name)]:
         raise DataError(
-            f"{where} has something in `{media[0]}`: only text can be compared. Leave such rows out (on_bad_row: "
-            "skip), or read their text alone (dataset_columns names the columns to read)."
+            f"{where} has something in `{media[0]}`: only text can be compared. dataset_columns, which names the "
+            "columns to read, has their text read alone."
         )
     _check_size(row, where)
     _check_unicode(row, where)
@@ -83,7 +94,7 @@ def _check_size(row: Mapping[str, Any], where: str) -> None:
         _letters(row.get(name)) for name in ("prompt", "completion", "messages", "text", "tools", "teacher_prompt")
     )
     if size > LONGEST:
-        raise DataError(f"{where} holds {size} characters, expected at most {LONGEST}. Cut it, or leave it out.")
+        raise DataError(f"{where} holds {size} characters, expected at most {LONGEST}.")
 
 
 def _check_unicode(row: Mapping[str, Any], where: str) -> None:
@@ -92,7 +103,7 @@ def _check_unicode(row: Mapping[str, Any], where: str) -> None:
         if (half := lone_surrogate(row.get(name))) is not None:
             raise DataError(
                 f"{where} holds the lone surrogate U+{ord(half):04X} in `{name}`, expected Unicode text: it was "
-                "probably cut in the middle of an emoji. Mend the row, or leave it out (on_bad_row: skip)."
+                "probably cut in the middle of an emoji."
             )
 
 
@@ -126,6 +137,11 @@ def _from_messages(messages: tuple[dict[str, Any], ...], tools: Any, where: str)
         raise DataError(
             f"{where}: the only message is the assistant's, so there is no prompt. Put what it answers before it."
         )
+    if messages[-1].get("weight") == 0:
+        raise DataError(
+            f"{where}: the last message has weight 0, so there is nothing to learn from. Take it off: the row is then "
+            "a prompt, which the student answers."
+        )
     reply = message_reply(messages[-1], where)
     text = content_text(messages[-1], where)
     answer = None if reply.is_plain and not reply.others else reply
@@ -155,13 +171,17 @@ def _messages(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...]
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise DataError(f"{where}: `{column}` holds {message!r:.80}, expected {{'role': ..., 'content': ...}}.")
+        if message.get("content") is None and not any(message.get(name) for name in _SAYS):
+            raise DataError(f"{where}: `{column}` holds {message!r:.80}, which has neither content nor a call.")
+        if message.get("weight") not in (None, 0, 1):
+            raise DataError(f"{where}: `{column}` has a message of weight {message['weight']!r:.40}, expected 0 or 1.")
         content_text(message, where)
     return tuple(_without_none(message) for message in value)
 
 
 def collate_samples(rows: list[dict[str, Any]]) -> dict[str, list[Sample]]:
     """Rows of a dataset as samples; runs in the data workers."""
-    return {"samples": [to_sample(row, where=f"row {row.get('__row__', i)}") for i, row in enumerate(rows)]}
+    return {"samples": [to_sample_or_stop(row, f"row {row.get('__row__', i)}") for i, row in enumerate(rows)]}
 
 
 def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:

@@ -25,14 +25,14 @@ from datasets.utils import tqdm
 
 from diglot.data.loading import with_row_numbers
 from diglot.data.recognise import check_columns, check_routes
-from diglot.data.samples import Sample, to_sample
+from diglot.data.samples import Sample, to_sample, to_sample_or_stop
 from diglot.errors import DataError, DiglotError
 
 logger = logging.getLogger(__name__)
 
 LEAST = 1000  # rows from which on the result is kept: below that, reading them takes a second or two
 _ROUTED = 100  # rows that say whether a column names teachers
-_NAMED = 5  # reasons that a message gives
+_NAMED = 5  # reasons, or rows, that a message gives
 _CODE = ("data", "vocabulary", "rendering", "batches")  # packages that decide what can be read
 
 Read = Callable[[Sample], bool]
@@ -45,6 +45,7 @@ class Survey:
 
     bad: dict[int, str] = field(default_factory=dict)  # why it cannot be used
     too_long: list[int] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)  # the numbers of rows whose reply has no text and no call
     plain_prompts: int = 0  # prompts that are text, not messages
 
 
@@ -56,6 +57,7 @@ def usable_rows(
     about: Mapping[str, Any],
     on_bad_row: str,
     templates: bool = False,
+    replies: bool = False,
     labels: Sequence[str] = (),
 ) -> Any:
     """The rows that can be trained on, and a word about the others.
@@ -68,6 +70,7 @@ def usable_rows(
         about: what reads the rows, as plain values: part of the key under which the result is kept.
         on_bad_row: "stop" or "skip".
         templates: have both models a chat template?
+        replies: are the rows' own replies trained on?
         labels: of several teachers, to which rows may be routed.
 
     Raises:
@@ -85,6 +88,15 @@ def usable_rows(
         data = with_row_numbers(data)
     result = _surveyed(data, read, name, about)
     _tell(result, len(data), name, on_bad_row, templates)
+    if replies and result.empty:
+        logger.warning(
+            "%d of %d rows of %s have an empty completion, from which only that the reply ends at once can be learned. "
+            "The first: %s.",
+            len(result.empty),
+            len(data),
+            name,
+            ", ".join(f"row {number}" for number in result.empty[:_NAMED]),
+        )
     if not result.bad:
         return data
     if not isinstance(data, Dataset):
@@ -102,6 +114,8 @@ def survey(rows: Iterable[Mapping[str, Any]], read: Read, name: str) -> Survey:
             result.plain_prompts += sample.conversation.messages is None and bool(sample.conversation.text)
             if not read(sample):
                 result.too_long.append(i)
+            elif sample.reply is not None and not (sample.answer.text if sample.answer else sample.reply):
+                result.empty.append(_number(row, i))
         except DiglotError as error:
             place = where(row, i, name)
             result.bad[i] = str(error) if place in str(error) else f"{place}: {error}"
@@ -110,8 +124,12 @@ def survey(rows: Iterable[Mapping[str, Any]], read: Read, name: str) -> Survey:
 
 def where(row: Mapping[str, Any], place: int, name: str) -> str:
     """How messages name a row."""
+    return f"{name} row {_number(row, place)}"
+
+
+def _number(row: Mapping[str, Any], place: int) -> str:
     number = row.get("__row__")
-    return f"{name} row {place if number is None else number}"
+    return str(place if number is None else number)
 
 
 def _tell(result: Survey, rows: int, name: str, on_bad_row: str, templates: bool) -> None:
@@ -157,8 +175,10 @@ def _usable_stream(data: IterableDataset, read: Read, name: str, on_bad_row: str
     if first is None:
         raise DataError(f"{name} has no rows.")
     check_columns(list(first), first, name)
-    if on_bad_row == "stop" and (bad := survey([first], read, name).bad):
-        raise DataError(bad[0])
+    if on_bad_row == "stop":
+        to_sample_or_stop(first, where(first, 0, name))
+        if bad := survey([first], read, name).bad:  # what a template refuses is not left out of a stream either
+            raise DataError(bad[0])
     data = with_row_numbers(data)
     return data.filter(_readable, fn_kwargs={"name": name}) if on_bad_row == "skip" else data
 

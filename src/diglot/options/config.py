@@ -65,7 +65,7 @@ class DistillationConfig(TrainingArguments):
         "tokenizer.json as it is.",
         "Student",
     )
-    disable_dropout: bool = option(True, "Turn the student's dropout off.", "Student")
+    disable_dropout: bool = option(True, "Turn the student's dropout off, and the jitter of its routers.", "Student")
 
     # Teacher
     teacher_model_name_or_path: str | list[Any] | None = option(

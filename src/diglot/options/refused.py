@@ -20,12 +20,21 @@ def check_arguments(compute_metrics: Callable[..., Any] | None) -> None:
 
 
 class RefusingTrainer(Trainer):
-    """A Trainer without what needs a batch that one model reads by itself, and whose accelerator divides no loss."""
+    """A Trainer without what needs a batch that one model reads by itself, whose accelerator divides no loss and which
+    misses no weight that a checkpoint holds under another name."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer's. It accumulates by itself; in 5.4 Accelerate divides by the steps as well."""
         super().create_accelerator_and_postprocess()
         self.accelerator.gradient_accumulation_steps = 1
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """The Trainer's own, but of tied weights: a file holds them once, and all their names have got them."""
+        assert self.model is not None
+        held, missing = self.model.state_dict(keep_vars=True), load_result.missing_keys
+        loaded = {id(weight) for name, weight in held.items() if name not in missing}
+        truly = [name for name in missing if name not in held or id(held[name]) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=truly))
 
     def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise `ConfigError`."""

@@ -15,7 +15,7 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """What messages call the reasoning of a turn; templates read one of them."""
 
 _REFUSED = ("function_call", "audio")
-_KNOWN = ("role", "content", "tool_calls", *REASONING_FIELDS)
+_KNOWN = ("role", "content", "tool_calls", "weight", *REASONING_FIELDS)
 
 
 def plain_reply(text: str) -> Reply:

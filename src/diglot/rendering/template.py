@@ -150,7 +150,7 @@ class Template:
     ) -> tuple[list[str], list[int]]:
         """Text around the assistant's earlier turns, generation prompt last, and which turns stand between.
 
-        A turn without text (a bare tool call, say) is left to the template.
+        A turn without text (a bare tool call, say) or of weight 0 is left to the template.
 
         Returns:
             `k + 1` pieces of text and the message indices of the `k` assistant turns between them.
@@ -158,7 +158,8 @@ class Template:
         Raises:
             RenderingError: the template drops, repeats or reorders an assistant turn.
         """
-        turns = [i for i, m in enumerate(messages) if m.get("role") == "assistant" and content_text(m, self.name)]
+        replies = [i for i, m in enumerate(messages) if m.get("role") == "assistant" and m.get("weight") != 0]
+        turns = [i for i in replies if content_text(messages[i], self.name)]
         base = _unused("SENTINELturn", repr((messages, tools)))
         sentinels = {i: f"{base}{i}x" for i in turns}
         marked = [{**m, "content": sentinels[i]} if i in sentinels else m for i, m in enumerate(messages)]

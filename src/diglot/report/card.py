@@ -90,6 +90,11 @@ def hub_name(name: str) -> str | None:
     return name
 
 
+def shown_name(name: str) -> str:
+    """How a model is called on a page: a repository as on the hub, of a path its last part."""
+    return hub_name(name) or Path(name).name or name
+
+
 def model_card(facts: CardFacts) -> ModelCard:
     """A card whose metadata the hub accepts: `base_model` and `datasets` are repositories or absent."""
     base, teachers = hub_name(facts.student), [one for t in facts.teachers if (one := hub_name(t.name))]
@@ -125,7 +130,7 @@ def _link(name: str, site: str) -> str:
     if not name:
         return "a model without a name"
     found = hub_name(name)
-    return f"[{found}]({site}{found})" if found else f"`{Path(name).name}` (not on the hub)"
+    return f"[{found}]({site}{found})" if found else f"`{shown_name(name)}` (not on the hub)"
 
 
 def _term(name: str, weight: float) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from diglot.errors import ConfigError
+from diglot.http.address import is_address
 from diglot.report.advice import all_advice
+from diglot.report.card import shown_name
 from diglot.report.colours import (
     DISLIKES_DARK,
     DISLIKES_LIGHT,
@@ -58,6 +60,7 @@ def page(runs: Sequence[Run]) -> str:
         changes=[_changes(curve, runs) for curve in CURVES if curve.fixed and drawn(curve, runs)],
         advice=[(run, one) for run in runs for one in all_advice(run.logs)],
         verdicts=[(run, judge(run)) for run in runs],
+        models=[models(run) for run in runs],
         curves=curves,
         columns=_columns(len(curves)),
         groups=side_by_side(runs),
@@ -67,6 +70,22 @@ def page(runs: Sequence[Run]) -> str:
         css_colours=Markup(_css_colours()),
         limit=LIMIT,
     )
+
+
+def models(run: Run) -> str:
+    """Student and teachers by name, without a folder or an address; empty where the configuration has none."""
+    student, given = (run.config.get(f"{side}model_name_or_path") for side in ("", "teacher_"))
+    names = [_teacher(one, run) for one in (given if isinstance(given, list) else [given])]
+    return f"{shown_name(str(student))} ← {', '.join(names)}" if student else ""
+
+
+def _teacher(entry: Any, run: Run) -> str:
+    """The name of one teacher of a configuration; of one on a server that of its tokenizer."""
+    own = entry if isinstance(entry, dict) else {"name": entry}
+    name = own.get("name")
+    if is_address(name):
+        name = own.get("tokenizer") or run.config.get("teacher_tokenizer_name_or_path") or "a teacher on a server"
+    return shown_name(str(name))
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------

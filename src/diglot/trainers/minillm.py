@@ -98,7 +98,8 @@ class MiniLLMTrainer(DistillationTrainer):
         )  # fmt: skip
         if dropout := max((value for *_, value in dropouts(self.student)), default=0.0):
             logger.warning(
-                "The student has a dropout of %s: ratios of the policy are noise. Set disable_dropout: true.", dropout
+                "The student has a dropout or jitter of %s: ratios of the policy are noise. Set disable_dropout: true.",
+                dropout,
             )
         if (self.args.temperature, self.args.top_p, self.args.top_k) != (1, 1, 0):
             logger.warning(
