@@ -13,10 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diglot.batches import PairReader
 from diglot.comparisons.comparison import Comparison
 from diglot.comparisons.connect import connect_teacher, kept_teacher
+from diglot.comparisons.rows import check_route
 from diglot.comparisons.scores import check_temperature
 from diglot.comparisons.terms import Term, check_level
 from diglot.data import Sample
-from diglot.errors import ConfigError, DataError
+from diglot.errors import ConfigError
 from diglot.objectives import Level, Pair
 from diglot.options import DistillationConfig, TeacherOptions
 from diglot.phases import phase
@@ -236,9 +237,7 @@ def routes(comparisons: Sequence[Comparison], samples: Sequence[Sample]) -> bool
         return False
     labels = [one.label for one in comparisons]
     for route, where in named.items():
-        if route not in labels:
-            shown = "names no `teacher`, as other rows do" if route is None else f"names the teacher {route!r}"
-            raise DataError(f"{where} {shown}; there are {', '.join(labels)}. Name one of them in every row.")
+        check_route(route, labels, where)
     return True
 
 

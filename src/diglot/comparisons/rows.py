@@ -77,6 +77,13 @@ def _usable(
         )
 
 
+def check_route(route: str | None, labels: Sequence[str], where: str) -> None:
+    """Raise `DataError` if a row, of several that name teachers, names none of them."""
+    if route not in labels:
+        shown = "names no `teacher`, as other rows do" if route is None else f"names the teacher {route!r}"
+        raise DataError(f"{where} {shown}; there are {', '.join(labels)}. Name one of them in every row.")
+
+
 def reads(readers: list[PairReader], replies: str | None, space: int) -> Read:
     """How a row is read: with its reply where training reads that, else its prompt alone.
 
@@ -85,12 +92,13 @@ def reads(readers: list[PairReader], replies: str | None, space: int) -> Read:
         space: tokens that a prompt must leave for what the student writes.
     """
 
+    labels = [str(one.label) for one in readers]
+
     def read(sample: Sample) -> bool:
         if replies and sample.reply is None:
             raise DataError(f"{sample.where} has no completion, and {replies}.")
-        labels, route = [one.label for one in readers], sample.conversation.route
-        if len(readers) > 1 and route is not None and route not in labels:
-            raise DataError(f"{sample.where} names the teacher {route!r}; there are {', '.join(map(str, labels))}.")
+        if len(readers) > 1 and sample.conversation.route is not None:
+            check_route(sample.conversation.route, labels, sample.where)
         fits = False  # on both sides of one comparison at least: what the others could not read is watched in training
         for reader in readers:
             if replies:

@@ -23,8 +23,8 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 _LOOK = 3e-2  # of the mass of a boundary: a leaf of less is not looked behind
 _PIECES = 3  # of the teacher, behind the first, at most so many
-_HOPELESS = 0.99  # of it: where more could not be written, the tokens so far are not the student tokenizer's own
 _SMALL = 1e-4  # of the mass of a boundary: what follows a leaf with less is not told apart
+_HOPELESS = 0.99  # of it: where more could not be written, the tokens so far are not the student tokenizer's own
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,11 @@ def settle(
     count, which = len(previous), open_leaves(leaves, previous, cuts)
     ahead = look_ahead(leaves.at(which), previous, branch, text, rows, cuts, look)
     left, vague = leaves.mass.copy(), np.zeros(count)
-    left[which] = ahead.left
     if look is None:
-        vague += np.bincount(leaves.boundary[which], ahead.left, minlength=count)
         left[which] = 0.0
+        vague += np.bincount(leaves.boundary[which], ahead.left, minlength=count)
+    else:
+        left[which] = ahead.left
     refused = np.zeros(len(left), dtype=np.bool_)
     tried = np.flatnonzero((left > least) & (leaves.cell >= 0))
     refused[tried] = ~cuts.neighbours.some_allowed(previous[leaves.boundary[tried]], leaves.cell[tried], cuts.cells)

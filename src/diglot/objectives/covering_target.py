@@ -66,15 +66,15 @@ def make_targets(
     previous = np.where((plan.previous >= 0) & canonical, ids_s[np.maximum(plan.previous, 0)], -1)
     leaves = _leaves(plan, rows, cuts.cells, weight, start - log_prefix[plan.earlier.to])
     settled = settle(leaves, previous, cuts, plan.branch, t, rows.read, look, NEGLIGIBLE)
+    share = settled.share
     boundary, cell, mass = _summed(settled.boundary, settled.cell, settled.mass, len(cuts.cells.cell))
 
     place = np.arange(len(boundary)) - np.searchsorted(boundary, boundary)
     column = np.full((count, int(place.max(initial=-1)) + 1), -1, dtype=np.int64)
     dense = np.zeros(column.shape)
     column[boundary, place], dense[boundary, place] = cell, mass
-    split, own_mass = _written_token(plan, cuts.cells, ids_s, column, dense, log_prefix + np.log(settled.share))
+    split, own_mass = _written_token(plan, cuts.cells, ids_s, column, dense, log_prefix + np.log(share))
     silent = np.exp(rows.read.silent[plan.own]) * weight
-    share = settled.share
     return Targets(column, dense, stop / share, silent / share, split, own_mass, share, 1 - weight)
 
 
