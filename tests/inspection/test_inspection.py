@@ -152,6 +152,15 @@ def test_a_row_whose_reply_cannot_be_read_stops_training_and_is_named() -> None:
     assert "row 1" in found.verdict.problems[0] and "stamp" in found.verdict.problems[0]
 
 
+def test_without_data_a_template_that_reads_no_conversation_is_in_the_verdict() -> None:
+    """The pair can still be trained on plain text."""
+    broken = zoo.turns()
+    broken.chat_template = "{{ raise_exception('no such role') }}"
+    found = inspect_pair(Input("chatml", zoo.chatml()), Input("broken", broken))
+    assert found.verdict.trainable and found.rendering is None
+    assert any("no such role" in one and "teacher" in one for one in found.verdict.warnings)
+
+
 def test_a_think_block_on_one_side_only_is_told() -> None:
     found = inspected("thinker", "chatml")
     assert found.student is not None and found.student.opens_thinking

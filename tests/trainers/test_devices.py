@@ -26,6 +26,10 @@ def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: py
     refused(tmp_path, r"4 GPUs are visible .*--nproc_per_node 4.*CUDA_VISIBLE_DEVICES=0")
 
 
+def test_half_precision_that_the_cpu_would_not_compute_in_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, "fp16=True does nothing on the CPU.*bf16", fp16=True)
+
+
 def test_a_device_without_float64_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DistillationConfig, "device", property(lambda self: torch.device("mps")))
     refused(tmp_path, "mps, which has no float64.*use_cpu: true")

@@ -21,10 +21,13 @@ from diglot.options import GKDConfig, MiniLLMConfig
     [
         ({"train_sampling_strategy": "group_by_length"}, "group_by_length.*share a micro-batch anyway"),
         ({"include_num_input_tokens_seen": "all"}, "would count 0.*num_tokens"),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True.*Leave it at False"),
         ({"seq_kd": True, "lmbda": 1.0}, "seq_kd=True.*lmbda=1.0 leaves none"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_options_that_would_do_nothing_or_stop_a_run_late_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=message):
         GKDConfig(output_dir=str(tmp_path), **options)
 

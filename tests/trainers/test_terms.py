@@ -318,3 +318,20 @@ def test_a_student_is_anchored_to_the_cut_of_given_texts_alone(tmp_path: Path, o
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
     assert (losses[0] == losses[1]) is own
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "share"),
+    [(tiny.gkd, {"lmbda": 1.0}, "100%"), (tiny.gkd, {"lmbda": 0.25}, "25%"), (tiny.minillm, {}, "100%")],
+)
+def test_imitation_of_the_students_own_samples_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Any, options: dict[str, Any], share: str
+) -> None:
+    mixed = [{"name": "strict"}, {"name": "ce", "weight": 0.5}]
+    make(tmp_path, zoo.chatml(), zoo.turns(), tiny.CHAT_ROWS, objective=mixed, **options)
+    assert f"in {share} of the steps that is the student's own sample" in caplog.text
+
+
+def test_imitation_of_given_texts_is_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny.gkd(tmp_path, zoo.chatml(), zoo.turns(), tiny.CHAT_ROWS, objective=["strict", "ce"], lmbda=0.0)
+    assert "own sample" not in caplog.text

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import support.tokenizers_zoo as zoo
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from diglot.errors import VocabularyError
 from diglot.vocabulary import ByteEncoder, Encoded, Vocabulary
@@ -64,6 +65,16 @@ def test_no_text_reaches_a_control_token_that_the_backend_does_not_mark() -> Non
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|e|>")
     assert spelt(tokenizer, "a<|e|>b") == b"a<|e|>b"
     assert 256 in ByteEncoder(tokenizer, Vocabulary.from_tokenizer(tokenizer)).encode_markup("a<|e|>b")
+
+
+def test_a_pad_that_is_a_piece_of_text_stays_text_when_the_tokenizer_is_saved_and_loaded(tmp_path: Path) -> None:
+    """Some name "!" their pad, and loading declares it a special token."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level({"<|e|>": 256}), eos_token="<|e|>", pad_token="!")
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.pad_token_id in loaded.added_tokens_decoder
+    assert spelt(loaded, "Hello!! a!") == b"Hello!! a!"
+    assert not Vocabulary.from_tokenizer(loaded).control[loaded.pad_token_id]
 
 
 @pytest.mark.parametrize("text", ["a </s> b", "a \uff1c/s\uff1e b", "a </S> b"])

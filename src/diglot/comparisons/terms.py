@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from diglot.errors import ConfigError, TeacherError
 from diglot.objectives import OBJECTIVES, Level, Objective, Pair, make_objective, options_of
 from diglot.options import DistillationConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,17 @@ def check_level(terms: Sequence[Term], offered: Level, also: Collection[str] = (
 
 
 def check_options(args: DistillationConfig, terms: Sequence[Term], *, always: Collection[str] = ()) -> None:
-    """Raise `ConfigError` for an option of objectives that was given and that no term can use; `always` are used."""
+    """Raise `ConfigError` for an option of objectives that was given and that no term can use; `always` are used.
+
+    Warns of a cross-entropy of texts that the student has written itself.
+    """
+    own = float(getattr(args, "lmbda", 1.0))  # MiniLLM's student writes in every step
+    if own and any(term.objective.name == "ce" and term.weight and not term.built_in for term in terms):
+        logger.warning(
+            "Objective 'ce' imitates the text, and in %.0f%% of the steps that is the student's own sample: its "
+            "expected gradient is then zero, or sharpens what the student does already. Set lmbda=0, or drop it.",
+            100 * own,
+        )
     used = {
         "beta": any(hasattr(term.objective, "beta") for term in terms),
         "strict_top_k": any(term.objective.name == "strict" for term in terms),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -97,17 +97,19 @@ def inspect_sides(
     built_in = Sample(Conversation(CONVERSATION[:1]), CONVERSATION[1]["content"], "built-in conversation")
     rendering, refused = _first_row(reader, [built_in] if samples is None else samples)
     problems += [refused] if refused and samples is not None else []
+    unread = [f"Conversations such as this cannot be read: {refused}"] if refused and samples is None else []
     talk = next((s for s in samples or () if s.conversation.messages is not None), built_in).conversation
     texts = list(TEXTS) if samples is None else _texts(samples)
     batch = _align(reader, texts)
     side_s, side_t = _facts(student, talk), _facts(teacher, talk)
     agreed, critical = measure.agreement(batch.written), measure.critical(batch.written, mine, theirs)
     objectives = verdict.judge_objectives(pair, batch, offered)
+    judged = verdict.verdict(side_s, side_t, pair.same, problems, agreed, critical, objectives, min_coverage, data)
     return Inspection(
         student_name=student.name,
         teacher_name=teacher.name,
         texts=BUILT_IN if samples is None else data or "given rows",
-        verdict=verdict.verdict(side_s, side_t, pair.same, problems, agreed, critical, objectives, min_coverage, data),
+        verdict=replace(judged, warnings=(*unread, *judged.warnings)),
         student=side_s,
         teacher=side_t,
         same=pair.same,

@@ -94,6 +94,11 @@ def check_texts(values: Mapping[str, object]) -> None:
             f"train_sampling_strategy={order!r} is not allowed: lengths are known when a text is written and read. "
             "Samples of similar length share a micro-batch anyway. Take 'random' or 'sequential'."
         )
+    if values.get("remove_unused_columns"):
+        raise ConfigError(
+            "remove_unused_columns=True is not allowed: the columns of the data are no inputs of a model, and all "
+            "would be removed. Leave it at False."
+        )
     optim_args = values.get("optim_args")
     if optim_args and not all("=" in part for part in str(optim_args).split(",")):
         raise ConfigError(f"optim_args={optim_args!r} is not allowed: it must be name=value, with commas between.")

@@ -72,6 +72,10 @@ def check_devices(args: DistillationConfig) -> None:
             "The device is mps, which has no float64, and sampling and several objectives sum in it. Train on CUDA, or "
             "on the CPU with use_cpu: true."
         )
+    if args.fp16 and args.device.type == "cpu":
+        raise ConfigError(
+            "fp16=True does nothing on the CPU: Accelerate computes in float32 there. Drop it, or set bf16."
+        )
     if args.n_gpu > 1:
         raise ConfigError(
             f"{args.n_gpu} GPUs are visible to one process, which nn.DataParallel would give the wrong rows. Start one "

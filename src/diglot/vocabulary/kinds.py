@@ -57,6 +57,8 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> Description:
     pieces = {i: piece for piece, i in backend.get_vocab(with_added_tokens=False).items()}
     model = _model_options(backend)
     declared = {i for i, token in tokens.items() if token.special}
+    if isinstance(backend.model, models.BPE):  # loading declares every role; a pad may be a letter all the same
+        declared -= special_ids - {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     ordinary = {i for i in special_ids - declared if i in pieces and _is_ordinary(pieces[i], backend.model)}
     special = {i: t.content for i, t in tokens.items() if (t.special or i in special_ids) and i not in ordinary}
     added = {i: t.content for i, t in tokens.items() if i not in special}
