@@ -144,7 +144,7 @@ def test_the_first_row_is_shown_as_training_reads_it(row: dict[str, Any], read: 
 def test_a_row_whose_reply_cannot_be_read_stops_training_and_is_named() -> None:
     """Its prompt alone is in order: what training would say of the reply is what the verdict says."""
     refused = {"messages": [ASKED, {"role": "assistant", "content": "Noon.", "stamp": "12:00"}]}
-    stamped = zoo.chatml()
+    stamped = copy.deepcopy(zoo.chatml())
     stamped.chat_template = str(stamped.chat_template).replace("{{ m['content'] }}", "{{ m.stamp }}{{ m['content'] }}")
     samples = [to_sample(row, f"row {i}") for i, row in enumerate((CHAT, refused))]
     found = inspect_pair(Input("stamped", stamped), Input("turns", zoo.turns()), samples)
@@ -154,7 +154,7 @@ def test_a_row_whose_reply_cannot_be_read_stops_training_and_is_named() -> None:
 
 def test_without_data_a_template_that_reads_no_conversation_is_in_the_verdict() -> None:
     """The pair can still be trained on plain text."""
-    broken = zoo.turns()
+    broken = copy.deepcopy(zoo.turns())  # which all tests share
     broken.chat_template = "{{ raise_exception('no such role') }}"
     found = inspect_pair(Input("chatml", zoo.chatml()), Input("broken", broken))
     assert found.verdict.trainable and found.rendering is None
