@@ -29,7 +29,7 @@ def both(tokenizer: PreTrainedTokenizerBase) -> Copies:
 
 
 def states(encoder: ByteEncoder) -> list[str | None]:
-    found = (encoder._encoder._inside.plain, encoder._encoder._inside._with_specials)
+    found = (encoder._encoder._inside.plain, encoder._encoder._inside.with_specials)
     return [copy and copy.to_str() for copy in found]
 
 

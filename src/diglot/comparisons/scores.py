@@ -179,7 +179,10 @@ class ModelScores:
     def teacher_log_probs(self, hidden: Tensor, ids: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         for at, logits in logits_by_parts(hidden, self.teacher.head, self.chunk_rows(False), ids):
             cooled = logits if self.temperature == 1.0 else logits / self.temperature
-            yield at, cooled.log_softmax(-1, dtype=torch.float32)
+            if cooled.device.type == "cpu" and cooled.dtype == torch.float32:  # new memory would take twice as long
+                yield at, torch.log_softmax(cooled, -1, out=cooled)
+            else:
+                yield at, cooled.log_softmax(-1, dtype=torch.float32)
 
     def once(self, by: object, make: Callable[[], T]) -> T:
         return self.answers.once(by, make)

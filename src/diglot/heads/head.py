@@ -106,17 +106,26 @@ class Head:
             raw = torch.bmm(chosen, hidden.to(exact).unsqueeze(-1)).squeeze(-1)
         return raw if bias is None else raw + bias[ids]
 
-    def raw_columns(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
-        """Maps `hidden [R, H]` to what `raw` gives of the columns `ids` `[k]`, the same for all rows: `[R, k]`."""
+    def raw_rows(self, ids: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """Maps `hidden [R, H]` to what `raw` gives of the columns `ids` `[k]`, the same for all rows: `[R, k]`.
+
+        Without gradient. On a CPU a call writes over the result of the call before: new memory for a hundred thousand
+        columns costs as much time there as their softmax.
+        """
         if not self.is_linear:
-            return lambda hidden: self.raw(hidden)[:, ids]
+            return lambda hidden: self.raw(hidden) if ids is None else self.raw(hidden)[:, ids]
         own = self._own(None)
-        weight, bias = nn.functional.embedding(ids, own["weight"]), own.get("bias")
-        dtype = product_dtype(weight)
+        weight, bias = own["weight"].detach(), own.get("bias")
+        if ids is not None:
+            weight, bias = nn.functional.embedding(ids, weight), None if bias is None else bias[ids]
+        dtype, known = product_dtype(weight), list[Tensor]()
 
         def raw(hidden: Tensor) -> Tensor:
-            found = rows_times(hidden, weight, dtype)
-            return found if bias is None else found + bias[ids]
+            out = known.pop() if known and len(known[0]) >= len(hidden) else None
+            found = rows_times(hidden, weight, dtype, out)
+            if found.device.type == "cpu":
+                known[:] = [found if out is None else out]
+            return found if bias is None else found.add_(bias)
 
         return raw
 

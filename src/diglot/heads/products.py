@@ -38,12 +38,13 @@ def times(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         return a.float() @ b.float()
 
 
-def rows_times(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`hidden [R, H] @ weight.T [H, V]`, as `times`."""
+def rows_times(hidden: Tensor, weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """`hidden [R, H] @ weight.T [H, V]`, as `times`; written to `out`, of at least `R` rows, if given."""
     as_it_is = _copied_as_it_is(weight, dtype)
     if as_it_is and hidden.device.type != "cpu":
         return times(hidden, weight.T, dtype)
-    found = torch.empty(len(hidden), len(weight), dtype=result_dtype(dtype), device=hidden.device)
+    shape = len(hidden), len(weight)
+    found = torch.empty(shape, dtype=result_dtype(dtype), device=hidden.device) if out is None else out[: len(hidden)]
     for part in _parts(len(weight), _CACHED if as_it_is else _COLUMNS):
         found[:, part] = times(hidden, weight[part].T, dtype)
     return found

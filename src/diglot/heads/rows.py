@@ -175,14 +175,16 @@ def parts(rows: int, chunk_rows: int) -> Iterator[slice]:
     return blocks(rows, max(chunk_rows // _PARTS, 1))
 
 
+@torch.no_grad()
 def logits_by_parts(
     hidden: Tensor, head: Head, chunk_rows: int, ids: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """Rows of `hidden [N, H]`, and their logits `[r, V]`: an eighth of a block at a time, for what copies them.
 
-    Of the columns `ids` `[k]` only, if given: `[r, k]`.
+    Of the columns `ids` `[k]` only, if given: `[r, k]`. Without gradient; they may be overwritten, and are by the next
+    block.
     """
-    form = head.raw if ids is None else head.raw_columns(ids)
+    form = head.raw_rows(ids)
     for block in blocks(len(hidden), chunk_rows):
         raw = form(hidden[block])
         for part in parts(len(raw), chunk_rows):

@@ -118,12 +118,13 @@ class Probes:
 def encoded(texts: Sequence[bytes], encode: Encode) -> list[list[int] | None]:
     """The tokens of each text, None for what is no text by itself or is not written as it is."""
     found: list[list[int] | None] = [None] * len(texts)
-    asked: list[tuple[int, str]] = []
+    place, as_text = list[int](), list[str]()
     for k, text in enumerate(texts):
         with suppress(UnicodeDecodeError):
-            asked.append((k, text.decode("utf-8")))
-    for (k, _), read in zip(asked, encode([text for _, text in asked]) if asked else (), strict=True):
-        if read.exact.all():
+            as_text.append(text.decode("utf-8"))
+            place.append(k)
+    for k, read in zip(place, encode(as_text) if as_text else (), strict=True):
+        if False not in read.exact.tolist():  # a few tokens: NumPy's own is slower
             found[k] = read.ids.tolist()
     return found
 
@@ -141,6 +142,9 @@ class Neighbours:
         self.student, self.encode = student, encode_s
         self._known: dict[tuple[int, ...], bool] = {}
         self._alone: dict[tuple[int, ...], bool | None] = {}
+        texts = student.tokens()
+        self._cut_behind = np.array([bool(text) and not text[-1:].isspace() for text in texts])  # [V_s]
+        self._cut_before = np.array([bool(text) and text[0] in student.word_cuts for text in texts])
 
     def allowed(self, pairs: list[tuple[int, int]]) -> list[bool]:
         """For each pair of ids. True for what is no text by itself: nothing can be said of it."""
@@ -153,7 +157,9 @@ class Neighbours:
 
     def _find_out(self, new: list[tuple[int, int]]) -> None:
         # Where the tokenizer cuts in any case, it writes each of the two by itself: there are fewer tokens than pairs.
-        apart = [pair for pair in new if self._cut_between(*pair)]
+        ids = np.array(new, dtype=np.int64)
+        cut = self._cut_behind[ids[:, 0]] & self._cut_before[ids[:, 1]]
+        apart = [pair for pair, is_cut in zip(new, cut.tolist(), strict=True) if is_cut]
         alone = dict.fromkeys((token,) for pair in apart for token in pair)
         self._ask([*(one for one in alone if one not in self._alone)], self._alone)
         for one, other in apart:
@@ -167,10 +173,6 @@ class Neighbours:
         """Does the tokenizer write the text of these tokens with them? None for what is no text."""
         read = encoded([b"".join(map(self.student.token, ids)) for ids in new], self.encode)
         known |= {ids: None if found is None else found == list(ids) for ids, found in zip(new, read, strict=True)}
-
-    def _cut_between(self, one: int, other: int) -> bool:
-        begin, end = self.student.token(other)[:1], self.student.token(one)[-1:]
-        return bool(begin and end) and begin[0] in self.student.word_cuts and not end.isspace()
 
     def some_allowed(self, before: Ints, cell: Ints, cells: CellMap) -> NDArray[np.bool_]:
         """Does a cell hold a token that is written behind the one `before`, `[n]`? -1: a text starts there."""

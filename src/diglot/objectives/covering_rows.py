@@ -21,6 +21,7 @@ from diglot.objectives.covering_plan import EarlierRows
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 NEGLIGIBLE = 1e-4  # of the mass of a range: a token that is not looked at by itself
+_RUN = 128  # columns side by side, of which the largest is sought first
 _TOGETHER = 2**21  # tokens of ranges, 24 bytes each, that are looked through at a time
 
 
@@ -100,9 +101,9 @@ def read_rows(
         ranges.read(logp, at.start, by_row[slice(*np.searchsorted(sorted_pair, rows))])
         for without_text in (stop, silent):
             logp.index_fill_(1, without_text, -torch.inf)
-        best = logp.topk(min(table.top_k, logp.shape[1]), dim=-1)
-        numbers["top"].append(best.values)
-        top_ids.append(best.indices)
+        values, ids = _likeliest(logp, min(table.top_k, logp.shape[1]))
+        numbers["top"].append(values)
+        top_ids.append(ids)
     ranges.look_through()
     number, whole = _to_host(
         {**numbers, "total": ranges.totals, "leaf": ranges.values},
@@ -124,6 +125,25 @@ def read_rows(
         number["leaf"],
         total,
     )
+
+
+def _likeliest(logp: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row `[r, V]`, and their ids: `[r, count]`, sorted.
+
+    On a CPU the columns are sought in the runs of columns with the largest maxima, which hold them all: less than half
+    the time.
+    """
+    runs = logp.shape[1] // _RUN
+    if logp.device.type != "cpu" or runs <= count:
+        values, ids = logp.topk(count, dim=-1)
+        return values, ids
+    whole, rest = logp[:, : runs * _RUN].unflatten(1, (runs, _RUN)), logp[:, runs * _RUN :]
+    chosen = whole.amax(-1).topk(count, dim=-1).indices
+    at = chosen[:, :, None].expand(-1, -1, _RUN)
+    values, place = torch.cat([whole.gather(1, at).flatten(1), rest], dim=1).topk(count, dim=-1)
+    columns = (chosen[:, :, None] * _RUN + torch.arange(_RUN)).flatten(1)
+    behind = torch.arange(runs * _RUN, logp.shape[1]).expand(len(logp), -1)
+    return values, torch.cat([columns, behind], dim=1).gather(1, place)
 
 
 class _Ranges:

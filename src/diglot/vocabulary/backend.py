@@ -25,13 +25,14 @@ _MOST_RUNS = 32  # of added tokens: each one makes the library build its matcher
 class Spans:
     """Tokens of one text, in order: their ids, and the characters `[start, stop)` of the text that each came from."""
 
-    def __init__(self, encoding: tokenizers.Encoding) -> None:
+    def __init__(self, text: str, tokenizer: tokenizers.Tokenizer, encoding: tokenizers.Encoding) -> None:
         self.ids: list[int] = encoding.ids
-        self._encoding = encoding
+        self._text, self._tokenizer = text, tokenizer
 
     def characters(self) -> tuple[list[int], list[int]]:
         """Starts and stops. Made when they are asked for: where the bytes fit, nobody does."""
-        starts, stops = zip(*self._encoding.offsets, strict=True) if self.ids else ((), ())
+        offsets = self._tokenizer.encode(self._text, add_special_tokens=False).offsets
+        starts, stops = zip(*offsets, strict=True) if offsets else ((), ())
         return list(starts), list(stops)
 
 
@@ -61,11 +62,13 @@ class BackendEncoder:
     def spans(self, texts: Sequence[str], *, start: bool = False) -> list[Spans]:
         """Encode as text, special tokens spelt out; as a continuation, or as the start of a text."""
         plain = (self._at_start if start else self._inside).plain
-        return [Spans(encoding) for encoding in plain.encode_batch(list(texts), add_special_tokens=False)]
+        found = plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [Spans(text, plain, encoding) for text, encoding in zip(texts, found, strict=True)]
 
     def markup(self, text: str, *, start: bool = False) -> Spans:
         """Encode with special tokens recognised and nothing added."""
-        return Spans((self._at_start if start else self._inside).markup(text))
+        tokenizer = (self._at_start if start else self._inside).with_specials
+        return Spans(text, tokenizer, tokenizer.encode(text, add_special_tokens=False))
 
     def bos_ids(self) -> list[int]:
         """The ids that the tokenizer's own post-processor puts before plain text."""
@@ -84,15 +87,12 @@ class _Copies:
         self.plain = _build(_without_specials(spec, names, hidden), model if shared else None)
         self.plain.encode_special_tokens = True
         # A copy of its own, though often one switch is all the difference: another thread may be encoding meanwhile.
-        self._with_specials = _build(spec, model)
+        self.with_specials = _build(spec, model)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """From a pickle, where the library loses the switch: texts that spell special tokens would be read as those."""
         self.__dict__.update(state)
         self.plain.encode_special_tokens = True
-
-    def markup(self, text: str) -> tokenizers.Encoding:
-        return self._with_specials.encode(text, add_special_tokens=False)
 
 
 def _build(spec: Part, model: Any = None) -> tokenizers.Tokenizer:
