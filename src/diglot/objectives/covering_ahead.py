@@ -21,7 +21,7 @@ from diglot.objectives.tail import TailTokens
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-_LOOK = 5e-2  # of the mass of a boundary: a leaf of less is not looked behind
+_LOOK = 3e-2  # of the mass of a boundary: a leaf of less is not looked behind
 _PIECES = 3  # of the teacher, behind the first, at most so many
 _SMALL = 1e-4  # of the mass of a boundary: what follows a leaf with less is not told apart
 _HOPELESS = 0.99  # of it: where more could not be written, the tokens so far are not the student tokenizer's own

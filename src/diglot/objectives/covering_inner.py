@@ -80,15 +80,23 @@ def with_inner(
     log_prefix, _, _ = prefix_masses(plan, rows, segment_t)
     places = _heavy_places(plan, rows, prefix, log_prefix, segment_t)
     places, more, last = _branches(plan, places, scores.written, teacher, encode_t)
-    hidden = scores.teacher_behind(more)
-    on_host = hidden.is_cpu and table.sorted_ids.is_cpu
-    if len(places) and on_host:  # elsewhere to wait for the answer takes longer than the rows
+
+    def could_hold_some(behind: Tensor | None = None) -> Ints:
+        """Which of the places, by what their branches begin with and, if given, a few columns of the rows behind."""
         pairs = _new_pairs(plan, places, last, more, first, teacher)
         at = pairs.last - len(plan.branch.ids)
-        most = reach_of(plan, rows, segment_t)(pairs.main, np.full(len(at), -1))
+        most = reach_of(plan, rows, segment_t)(pairs.main, np.full(len(at), -1)) - log_prefix[pairs.to]
         most += begun(more)[at - more.depth[at]]  # what stands behind these first tokens can only take from it
-        most += _at_most(pairs, hidden, first, scores, table) - log_prefix[pairs.to]
-        some = np.flatnonzero(np.isin(last, at[~(most < np.log(_SOME))]))
+        if behind is not None:
+            most += _at_most(pairs, behind, first, scores, table)
+        return np.flatnonzero(np.isin(last, at[~(most < np.log(_SOME))]))
+
+    if len(places):
+        some = could_hold_some()
+        places, (more, last) = places[some], more.ending_at(last[some], first)
+    hidden = scores.teacher_behind(more)
+    if len(places) and hidden.is_cpu and table.sorted_ids.is_cpu:  # elsewhere to wait takes longer than the rows
+        some = could_hold_some(hidden)
         kept = np.flatnonzero(np.isin(np.cumsum(more.depth == 0) - 1, some))
         places, (more, last), hidden = places[some], more.ending_at(last[some], first), hidden[torch.from_numpy(kept)]
     if len(places):
