@@ -120,9 +120,9 @@ class Head:
 
         return raw
 
-    def columns(self, hidden: Tensor, ids: Tensor, parameters: Sequence[Tensor] | None = None) -> Tensor:
+    def columns(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Logits `[R, k]` of the columns `ids` `[R, k]` only, for `hidden [R, H]`; needs `is_linear`."""
-        return self.finished(self.raw(hidden, parameters, ids))
+        return self.finished(self.raw(hidden, ids=ids))
 
     def finished(self, raw: Tensor) -> Tensor:
         """Logits from what `raw` gives."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -34,7 +34,6 @@ class Vocabulary:
     names: Mapping[int, str]  # control id -> its name; padding rows have none
     leading_space: bool = False  # the first token of a text stands for its bytes without the leading space
     trailing_space: bool = False  # the last token of a text stands for its bytes without the trailing space
-    unreachable_ids: tuple[int, ...] = field(default=())  # special ids beyond the embedding
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None) -> Vocabulary:
@@ -53,9 +52,8 @@ class Vocabulary:
         for i in found.special:
             texts.pop(i, None)
         size = max([*texts, *found.special], default=-1) + 1
-        unreachable: tuple[int, ...] = ()
         if num_embeddings is not None and size > num_embeddings:
-            unreachable = _beyond(tokenizer, texts, found.special, num_embeddings)
+            _check_beyond(tokenizer, texts, found.special, num_embeddings)
         size = num_embeddings or size
         names = {i: name for i, name in sorted(found.special.items()) if i < size}
         ids = np.fromiter(texts, dtype=np.int64, count=len(texts))
@@ -72,7 +70,6 @@ class Vocabulary:
             names,
             found.leading_space,
             found.trailing_space,
-            unreachable,
         )
 
     def __len__(self) -> int:
@@ -181,9 +178,8 @@ class Vocabulary:
         if not self.same_as(other) or len(self) == len(other):
             return ""
         return (
-            f"The embeddings have {len(self)} and {len(other)} rows but the tokens are the same: the larger "
-            f"one is padded. "
-            "The padding rows are left out."
+            f"The embeddings have {len(self)} and {len(other)} rows but the tokens are the same: the larger one is "
+            "padded. The padding rows are left out."
         )
 
     def shared(self, other: Vocabulary) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -213,17 +209,16 @@ class Vocabulary:
         return found
 
 
-def _beyond(
+def _check_beyond(
     tokenizer: PreTrainedTokenizerBase, texts: Mapping[int, bytes], special: Mapping[int, str], num_embeddings: int
-) -> tuple[int, ...]:
-    """Special ids beyond the embedding; raises if one of them can occur in plain use."""
+) -> None:
+    """Raise `VocabularyError` if an id beyond the embedding can occur in plain use."""
     needed = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     beyond = [i for i in (*texts, *special) if i >= num_embeddings]
     wrong = [i for i in beyond if i in texts or i in needed]
     if wrong:
         raise VocabularyError(
-            f"The tokenizer has ids up to {max(wrong)}, the embedding has {num_embeddings} rows: they do not "
-            f"belong together. "
-            "Give the tokenizer that the model was trained with (for a teacher: teacher_tokenizer_name_or_path)."
+            f"The tokenizer has ids up to {max(wrong)}, the embedding has {num_embeddings} rows: they do not belong "
+            "together. Give the tokenizer that the model was trained with (for a teacher: "
+            "teacher_tokenizer_name_or_path)."
         )
-    return tuple(sorted(beyond))
