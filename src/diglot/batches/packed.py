@@ -45,22 +45,31 @@ def pad_id(renderer: Renderer) -> int:
     return token if token is not None and token < len(renderer.vocabulary) else renderer.stop_id
 
 
+def padded(
+    texts: Sequence[NDArray[np.int64]], pad_id: int, *, left: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids and their attention mask, both `[B, T]`, filled up on the right, or on the `left`."""
+    width = max(map(len, texts), default=1)
+    ids = np.full((len(texts), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, text in enumerate(texts):
+        own = slice(width - len(text), width) if left else slice(len(text))
+        ids[row, own], mask[row, own] = text, 1
+    return ids, mask
+
+
 def pack(samples: Sequence[Rendered], num_segments: Sequence[int], pad_id: int) -> PackedSide:
     """Pad `samples` to one batch. Segments are numbered through in order of sample, `num_segments` for each.
 
     A sample whose first token would have to be predicted from nothing cannot occur: prompts are never empty.
     """
-    width = max((len(r.ids) for r in samples), default=1)
-    ids = np.full((len(samples), width), pad_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
+    ids, mask = padded([r.ids for r in samples], pad_id)
     rows: list[NDArray[Any]] = []
     segments: list[NDArray[Any]] = []
     first_segment = np.cumsum([0, *num_segments])
     for b, r in enumerate(samples):
-        ids[b, : len(r.ids)] = r.ids
-        mask[b, : len(r.ids)] = 1
         scored = np.flatnonzero(r.segment >= 0)
-        rows.append(b * width + scored - 1)
+        rows.append(b * ids.shape[1] + scored - 1)
         segments.append(r.segment[scored].astype(np.int64) + first_segment[b])
 
     def joined(name: str, dtype: type) -> NDArray[Any]:

@@ -17,9 +17,9 @@ from diglot.comparisons.comparison import Answers, Batch, View
 from diglot.errors import ConfigError, TeacherError
 from diglot.heads import Head, TreeReading, logits_by_parts, reads_few_columns, reduce_rows, summaries, token_logps
 from diglot.objectives import Part, Path, Rollout, Rows, Values
-from diglot.objectives.masses import running_sums
 from diglot.objectives.scores import Compare, Summary
 from diglot.objectives.tail import TailTokens
+from diglot.sums import running_sums
 from diglot.teachers import gives_rows
 from diglot.vocabulary import Vocabulary
 

@@ -25,10 +25,11 @@ from diglot.batches.sending import sent_together
 from diglot.errors import ConfigError
 from diglot.objectives.base import RowObjective, at_least_float32, check_range
 from diglot.objectives.divergences import forward_kl, generalized_jsd
-from diglot.objectives.masses import FLOOR, gathered, log_mass, ragged, running_sums
+from diglot.objectives.masses import FLOOR, gathered, log_mass, ragged
 from diglot.objectives.pair import Pair
 from diglot.objectives.scores import Rows, Scores, Values
 from diglot.objectives.spanning import Spanning, plain_tokens, prefix_range, spanning
+from diglot.sums import running_sums
 from diglot.vocabulary import Vocabulary
 from diglot.vocabulary.maps import first_tokens, greedy_tokens
 

@@ -24,10 +24,11 @@ from diglot.batches.sending import sent, sent_record
 from diglot.errors import ConfigError
 from diglot.objectives.base import SummaryObjective, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
-from diglot.objectives.masses import FLOOR, log_mass, ragged, running_sums
+from diglot.objectives.masses import FLOOR, log_mass, ragged
 from diglot.objectives.pair import Pair
 from diglot.objectives.scores import Metrics, Scores, Values
 from diglot.objectives.spanning import plain_tokens
+from diglot.sums import running_sums
 from diglot.vocabulary import Vocabulary
 
 Ints = NDArray[np.int64]

@@ -27,7 +27,7 @@ from diglot.errors import TeacherError
 
 FORMAT = 2
 REQUEST, INDEX = "request.json", "scores.json"
-RUNGS = ("logprobs", "top_k", "bytes")
+LEVELS = ("logprobs", "top_k", "bytes")
 PER_TOKEN = ("logps", "written", "top_ids", "top_logps")
 
 

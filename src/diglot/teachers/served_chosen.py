@@ -6,7 +6,6 @@ Shapes: `Q` questions of one scored token and one id, `T` tokens of a text.
 from __future__ import annotations
 
 import logging
-from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError
-from diglot.http.client import Client, Refused
+from diglot.http.client import Client, Refused, answers_of
 from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
 from diglot.teachers.chosen import NotGiven, score_chosen
@@ -64,7 +63,7 @@ class ServedChosen(ServedTeacher):
         texts, width = side.input_ids.cpu().numpy(), side.input_ids.shape[1]
         place, wanted = side.rows.cpu().numpy()[token.cpu().numpy()], ids.cpu().numpy()
         found = torch.zeros(len(wanted))
-        answers: list[tuple[NDArray[np.int64], Future[NDArray[np.float64]]]] = []
+        places, requests = [], []
         for b in np.unique(place // width):
             here = np.flatnonzero(place // width == b)
             at, order = place[here] % width, np.argsort(place[here], kind="stable")
@@ -77,14 +76,10 @@ class ServedChosen(ServedTeacher):
             chosen[at - first, slot] = wanted[here]
             text = texts[b, : last + 2]
             self._check_length(text, int(b))
-            answers.append((here, self._pool.submit(self._entries, text, first, chosen, at - first, slot)))
-        try:
-            for here, future in answers:
-                found[torch.from_numpy(here)] = torch.from_numpy(future.result()).float()
-        except BaseException:
-            for _, future in answers:
-                future.cancel()
-            raise
+            places.append(torch.from_numpy(here))
+            requests.append(self._pool.submit(self._entries, text, first, chosen, at - first, slot))
+        for own, logps in zip(places, answers_of(requests), strict=True):
+            found[own] = torch.from_numpy(logps).float()
         return found
 
     def _entries(

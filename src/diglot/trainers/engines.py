@@ -24,7 +24,7 @@ from diglot.errors import RolloutError
 from diglot.heads import Head, token_logps
 from diglot.options import DistillationConfig
 from diglot.rollouts import Completion, RolloutEngine
-from diglot.rollouts.said import with_logps
+from diglot.rollouts.logps import with_logps
 from diglot.trainers.ranks import reduce_device
 from diglot.watching.metrics import StepMetrics
 
