@@ -191,8 +191,7 @@ class ModelsBench:
 
     def _evaluator(self, side: Side, other: Side) -> Evaluator:
         mine, theirs = side.renderer, other.renderer
-        encoders = mine.encoder.encode, theirs.encoder.encode
-        pair = Pair.of(mine.vocabulary, theirs.vocabulary, mine.stop_ids, theirs.stop_ids, *encoders)
+        pair = Pair.of_renderers(mine, theirs)
         reader = PairReader(
             mine, theirs, same_vocabulary=pair.same, max_length=side.max_length, teacher_max_length=other.max_length
         )

@@ -68,12 +68,11 @@ def pack(samples: Sequence[Rendered], num_segments: Sequence[int], pad_id: int) 
     segments: list[NDArray[Any]] = []
     first_segment = np.cumsum([0, *num_segments])
     for b, r in enumerate(samples):
-        scored = np.flatnonzero(r.segment >= 0)
-        rows.append(b * ids.shape[1] + scored - 1)
-        segments.append(r.segment[scored].astype(np.int64) + first_segment[b])
+        rows.append(b * ids.shape[1] + r.scored - 1)
+        segments.append(r.segment[r.scored].astype(np.int64) + first_segment[b])
 
     def joined(name: str, dtype: type) -> NDArray[Any]:
-        return np.concatenate([getattr(r, name)[r.segment >= 0] for r in samples] or [np.zeros(0)]).astype(dtype)
+        return np.concatenate([getattr(r, name)[r.scored] for r in samples] or [np.zeros(0)]).astype(dtype)
 
     segment = np.concatenate(segments or [np.zeros(0)]).astype(np.int64)
     flat_rows = np.concatenate(rows or [np.zeros(0)]).astype(np.int64)

@@ -30,13 +30,7 @@ class ReadPair:
 
     def with_logps(self, logps: NDArray[np.float64]) -> ReadPair:
         """The same with what the engine said about the ids of the completion, of which some are scored."""
-        scored = np.flatnonzero(self.student.segment >= 0)
-        return replace(self, sampler_logps=logps[scored - self.prompt_length])
-
-    @property
-    def prompt_length(self) -> int:
-        """Tokens of the student before its last reply."""
-        return int(np.flatnonzero(self.student.roles == Role.PROMPT)[-1]) + 1
+        return replace(self, sampler_logps=logps[self.student.scored - self.student.prompt_length])
 
 
 class PairReader:
@@ -174,7 +168,7 @@ class PairReader:
         )
         if self.same_vocabulary:
             student, teacher = _same_ids_are_exact(student, teacher)
-        return self._fit(conversation, student, teacher, np.zeros(int((student.segment >= 0).sum()), np.bool_))
+        return self._fit(conversation, student, teacher, np.zeros(len(student.scored), np.bool_))
 
     def _as_both_read(self, sample: Sample, stopped: bool) -> tuple[str | Reply, bool]:
         """A reply as one text, where both sides spell it alike, else its parts; and does it start in a think block?"""
@@ -232,15 +226,14 @@ class PairReader:
         for of_student, of_teacher in zip(cut_student.segment_bytes, cut_teacher.segment_bytes, strict=False):
             shared = min(len(of_student), len(of_teacher))
             check_bytes(of_student[:shared], of_teacher[:shared], where="student and teacher")
-        kept = int((cut_student.segment >= 0).sum())
-        return ReadPair(conversation, cut_student, cut_teacher, noncanonical[:kept])
+        return ReadPair(conversation, cut_student, cut_teacher, noncanonical[: len(cut_student.scored)])
 
 
 def _of_all(values: NDArray[np.bool_], written: Rendered) -> NDArray[np.bool_]:
     """Values of the scored tokens for all tokens of the reply; False for the others."""
     found = np.zeros(len(written.ids), dtype=np.bool_)
-    found[written.segment >= 0] = values
-    return found[int(np.flatnonzero(written.roles == Role.PROMPT)[-1]) + 1 :]
+    found[written.scored] = values
+    return found[written.prompt_length :]
 
 
 def has_other_markup(side: Renderer, reply: Reply, opened: bool, finished: bool) -> bool:
@@ -272,7 +265,7 @@ def check_fields(side: Renderer, sample: Sample) -> None:
 
 def _same_ids_are_exact(student: Rendered, teacher: Rendered) -> tuple[Rendered, Rendered]:
     """With one vocabulary, equal tokens may be compared also where they hold bytes of the markup before them."""
-    scored_s, scored_t = np.flatnonzero(student.segment >= 0), np.flatnonzero(teacher.segment >= 0)
+    scored_s, scored_t = student.scored, teacher.scored
     if len(scored_s) != len(scored_t) or (student.ids[scored_s] != teacher.ids[scored_t]).any():
         return student, teacher
     exact_s, exact_t = student.exact.copy(), teacher.exact.copy()

@@ -109,8 +109,7 @@ def _compare(
         frozen = _local_teacher(options, tokenizer, args, student, renderer)
     mine, theirs = renderer, frozen.renderer
     with phase("Comparing the vocabularies"):
-        encoders = mine.encoder.encode, theirs.encoder.encode
-        pair = Pair.of(mine.vocabulary, theirs.vocabulary, mine.stop_ids, theirs.stop_ids, *encoders)
+        pair = Pair.of_renderers(mine, theirs)
     reader = PairReader(
         mine,
         theirs,

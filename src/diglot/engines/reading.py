@@ -140,13 +140,13 @@ def _cut(rendered: Rendered, at: slice | Ints, segment: int | None = None) -> di
 def _aligned(transcript: Transcript, turns: list[tuple[int, Rendered]], theirs: Rendered) -> Reading:
     places, ends, segments, exact, stops = [], [], [], [], []
     for number, (k, own) in enumerate(turns):
-        scored = np.flatnonzero(own.segment >= 0)
+        scored = own.scored
         places.append(scored + transcript.turns[k][0])
         ends.append(own.end[scored])
         segments.append(np.full(len(scored), number, dtype=np.int64))
         exact.append(own.exact[scored])
         stops.append(own.roles[scored] == Role.STOP)
-    place_s, place_t = np.concatenate(places), np.flatnonzero(theirs.segment >= 0)
+    place_s, place_t = np.concatenate(places), theirs.scored
     mine = Side(np.concatenate(ends), np.concatenate(segments), np.concatenate(exact), np.concatenate(stops))
     stop_t = theirs.roles[place_t] == Role.STOP
     other = Side(theirs.end[place_t], theirs.segment[place_t].astype(np.int64), theirs.exact[place_t], stop_t)

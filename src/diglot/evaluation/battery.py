@@ -92,8 +92,7 @@ def measure(side: Side, teacher: Side | None, samples: Sequence[Sample], plan: P
 def _evaluator(side: Side, other: Side, plan: Plan) -> Evaluator:
     """`side` writes or reads, `other` judges."""
     mine, theirs = side.renderer, other.renderer
-    encoders = mine.encoder.encode, theirs.encoder.encode
-    pair = Pair.of(mine.vocabulary, theirs.vocabulary, mine.stop_ids, theirs.stop_ids, *encoders)
+    pair = Pair.of_renderers(mine, theirs)
     judge = LocalTeacher(other.model, theirs)
     reader = PairReader(
         mine, theirs, same_vocabulary=pair.same, max_length=side.max_length, teacher_max_length=judge.max_length

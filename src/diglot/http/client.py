@@ -41,9 +41,9 @@ _SHOWN = 300  # characters of a server's message that are repeated
 class Refused(TeacherError):
     """The server understood the request and said no: sending it again would not help."""
 
-    def __init__(self, message: str, status: int, said: str) -> None:
+    def __init__(self, message: str, status: int, answer: str) -> None:
         super().__init__(message)
-        self.status, self.said = status, said
+        self.status, self.answer = status, answer
 
 
 class _Again(Exception):

@@ -89,9 +89,7 @@ def inspect_sides(
 ) -> Inspection:
     """The same for sides whose renderers exist already, as in a trainer."""
     mine, theirs = student.renderer, teacher.renderer
-    pair = Pair.of(
-        mine.vocabulary, theirs.vocabulary, mine.stop_ids, theirs.stop_ids, mine.encoder.encode, theirs.encoder.encode
-    )
+    pair = Pair.of_renderers(mine, theirs)
     reader = PairReader(mine, theirs, same_vocabulary=pair.same)
     problems = [] if samples is None else _without_template(reader, samples)
     built_in = Sample(Conversation(CONVERSATION[:1]), CONVERSATION[1]["content"], "built-in conversation")

@@ -284,7 +284,7 @@ class Renderer:
         """The very ids that another model with the same vocabulary wrote, after what this side reads before them."""
         reply = written.reply
         assert reply is not None
-        first = int(np.flatnonzero(written.roles == Role.PROMPT)[-1]) + 1
+        first = written.prompt_length
         tail = Piece(*(getattr(written, name)[first:] for name in ("ids", "roles", "end", "exact", "segment")))
         ids = np.where(tail.roles == Role.STOP, self.stop_id, tail.ids)
         scored = tail.segment >= 0

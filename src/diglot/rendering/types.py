@@ -88,3 +88,13 @@ class Rendered:
     stopped: tuple[bool, ...]  # [S] does it end with a stop token?
     reply: Reply | None = None  # what was read in the last turn, part by part
     own_markup: int = 0  # tokens that it wrote between the parts, as its template does, or behind a broken character
+
+    @property
+    def scored(self) -> NDArray[np.int64]:
+        """The places of the scored tokens."""
+        return np.flatnonzero(self.segment >= 0)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the last reply."""
+        return int(np.flatnonzero(self.roles == Role.PROMPT)[-1]) + 1

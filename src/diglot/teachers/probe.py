@@ -183,6 +183,6 @@ def _check_size(client: Client, wire: Wire, renderer: Renderer) -> None:
     except Refused as error:
         raise TeacherError(
             f"The server does not take id {largest}, the largest of the teacher's tokenizer "
-            f"({renderer.tokenizer.name_or_path!r}, {len(vocabulary)} ids): it says {error.said[:200]!r}. Name the "
+            f"({renderer.tokenizer.name_or_path!r}, {len(vocabulary)} ids): it says {error.answer[:200]!r}. Name the "
             "tokenizer of the model that is served in teacher_tokenizer_name_or_path."
         ) from None

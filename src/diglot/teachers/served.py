@@ -128,7 +128,7 @@ class ServedTeacher:
             self.wire.score(self.client, ids, Asking(top=top))
         except Refused as error:
             raise TeacherError(
-                f"An objective reads the teacher's likeliest {top} ids, and the server says {error.said[:200]!r}. "
+                f"An objective reads the teacher's likeliest {top} ids, and the server says {error.answer[:200]!r}. "
                 f"Start it so that it gives {top} (vLLM: --max-logprobs {top}), or give the objective a smaller k."
             ) from None
         self.top = top

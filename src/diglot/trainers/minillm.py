@@ -414,8 +414,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
 def _alone(conversation: Conversation, rendered: Rendered) -> ReadPair:
     """A text that only the student reads."""
-    scored = int((rendered.segment >= 0).sum())
-    return ReadPair(conversation, rendered, rendered, np.zeros(scored, dtype=np.bool_))
+    return ReadPair(conversation, rendered, rendered, np.zeros(len(rendered.scored), dtype=np.bool_))
 
 
 def _sum(values: Tensor, chosen: np.ndarray) -> Tensor:
@@ -427,7 +426,7 @@ def held_of(batch: Batch, k: int) -> HeldBatch:
     view, weight = batch.views[k], batch.sampler_weight
     assert view.rollout is not None
     pairs = view.read.pairs
-    completions = [pair.student.ids[pair.prompt_length :] for pair in pairs]
+    completions = [pair.student.ids[pair.student.prompt_length :] for pair in pairs]
     places = batch.places if view.texts is None else [batch.places[i] for i in view.texts]
     own = None if weight is None else view.of_own(weight)
     conversations, rollout = [pair.conversation for pair in pairs], view.rollout
