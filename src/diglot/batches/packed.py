@@ -5,7 +5,7 @@ Shapes: `B` samples, `T` longest of them, `N` scored tokens of the whole batch i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,16 @@ class PackedSide:
     def to(self, device: torch.device | str) -> PackedSide:
         """The same with its tensors on `device`."""
         return sent_record(self, device)
+
+    def texts(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+        """Of each text with scored tokens: its place in the batch, which tokens those are, and where their rows stand.
+
+        Row `place[k]` of the text predicts its token `place[k] + 1`, which is number `own[k]` of the batch's.
+        """
+        row, place = np.divmod(self.host_rows, self.host_ids.shape[1])
+        for b in np.unique(row).tolist():
+            own = np.flatnonzero(row == b)
+            yield b, own, place[own]
 
 
 def pad_id(renderer: Renderer) -> int:

@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 from diglot.batches import PairReader
 from diglot.data import Sample
 from diglot.rendering import Conversation
-from diglot.rollouts.engine import Completion
+from diglot.rollouts.engine import Completion, Ids
 
 logger = logging.getLogger(__name__)
 
 Window = list[list[Sample]]
 """The micro-batches of one optimizer step."""
-Ids = NDArray[np.int64]
 Row = tuple[Conversation, "Ids | None", int]
 """What is to be written: the conversation, its prompt in the student's ids (None: it is too long), and a seed."""
 

@@ -7,16 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from diglot.batches import padded
 from diglot.batches.sending import sent
 from diglot.heads import Head, evaluating, hidden_at_rows, token_logps
-from diglot.rollouts.engine import Completion
-
-Ids = NDArray[np.int64]
+from diglot.rollouts.engine import Completion, Ids
 
 
 @torch.no_grad()

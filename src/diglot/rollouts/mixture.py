@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from diglot.heads import cache_argument
-from diglot.rollouts.sampler import Ids, pad_left
+from diglot.rollouts.engine import Ids
+from diglot.rollouts.sampler import pad_left
 
 
 class TeacherMixture(LogitsProcessor):

@@ -27,7 +27,8 @@ from diglot.alignment import Alignment
 from diglot.objectives.span import chunk_sums
 from diglot.rendering import Conversation, Renderer
 from diglot.rollouts.draws import seeds_of_rows
-from diglot.rollouts.sampler import Ids, TransformersSampler
+from diglot.rollouts.engine import Ids
+from diglot.rollouts.sampler import TransformersSampler
 
 
 def write_prefixes(

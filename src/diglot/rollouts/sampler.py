@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -24,9 +23,7 @@ from diglot.batches import padded
 from diglot.batches.sending import sent
 from diglot.heads import evaluating
 from diglot.rollouts.draws import Nucleus, RowDraws, seeds_of_rows
-from diglot.rollouts.engine import Completion
-
-Ids = NDArray[np.int64]
+from diglot.rollouts.engine import Completion, Ids
 
 
 def pad_left(prompts: Sequence[Ids], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

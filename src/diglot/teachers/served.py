@@ -141,7 +141,7 @@ class ServedTeacher:
         `stop_as_set=False`: the mass of the whole stop set is not needed.
         """
         requests, stop = [], side.stop.cpu().numpy() & stop_as_set
-        for b, own, at in texts_of(side):
+        for b, own, at in side.texts():
             text = side.host_ids[b, : at[-1] + 2]
             self._check_length(text, b)
             requests.append(self._pool.submit(self._score, text, at + 1, at[stop[own]] + 1))
@@ -205,7 +205,7 @@ class ServedTeacher:
         count = len(side.rows)
         written, logps = np.zeros(count), np.zeros(count)
         top_ids, top_logps = np.full((count, self.top), -1), np.full((count, self.top), -np.inf)
-        for (_, here, before), found in zip(texts_of(side), rows, strict=True):
+        for (_, here, before), found in zip(side.texts(), rows, strict=True):
             at = before + 1
             written[here] = found.scores.logps[at]
             logps[here] = [found.stops.get(int(t), found.scores.logps[t]) for t in at]
@@ -217,11 +217,3 @@ class ServedTeacher:
             torch.from_numpy(top_ids),
             torch.from_numpy(top_logps).float(),
         )
-
-
-def texts_of(side: PackedSide) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-    """Of each text with scored tokens: its place in the batch, which tokens those are, and where their rows stand."""
-    row, place = np.divmod(side.host_rows, side.host_ids.shape[1])
-    for b in np.unique(row).tolist():
-        own = np.flatnonzero(row == b)
-        yield b, own, place[own]

@@ -21,7 +21,7 @@ from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
 from diglot.teachers.probe import probe_ids
 from diglot.teachers.readout import NoWeights, Readout
-from diglot.teachers.served import Pending, ServedTeacher, texts_of
+from diglot.teachers.served import Pending, ServedTeacher
 from diglot.teachers.states import NotHere, read_states, request_states
 from diglot.teachers.wire import VLLM, Asking, Wire
 
@@ -63,7 +63,7 @@ class ServedRows(ServedTeacher):
     def ask(self, side: PackedSide, stop_as_set: bool = True) -> Pending[Tensor]:  # type: ignore[override]
         """Send a batch's texts; the states come while something else is done."""
         requests = []
-        for b, _, at in texts_of(side):
+        for b, _, at in side.texts():
             text = side.host_ids[b, : at[-1] + 1]
             self._check_length(text, b)
             requests.append(self._pool.submit(self._states, text, at))

@@ -49,8 +49,9 @@ from diglot.options.refused import RefusingTrainer, check_arguments
 from diglot.phases import phase as working
 from diglot.rendering import Conversation, Renderer
 from diglot.rollouts import Completion, TransformersSampler
-from diglot.rollouts.ahead import Ahead, Ids, Row, Waiting, Window, answered, rows_of
+from diglot.rollouts.ahead import Ahead, Row, Waiting, Window, answered, rows_of
 from diglot.rollouts.connect import make_engine
+from diglot.rollouts.engine import Ids
 from diglot.teachers import LocalTeacher
 from diglot.teachers.adapter import AdapterOff
 from diglot.teachers.scored import ScoredTeacher

@@ -54,7 +54,8 @@ from diglot.objectives.span import Span, span_advantages
 from diglot.options import MiniLLMConfig
 from diglot.rendering import Conversation, Rendered
 from diglot.rollouts import TeacherMixture, continue_prefixes, mixture_weight, write_prefixes
-from diglot.rollouts.ahead import Ids, Window
+from diglot.rollouts.ahead import Window
+from diglot.rollouts.engine import Ids
 from diglot.teachers import LocalTeacher, local
 from diglot.trainers.base import DistillationTrainer
 
