@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diglot.arrays import Bools, Ints
 from diglot.batches.sending import sent_record
 from diglot.rendering import Rendered, Renderer, Role
 
@@ -27,18 +28,18 @@ class PackedSide:
     rows: Tensor  # int64 [N]
     targets: Tensor  # int64 [N], the token that was written
     stop: Tensor  # bool [N], is it the stop event?
-    end: NDArray[np.int64]  # [N] byte end inside the segment
-    segment: NDArray[np.int64]  # [N] segment in the batch
-    exact: NDArray[np.bool_]  # [N]
+    end: Ints  # [N] byte end inside the segment
+    segment: Ints  # [N] segment in the batch
+    exact: Bools  # [N]
     role: NDArray[np.int8]  # [N]
-    host_ids: NDArray[np.int64]  # `input_ids` as numpy, wherever those are
-    host_rows: NDArray[np.int64]  # `rows`
+    host_ids: Ints  # `input_ids` as numpy, wherever those are
+    host_rows: Ints  # `rows`
 
     def to(self, device: torch.device | str) -> PackedSide:
         """The same with its tensors on `device`."""
         return sent_record(self, device)
 
-    def texts(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+    def texts(self) -> Iterator[tuple[int, Ints, Ints]]:
         """Of each text with scored tokens: its place in the batch, which tokens those are, and where their rows stand.
 
         Row `place[k]` of the text predicts its token `place[k] + 1`, which is number `own[k]` of the batch's.
@@ -55,9 +56,7 @@ def pad_id(renderer: Renderer) -> int:
     return token if token is not None and token < len(renderer.vocabulary) else renderer.stop_id
 
 
-def padded(
-    texts: Sequence[NDArray[np.int64]], pad_id: int, *, left: bool = False
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def padded(texts: Sequence[Ints], pad_id: int, *, left: bool = False) -> tuple[Ints, Ints]:
     """Ids and their attention mask, both `[B, T]`, filled up on the right, or on the `left`."""
     width = max(map(len, texts), default=1)
     ids = np.full((len(texts), width), pad_id, dtype=np.int64)

@@ -6,16 +6,14 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from diglot.alignment import check_bytes
+from diglot.arrays import Bools, Floats, Ids
 from diglot.batches.by_id import scored_by_id, unscored
 from diglot.data import Sample
 from diglot.errors import DataError
 from diglot.rendering import Conversation, Rendered, Renderer, Reply, Role, Score, text_reply, truncate
 from diglot.rendering.template import content_text, without_empty_thinking
-
-Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -25,10 +23,10 @@ class ReadPair:
     conversation: Conversation
     student: Rendered
     teacher: Rendered
-    noncanonical: NDArray[np.bool_]  # of each scored student token: would its tokenizer have cut the text otherwise?
-    sampler_logps: NDArray[np.float64] | None = None  # of the same, nats: what the engine that sampled them said
+    noncanonical: Bools  # of each scored student token: would its tokenizer have cut the text otherwise?
+    sampler_logps: Floats | None = None  # of the same, nats: what the engine that sampled them said
 
-    def with_logps(self, logps: NDArray[np.float64]) -> ReadPair:
+    def with_logps(self, logps: Floats) -> ReadPair:
         """The same with what the engine said about the ids of the completion, of which some are scored."""
         return replace(self, sampler_logps=logps[self.student.scored - self.student.prompt_length])
 
@@ -128,7 +126,7 @@ class PairReader:
         others = self.others if conversation.route is None else ()
         return all(one.same_vocabulary for one in (self, *others))
 
-    def _noncanonical(self, sampled: Rendered) -> NDArray[np.bool_]:
+    def _noncanonical(self, sampled: Rendered) -> Bools:
         """Which scored tokens of a completion the student's own tokenizer does not give for its text.
 
         A token is canonical if the encoding of the whole text has the same id for the same bytes. Stop always is.
@@ -214,7 +212,7 @@ class PairReader:
             return None
 
     def _fit(
-        self, conversation: Conversation, student: Rendered, teacher: Rendered, noncanonical: NDArray[np.bool_]
+        self, conversation: Conversation, student: Rendered, teacher: Rendered, noncanonical: Bools
     ) -> ReadPair | None:
         """Cut both sides to their limits; a prompt that fills a limit alone drops the sample and is counted."""
         try:
@@ -229,7 +227,7 @@ class PairReader:
         return ReadPair(conversation, cut_student, cut_teacher, noncanonical[: len(cut_student.scored)])
 
 
-def _of_all(values: NDArray[np.bool_], written: Rendered) -> NDArray[np.bool_]:
+def _of_all(values: Bools, written: Rendered) -> Bools:
     """Values of the scored tokens for all tokens of the reply; False for the others."""
     found = np.zeros(len(written.ids), dtype=np.bool_)
     found[written.scored] = values

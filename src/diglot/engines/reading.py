@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diglot.alignment import Alignment, Side, align, check_bytes
+from diglot.arrays import Bools, Ints
 from diglot.batches import Written, WrittenSide
-from diglot.engines.transcript import Ints, Transcript
+from diglot.engines.transcript import Transcript
 from diglot.errors import RenderingError
 from diglot.rendering import Conversation, Rendered, Renderer, Role, truncate
 
@@ -34,7 +35,7 @@ class Reading:
         return self.written.alignment
 
     @property
-    def stop_t(self) -> NDArray[np.bool_]:
+    def stop_t(self) -> Bools:
         """Which of the teacher's scored tokens are the stop event, `[N_t]`."""
         return self.written.teacher.stop
 

@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diglot.arrays import Ids
 from diglot.errors import RenderingError
 from diglot.rendering.reply import REASONING_FIELDS
 from diglot.rendering.template import Template, without_empty_thinking, without_thinking
 from diglot.rendering.types import Reply, Role, Shape
 from diglot.vocabulary import Vocabulary
-
-Ids = NDArray[np.int64]
 
 PROBE = {"role": "user", "content": "hi"}
 _KEY, _VALUE = "SENTINELkey", "SENTINELvalue"

@@ -10,9 +10,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from diglot.arrays import Ids
 from diglot.errors import DataError, RenderingError
 from diglot.rendering.assemble import Piece, assemble, cut_segments, join
 from diglot.rendering.encoding import Item, encode_items, writes_dummy_prefix
@@ -34,8 +34,6 @@ from diglot.vocabulary import ByteEncoder, Vocabulary
 from diglot.vocabulary.own_file import describe_difference, difference_from_file
 
 logger = logging.getLogger(__name__)
-
-Ids = NDArray[np.int64]
 
 
 class Renderer:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diglot.arrays import Floats, Ids
 from diglot.batches import PairReader
 from diglot.data import Sample
 from diglot.rendering import Conversation
-from diglot.rollouts.engine import Completion, Ids
+from diglot.rollouts.engine import Completion
 
 logger = logging.getLogger(__name__)
 
@@ -174,5 +174,5 @@ def _ids(values: list[int]) -> Ids:
     return np.array(values, dtype=np.int64)
 
 
-def _logps(values: list[float] | None) -> NDArray[np.float64] | None:
+def _logps(values: list[float] | None) -> Floats | None:
     return None if values is None else np.array(values, dtype=np.float64)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from diglot.arrays import Ids
 from diglot.batches import padded
 from diglot.batches.sending import sent
 from diglot.heads import Head, evaluating, hidden_at_rows, token_logps
-from diglot.rollouts.engine import Completion, Ids
+from diglot.rollouts.engine import Completion
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
+from diglot.arrays import Ids
 from diglot.heads import cache_argument
-from diglot.rollouts.engine import Ids
 from diglot.rollouts.sampler import pad_left
 
 

@@ -19,11 +19,12 @@ from transformers import (
     TopKLogitsWarper,
 )
 
+from diglot.arrays import Ids
 from diglot.batches import padded
 from diglot.batches.sending import sent
 from diglot.heads import evaluating
 from diglot.rollouts.draws import Nucleus, RowDraws, seeds_of_rows
-from diglot.rollouts.engine import Completion, Ids
+from diglot.rollouts.engine import Completion
 
 
 def pad_left(prompts: Sequence[Ids], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diglot.arrays import Floats
 from diglot.errors import TeacherError
 from diglot.http.client import Client, Refused
 from diglot.rendering import Renderer
@@ -170,7 +170,7 @@ def _check_raw(client: Client, wire: Wire, ids: list[int]) -> None:
         )
 
 
-def _mean_gap(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+def _mean_gap(a: Floats, b: Floats) -> float:
     return float(np.abs(a[1:] - b[1:]).mean())
 
 

@@ -15,9 +15,9 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from diglot.arrays import Ints
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError
 from diglot.http.client import Client, Refused, answers_of
@@ -151,7 +151,7 @@ class ServedTeacher:
         """What the teacher says about a batch."""
         return self.ask(side).result()
 
-    def _check_length(self, ids: NDArray[np.int64], sample: int) -> None:
+    def _check_length(self, ids: Ints, sample: int) -> None:
         if self.max_length is not None and len(ids) > self.max_length:
             raise TeacherError(
                 f"Sample {sample} of the batch is {len(ids)} of the teacher's tokens long, and the server's window "
@@ -159,17 +159,17 @@ class ServedTeacher:
                 "longer window."
             )
 
-    def _beginning(self, ids: NDArray[np.int64]) -> str:
+    def _beginning(self, ids: Ints) -> str:
         return f"it begins {str(self.renderer.tokenizer.decode(ids[:40]))[:80]!r}"
 
-    def _score(self, ids: NDArray[np.int64], at: NDArray[np.int64], stops: NDArray[np.int64]) -> Row:
+    def _score(self, ids: Ints, at: Ints, stops: Ints) -> Row:
         """Scores of a text at its tokens `at`, of which `stops` are stops."""
         with self._explained(ids):
             scores = self.wire.score(self.client, ids.tolist(), Asking(top=self.top))
         return Row(scores, {int(t): self._stop_mass(ids, scores, int(t)) for t in stops})
 
     @contextmanager
-    def _explained(self, ids: NDArray[np.int64]) -> Iterator[None]:
+    def _explained(self, ids: Ints) -> Iterator[None]:
         """A text that the server refuses is named."""
         try:
             yield
@@ -181,7 +181,7 @@ class ServedTeacher:
                 f"shorter, set teacher_max_length to what it holds."
             ) from None
 
-    def _stop_mass(self, ids: NDArray[np.int64], scores: TokenScores, t: int) -> float:
+    def _stop_mass(self, ids: Ints, scores: TokenScores, t: int) -> float:
         """Log of the probability of the whole stop set at token `t`.
 
         Stop ids that the server did not name have at most the least mass that it named. Where that could matter they

@@ -9,9 +9,9 @@ import logging
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from diglot.arrays import Floats, Ints
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError
 from diglot.http.client import Client, Refused, answers_of
@@ -42,7 +42,7 @@ class ServedChosen(ServedTeacher):
         super().__init__(client, wire, renderer, max_length, concurrency)
         self.top = 0  # until an objective wants some
 
-    def _score(self, ids: NDArray[np.int64], at: NDArray[np.int64], stops: NDArray[np.int64]) -> Row:
+    def _score(self, ids: Ints, at: Ints, stops: Ints) -> Row:
         if self.top:
             return super()._score(ids, at, stops)
         first = int(at[0]) - 1
@@ -84,15 +84,15 @@ class ServedChosen(ServedTeacher):
 
     def _entries(
         self,
-        text: NDArray[np.int64],
+        text: Ints,
         first: int,
-        chosen: NDArray[np.int64],
-        row: NDArray[np.int64],
-        slot: NDArray[np.int64],
-    ) -> NDArray[np.float64]:
+        chosen: Ints,
+        row: Ints,
+        slot: Ints,
+    ) -> Floats:
         return self._asked(text, first, chosen)[row, slot]
 
-    def _asked(self, ids: NDArray[np.int64], first: int, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _asked(self, ids: Ints, first: int, chosen: Ints) -> Floats:
         with self._explained(ids):
             return score_chosen(self.client, self.wire.info.model, ids.tolist(), first, chosen)
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from diglot.arrays import Ints
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError, TeacherUnavailable
 from diglot.heads import Branches
@@ -90,7 +90,7 @@ class ServedRows(ServedTeacher):
         empty = next(self.readout.norm.parameters()).new_zeros(0, self.readout.width)
         return self.readout.hidden(torch.cat(states) if states else empty)
 
-    def _states(self, ids: NDArray[np.int64], at: NDArray[np.int64]) -> Tensor:
+    def _states(self, ids: Ints, at: Ints) -> Tensor:
         """States of one text at some of its tokens, before the norm."""
         first, failed = int(at[0]), None
         for _ in range(_ATTEMPTS):

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from diglot.arrays import Ids
 from diglot.batches import PackedSide, pad_id
 from diglot.batches.lengths import as_read, by_length
 from diglot.checkpoints.manifest import describe_run
@@ -51,7 +52,6 @@ from diglot.rendering import Conversation, Renderer
 from diglot.rollouts import Completion, TransformersSampler
 from diglot.rollouts.ahead import Ahead, Row, Waiting, Window, answered, rows_of
 from diglot.rollouts.connect import make_engine
-from diglot.rollouts.engine import Ids
 from diglot.teachers import LocalTeacher
 from diglot.teachers.adapter import AdapterOff
 from diglot.teachers.scored import ScoredTeacher

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from diglot.arrays import Ids
 from diglot.batches import ReadPair, pad_id
 from diglot.batches.sending import sent
 from diglot.batches.windows import RepeatedWindows, repeated_stream
@@ -55,7 +56,6 @@ from diglot.options import MiniLLMConfig
 from diglot.rendering import Conversation, Rendered
 from diglot.rollouts import TeacherMixture, continue_prefixes, mixture_weight, write_prefixes
 from diglot.rollouts.ahead import Window
-from diglot.rollouts.engine import Ids
 from diglot.teachers import LocalTeacher, local
 from diglot.trainers.base import DistillationTrainer
 

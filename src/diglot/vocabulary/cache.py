@@ -22,9 +22,9 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from diglot.arrays import Ints
 from diglot.disk import cache_folder, code_digest, write_whole
 
-Ints = NDArray[np.int64]
 Record = dict[str, Any]
 
 logger = logging.getLogger(__name__)

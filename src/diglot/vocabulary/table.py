@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from diglot.arrays import Bools, Ints
 from diglot.errors import VocabularyError
 from diglot.vocabulary.cache import cached
 from diglot.vocabulary.kinds import describe
@@ -29,8 +30,8 @@ class Vocabulary:
 
     kind: str  # "byte-level", "metaspace", "wordpiece" or "suffix"
     data: NDArray[np.uint8]  # all tokens' bytes, one after the other
-    offsets: NDArray[np.int64]  # [V + 1] where each token's bytes begin
-    control: NDArray[np.bool_]  # [V] no bytes: special tokens and padding rows
+    offsets: Ints  # [V + 1] where each token's bytes begin
+    control: Bools  # [V] no bytes: special tokens and padding rows
     names: Mapping[int, str]  # control id -> its name; padding rows have none
     leading_space: bool = False  # the first token of a text stands for its bytes without the leading space
     trailing_space: bool = False  # the last token of a text stands for its bytes without the trailing space
@@ -76,12 +77,12 @@ class Vocabulary:
         return len(self.control)
 
     @cached_property
-    def lengths(self) -> NDArray[np.int64]:
+    def lengths(self) -> Ints:
         """Bytes of each token, [V]."""
         return np.diff(self.offsets)
 
     @cached_property
-    def word_starts(self) -> NDArray[np.int64]:
+    def word_starts(self) -> Ints:
         """Ids of the tokens whose first byte is a space, a tab or a line break."""
         texts = np.flatnonzero(self.lengths > 0)
         return texts[np.isin(self.data[self.offsets[texts]], np.frombuffer(b" \t\n\r", dtype=np.uint8))]
@@ -182,7 +183,7 @@ class Vocabulary:
             "padded. The padding rows are left out."
         )
 
-    def shared(self, other: Vocabulary) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def shared(self, other: Vocabulary) -> tuple[Ints, Ints]:
         """Ids here and there of all tokens with equal bytes, ascending here.
 
         Left out: control tokens, empty tokens, and bytes that two ids of one vocabulary share.
@@ -190,7 +191,7 @@ class Vocabulary:
         found = cached("shared", [self, other], lambda: self._shared(other))
         return found["mine"], found["theirs"]
 
-    def _shared(self, other: Vocabulary) -> dict[str, NDArray[np.int64]]:
+    def _shared(self, other: Vocabulary) -> dict[str, Ints]:
         mine, theirs = self._unambiguous, other._unambiguous
         ids = [(i, theirs[raw]) for raw, i in mine.items() if raw in theirs]  # ascending, as `mine` is
         pairs = np.array(ids, dtype=np.int64).reshape(-1, 2)

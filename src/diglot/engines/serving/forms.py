@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from diglot.arrays import Ints
 from diglot.engines.project import Projected
-from diglot.engines.transcript import Ints, as_ids
+from diglot.engines.transcript import as_ids
 from diglot.errors import DataError
 
 # About what would be sampled, or who asks: nothing is sampled, and log-probs are the model's own.

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import httpx
 
+from diglot.arrays import Ints
 from diglot.engines.scores import TeacherScores, score_hidden
-from diglot.engines.transcript import Ints
 from diglot.errors import TeacherError, TeacherUnavailable
 from diglot.rendering import Renderer
 
