@@ -130,7 +130,7 @@ class Markup:
 
     def _candidates(self, text: bytes, opened: bool) -> list[Shape]:
         """Shapes in the order in which to try them; none with reasoning where the text cannot hold it."""
-        thinks = opened or self._holds(text, (Role.REASONING, Role.CONTENT), 0)
+        thinks = opened or text.lstrip().startswith(tuple(self._cores((Role.REASONING, Role.CONTENT), 0)))
         counts = range(min(self._count(text, (Role.TOOL_CALL,) * 2, 1), _MOST_CALLS), 0, -1)
         tails: list[Shape] = []
         for count in counts:
@@ -147,9 +147,6 @@ class Markup:
 
     def _count(self, text: bytes, shape: Shape, at: int) -> int:
         return max((text.count(core) for core in self._cores(shape, at)), default=0)
-
-    def _holds(self, text: bytes, shape: Shape, at: int) -> bool:
-        return any(text.lstrip().startswith(core) for core in self._cores(shape, at))
 
     def _marks(self, literal: str) -> bytes:
         return self.marked(self._encode(literal))[0] if literal else b""

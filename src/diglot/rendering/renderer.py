@@ -334,7 +334,7 @@ class Renderer:
         *,
         prompt_ids: Ids | None = None,
         thinking: bool | None = None,
-        split: bool | None = None,
+        split: bool = False,
     ) -> Rendered:
         """A completion as the model sampled it: its ids stay as they are, the text is what they spell.
 
@@ -343,8 +343,8 @@ class Renderer:
         model could read it; nor is the stop then.
 
         Args:
-            split: one segment for each part of the reply, rather than one for all of it; None: only where it holds
-                control tokens.
+            split: one segment for each part of the reply, rather than one for all of it, also where it holds no control
+                tokens.
         """
         ids = np.asarray(completion_ids, dtype=np.int64).reshape(-1)
         stops = np.flatnonzero(np.isin(ids, self.stop_ids))
@@ -377,7 +377,7 @@ class Renderer:
         return assemble([*self._prompt(conversation, self._prompt_text(conversation, thinking)), piece], reply, markup)
 
     def _parts(
-        self, text: bytes, opened: bool, finished: bool, split: bool | None, conversation: Conversation
+        self, text: bytes, opened: bool, finished: bool, split: bool, conversation: Conversation
     ) -> tuple[Reply, list[tuple[int, int]], list[Role]]:
         """The parts of what was written, with the bytes and the role of each segment."""
         has_controls = b"\xff" in text
@@ -389,9 +389,7 @@ class Renderer:
             shape, slots = shape[1:], slots[1:]  # an empty think block
         found = [_edges(text, low, high, role, self.vocabulary) for role, (low, high) in zip(shape, slots, strict=True)]
         reply = Reply(tuple(slot for slot, _ in found), written)
-        if split is False or (split is None and not has_controls):
-            if has_controls:
-                raise RenderingError(f"What the {self.name} wrote holds control tokens, so it is no one text.")
+        if not split and not has_controls:
             span = slots[0] if shape == PLAIN else (0, len(text))
             if text[:1] == b" " and span[0] == 0 and self._dummy_prefix:
                 span = (1, span[1])
