@@ -1,13 +1,15 @@
-"""Files that are kept between runs: in which folder, by which code, and written whole or not at all."""
+"""What goes to disk: files that are kept between runs, written whole or not at all, and values for JSON."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def cache_folder(name: str, variable: str = "") -> Path | None:
@@ -47,3 +49,12 @@ def write_whole(path: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(beside)
         raise
+
+
+def finite(value: Any) -> Any:
+    """Plain values for JSON, which has no number that is not finite: None in its place."""
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

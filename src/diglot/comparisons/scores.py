@@ -16,6 +16,7 @@ from diglot.batches.sending import sent
 from diglot.comparisons.comparison import Answers, Batch, View
 from diglot.errors import ConfigError, TeacherError
 from diglot.heads import Head, TreeReading, logits_by_parts, reads_few_columns, reduce_rows, summaries, token_logps
+from diglot.heads.rows import at_temperature
 from diglot.objectives import Part, Path, Rollout, Rows, Values
 from diglot.objectives.scores import Compare, Summary
 from diglot.objectives.tail import TailTokens
@@ -178,8 +179,7 @@ class ModelScores:
     @torch.no_grad()
     def teacher_log_probs(self, hidden: Tensor, ids: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         for at, logits in logits_by_parts(hidden, self.teacher.head, self.chunk_rows(False), ids):
-            cooled = logits if self.temperature == 1.0 else logits / self.temperature
-            yield at, cooled.log_softmax(-1, dtype=torch.float32)
+            yield at, at_temperature(logits, self.temperature).log_softmax(-1, dtype=torch.float32)
 
     def once(self, by: object, make: Callable[[], T]) -> T:
         return self.answers.once(by, make)

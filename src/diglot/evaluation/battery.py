@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from diglot.batches import PairReader
 from diglot.data import Sample
+from diglot.disk import finite
 from diglot.evaluation.bootstrap import with_interval
 from diglot.evaluation.evaluator import Evaluator
 from diglot.evaluation.reports import OnPolicyReport, Sums
@@ -48,8 +49,8 @@ class Measure:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; None for what is not a number."""
-        numbers = {name: getattr(self, name) for name in ("value", "low", "high")}
-        return {**{k: v if math.isfinite(v) else None for k, v in numbers.items()}, "unit": self.unit}
+        found: dict[str, Any] = finite(asdict(self))
+        return found
 
 
 @dataclass(frozen=True)

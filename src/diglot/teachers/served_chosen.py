@@ -82,14 +82,7 @@ class ServedChosen(ServedTeacher):
             found[own] = torch.from_numpy(logps).float()
         return found
 
-    def _entries(
-        self,
-        text: Ints,
-        first: int,
-        chosen: Ints,
-        row: Ints,
-        slot: Ints,
-    ) -> Floats:
+    def _entries(self, text: Ints, first: int, chosen: Ints, row: Ints, slot: Ints) -> Floats:
         return self._asked(text, first, chosen)[row, slot]
 
     def _asked(self, ids: Ints, first: int, chosen: Ints) -> Floats:
