@@ -47,8 +47,7 @@ def parser() -> Parser:
         default="logprobs",
         choices=["logprobs", "top_k", "bytes"],
         help="What is kept of each token: its log-prob; also the k likeliest ids; or the next-byte distributions "
-        "(default: "
-        "logprobs).",
+        "(default: logprobs).",
     )
     add("--k", type=int, default=16, help="How many likeliest ids top_k keeps (default: 16).")
     add("--dataset_config", help="Configuration of a hub dataset.")

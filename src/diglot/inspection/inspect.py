@@ -147,10 +147,9 @@ def _without_template(reader: PairReader, samples: Sequence[Sample]) -> list[str
     """Conversations for a model that has no template to read them with."""
     talks = sum(s.conversation.messages is not None for s in samples)
     return [
-        f"The {side.name} has no chat template and {talks} of {len(samples)} rows are conversations: it would "
-        "read a transcript of a kind that it was not trained on, and what it says about the end of a reply means "
-        "nothing. Take an instruct model, set the tokenizer's chat_template, or give rows of plain text (`prompt`, "
-        "`text`)."
+        f"The {side.name} has no chat template and {talks} of {len(samples)} rows are conversations: it would read a "
+        "transcript of a kind that it was not trained on, and what it says about the end of a reply means nothing. "
+        "Take an instruct model, set the tokenizer's chat_template, or give rows of plain text (`prompt`, `text`)."
         for side in (reader.student, reader.teacher)
         if talks and not side.has_template
     ]

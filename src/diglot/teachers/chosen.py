@@ -73,9 +73,8 @@ def _read(answer: Any, text: list[int], start: int, chosen: Ints) -> Floats:
         row, column = (int(x) for x in np.argwhere(wrong)[0])
         raise TeacherError(
             f"The server's log-prob of id {chosen[row, column]} at token {start + row + 1} is "
-            f"{float(values[row, column])!r}, "
-            f"expected a finite number of at most 0 and above {NO_MASS:.0f}. Look for NaN in the model's weights, and "
-            "start vLLM with --logprobs-mode raw_logprobs."
+            f"{float(values[row, column])!r}, expected a finite number of at most 0 and above {NO_MASS:.0f}. Look for "
+            "NaN in the model's weights, and start vLLM with --logprobs-mode raw_logprobs."
         )
     return np.where(named, np.minimum(values, 0.0), -np.inf)
 

@@ -132,9 +132,8 @@ def find_teacher_tokenizer(
     ):
         return student_tokenizer
     advice = (
-        "Give `teacher_tokenizer_name_or_path` (or pass `teacher_processing_class`): a teacher that reads ids "
-        "of another "
-        "vocabulary gives a finite loss and no signal."
+        "Give `teacher_tokenizer_name_or_path` (or pass `teacher_processing_class`): a teacher that reads ids of "
+        "another vocabulary gives a finite loss and no signal."
     )
     if place is None:
         raise TeacherError(

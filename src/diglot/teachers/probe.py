@@ -125,16 +125,14 @@ def _check_positions(client: Client, wire: Wire, ids: list[int], scores: TokenSc
     if moved_own > _MOVED:
         raise TeacherError(
             f"{client.url} gives log-probs one position late: with another last token the distribution that should "
-            "have "
-            f"predicted it moved by {moved_own:.2f} (total variation), expected 0. What it echoes for a token is what "
-            "comes after it, as llama-cpp-python's server does. Serve the model with vLLM or SGLang."
+            f"have predicted it moved by {moved_own:.2f} (total variation), expected 0. What it echoes for a token is "
+            "what comes after it, as llama-cpp-python's server does. Serve the model with vLLM or SGLang."
         )
     if moved_before < 1e-6:
         raise TeacherError(
             f"The distribution that {client.url} gives of the last token does not depend on the token before it (it "
-            "moved by "
-            f"{moved_before:.1e}): its log-probs stand too early, or are not of the text that was sent. Serve the "
-            "model with vLLM or SGLang."
+            f"moved by {moved_before:.1e}): its log-probs stand too early, or are not of the text that was sent. Serve "
+            "the model with vLLM or SGLang."
         )
 
 
@@ -155,10 +153,9 @@ def _check_raw(client: Client, wire: Wire, ids: list[int]) -> None:
     shift = _mean_gap(first.logps, second.logps)
     if shift > _NOISE:
         raise TeacherError(
-            f"{client.url} gives tempered log-probs: one text at temperature 0.5 and 2 differs by {shift:.2f} nats "
-            "a token, expected 0. Teachers are asked for the model's own distribution: start the server so that it "
-            "gives raw "
-            "log-probs (vLLM: --logprobs-mode raw_logprobs)."
+            f"{client.url} gives tempered log-probs: one text at temperature 0.5 and 2 differs by {shift:.2f} nats a "
+            "token, expected 0. Teachers are asked for the model's own distribution: start the server so that it gives "
+            "raw log-probs (vLLM: --logprobs-mode raw_logprobs)."
         )
     whole, cut = (_scored(client, wire, ids, Asking(top=_TOP, top_p=p)) for p in (1.0, 0.3))
     shift = _mean_gap(whole.logps, cut.logps)

@@ -129,8 +129,7 @@ def _request(
     if manner.level == "bytes" and not gives_rows(teacher):
         raise TeacherError(
             f"Next-byte distributions take whole rows, and the teacher is {teacher.name}, which gives "
-            f"{teacher.level.name}. "
-            "Choose the level logprobs or top_k."
+            f"{teacher.level.name}. Choose the level logprobs or top_k."
         )
     texts = hashlib.sha256()
     for sample in samples:
