@@ -207,12 +207,7 @@ class ModelsBench:
         return self._loaded
 
     def _renderer(self, model: PreTrainedModel, which: int) -> Renderer:
-        return Renderer(
-            self.tokenizers[which],
-            num_embeddings=model.get_input_embeddings().num_embeddings,
-            generation_config=model.generation_config,
-            name=("student", "teacher")[which],
-        )
+        return Renderer.of_model(model, self.tokenizers[which], name=("student", "teacher")[which])
 
     def _place(self, which: int) -> str:
         """Where the model is; a student with another tokenizer is made on first use."""

@@ -35,8 +35,6 @@ def parser() -> Parser:
         prog="diglot score",
         description="Let a teacher score the replies of a dataset once, and keep what it said.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = made.add_argument
     add("--teacher", required=True, help="A model id, a folder, or a .gguf file.")
@@ -134,11 +132,9 @@ def _teacher(options: argparse.Namespace) -> tuple[Any, Any]:
         arguments=options.teacher_tokenizer_kwargs,
         **own,
     )
-    embeddings: Any = model.get_input_embeddings()
-    renderer = Renderer(
+    renderer = Renderer.of_model(
+        model,
         tokenizer,
-        num_embeddings=embeddings.num_embeddings,
-        generation_config=model.generation_config,
         chat_template_kwargs=options.teacher_chat_template_kwargs,
         name="teacher",
         **rendering_options(options),

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diglot.arrays import Ids
 from diglot.errors import DataError, RenderingError
@@ -94,6 +94,12 @@ class Renderer:
             len(self.vocabulary),
             describe_stops(self.stop_sources, self.vocabulary.display),
         )
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Renderer:
+        """What `model` reads with its tokenizer; `options` are those of the constructor."""
+        rows: Any = model.get_input_embeddings()
+        return cls(tokenizer, num_embeddings=rows.num_embeddings, generation_config=model.generation_config, **options)
 
     @property
     def has_template(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from diglot.errors import ConfigError
 from diglot.heads import Head, evaluating
 from diglot.rendering import Renderer
 from diglot.teachers.local import LocalTeacher
+from diglot.teachers.teacher import Teacher
 
 OWN_BASE = "self"
 """The teacher's name that means: the student without its adapter."""
@@ -60,6 +61,11 @@ class AdapterOff(LocalTeacher):
         model: Any = self.model
         with evaluating(model), model.disable_adapter():
             yield model
+
+
+def has_own_model(teacher: Teacher) -> TypeGuard[LocalTeacher]:
+    """Is the teacher a model of its own in this process, beside the student's?"""
+    return isinstance(teacher, LocalTeacher) and not isinstance(teacher, AdapterOff)
 
 
 def _without_adapter(module: nn.Module) -> nn.Module:

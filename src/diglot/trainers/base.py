@@ -52,8 +52,7 @@ from diglot.rendering import Conversation, Renderer
 from diglot.rollouts import Completion, TransformersSampler
 from diglot.rollouts.ahead import Ahead, Row, Waiting, Window, answered, rows_of
 from diglot.rollouts.connect import make_engine
-from diglot.teachers import LocalTeacher
-from diglot.teachers.adapter import AdapterOff
+from diglot.teachers.adapter import AdapterOff, has_own_model
 from diglot.teachers.scored import ScoredTeacher
 from diglot.trainers.engines import Rollouts
 from diglot.trainers.ranks import (
@@ -182,7 +181,7 @@ class DistillationTrainer(RefusingTrainer):
     def teacher_models(self) -> list[PreTrainedModel]:
         """The teachers' models that are in this process beside the student's."""
         held = [one.teacher for one in self.comparisons]
-        return [one.model for one in held if isinstance(one, LocalTeacher) and not isinstance(one, AdapterOff)]
+        return [one.model for one in held if has_own_model(one)]
 
     # ---- what a method says ------------------------------------------------------------------------------------
 
