@@ -22,6 +22,7 @@ from diglot.objectives import Pair
 from diglot.rendering import Renderer
 from diglot.rollouts import TransformersSampler
 from diglot.teachers import LocalTeacher
+from diglot.teachers.loading import window_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Side:
     @property
     def max_length(self) -> int | None:
         """The longest input of the model in its own tokens, if it has a limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return window_of(self.model)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from diglot.errors import ConfigError
 from diglot.heads import Head, evaluating
 from diglot.rendering import Renderer
+from diglot.teachers.loading import window_of
 from diglot.teachers.local import LocalTeacher
 from diglot.teachers.teacher import Teacher
 
@@ -31,8 +32,7 @@ class AdapterOff(LocalTeacher):
 
     def __init__(self, model: PreTrainedModel, renderer: Renderer, max_length: int | None = None) -> None:
         self.model, self.renderer = model, renderer
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = max_length or limit
+        self.max_length = max_length or window_of(model)
         head = Head.of(model)
         base = Head(_without_adapter(head.module), scale=head.scale, softcap=head.softcap, name=head.name, frozen=True)
         self.head = base
