@@ -30,8 +30,6 @@ from diglot import GKDConfig, GKDTrainer
 from diglot.comparisons import Term, scores_of
 from diglot.objectives import OBJECTIVES
 
-BETA = {name: {"beta": 1.0} for name in ("jsd", "strict", "bpm", "shared_prefix", "byte", "escd")}
-
 
 def loss_stage(trainer: GKDTrainer, term: Term, hidden: Tensor, batch: Any) -> tuple[float, Tensor]:
     """Value and gradient of the hidden states; the head's gradient is computed as well, and dropped."""

@@ -22,13 +22,13 @@ from assets import fetch_model, fetch_texts
 from datasets import Dataset
 from rich.console import Console
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diglot import GKDConfig, GKDTrainer, MiniLLMConfig, MiniLLMTrainer
 from diglot.data import Sample, to_sample
 from diglot.evaluation import OnPolicyReport, ReferenceReport
-from diglot.report import before_after_table
 from diglot.trainers.base import DistillationTrainer
 
 console = Console()
@@ -184,13 +184,17 @@ def show(before: Measured, after: Measured, noise: Mapping[str, float], prompts:
         ("stop-probability agreement", "stop_agreement", "0 to 1"),
         ("alignment coverage", "coverage", "share of tokens"),
     ]
-    console.print(
-        before_after_table([(text, b[k], a[k], noise.get(k), unit) for text, k, unit in lines], "Before and after")
-    )
+    table = Table("", title="Before and after")
+    for column in ("before", "after", "noise"):
+        table.add_column(column, justify="right")
+    table.add_column("unit")
+    for text, k, unit in lines:
+        table.add_row(text, f"{b[k]:.4f}", f"{a[k]:.4f}", f"± {noise[k]:.4f}" if k in noise else "", unit)
+    console.print(table)
     for i in range(3):
         for name, measured in (("before", before), ("after", after)):
-            text = Text(prompts[i], style="dim") + Text(measured.written[0].completions[i])
-            console.print(Panel(text, title=f"sample {i + 1}, {name}"))
+            shown = Text(prompts[i], style="dim") + Text(measured.written[0].completions[i])
+            console.print(Panel(shown, title=f"sample {i + 1}, {name}"))
 
 
 def main() -> None:

@@ -191,8 +191,7 @@ class ModelsBench:
 
     def _evaluator(self, side: Side, other: Side) -> Evaluator:
         mine, theirs = side.renderer, other.renderer
-        encoders = mine.encoder.encode, theirs.encoder.encode
-        pair = Pair.of(mine.vocabulary, theirs.vocabulary, mine.stop_ids, theirs.stop_ids, *encoders)
+        pair = Pair.of_renderers(mine, theirs)
         reader = PairReader(
             mine, theirs, same_vocabulary=pair.same, max_length=side.max_length, teacher_max_length=other.max_length
         )
@@ -208,12 +207,7 @@ class ModelsBench:
         return self._loaded
 
     def _renderer(self, model: PreTrainedModel, which: int) -> Renderer:
-        return Renderer(
-            self.tokenizers[which],
-            num_embeddings=model.get_input_embeddings().num_embeddings,
-            generation_config=model.generation_config,
-            name=("student", "teacher")[which],
-        )
+        return Renderer.of_model(model, self.tokenizers[which], name=("student", "teacher")[which])
 
     def _place(self, which: int) -> str:
         """Where the model is; a student with another tokenizer is made on first use."""

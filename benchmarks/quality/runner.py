@@ -7,7 +7,6 @@ split. Cells are named by everything that they depend on, the code included.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -253,12 +252,6 @@ def quiet() -> None:
     logging.disable(logging.WARNING)
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-
-
-def name_of(folder: Path) -> str:
-    """A short name of all cells in a folder, for the head of a table."""
-    names = sorted(path.name for path in (folder / "cells").glob("*.json"))
-    return hashlib.sha256("".join(names).encode()).hexdigest()[:8]
 
 
 def progress(text: str) -> None:

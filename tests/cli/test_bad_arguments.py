@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import support.tokenizers_zoo as zoo
 from support import tiny
 
 from diglot.cli import align, evaluate, inspect, report, score
@@ -83,12 +81,10 @@ def test_no_command_is_forgotten() -> None:
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
-    for name, tokenizer, seed in (("STUDENT", zoo.chatml(), 0), ("TEACHER", zoo.inst(), 1)):
-        tiny.tiny_model(tokenizer, seed).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    (root / "DATA.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.CHAT_ROWS), encoding="utf-8")
+    pair = tiny.save_pair(root)
     (root / "FILE").write_text("no data")
-    return {**{name: str(root / name) for name in ("STUDENT", "TEACHER", "FILE")}, "DATA": str(root / "DATA.jsonl")}
+    names = {"STUDENT": "student", "TEACHER": "teacher", "DATA": "data.jsonl"}
+    return {**{name: pair[own] for name, own in names.items()}, "FILE": str(root / "FILE")}
 
 
 def line(command: str, name: str, value: str) -> list[str]:

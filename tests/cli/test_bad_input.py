@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import support.tokenizers_zoo as zoo
 from support import tiny
 
 from diglot.cli.main import main
@@ -90,12 +89,8 @@ def rows() -> Iterator[tuple[str, list[str]]]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
-    for name, tokenizer, seed in (("student", zoo.chatml(), 0), ("teacher", zoo.inst(), 1)):
-        tiny.tiny_model(tokenizer, seed).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.CHAT_ROWS), encoding="utf-8")
     (root / "file").write_text("a file")
-    return {name: str(root / name) for name in ("student", "teacher", "data.jsonl", "file")}
+    return {**tiny.save_pair(root), "file": str(root / "file")}
 
 
 def refused(arguments: list[str], out: Path, capsys: pytest.CaptureFixture[str]) -> str:

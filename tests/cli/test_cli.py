@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import support.tokenizers_zoo as zoo
 import yaml
 from support import tiny
 
@@ -25,12 +24,7 @@ from diglot.errors import ConfigError
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A student and a teacher on disk, each with its tokenizer, and data."""
-    root = tmp_path_factory.mktemp("models")
-    for name, tokenizer, seed in (("student", zoo.chatml(), 0), ("teacher", zoo.inst(), 1)):
-        tiny.tiny_model(tokenizer, seed).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.CHAT_ROWS), encoding="utf-8")
-    return {name: str(root / name) for name in ("student", "teacher", "data.jsonl")}
+    return tiny.save_pair(tmp_path_factory.mktemp("models"))
 
 
 def arguments(folders: dict[str, str], out: Path, *more: str) -> list[str]:

@@ -19,8 +19,7 @@ TURNS = [[{"from": "human", "value": f"Say {w}."}, {"from": "gpt", "value": f"{w
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("given")
     for name, tokenizer, seed in (("student", zoo.chatml(), 0), ("teacher", zoo.inst(), 1)):
-        tiny.tiny_model(tokenizer, seed).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+        tiny.save(root / name, tokenizer, seed)
     chat = [*tiny.CHAT_ROWS, *tiny.CHAT_ROWS]
     rows = {
         "chat": chat,

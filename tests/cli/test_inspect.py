@@ -26,8 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     odd.decoder = decoders.CTC()
     PreTrainedTokenizerFast(tokenizer_object=odd, eos_token="[UNK]").save_pretrained(root / "odd")
     for name, tokenizer in (("student", zoo.chatml()), ("teacher", zoo.inst())):
-        tiny.tiny_model(tokenizer, padding_rows=7).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+        tiny.save(root / name, tokenizer, padding_rows=7)
     (root / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.CHAT_ROWS), encoding="utf-8")
     return {path.name: str(path) for path in root.iterdir()}
 

@@ -26,10 +26,7 @@ FOREVER = 100_000  # steps: no run here gets to its end by itself
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("models")
-    for name, tokenizer, seed in (("student", zoo.chatml(), 0), ("teacher", zoo.inst(), 1)):
-        tiny.tiny_model(tokenizer, seed).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.CHAT_ROWS), encoding="utf-8")
+    tiny.save_pair(root)
     return [
         "train", "--model_name_or_path", str(root / "student"), "--teacher_model_name_or_path", str(root / "teacher"),
         "--dataset_name", str(root / "data.jsonl"), "--use_cpu", "--max_completion_length", "6", "--logging_steps", "1",

@@ -27,12 +27,10 @@ TEMPLATE = "{% for m in messages %}[INST]{{ m['content'] }}[/INST]{% endfor %}"
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Two models whose tokenizer_config.json declares a class that rebuilds tokenizer.json, and data."""
     root = tmp_path_factory.mktemp("pair")
-    for name, tokenizer, seed in (("student", zoo.chatml(), 0), ("teacher", zoo.inst(), 1)):
-        tiny.tiny_model(tokenizer, seed).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+    tiny.save_pair(root)
+    for name in ("student", "teacher"):
         stated = root / name / "tokenizer_config.json"
         stated.write_text(json.dumps({**json.loads(stated.read_text()), "tokenizer_class": "GPT2Tokenizer"}))
-    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.CHAT_ROWS), encoding="utf-8")
     return {path.stem: str(path) for path in root.iterdir()}
 
 

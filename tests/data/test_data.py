@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from diglot.data import Sample, has_replies, load_dataset, to_sample
+from diglot.data import Sample, load_dataset, to_sample
 from diglot.errors import DataError
 
 ROWS = [{"prompt": "One?", "completion": "Yes."}, {"prompt": "Two, naïve 数学?", "completion": "No.\r\n"}]
@@ -113,8 +113,3 @@ def test_a_tool_call_keeps_its_empty_content() -> None:
     assert messages is not None
     assert messages[1] == {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     assert messages[2] == {"role": "tool", "content": "1"}
-
-
-def test_whether_there_are_replies() -> None:
-    assert has_replies(Dataset.from_list(ROWS))
-    assert not has_replies(Dataset.from_list([{"prompt": "a"}]))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from diglot.data import has_replies, load_dataset
+from diglot.data import load_dataset
 from diglot.errors import DataError
 
 # `datasets` leaves a file that it streams open until it is collected: done here, where it is expected.
@@ -156,11 +156,3 @@ def test_columns_are_not_called_unread_because_the_first_row_has_nothing_in_them
 ) -> None:
     load_dataset(write_jsonl(tmp_path / "d.jsonl", [{"prompt": None, "completion": "c"}, *ROWS]), on_bad_row="skip")
     assert "nothing reads" not in caplog.text
-
-
-def test_replies_are_there_only_if_every_row_has_one() -> None:
-    ask, say = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    assert has_replies(Dataset.from_list([{"messages": [ask, say]}, {"messages": [ask, say]}]))
-    assert not has_replies(Dataset.from_list([{"messages": [ask, say]}, {"messages": [ask, say, ask]}]))
-    assert not has_replies(Dataset.from_list([{"prompt": "a"}]))
-    assert has_replies(Dataset.from_list([{"text": "a"}]))

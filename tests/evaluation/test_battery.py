@@ -126,8 +126,7 @@ def test_places_are_ends_of_words_that_another_word_follows() -> None:
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hub")
     for name, tokenizer in (("student", zoo.chatml()), ("teacher", zoo.inst())):
-        tiny.tiny_model(tokenizer).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+        tiny.save(root / name, tokenizer)
     (root / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     return root
 

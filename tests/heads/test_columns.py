@@ -60,10 +60,10 @@ def test_the_teachers_head_is_asked_for_few_whole_rows_only(monkeypatch: pytest.
     seen: list[int] = []
     original = Head.__call__
 
-    def spy(self: Head, hidden: Tensor, parameters: Any = None) -> Tensor:
+    def spy(self: Head, hidden: Tensor) -> Tensor:
         if self is problem.head_t:
             seen.append(len(hidden))
-        return original(self, hidden, parameters)
+        return original(self, hidden)
 
     monkeypatch.setattr("diglot.heads.rows._MASS_ROWS", 2)
     monkeypatch.setattr(Head, "__call__", spy)

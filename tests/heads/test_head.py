@@ -161,7 +161,7 @@ def test_parameters_can_be_stood_in_for() -> None:
     head, hidden = Head.of(model), torch.randn(3, 16)
     weight, bias = head.parameters
     expected = hidden @ (2 * weight).T + bias + 1
-    torch.testing.assert_close(head(hidden, [2 * weight, bias + 1]), expected)
+    torch.testing.assert_close(head.finished(head.raw_with([2 * weight, bias + 1], hidden)), expected)
 
 
 class Wrapper(nn.Module):
@@ -228,7 +228,7 @@ def test_a_lora_model_is_its_own_head(where: str) -> None:
     head.verify(model)
     assert len(head.parameters) == {"body": 0, "head": 2, "whole head": 1}[where]
     hidden = torch.randn(3, 16)
-    stood_in = head(hidden, [p.detach() for p in head.parameters])
+    stood_in = head.finished(head.raw_with([p.detach() for p in head.parameters], hidden))
     torch.testing.assert_close(stood_in, model.get_output_embeddings()(hidden))
 
 

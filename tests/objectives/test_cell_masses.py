@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from diglot.objectives.cell_masses import CellColumns, CellMasses
-from diglot.objectives.masses import running_sums_by_blocks
 
 TOKENS, ROWS = 40, 7
 STOP, SILENT = torch.tensor([38, 3]), torch.tensor([39])
@@ -83,17 +82,3 @@ def test_the_same_bits_come_again_whatever_the_block() -> None:
         found.append((masses.detach(), leaf.grad))
     for again in found[1:]:
         assert all(torch.equal(one, other) for one, other in zip(found[0], again, strict=True))
-
-
-@pytest.mark.parametrize("count", [1, 3, 63, 64, 65, 130, 4096, 4097, 70_000])
-def test_running_sums_in_blocks_are_the_running_sums(count: int) -> None:
-    """To float64's rounding, with their gradient, and the same bits each time."""
-    draw = torch.Generator().manual_seed(count)
-    x = torch.randn(3, count, generator=draw, dtype=torch.float64).softmax(-1).requires_grad_()
-    found = running_sums_by_blocks(x)
-    exact = torch.from_numpy(x.detach().numpy().astype(np.longdouble).cumsum(-1).astype(np.float64))
-    torch.testing.assert_close(found, exact, atol=1e-14, rtol=1e-14)
-    assert torch.equal(found, running_sums_by_blocks(x)) and torch.equal(found[0], running_sums_by_blocks(x[0]))
-    given = torch.randn(3, count, generator=draw, dtype=torch.float64)
-    (gradient,) = torch.autograd.grad((found * given).sum(), x)
-    torch.testing.assert_close(gradient, given.flip(-1).cumsum(-1).flip(-1), atol=1e-9, rtol=1e-12)

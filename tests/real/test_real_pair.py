@@ -50,7 +50,7 @@ def test_tables_of_262144_pieces_are_built_quickly_and_share_what_they_share() -
 
     start = time.monotonic()
     table = Vocabulary.from_tokenizer(tokenizer("gemma3"), 262144)
-    assert len(table) == 262144 and table.unreachable_ids == (262144,)
+    assert len(table) == 262144 and max(table.names) < 262144
     assert time.monotonic() - start < 10  # under a second on a quiet machine
     shared, _ = Vocabulary.from_tokenizer(tokenizer("smollm2")).shared(table)
     assert len(shared) > 40_000

@@ -16,7 +16,7 @@ def test_the_committed_pictures_are_what_is_drawn() -> None:
     drawn = dict(pictures.pictures())
     assert len(drawn) == len(pictures.DRAWN)
     for path, svg in drawn.items():
-        assert path.read_text(encoding="utf-8") == svg, f"{path.name}: run docs/tools/pictures.py"
+        assert path.read_text(encoding="utf-8") == svg, f"{path.name}: run demo/pictures.py"
 
 
 def test_what_the_page_says_of_them_is_so() -> None:

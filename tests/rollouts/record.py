@@ -76,7 +76,7 @@ def record_server(model_folder: Path) -> dict[str, Any]:
             try:
                 answer = super()._with_retries(method, path, body, limit, once)
             except Refused as error:
-                said.update(status=error.status, said=error.said)
+                said.update(status=error.status, said=error.answer)
                 raise
             said.update(status=200, answer=shortened(path, answer))
             return answer

@@ -31,10 +31,7 @@ from diglot.vocabulary import cache as tables
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for name, tokenizer, seed in (("student", zoo.chatml(), 0), ("teacher", zoo.inst(), 1)):
-        tiny.tiny_model(tokenizer, seed).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.CHAT_ROWS), encoding="utf-8")
+    tiny.save_pair(root)
     return root
 
 

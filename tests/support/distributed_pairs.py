@@ -26,8 +26,7 @@ TIMEOUT = int(os.environ.get("DIGLOT_TEST_TIMEOUT", "540"))
 def make_pair(root: Path, teacher: str = "inst", rows: list[dict[str, Any]] | None = None, **config: Any) -> None:
     """Write `student`, `teacher` and `rows.jsonl` into `root`."""
     for name, tokenizer, seed in (("student", zoo.chatml(), 0), ("teacher", zoo.ALL[teacher](), 1)):
-        tiny.tiny_model(tokenizer, seed, **config).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+        tiny.save(root / name, tokenizer, seed, **config)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in (rows or uneven_rows())]
     (root / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
 

@@ -6,14 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from support.tiny import tiny_model
+from support.tiny import save
 from transformers import PreTrainedTokenizerBase
 
 
 def save_model(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int, spread: float, **config: int) -> Path:
     """A random model that is sure of itself as far as `spread` (of its weights) is large, in `folder`."""
-    tiny_model(tokenizer, seed, initializer_range=spread, **config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save(folder, tokenizer, seed, initializer_range=spread, **config)
     return folder
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import support.tokenizers_zoo as zoo
 import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -43,6 +45,21 @@ def tiny_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(LlamaConfig(**{**options, **config})).eval()
+
+
+def save(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 0, **config: Any) -> str:
+    """A tiny model and its tokenizer in a folder of their own; returns where."""
+    tiny_model(tokenizer, seed, **config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def save_pair(root: Path) -> dict[str, str]:
+    """A student and a teacher whose tokenizers differ, and conversations: `student`, `teacher` and `data.jsonl`."""
+    data = root / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in CHAT_ROWS), encoding="utf-8")
+    student, teacher = save(root / "student", zoo.chatml(), 0), save(root / "teacher", zoo.inst(), 1)
+    return {"student": student, "teacher": teacher, data.name: str(data)}
 
 
 def gkd(

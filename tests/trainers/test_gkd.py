@@ -105,7 +105,7 @@ def test_the_student_keeps_the_ids_it_sampled(tmp_path: Path) -> None:
     trainer.sample = spy  # type: ignore[method-assign]
     (batch,) = window(trainer, CHAT[:4])
     for pair, ids in zip(batch.pairs, seen, strict=True):
-        assert pair.student.ids[pair.prompt_length :].tolist() == ids.tolist()
+        assert pair.student.ids[pair.student.prompt_length :].tolist() == ids.tolist()
     vocabulary = trainer.student_renderer.vocabulary
     encode = trainer.student_renderer.encoder.encode
     again = [encode([vocabulary.bytes_of(ids).decode("utf-8", "ignore")])[0].ids.tolist() for ids in seen]
@@ -368,9 +368,9 @@ def test_w31_several_generations_of_one_prompt_are_all_scored(tmp_path: Path) ->
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=1.0, num_generations=3)
     (batch,) = window(trainer, CHAT[:2])
     assert len(batch.pairs) == 6
-    prompts = [p.student.ids[: p.prompt_length].tolist() for p in batch.pairs]
+    prompts = [p.student.ids[: p.student.prompt_length].tolist() for p in batch.pairs]
     assert prompts[0] == prompts[1] == prompts[2] != prompts[3]
-    completions = {tuple(p.student.ids[p.prompt_length :]) for p in batch.pairs[:3]}
+    completions = {tuple(p.student.ids[p.student.prompt_length :]) for p in batch.pairs[:3]}
     assert len(completions) > 1
 
 
@@ -414,8 +414,7 @@ def test_no_shared_token_at_all_is_an_error_that_says_so(tmp_path: Path) -> None
 
 def test_w45_the_teacher_is_loaded_by_name(tmp_path: Path) -> None:
     folder = tmp_path / "teacher"
-    tiny.tiny_model(zoo.inst(), 1).save_pretrained(folder)
-    zoo.inst().save_pretrained(folder)
+    tiny.save(folder, zoo.inst(), 1)
     args = GKDConfig(**tiny._common(tmp_path), teacher_model_name_or_path=str(folder))
     trainer = GKDTrainer(
         tiny.tiny_model(zoo.chatml()), args=args, train_dataset=Dataset.from_list(CHAT), processing_class=zoo.chatml()
@@ -434,8 +433,7 @@ def test_w45_no_teacher_is_an_error_that_names_the_argument(tmp_path: Path) -> N
 def test_w46_args_and_processing_class_may_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, tokenizer in (("s", zoo.chatml()), ("t", zoo.inst())):
-        tiny.tiny_model(tokenizer).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+        tiny.save(tmp_path / name, tokenizer)
     trainer = GKDTrainer(str(tmp_path / "s"), str(tmp_path / "t"), train_dataset=Dataset.from_list(CHAT))
     assert isinstance(trainer.args, GKDConfig)
     assert trainer.processing_class.eos_token == zoo.chatml().eos_token
@@ -443,8 +441,7 @@ def test_w46_args_and_processing_class_may_be_left_out(tmp_path: Path, monkeypat
 
 def test_w47_init_kwargs_need_no_dtype(tmp_path: Path) -> None:
     folder = tmp_path / "t"
-    tiny.tiny_model(zoo.inst()).save_pretrained(folder)
-    zoo.inst().save_pretrained(folder)
+    tiny.save(folder, zoo.inst())
     args = GKDConfig(
         **tiny._common(tmp_path),
         teacher_model_name_or_path=str(folder),

@@ -163,7 +163,7 @@ def test_single_step_part_is_the_exact_reverse_kl_on_equal_vocabularies(tmp_path
         ).logits.log_softmax(-1)
     mask = torch.zeros(side.input_ids.shape, dtype=torch.bool)
     for b, pair in enumerate(batch.pairs):  # by hand: the completion's positions, each predicted one position before
-        mask[b, pair.prompt_length - 1 : len(pair.student.ids) - 1] = True
+        mask[b, pair.student.prompt_length - 1 : len(pair.student.ids) - 1] = True
     expected = ((p.exp() * (p - q)).sum(-1) * mask).sum() / mask.sum()
     expected.backward()
     assert loss == pytest.approx(expected.item(), abs=1e-9)
@@ -189,7 +189,7 @@ def test_policy_gradient_is_the_papers_on_equal_vocabularies(tmp_path: Path) -> 
     student.zero_grad()
     loss, count = torch.zeros((), dtype=torch.float64), 0
     for pair in batches[0].pairs:
-        ids, start = torch.tensor(pair.student.ids)[None], pair.prompt_length
+        ids, start = torch.tensor(pair.student.ids)[None], pair.student.prompt_length
         logps = [
             m(ids).logits[0, start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None])[:, 0]
             for m in (student, teacher)
@@ -417,7 +417,7 @@ def test_a_teacher_prefix_is_read_in_the_students_ids(tmp_path: Path) -> None:
     )
     batches = window(trainer, ROWS)
     for pair in (p for b in batches for p in b.pairs):
-        completion = pair.student.ids[pair.prompt_length :]
+        completion = pair.student.ids[pair.student.prompt_length :]
         assert len(completion) <= 12
         text = trainer.student_renderer.vocabulary.bytes_of(pair.student.ids[pair.student.segment >= 0])
         assert text == pair.student.segment_bytes[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from support import tiny
 from torch import Tensor
 
 from diglot.batches import lengths
-from diglot.comparisons import Batch
+from diglot.comparisons import Answers, Batch
 from diglot.heads import Head, last_hidden
 from diglot.objectives import OBJECTIVES
 from diglot.trainers import base
@@ -189,10 +190,9 @@ def test_logits_are_formed_of_scored_rows_and_one_position_of_each_pass_alone(
     trainer = make(tmp_path, zoo.chatml(), zoo.turns(), tiny.CHAT_ROWS, objective=objective, **options)
     batches = window(trainer, tiny.CHAT_ROWS, 4)
     for batch in batches:
-        view = batch.views[0]
-        vars(view.answers).pop("hidden", None)  # MiniLLM has asked already, and remembers
-        view.answers._made.clear()
-        sides = ((trainer.model, batch.student), (trainer.comparisons[0].teacher.model, view.read.teacher))
+        view, teacher = batch.views[0], trainer.comparisons[0].teacher
+        batch.views[0] = replace(view, answers=Answers(teacher, view.read.teacher))  # MiniLLM's know some already
+        sides = ((trainer.model, batch.student), (teacher.model, view.read.teacher))
         formed = [FormedRows(model, monkeypatch) for model, _ in sides]
         trainer.compute_loss(trainer.model, {"batch": batch}).backward()
         for (model, side), rows in zip(sides, formed, strict=True):

@@ -67,7 +67,7 @@ def test_the_loss_of_equal_vocabularies_is_the_textbooks_at_every_written_token(
     loss.backward()
     found = _gradient(trainer.model)
 
-    prompt = batch.pairs[0].student.ids[: batch.pairs[0].prompt_length].tolist()
+    prompt = batch.pairs[0].student.ids[: batch.pairs[0].student.prompt_length].tolist()
     whole, teacher = torch.tensor([[*prompt, *ids]]), trainer.comparisons[0].teacher.model
     logits = [model(input_ids=whole).logits[0, len(prompt) - 1 : -1] for model in (trainer.model, teacher)]
     expected = full_jsd(logits[0], logits[1].detach(), 0.5).mean()

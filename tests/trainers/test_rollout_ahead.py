@@ -16,7 +16,7 @@ from support import tiny
 from support.rollout_server import RolloutServer
 
 from diglot.errors import ConfigError, RolloutsUnavailable
-from diglot.rollouts.said import with_logps
+from diglot.rollouts.logps import with_logps
 
 FAST: dict[str, Any] = dict(optim="sgd", learning_rate=0.5, max_grad_norm=0.0, max_completion_length=6)
 

@@ -207,8 +207,7 @@ def test_the_key_is_in_no_file_and_no_line_that_a_run_leaves(
     server.key = SECRET
     monkeypatch.setenv("DIGLOT_TEACHER_API_KEY", SECRET)
     for name, tokenizer in (("student", zoo.chatml()), ("teacher", zoo.turns())):
-        tiny.tiny_model(tokenizer).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+        tiny.save(tmp_path / name, tokenizer)
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.CHAT_ROWS), encoding="utf-8")
     command = (
         f"train --model_name_or_path {tmp_path / 'student'} --teacher_model_name_or_path {server.url} "

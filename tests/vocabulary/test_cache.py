@@ -205,7 +205,7 @@ def test_other_code_builds_anew(tables: Path, monkeypatch: pytest.MonkeyPatch) -
     assert entry(tables).read_bytes() != before
 
 
-def test_every_source_of_the_room_counts_as_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_source_of_the_package_counts_as_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So nobody can change how a table is built and be served the one of before."""
     monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
     found = {cache._code.__wrapped__()}

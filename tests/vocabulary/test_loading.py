@@ -87,9 +87,7 @@ def test_a_file_whose_rebuilding_loses_text_is_read_as_it_is(
 def test_a_run_can_name_the_class_or_other_arguments_for_each_side(tmp_path: Path) -> None:
     folders = {}
     for name, tokenizer in (("student", zoo.chatml()), ("teacher", zoo.inst())):
-        folders[name] = str(tmp_path / name)
-        tiny.tiny_model(tokenizer).save_pretrained(folders[name])
-        tokenizer.save_pretrained(folders[name])
+        folders[name] = tiny.save(tmp_path / name, tokenizer)
     stated = tmp_path / "student" / "tokenizer_config.json"
     stated.write_text(json.dumps({**json.loads(stated.read_text()), "tokenizer_class": "GPT2Tokenizer"}))
     file = {"tokenizer_class": "TokenizersBackend"}

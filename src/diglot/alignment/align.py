@@ -9,10 +9,8 @@ from numpy.typing import NDArray
 
 from diglot.alignment.types import Alignment, Side
 from diglot.alignment.validate import check_side
+from diglot.arrays import Bools, Ints
 from diglot.errors import AlignmentError
-
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 
 def align(student: Side, teacher: Side, num_segments: int) -> Alignment[NDArray[Any]]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+
+from diglot.arrays import Bools, Ints
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +23,10 @@ class Side:
     A token starts where the one before it in its segment ended, the first one at byte 0.
     """
 
-    end: NDArray[np.int64]  # [N] byte end inside the segment; length + 1 for the stop token
-    segment: NDArray[np.int64]  # [N] in [0, num_segments), ascending
-    exact: NDArray[np.bool_]  # [N] are the token's bytes the bytes of the text?
-    stop: NDArray[np.bool_]  # [N] is it the stop event? Only the last token of a segment can be
+    end: Ints  # [N] byte end inside the segment; length + 1 for the stop token
+    segment: Ints  # [N] in [0, num_segments), ascending
+    exact: Bools  # [N] are the token's bytes the bytes of the text?
+    stop: Bools  # [N] is it the stop event? Only the last token of a segment can be
 
 
 @dataclass(frozen=True)

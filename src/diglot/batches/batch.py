@@ -121,11 +121,7 @@ def text_sums(pairs: Sequence[ReadPair], on_policy: bool) -> dict[str, float]:
 
 def _written(student: Rendered, on_policy: bool) -> int:
     """Tokens that the writer wrote, scored or not. Of a text that was rendered, those are the scored ones."""
-    return int(((student.segment >= 0) | (student.roles != Role.PROMPT)).sum()) if on_policy else _scored(student)
-
-
-def _scored(student: Rendered) -> int:
-    return int((student.segment >= 0).sum())
+    return int(((student.segment >= 0) | (student.roles != Role.PROMPT)).sum()) if on_policy else len(student.scored)
 
 
 def _common_texts(pairs: Sequence[ReadPair], segments: Sequence[int]) -> list[bytes]:

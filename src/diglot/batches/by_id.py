@@ -15,7 +15,7 @@ def scored_by_id(side: Renderer, read: Rendered, written: Rendered, stopped: boo
     A control token is spelt by its name there, and bytes that are no character stay what they are: the bytes only say
     that both sides hold the same tokens at the same places. `stopped`: is the last id one that ends the writer's turn?
     """
-    count = len(written.ids) - _first(written)
+    count = len(written.ids) - written.prompt_length
     first = len(read.ids) - count
     spelt = [_spelt(side, int(i)) for i in written.ids[-count:]]
     ends = np.cumsum([len(one) for one in spelt])
@@ -32,11 +32,7 @@ def scored_by_id(side: Renderer, read: Rendered, written: Rendered, stopped: boo
 
 def unscored(written: Rendered) -> bool:
     """Did the writer write tokens that no segment holds: control tokens, or what stands behind a broken character?"""
-    return bool((written.segment[_first(written) :] < 0).any())
-
-
-def _first(written: Rendered) -> int:
-    return int(np.flatnonzero(written.roles == Role.PROMPT)[-1]) + 1
+    return bool((written.segment[written.prompt_length :] < 0).any())
 
 
 def _spelt(side: Renderer, token: int) -> bytes:

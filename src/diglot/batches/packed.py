@@ -5,7 +5,7 @@ Shapes: `B` samples, `T` longest of them, `N` scored tokens of the whole batch i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diglot.arrays import Bools, Ints
 from diglot.batches.sending import sent_record
 from diglot.rendering import Rendered, Renderer, Role
 
@@ -27,16 +28,26 @@ class PackedSide:
     rows: Tensor  # int64 [N]
     targets: Tensor  # int64 [N], the token that was written
     stop: Tensor  # bool [N], is it the stop event?
-    end: NDArray[np.int64]  # [N] byte end inside the segment
-    segment: NDArray[np.int64]  # [N] segment in the batch
-    exact: NDArray[np.bool_]  # [N]
+    end: Ints  # [N] byte end inside the segment
+    segment: Ints  # [N] segment in the batch
+    exact: Bools  # [N]
     role: NDArray[np.int8]  # [N]
-    host_ids: NDArray[np.int64]  # `input_ids` as numpy, wherever those are
-    host_rows: NDArray[np.int64]  # `rows`
+    host_ids: Ints  # `input_ids` as numpy, wherever those are
+    host_rows: Ints  # `rows`
 
     def to(self, device: torch.device | str) -> PackedSide:
         """The same with its tensors on `device`."""
         return sent_record(self, device)
+
+    def texts(self) -> Iterator[tuple[int, Ints, Ints]]:
+        """Of each text with scored tokens: its place in the batch, which tokens those are, and where their rows stand.
+
+        Row `place[k]` of the text predicts its token `place[k] + 1`, which is number `own[k]` of the batch's.
+        """
+        row, place = np.divmod(self.host_rows, self.host_ids.shape[1])
+        for b in np.unique(row).tolist():
+            own = np.flatnonzero(row == b)
+            yield b, own, place[own]
 
 
 def pad_id(renderer: Renderer) -> int:
@@ -45,26 +56,32 @@ def pad_id(renderer: Renderer) -> int:
     return token if token is not None and token < len(renderer.vocabulary) else renderer.stop_id
 
 
+def padded(texts: Sequence[Ints], pad_id: int, *, left: bool = False) -> tuple[Ints, Ints]:
+    """Ids and their attention mask, both `[B, T]`, filled up on the right, or on the `left`."""
+    width = max(map(len, texts), default=1)
+    ids = np.full((len(texts), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, text in enumerate(texts):
+        own = slice(width - len(text), width) if left else slice(len(text))
+        ids[row, own], mask[row, own] = text, 1
+    return ids, mask
+
+
 def pack(samples: Sequence[Rendered], num_segments: Sequence[int], pad_id: int) -> PackedSide:
     """Pad `samples` to one batch. Segments are numbered through in order of sample, `num_segments` for each.
 
     A sample whose first token would have to be predicted from nothing cannot occur: prompts are never empty.
     """
-    width = max((len(r.ids) for r in samples), default=1)
-    ids = np.full((len(samples), width), pad_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
+    ids, mask = padded([r.ids for r in samples], pad_id)
     rows: list[NDArray[Any]] = []
     segments: list[NDArray[Any]] = []
     first_segment = np.cumsum([0, *num_segments])
     for b, r in enumerate(samples):
-        ids[b, : len(r.ids)] = r.ids
-        mask[b, : len(r.ids)] = 1
-        scored = np.flatnonzero(r.segment >= 0)
-        rows.append(b * width + scored - 1)
-        segments.append(r.segment[scored].astype(np.int64) + first_segment[b])
+        rows.append(b * ids.shape[1] + r.scored - 1)
+        segments.append(r.segment[r.scored].astype(np.int64) + first_segment[b])
 
     def joined(name: str, dtype: type) -> NDArray[Any]:
-        return np.concatenate([getattr(r, name)[r.segment >= 0] for r in samples] or [np.zeros(0)]).astype(dtype)
+        return np.concatenate([getattr(r, name)[r.scored] for r in samples] or [np.zeros(0)]).astype(dtype)
 
     segment = np.concatenate(segments or [np.zeros(0)]).astype(np.int64)
     flat_rows = np.concatenate(rows or [np.zeros(0)]).astype(np.int64)

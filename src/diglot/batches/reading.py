@@ -6,16 +6,14 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from diglot.alignment import check_bytes
+from diglot.arrays import Bools, Floats, Ids
 from diglot.batches.by_id import scored_by_id, unscored
 from diglot.data import Sample
 from diglot.errors import DataError
 from diglot.rendering import Conversation, Rendered, Renderer, Reply, Role, Score, text_reply, truncate
 from diglot.rendering.template import content_text, without_empty_thinking
-
-Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -25,18 +23,12 @@ class ReadPair:
     conversation: Conversation
     student: Rendered
     teacher: Rendered
-    noncanonical: NDArray[np.bool_]  # of each scored student token: would its tokenizer have cut the text otherwise?
-    sampler_logps: NDArray[np.float64] | None = None  # of the same, nats: what the engine that sampled them said
+    noncanonical: Bools  # of each scored student token: would its tokenizer have cut the text otherwise?
+    sampler_logps: Floats | None = None  # of the same, nats: what the engine that sampled them said
 
-    def with_logps(self, logps: NDArray[np.float64]) -> ReadPair:
+    def with_logps(self, logps: Floats) -> ReadPair:
         """The same with what the engine said about the ids of the completion, of which some are scored."""
-        scored = np.flatnonzero(self.student.segment >= 0)
-        return replace(self, sampler_logps=logps[scored - self.prompt_length])
-
-    @property
-    def prompt_length(self) -> int:
-        """Tokens of the student before its last reply."""
-        return int(np.flatnonzero(self.student.roles == Role.PROMPT)[-1]) + 1
+        return replace(self, sampler_logps=logps[self.student.scored - self.student.prompt_length])
 
 
 class PairReader:
@@ -134,7 +126,7 @@ class PairReader:
         others = self.others if conversation.route is None else ()
         return all(one.same_vocabulary for one in (self, *others))
 
-    def _noncanonical(self, sampled: Rendered) -> NDArray[np.bool_]:
+    def _noncanonical(self, sampled: Rendered) -> Bools:
         """Which scored tokens of a completion the student's own tokenizer does not give for its text.
 
         A token is canonical if the encoding of the whole text has the same id for the same bytes. Stop always is.
@@ -174,7 +166,7 @@ class PairReader:
         )
         if self.same_vocabulary:
             student, teacher = _same_ids_are_exact(student, teacher)
-        return self._fit(conversation, student, teacher, np.zeros(int((student.segment >= 0).sum()), np.bool_))
+        return self._fit(conversation, student, teacher, np.zeros(len(student.scored), np.bool_))
 
     def _as_both_read(self, sample: Sample, stopped: bool) -> tuple[str | Reply, bool]:
         """A reply as one text, where both sides spell it alike, else its parts; and does it start in a think block?"""
@@ -220,7 +212,7 @@ class PairReader:
             return None
 
     def _fit(
-        self, conversation: Conversation, student: Rendered, teacher: Rendered, noncanonical: NDArray[np.bool_]
+        self, conversation: Conversation, student: Rendered, teacher: Rendered, noncanonical: Bools
     ) -> ReadPair | None:
         """Cut both sides to their limits; a prompt that fills a limit alone drops the sample and is counted."""
         try:
@@ -232,15 +224,14 @@ class PairReader:
         for of_student, of_teacher in zip(cut_student.segment_bytes, cut_teacher.segment_bytes, strict=False):
             shared = min(len(of_student), len(of_teacher))
             check_bytes(of_student[:shared], of_teacher[:shared], where="student and teacher")
-        kept = int((cut_student.segment >= 0).sum())
-        return ReadPair(conversation, cut_student, cut_teacher, noncanonical[:kept])
+        return ReadPair(conversation, cut_student, cut_teacher, noncanonical[: len(cut_student.scored)])
 
 
-def _of_all(values: NDArray[np.bool_], written: Rendered) -> NDArray[np.bool_]:
+def _of_all(values: Bools, written: Rendered) -> Bools:
     """Values of the scored tokens for all tokens of the reply; False for the others."""
     found = np.zeros(len(written.ids), dtype=np.bool_)
-    found[written.segment >= 0] = values
-    return found[int(np.flatnonzero(written.roles == Role.PROMPT)[-1]) + 1 :]
+    found[written.scored] = values
+    return found[written.prompt_length :]
 
 
 def has_other_markup(side: Renderer, reply: Reply, opened: bool, finished: bool) -> bool:
@@ -272,7 +263,7 @@ def check_fields(side: Renderer, sample: Sample) -> None:
 
 def _same_ids_are_exact(student: Rendered, teacher: Rendered) -> tuple[Rendered, Rendered]:
     """With one vocabulary, equal tokens may be compared also where they hold bytes of the markup before them."""
-    scored_s, scored_t = np.flatnonzero(student.segment >= 0), np.flatnonzero(teacher.segment >= 0)
+    scored_s, scored_t = student.scored, teacher.scored
     if len(scored_s) != len(scored_t) or (student.ids[scored_s] != teacher.ids[scored_t]).any():
         return student, teacher
     exact_s, exact_t = student.exact.copy(), teacher.exact.copy()

@@ -11,9 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diglot.alignment import Alignment, Side, starts
-
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
+from diglot.arrays import Bools, Ints
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diglot.arrays import Ids
 from diglot.rendering import Conversation
 
-Ids = NDArray[np.int64]
 _OPTIONAL = ("sampler_weight", "explained")
 
 

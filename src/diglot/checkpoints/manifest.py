@@ -19,8 +19,8 @@ from diglot.comparisons import Comparison, Term
 from diglot.errors import CheckpointError
 from diglot.options import DistillationConfig
 from diglot.rendering import Renderer
-from diglot.teachers import LocalTeacher, Teacher
-from diglot.teachers.adapter import AdapterOff
+from diglot.teachers import Teacher
+from diglot.teachers.adapter import has_own_model
 from diglot.teachers.scored import ScoredTeacher
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def describe_model(model: PreTrainedModel, renderer: Renderer, weights: bool) ->
 
 def describe_teacher(teacher: Teacher) -> dict[str, Any]:
     """As `describe_model`, as far as it can be known: of the student's own base and of a server, how they read."""
-    if isinstance(teacher, LocalTeacher) and not isinstance(teacher, AdapterOff):
+    if has_own_model(teacher):
         return describe_model(teacher.model, teacher.renderer, weights=True)
     found: dict[str, Any] = {"kind": type(teacher).__name__, **_describe_reading(teacher.renderer)}
     if isinstance(teacher, ScoredTeacher):

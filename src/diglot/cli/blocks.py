@@ -26,7 +26,7 @@ from diglot.phases import phase
 from diglot.report.runs import Run, load_run
 from diglot.report.verdict import verdict
 from diglot.teachers import LocalTeacher
-from diglot.teachers.adapter import AdapterOff
+from diglot.teachers.adapter import has_own_model
 from diglot.trainers.base import DistillationTrainer
 
 Line = tuple[str, str]
@@ -147,7 +147,7 @@ def swapped(trainer: DistillationTrainer) -> Iterator[str]:
     """A line for each teacher that is smaller than the student."""
     mine = trainer.student.num_parameters()
     for one in trainer.comparisons:
-        if isinstance(one.teacher, LocalTeacher) and not isinstance(one.teacher, AdapterOff):
+        if has_own_model(one.teacher):
             theirs = one.teacher.model.num_parameters()
             if theirs < 0.9 * mine:
                 yield (
@@ -159,7 +159,7 @@ def swapped(trainer: DistillationTrainer) -> Iterator[str]:
 def slow_types(trainer: DistillationTrainer) -> Iterator[str]:
     """A line for each teacher of 16 bits on a CPU, which may read much more slowly than in float32."""
     for one in trainer.comparisons:
-        if isinstance(one.teacher, LocalTeacher) and not isinstance(one.teacher, AdapterOff):
+        if has_own_model(one.teacher):
             model: Any = one.teacher.model
             if model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
                 dtype = str(model.dtype).removeprefix("torch.")
@@ -176,7 +176,7 @@ def headroom(trainer: DistillationTrainer) -> Iterator[str]:
     rows: Any = itertools.islice(trainer.train_dataset, HEADROOM_ROWS)
     samples = [s for i, row in enumerate(rows) if (s := to_sample(row, where=f"row {i}")).reply]
     for one in trainer.comparisons if samples else ():
-        if not isinstance(one.teacher, LocalTeacher) or isinstance(one.teacher, AdapterOff):
+        if not has_own_model(one.teacher):
             continue
         with phase("Both models read a few replies of the data"), trainer.accelerator.autocast():
             gaps, sizes = trainer.evaluator(one).reference_gap(samples)

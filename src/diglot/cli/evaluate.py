@@ -120,18 +120,7 @@ def _load(name: str, given: argparse.Namespace, arguments: Mapping[str, Any]) ->
     with phase(f"Loading {name}"):
         model = load_model(name, given.device, given.dtype, given.trust_remote_code)
     tokenizer = load_tokenizer(name, arguments, trust_remote_code=given.trust_remote_code)
-    rows = model.get_input_embeddings().num_embeddings
-    return Side(
-        name,
-        model,
-        Renderer(
-            tokenizer,
-            num_embeddings=rows,
-            generation_config=model.generation_config,
-            name=name,
-            **rendering_options(given),
-        ),
-    )
+    return Side(name, model, Renderer.of_model(model, tokenizer, name=name, **rendering_options(given)))
 
 
 def lm_eval(model: str, tasks: str, batch_size: int, device: str | None = None) -> dict[str, Any]:

@@ -148,15 +148,7 @@ def _with_models(given: Any, student: Any, teacher: Any, samples: list[Any] | No
     for one, role in ((student, "student"), (teacher, "teacher")):
         model = load_model(one.name, given.device, given.dtype)
         models.append(model)
-        renderers.append(
-            Renderer(
-                one.tokenizer,
-                num_embeddings=model.get_input_embeddings().num_embeddings,
-                generation_config=model.generation_config,
-                name=role,
-                **rendering_options(given),
-            )
-        )
+        renderers.append(Renderer.of_model(model, one.tokenizer, name=role, **rendering_options(given)))
     same = renderers[0].vocabulary.same_as(renderers[1].vocabulary)
     return inspect_models(
         models[0],

@@ -35,8 +35,6 @@ def parser() -> Parser:
         prog="diglot score",
         description="Let a teacher score the replies of a dataset once, and keep what it said.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = made.add_argument
     add("--teacher", required=True, help="A model id, a folder, or a .gguf file.")
@@ -47,8 +45,7 @@ def parser() -> Parser:
         default="logprobs",
         choices=["logprobs", "top_k", "bytes"],
         help="What is kept of each token: its log-prob; also the k likeliest ids; or the next-byte distributions "
-        "(default: "
-        "logprobs).",
+        "(default: logprobs).",
     )
     add("--k", type=int, default=16, help="How many likeliest ids top_k keeps (default: 16).")
     add("--dataset_config", help="Configuration of a hub dataset.")
@@ -135,11 +132,9 @@ def _teacher(options: argparse.Namespace) -> tuple[Any, Any]:
         arguments=options.teacher_tokenizer_kwargs,
         **own,
     )
-    embeddings: Any = model.get_input_embeddings()
-    renderer = Renderer(
+    renderer = Renderer.of_model(
+        model,
         tokenizer,
-        num_embeddings=embeddings.num_embeddings,
-        generation_config=model.generation_config,
         chat_template_kwargs=options.teacher_chat_template_kwargs,
         name="teacher",
         **rendering_options(options),

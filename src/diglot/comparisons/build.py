@@ -109,8 +109,7 @@ def _compare(
         frozen = _local_teacher(options, tokenizer, args, student, renderer)
     mine, theirs = renderer, frozen.renderer
     with phase("Comparing the vocabularies"):
-        encoders = mine.encoder.encode, theirs.encoder.encode
-        pair = Pair.of(mine.vocabulary, theirs.vocabulary, mine.stop_ids, theirs.stop_ids, *encoders)
+        pair = Pair.of_renderers(mine, theirs)
     reader = PairReader(
         mine,
         theirs,
@@ -262,16 +261,8 @@ def _load(name: Any, options: TeacherOptions, args: DistillationConfig) -> PreTr
 def _renderer(
     model: PreTrainedModel, tokenizer: Tokenizer, template_kwargs: Any, args: DistillationConfig, name: str
 ) -> Renderer:
-    embeddings: Any = model.get_input_embeddings()
-    return Renderer(
-        tokenizer,
-        num_embeddings=embeddings.num_embeddings,
-        generation_config=model.generation_config,
-        chat_template_kwargs=template_kwargs,
-        fold_system=args.fold_system,
-        markers=args.markers,
-        name=name,
-    )
+    options = dict(fold_system=args.fold_system, markers=args.markers, name=name)
+    return Renderer.of_model(model, tokenizer, chat_template_kwargs=template_kwargs, **options)
 
 
 def _kwargs(given: dict[str, Any] | str | None) -> dict[str, Any]:

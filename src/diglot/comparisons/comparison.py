@@ -116,7 +116,7 @@ class Answers:
         return found
 
     @property
-    def said(self) -> TextScores | KeptScores | None:
+    def text_scores(self) -> TextScores | KeptScores | None:
         """What a teacher that gives no hidden states has answered; waits for it."""
         return None if self._pending is None or self._gives_rows else self._pending.result()
 
@@ -226,8 +226,8 @@ def _read(
     if completion is None:
         return (None,) * len(comparisons)
     pairs = [one.reader.sampled(conversation, completion.ids, prompt) for one in comparisons]
-    said = completion.logps
-    return tuple(pair if pair is None or said is None else pair.with_logps(said) for pair in pairs)
+    logps = completion.logps
+    return tuple(pair if pair is None or logps is None else pair.with_logps(logps) for pair in pairs)
 
 
 def make_batch(
@@ -257,7 +257,7 @@ def make_batch(
         whole = pack([p.student for p in pairs], segments, pad_id(first.reader.student)).to(first.pair.stop_s.device)
     sizes = [_scored(pair, first.unscored_roles) for pair in pairs]
     views = [_of_some(v, of_c, whole, sizes, by_all) for v, of_c in zip(views, own, strict=True)]
-    said = sampler_logps(pairs)
+    logps = sampler_logps(pairs)
     return Batch(
         whole,
         pairs,
@@ -265,7 +265,7 @@ def make_batch(
         on_policy,
         views,
         float(sum(sizes)),
-        None if said is None else said.to(whole.rows.device),
+        None if logps is None else logps.to(whole.rows.device),
     )
 
 

@@ -16,10 +16,11 @@ from diglot.batches.sending import sent
 from diglot.comparisons.comparison import Answers, Batch, View
 from diglot.errors import ConfigError, TeacherError
 from diglot.heads import Head, TreeReading, logits_by_parts, reads_few_columns, reduce_rows, summaries, token_logps
+from diglot.heads.rows import at_temperature
 from diglot.objectives import Part, Path, Rollout, Rows, Values
-from diglot.objectives.masses import running_sums
 from diglot.objectives.scores import Compare, Summary
 from diglot.objectives.tail import TailTokens
+from diglot.sums import running_sums
 from diglot.teachers import gives_rows
 from diglot.vocabulary import Vocabulary
 
@@ -118,11 +119,11 @@ class ModelScores:
     @torch.no_grad()
     def teacher_text(self, temperature: float) -> Tensor:
         """Log-probs of the teacher's tokens, `[N_t]`, nats, constant."""
-        key, said = ("teacher", temperature), self.answers.said
+        key, served = ("teacher", temperature), self.answers.text_scores
         if key not in self._texts:
-            if said is not None:
+            if served is not None:
                 check_temperature(temperature, "the log-probs of the text")
-                found = said.text(self.stop_as_set)
+                found = served.text(self.stop_as_set)
             else:
                 found = self._logp(self.hidden_t, self.read.teacher, self.teacher, temperature)
             self._texts[key] = found.to(self.device)
@@ -178,7 +179,7 @@ class ModelScores:
     @torch.no_grad()
     def teacher_log_probs(self, hidden: Tensor, ids: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         for at, logits in logits_by_parts(hidden, self.teacher.head, self.chunk_rows(False), ids):
-            cooled = logits if self.temperature == 1.0 else logits / self.temperature
+            cooled = at_temperature(logits, self.temperature)
             if cooled.device.type == "cpu" and cooled.dtype == torch.float32:  # new memory would take twice as long
                 yield at, torch.log_softmax(cooled, -1, out=cooled)
             else:
@@ -213,10 +214,10 @@ class ModelScores:
 
     @torch.no_grad()
     def teacher_top(self, token: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        if (said := self.answers.said) is not None:
+        if (served := self.answers.text_scores) is not None:
             check_temperature(self.temperature, "the likeliest ids")
             at = token.cpu()
-            return said.top_ids[at, :k].to(self.device), said.top_logps[at, :k].to(self.device)
+            return served.top_ids[at, :k].to(self.device), served.top_logps[at, :k].to(self.device)
         rows = self.hidden_t[token.to(self.hidden_t.device)]
         best = [
             (logits / self.temperature).log_softmax(-1).topk(k, dim=-1)
@@ -308,11 +309,11 @@ class ModelScores:
         return summaries(here, self.hidden_t, self.teacher.head, self.chunk_rows(False), self.temperature)
 
     def kept_distributions(self, segment: Tensor, position: Tensor) -> Tensor | None:
-        said = self.answers.said
-        if said is None or not hasattr(said, "distributions"):
+        served = self.answers.text_scores
+        if served is None or not hasattr(served, "distributions"):
             return None
         check_temperature(self.temperature, "next-byte distributions")
-        return said.distributions(segment, position).to(self.device)
+        return served.distributions(segment, position).to(self.device)
 
 
 def scores_of(batch: Batch, view: View, hidden: Tensor, head: Head) -> ModelScores:

@@ -71,8 +71,8 @@ def check_level(terms: Sequence[Term], offered: Level, also: Collection[str] = (
             )
 
 
-def check_options(args: DistillationConfig, terms: Sequence[Term], *, always: Collection[str] = ()) -> None:
-    """Raise `ConfigError` for an option of objectives that was given and that no term can use; `always` are used.
+def check_options(args: DistillationConfig, terms: Sequence[Term]) -> None:
+    """Raise `ConfigError` for an option of objectives that was given and that no term can use.
 
     Warns of a cross-entropy of texts that the student has written itself.
     """
@@ -89,7 +89,7 @@ def check_options(args: DistillationConfig, terms: Sequence[Term], *, always: Co
         "kd_temperature": any(term.objective.at_temperature for term in terms),
     }
     for option in fields(args):
-        if option.name not in used or used[option.name] or option.name in always or option.default is MISSING:
+        if option.name not in used or used[option.name] or option.default is MISSING:
             continue
         if (value := getattr(args, option.name)) != option.default:
             names = ", ".join(repr(term.name) for term in terms)

@@ -16,7 +16,7 @@ from datasets import Dataset, Features, IterableDataset
 from diglot.data.files import BUILDERS, explain, first_cause, is_file_name, load_file
 from diglot.data.formats import BAD, FORMATS, OWN, check_mapping, column_mapping, convert
 from diglot.data.recognise import EXPECTED, check_columns
-from diglot.data.samples import to_sample, to_sample_or_stop
+from diglot.data.samples import to_sample_or_stop
 from diglot.errors import ConfigError, DataError
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else reading a local file asks a server to count it
@@ -24,7 +24,6 @@ datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else reading a local file a
 logger = logging.getLogger(__name__)
 
 CHECKED_ROWS = 10_000  # rows read at once to find mistakes early; later ones are checked when their turn comes
-REPLY_ROWS = 100  # rows that speak for all about whether there are replies
 
 
 def load_dataset(
@@ -104,12 +103,6 @@ def with_row_numbers(data: Any) -> Any:
     if isinstance(data, IterableDataset):
         return data.map(_number, with_indices=True)
     return data.add_column("__row__", list(range(len(data))))
-
-
-def has_replies(dataset: Dataset | IterableDataset) -> bool:
-    """Is there something to learn from without sampling: do the first hundred rows all hold a reply?"""
-    rows = list(itertools.islice(dataset, REPLY_ROWS))
-    return bool(rows) and all(to_sample(row, f"row {i}").reply is not None for i, row in enumerate(rows))
 
 
 def check_rows(rows: Iterable[Mapping[str, Any]], where: str) -> None:

@@ -91,12 +91,9 @@ def _of_answers(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, st
     if "prompt" in columns:
         if answer is None:
             return None
-        if isinstance(row.get("prompt"), str):
-            what = f"`{answer}` looks like the answer to `prompt`, and is not read."
-            return what, _joined({"user": "prompt", "assistant": answer}, columns)
-        return f"`{answer}` looks like the answer to `prompt`, and is not read.", _joined(
-            {"prompt": "prompt", "completion": answer}, columns
-        )
+        names = ("user", "assistant") if isinstance(row.get("prompt"), str) else ("prompt", "completion")
+        what = f"`{answer}` looks like the answer to `prompt`, and is not read."
+        return what, _joined(dict(zip(names, ("prompt", answer), strict=True)), columns)
     if question is None:
         return None
     parts = {"user": question, **({"assistant": answer} if answer else {})}

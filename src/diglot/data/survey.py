@@ -11,9 +11,7 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -26,6 +24,7 @@ from datasets.utils import tqdm
 from diglot.data.loading import with_row_numbers
 from diglot.data.recognise import check_columns, check_routes
 from diglot.data.samples import Sample, to_sample, to_sample_or_stop
+from diglot.disk import cache_folder, code_digest, write_whole
 from diglot.errors import DataError, DiglotError
 
 logger = logging.getLogger(__name__)
@@ -199,7 +198,7 @@ def _readable(row: dict[str, Any], name: str) -> bool:
 def _surveyed(data: Any, read: Read, name: str, about: Mapping[str, Any]) -> Survey:
     """The survey of a dataset, from disk if it was made before."""
     rows = data if isinstance(data, Dataset) else [data[i] for i in range(len(data))]
-    place = folder()
+    place = cache_folder("rows")
     code = _code() if place is not None and len(data) >= LEAST else ""
     if place is None or not code:
         return survey(rows, read, name)
@@ -212,16 +211,6 @@ def _surveyed(data: Any, read: Read, name: str, about: Mapping[str, Any]) -> Sur
     return result
 
 
-def folder() -> Path | None:
-    """Where surveys are kept; None where they are not."""
-    root = os.environ.get("DIGLOT_CACHE") or "~/.cache/diglot"
-    if root == "off":
-        return None
-    with contextlib.suppress(RuntimeError):  # nobody's home
-        return Path(root).expanduser() / "rows"
-    return None
-
-
 def _digest(rows: Iterable[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for row in rows:
@@ -230,23 +219,14 @@ def _digest(rows: Iterable[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
-    """Whole, or not at all, whoever else writes it meanwhile."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(prefix=path.stem, suffix=".part", dir=path.parent)
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(values, file)
-        os.replace(beside, path)
+        write_whole(path, json.dumps(values).encode())
     except OSError as error:
         logger.info("What was found about the rows is not kept in %s: %s.", path.parent, error)
 
 
 @lru_cache
 def _code() -> str:
-    """Hash of the sources that decide what can be read; empty where there are none to read."""
+    """Hash of the sources that decide what can be read."""
     root = Path(__file__).parents[1]
-    try:
-        sources: Sequence[bytes] = [p.read_bytes() for one in _CODE for p in sorted((root / one).glob("*.py"))]
-    except OSError:
-        return ""
-    return hashlib.sha256(b"\0".join(sources)).hexdigest() if sources else ""
+    return code_digest(root / package for package in _CODE)

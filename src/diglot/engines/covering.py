@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diglot.arrays import Floats, Ints
 from diglot.batches import Written
 from diglot.engines.likeliest import Likeliest, likeliest_of
 from diglot.engines.reaching import Beyond, Named, find_leaves, mass_beside, mass_ended
@@ -28,8 +28,6 @@ from diglot.objectives.tail import TailTokens
 from diglot.rendering import Renderer
 from diglot.vocabulary.maps import first_tokens, greedy_tokens
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 _NEGLIGIBLE = 1e-3  # of the mass of a start: a leaf of less is not tried against the student's tokenizer
 _REMEMBERED = 2**20  # leaves that are tried before what is known about pairs of tokens is let go
 

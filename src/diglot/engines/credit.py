@@ -11,12 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diglot.arrays import Floats, Ints
 from diglot.errors import ConfigError
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Rule = Callable[[Floats, Ints, Ints, "Floats | None"], Floats]
 
 

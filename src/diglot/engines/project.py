@@ -8,15 +8,15 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from diglot.arrays import Bools, Floats, Ints
 from diglot.engines.covering import Covering
 from diglot.engines.credit import find_rule
 from diglot.engines.likeliest import Likeliest
 from diglot.engines.reading import Reading, read
 from diglot.engines.scores import TeacherScores, as_array
-from diglot.engines.transcript import Ints, Transcript
+from diglot.engines.transcript import Transcript
 from diglot.errors import DataError
 from diglot.rendering import Renderer
 
@@ -28,11 +28,11 @@ Ask = Callable[[Ints], TeacherScores]
 class Projected:
     """One entry for each of the student's ids that were given, `[n]`. What is not valid is NaN, never a number."""
 
-    logps: NDArray[np.float64]  # [n] nats: the teacher's, by the credit rule; the sum over a chunk is the teacher's
-    valid: NDArray[np.bool_]  # [n] was it sampled, and does the teacher say something about it?
+    logps: Floats  # [n] nats: the teacher's, by the credit rule; the sum over a chunk is the teacher's
+    valid: Bools  # [n] was it sampled, and does the teacher say something about it?
     chunk: Ints  # [n] the chunk of each valid token, ascending; -1 for the others
-    sampled: NDArray[np.bool_]  # [n] was it sampled as part of a text that can be scored, stop included?
-    one_to_one: NDArray[np.bool_]  # [n] is its chunk one token on either side? Then its log-prob is no share
+    sampled: Bools  # [n] was it sampled as part of a text that can be scored, stop included?
+    one_to_one: Bools  # [n] is its chunk one token on either side? Then its log-prob is no share
     likeliest: Likeliest | None = None  # of the rows of `at`
     at: Ints | None = None  # [R] the ids before which it is, ascending
 
@@ -41,7 +41,7 @@ class Projected:
         """Share in [0, 1] of the sampled tokens that are valid; 1 if none was sampled."""
         return float(self.valid.sum() / self.sampled.sum()) if self.sampled.any() else 1.0
 
-    def filled(self, otherwise: Any) -> NDArray[np.float64]:
+    def filled(self, otherwise: Any) -> Floats:
         """Log-probs with `otherwise` (a number, or `[n]` such as the student's own log-probs) where not valid.
 
         With the student's own a token that the teacher says nothing about has no difference, so no reward.
@@ -101,7 +101,7 @@ class Projector:
         likeliest, at = self._likeliest(reading, scores, teacher)
         return replace(_spread(reading, inside, values), likeliest=likeliest, at=at)
 
-    def _teacher_logps(self, reading: Reading, scores: TeacherScores) -> NDArray[np.float64]:
+    def _teacher_logps(self, reading: Reading, scores: TeacherScores) -> Floats:
         """Log-probs of the teacher's scored tokens; stop as one event, as far as its ids are among the likeliest."""
         logps = scores.logps[reading.place_t]
         if scores.top_ids is None or scores.top_logps is None:
@@ -114,7 +114,7 @@ class Projector:
         return np.minimum(logps, 0.0)
 
     def _likeliest(
-        self, reading: Reading, scores: TeacherScores, logps: NDArray[np.float64]
+        self, reading: Reading, scores: TeacherScores, logps: Floats
     ) -> tuple[Likeliest | None, Ints | None]:
         if scores.top_ids is None or scores.top_logps is None:
             return None, None
@@ -188,7 +188,7 @@ def _renderer(side: Side, name: str) -> Renderer:
     return side if isinstance(side, Renderer) else Renderer(side, name=name)
 
 
-def _spread(reading: Reading, inside: NDArray[np.bool_], values: NDArray[np.float64]) -> Projected:
+def _spread(reading: Reading, inside: Bools, values: Floats) -> Projected:
     """Values of the packed tokens `inside` at their places among all ids."""
     count = len(reading.student_ids)
     logps, chunk = np.full(count, np.nan), np.full(count, -1, dtype=np.int64)

@@ -13,14 +13,12 @@ from itertools import count, islice
 import numpy as np
 from numpy.typing import NDArray
 
+from diglot.arrays import Bools, Floats, Ints
 from diglot.objectives.covering_ahead import Leaves
 from diglot.objectives.covering_cells import CellMap, Neighbours
 from diglot.objectives.covering_plan import Boundaries, Ground
 from diglot.vocabulary import Vocabulary
 
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 _SOME = 3e-2  # of a start's mass: what can hold less is not looked for, as in the objective
 _LARGE = 50.0  # nats: so many times the mass of the written tokens is all there is
 _TRIED = 8  # tokens that run past a start, at most so many

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diglot.alignment import Alignment, Side, align, check_bytes
+from diglot.arrays import Bools, Ints
 from diglot.batches import Written, WrittenSide
-from diglot.engines.transcript import Ints, Transcript
+from diglot.engines.transcript import Transcript
 from diglot.errors import RenderingError
 from diglot.rendering import Conversation, Rendered, Renderer, Role, truncate
 
@@ -34,7 +35,7 @@ class Reading:
         return self.written.alignment
 
     @property
-    def stop_t(self) -> NDArray[np.bool_]:
+    def stop_t(self) -> Bools:
         """Which of the teacher's scored tokens are the stop event, `[N_t]`."""
         return self.written.teacher.stop
 
@@ -140,13 +141,13 @@ def _cut(rendered: Rendered, at: slice | Ints, segment: int | None = None) -> di
 def _aligned(transcript: Transcript, turns: list[tuple[int, Rendered]], theirs: Rendered) -> Reading:
     places, ends, segments, exact, stops = [], [], [], [], []
     for number, (k, own) in enumerate(turns):
-        scored = np.flatnonzero(own.segment >= 0)
+        scored = own.scored
         places.append(scored + transcript.turns[k][0])
         ends.append(own.end[scored])
         segments.append(np.full(len(scored), number, dtype=np.int64))
         exact.append(own.exact[scored])
         stops.append(own.roles[scored] == Role.STOP)
-    place_s, place_t = np.concatenate(places), np.flatnonzero(theirs.segment >= 0)
+    place_s, place_t = np.concatenate(places), theirs.scored
     mine = Side(np.concatenate(ends), np.concatenate(segments), np.concatenate(exact), np.concatenate(stops))
     stop_t = theirs.roles[place_t] == Role.STOP
     other = Side(theirs.end[place_t], theirs.segment[place_t].astype(np.int64), theirs.exact[place_t], stop_t)

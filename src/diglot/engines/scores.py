@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diglot.arrays import Floats, Ints
 from diglot.errors import TeacherError
 
 _ROWS = 256  # of logits that exist at a time
@@ -21,9 +22,9 @@ _ROWS = 256  # of logits that exist at a time
 class TeacherScores:
     """Log-probabilities in nats. The first token of a text has no score: its entry is never read."""
 
-    logps: NDArray[np.float64]  # [T]
-    top_ids: NDArray[np.int64] | None = None  # [T, K], -1 where there are fewer
-    top_logps: NDArray[np.float64] | None = None  # [T, K], -inf there
+    logps: Floats  # [T]
+    top_ids: Ints | None = None  # [T, K], -1 where there are fewer
+    top_logps: Floats | None = None  # [T, K], -inf there
 
     @classmethod
     def of(cls, logps: Any, top_ids: Any = None, top_logps: Any = None) -> TeacherScores:
@@ -47,7 +48,7 @@ class TeacherScores:
             )
         return made
 
-    def checked(self, ids: NDArray[np.int64]) -> TeacherScores:
+    def checked(self, ids: Ints) -> TeacherScores:
         """Itself, if it has one finite-or-minus-infinite log-prob of at most 0 for each of `ids` but the first.
 
         Raises `TeacherError` that names the place and the two values.
@@ -67,7 +68,7 @@ class TeacherScores:
         return self
 
 
-def score_hidden(hidden: Any, head: Callable[[Any], Any], ids: NDArray[np.int64], top: int = 0) -> TeacherScores:
+def score_hidden(hidden: Any, head: Callable[[Any], Any], ids: Ints, top: int = 0) -> TeacherScores:
     """Scores from hidden states: logits are formed a few rows at a time, in float32.
 
     Args:

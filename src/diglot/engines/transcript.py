@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diglot.arrays import Ints
 from diglot.errors import DataError
 
-Ints = NDArray[np.int64]
 Message = Mapping[str, Any]
 
 

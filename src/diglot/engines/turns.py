@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diglot.engines.transcript import Ints, Transcript, as_ids
+from diglot.arrays import Ints
+from diglot.engines.transcript import Transcript, as_ids
 from diglot.errors import DataError, RenderingError
 from diglot.rendering import Conversation, Renderer
 from diglot.vocabulary import Vocabulary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from diglot.batches import PairReader
 from diglot.data import Sample
+from diglot.disk import finite
 from diglot.evaluation.bootstrap import with_interval
 from diglot.evaluation.evaluator import Evaluator
 from diglot.evaluation.reports import OnPolicyReport, Sums
@@ -21,6 +22,7 @@ from diglot.objectives import Pair
 from diglot.rendering import Renderer
 from diglot.rollouts import TransformersSampler
 from diglot.teachers import LocalTeacher
+from diglot.teachers.loading import window_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Side:
     @property
     def max_length(self) -> int | None:
         """The longest input of the model in its own tokens, if it has a limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return window_of(self.model)
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Measure:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; None for what is not a number."""
-        numbers = {name: getattr(self, name) for name in ("value", "low", "high")}
-        return {**{k: v if math.isfinite(v) else None for k, v in numbers.items()}, "unit": self.unit}
+        found: dict[str, Any] = finite(asdict(self))
+        return found
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,7 @@ def measure(side: Side, teacher: Side | None, samples: Sequence[Sample], plan: P
 def _evaluator(side: Side, other: Side, plan: Plan) -> Evaluator:
     """`side` writes or reads, `other` judges."""
     mine, theirs = side.renderer, other.renderer
-    encoders = mine.encoder.encode, theirs.encoder.encode
-    pair = Pair.of(mine.vocabulary, theirs.vocabulary, mine.stop_ids, theirs.stop_ids, *encoders)
+    pair = Pair.of_renderers(mine, theirs)
     judge = LocalTeacher(other.model, theirs)
     reader = PairReader(
         mine, theirs, same_vocabulary=pair.same, max_length=side.max_length, teacher_max_length=judge.max_length

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Sums = NDArray[np.float64]
+from diglot.arrays import Floats
+
+Sums = Floats
 
 
 def ratio(top: Sums, bottom: Sums) -> float:

@@ -6,10 +6,9 @@ import random
 import re
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from diglot.arrays import Ints
 from diglot.data import Sample
 from diglot.rendering import Renderer
 from diglot.rollouts import TransformersSampler
@@ -51,6 +50,6 @@ def next_words(
     return [None if p is None else next(found) for p in prompts]
 
 
-def _prefix(renderer: Renderer, sample: Sample, k: int, max_length: int | None) -> NDArray[np.int64] | None:
+def _prefix(renderer: Renderer, sample: Sample, k: int, max_length: int | None) -> Ints | None:
     ids = renderer.render(sample.conversation, str(sample.reply)[:k], stopped=False).ids
     return None if max_length is not None and len(ids) + WORD_TOKENS > max_length else ids

@@ -17,15 +17,14 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from diglot.arrays import Ints
 from diglot.batches.sending import sent, sent_together
 from diglot.heads.hidden import cache_argument, is_compiled, last_hidden, unwrap
 
 logger = logging.getLogger(__name__)
-Ints = NDArray[np.int64]
 _known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # does the model take a mask of trees?
 
 

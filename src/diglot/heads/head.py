@@ -68,12 +68,9 @@ class Head:
         """The same head, of which nothing gets a gradient from what is computed with it."""
         return Head(self.module, scale=self.scale, softcap=self.softcap, name=self.name, frozen=True)
 
-    def __call__(self, hidden: Tensor, parameters: Sequence[Tensor] | None = None) -> Tensor:
-        """Logits `[..., V]` of `hidden [..., H]`: float32, or float64 if the module computes in it.
-
-        `parameters` stand in for `self.parameters`, in the same order.
-        """
-        return self.finished(self.raw(hidden, parameters))
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of `hidden [..., H]`: float32, or float64 if the module computes in it."""
+        return self.finished(self.raw(hidden))
 
     @property
     def device(self) -> torch.device | None:
@@ -86,15 +83,14 @@ class Head:
         """Can single columns be computed? Not where an adapter sits on the head."""
         return type(self.module) is nn.Linear
 
-    def raw(self, hidden: Tensor, parameters: Sequence[Tensor] | None = None, ids: Tensor | None = None) -> Tensor:
+    def raw(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
         """Logits before scale and soft cap; float32 or float64 of a linear head, else in the module's number type.
 
         Of the columns `ids` `[R, k]` only, if given, for `hidden [R, H]`: `[R, k]`; needs `is_linear`.
         """
         if not self.is_linear:
-            return self._all(self._as_input(hidden), parameters)
-        own = self._own(parameters)
-        weight, bias = own["weight"], own.get("bias")
+            return self.raw_with((), hidden)
+        weight, bias = self._weight_and_bias
         dtype = product_dtype(weight)
         if ids is None:
             raw = _Product.apply(hidden.flatten(0, -2), weight, dtype).unflatten(0, hidden.shape[:-1])
@@ -106,6 +102,12 @@ class Head:
             raw = torch.bmm(chosen, hidden.to(exact).unsqueeze(-1)).squeeze(-1)
         return raw if bias is None else raw + bias[ids]
 
+    def raw_with(self, parameters: Sequence[Tensor], hidden: Tensor) -> Tensor:
+        """What the module makes of `hidden`; `parameters`, if any, stand in for `self.parameters`, in this order."""
+        own = {f"module.{name}": p for name, p in zip(self._trainable, parameters, strict=bool(parameters))}
+        found: Tensor = functional_call(_Unhooked(self.module), own, (self._as_input(hidden),))
+        return found
+
     def raw_rows(self, ids: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """Maps `hidden [R, H]` to what `raw` gives of the columns `ids` `[k]`, the same for all rows: `[R, k]`.
 
@@ -114,8 +116,7 @@ class Head:
         """
         if not self.is_linear:
             return lambda hidden: self.raw(hidden) if ids is None else self.raw(hidden)[:, ids]
-        own = self._own(None)
-        weight, bias = own["weight"].detach(), own.get("bias")
+        weight, bias = self._weight_and_bias
         if ids is not None:
             weight, bias = nn.functional.embedding(ids, weight), None if bias is None else bias[ids]
         dtype, known = product_dtype(weight), list[Tensor]()
@@ -129,9 +130,9 @@ class Head:
 
         return raw
 
-    def columns(self, hidden: Tensor, ids: Tensor, parameters: Sequence[Tensor] | None = None) -> Tensor:
+    def columns(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Logits `[R, k]` of the columns `ids` `[R, k]` only, for `hidden [R, H]`; needs `is_linear`."""
-        return self.finished(self.raw(hidden, parameters, ids))
+        return self.finished(self.raw(hidden, ids=ids))
 
     def finished(self, raw: Tensor) -> Tensor:
         """Logits from what `raw` gives."""
@@ -190,16 +191,10 @@ class Head:
             return hidden
         return hidden.to(first.dtype)
 
-    def _all(self, hidden: Tensor, parameters: Sequence[Tensor] | None) -> Tensor:
-        given = dict(zip(self._trainable, parameters or (), strict=parameters is not None))
-        own = {f"module.{name}": p for name, p in given.items()}
-        found: Tensor = functional_call(_Unhooked(self.module), own, (hidden,))
-        return found
-
-    def _own(self, parameters: Sequence[Tensor] | None) -> dict[str, Tensor]:
-        own: dict[str, Tensor] = dict(self.module.named_parameters())
-        own.update(zip(self._trainable, parameters or (), strict=parameters is not None))
-        return own
+    @property
+    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        own = dict(self.module.named_parameters())
+        return own["weight"], own.get("bias")
 
     @property
     def _trainable(self) -> list[str]:

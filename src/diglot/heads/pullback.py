@@ -38,7 +38,7 @@ class HeadGradient:
             return raw, lambda of_raw: head.pull_back(of_raw, hidden, self.sums, ids)
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
-            raw = head.raw(leaf, self.leaves, ids)
+            raw = head.raw_with(self.leaves, leaf)
         return raw.detach(), lambda of_raw: self._by_autograd(raw, of_raw, leaf)
 
     def _by_autograd(self, raw: Tensor, of_raw: Tensor, leaf: Tensor) -> Tensor | None:

@@ -129,8 +129,8 @@ def _whole_rows(
 
     def of_part(raw_s: Tensor, given: Given, part: slice) -> Values:
         with torch.no_grad():
-            logits_t = None if raw_t is None else _warmed(head_t.finished(raw_t[part]), temperature)
-        return objective(_warmed(head_s.finished(raw_s), temperature), logits_t, **given)
+            logits_t = None if raw_t is None else at_temperature(head_t.finished(raw_t[part]), temperature)
+        return objective(at_temperature(head_s.finished(raw_s), temperature), logits_t, **given)
 
     return of_part, None
 
@@ -140,28 +140,29 @@ def _columns(
     objective: ColumnObjective, hidden_s: Tensor, head_s: Head, hidden_t: Tensor, head_t: Head, temperature: float
 ) -> tuple[PartFunction, Tensor]:
     """The same of the columns that the objective chooses, and which columns of the student those are."""
-    logits_s = _warmed(head_s(hidden_s), temperature)
+    logits_s = at_temperature(head_s(hidden_s), temperature)
     columns_s, columns_t = objective.choose(logits_s)
     mass_s = (logits_s.gather(-1, columns_s).logsumexp(-1) - logits_s.logsumexp(-1)).exp()
     del logits_s
     columns_t = columns_t.to(hidden_t.device)
-    chosen_t = _warmed(head_t.columns(hidden_t, columns_t), temperature)
+    chosen_t = at_temperature(head_t.columns(hidden_t, columns_t), temperature)
     some = slice(None, None, max(len(hidden_t) // _MASS_ROWS, 1))
-    whole_t = _warmed(head_t(hidden_t[some]), temperature)
+    whole_t = at_temperature(head_t(hidden_t[some]), temperature)
     mass_t = torch.full_like(mass_s, torch.nan)
     mass_t[some] = (chosen_t[some].logsumexp(-1) - whole_t.logsumexp(-1)).exp().to(mass_t)
     del whole_t
     chosen_t = chosen_t.to(hidden_s.device)
 
     def of_part(raw: Tensor, given: Given, part: slice) -> Values:
-        chosen_s = _warmed(head_s.finished(raw), temperature)
+        chosen_s = at_temperature(head_s.finished(raw), temperature)
         masses = {"mass_s": mass_s[part], "mass_t": mass_t[part]}
         return Values(objective.compare(chosen_s, chosen_t[part]), masses)
 
     return of_part, columns_s
 
 
-def _warmed(logits: Tensor, temperature: float) -> Tensor:
+def at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """`logits` divided by `temperature`; themselves at 1."""
     return logits if temperature == 1.0 else logits / temperature
 
 

@@ -14,17 +14,17 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from diglot.arrays import Ints
 from diglot.batches.sending import sent_together
 from diglot.heads.dropout import dropouts
 from diglot.heads.hidden import cache_argument, is_compiled, last_hidden, run_with_hidden, unwrap
 from diglot.heads.modes import evaluating
 
-Host = tuple[NDArray[np.int64], NDArray[np.int64]]
+Host = tuple[Ints, Ints]
 
 _PAYS = 0.75  # of the plain pass's tokens at most
 _known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # does the model agree with its plain pass?

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from diglot.heads.head import Head
 from diglot.heads.pullback import HeadGradient
-from diglot.heads.rows import Joining, blocks, parts, put, within
+from diglot.heads.rows import Joining, at_temperature, blocks, parts, put, within
 
 Summary = Callable[[Tensor, slice], Tensor]
 
@@ -25,8 +25,7 @@ def summaries(summary: Summary, hidden: Tensor, head: Head, chunk_rows: int, tem
     """
 
     def of_raw(raw: Tensor, block: slice) -> Tensor:
-        logits = head.finished(raw)
-        return summary(logits if temperature == 1.0 else logits / temperature, block)
+        return summary(at_temperature(head.finished(raw), temperature), block)
 
     found: Tensor = _Summaries.apply(of_raw, head, chunk_rows, hidden, *head.parameters)
     return found

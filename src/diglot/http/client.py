@@ -11,9 +11,11 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from diglot.errors import ConfigError, DiglotError, TeacherError, TeacherUnavailable
 from diglot.http.address import KEY_VARIABLE, is_loopback, key_from_environment
@@ -29,6 +31,8 @@ except ImportError as error:  # pragma: no cover - depends on the installation
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _CONNECT_SECONDS, _LONGEST_PAUSE = 10.0, 30.0
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 _SHOWN = 300  # characters of a server's message that are repeated
@@ -37,9 +41,9 @@ _SHOWN = 300  # characters of a server's message that are repeated
 class Refused(TeacherError):
     """The server understood the request and said no: sending it again would not help."""
 
-    def __init__(self, message: str, status: int, said: str) -> None:
+    def __init__(self, message: str, status: int, answer: str) -> None:
         super().__init__(message)
-        self.status, self.said = status, said
+        self.status, self.answer = status, answer
 
 
 class _Again(Exception):
@@ -231,3 +235,13 @@ def _message(text: bytes) -> str:
     except ValueError:
         return text.decode("utf-8", "replace").strip()
     return found if isinstance(found, str) else json.dumps(found)
+
+
+def answers_of(requests: Sequence[Future[T]]) -> list[T]:
+    """The answers, once all have come. Where one fails, requests that have not begun are dropped."""
+    try:
+        return [one.result() for one in requests]
+    except BaseException:
+        for one in requests:
+            one.cancel()
+        raise

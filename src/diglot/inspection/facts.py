@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from diglot.disk import finite
 
 Outcome = Literal["works", "weak", "fails"]
 
@@ -193,13 +194,5 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; a number that is not known (NaN) is None."""
-        found: dict[str, Any] = _plain(dataclasses.asdict(self))
+        found: dict[str, Any] = finite(dataclasses.asdict(self))
         return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

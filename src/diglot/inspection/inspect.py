@@ -89,9 +89,7 @@ def inspect_sides(
 ) -> Inspection:
     """The same for sides whose renderers exist already, as in a trainer."""
     mine, theirs = student.renderer, teacher.renderer
-    pair = Pair.of(
-        mine.vocabulary, theirs.vocabulary, mine.stop_ids, theirs.stop_ids, mine.encoder.encode, theirs.encoder.encode
-    )
+    pair = Pair.of_renderers(mine, theirs)
     reader = PairReader(mine, theirs, same_vocabulary=pair.same)
     problems = [] if samples is None else _without_template(reader, samples)
     built_in = Sample(Conversation(CONVERSATION[:1]), CONVERSATION[1]["content"], "built-in conversation")
@@ -149,10 +147,9 @@ def _without_template(reader: PairReader, samples: Sequence[Sample]) -> list[str
     """Conversations for a model that has no template to read them with."""
     talks = sum(s.conversation.messages is not None for s in samples)
     return [
-        f"The {side.name} has no chat template and {talks} of {len(samples)} rows are conversations: it would "
-        "read a transcript of a kind that it was not trained on, and what it says about the end of a reply means "
-        "nothing. Take an instruct model, set the tokenizer's chat_template, or give rows of plain text (`prompt`, "
-        "`text`)."
+        f"The {side.name} has no chat template and {talks} of {len(samples)} rows are conversations: it would read a "
+        "transcript of a kind that it was not trained on, and what it says about the end of a reply means nothing. "
+        "Take an instruct model, set the tokenizer's chat_template, or give rows of plain text (`prompt`, `text`)."
         for side in (reader.student, reader.teacher)
         if talks and not side.has_template
     ]

@@ -6,14 +6,12 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diglot.arrays import Bools, Ints
 from diglot.batches import Written, WrittenSide
 from diglot.inspection.facts import Agreement, Critical, Overlap, Reencoding
 from diglot.objectives import Pair
 from diglot.rendering import Renderer
-
-Ints = NDArray[np.int64]
 
 CRITICAL = {
     "digits": re.compile(r"[0-9]+"),
@@ -36,7 +34,7 @@ def overlap(pair: Pair, written: Written) -> Overlap:
     tables = pair.need_tables("inspection")
     shared_s, shared_t = pair.shared_s.numpy(), pair.shared_t.numpy()
 
-    def mass(ids: Ints, stop: NDArray[np.bool_], shared: Ints) -> float:
+    def mass(ids: Ints, stop: Bools, shared: Ints) -> float:
         return _share(np.isin(ids[~stop], shared))
 
     return Overlap(
@@ -70,7 +68,7 @@ def agreement(written: Written) -> Agreement:
     )
 
 
-def _inexact(segment: Ints, exact: NDArray[np.bool_], num: int) -> float:
+def _inexact(segment: Ints, exact: Bools, num: int) -> float:
     return len(np.unique(segment[~exact])) / max(num, 1)
 
 
@@ -110,7 +108,7 @@ def _critical(name: str, pattern: re.Pattern[str], written: Written, student: Re
     )
 
 
-def _places_of_cuts(written: Written, tokens: NDArray[np.bool_]) -> Ints:
+def _places_of_cuts(written: Written, tokens: Bools) -> Ints:
     """Some of these student tokens, spread over all texts, in front of which a text can be ended, `[K]`."""
     side = written.student
     near = (side.start > 0) & (side.start <= _FURTHEST_CUT)
@@ -121,7 +119,7 @@ def _places_of_cuts(written: Written, tokens: NDArray[np.bool_]) -> Ints:
     return np.array(found[:: max(1, -(-len(found) // _CUTS_PER_CLASS))], dtype=np.int64)
 
 
-def _compared_at_the_end(written: Written, cuts: Ints, student: Renderer, teacher: Renderer) -> NDArray[np.bool_]:
+def _compared_at_the_end(written: Written, cuts: Ints, student: Renderer, teacher: Renderer) -> Bools:
     """For each cut: do both sides read the text up to it as it is, the student as the same tokens as before?"""
     side = written.student
     first = np.searchsorted(side.segment, side.segment[cuts])
@@ -136,13 +134,13 @@ def _compared_at_the_end(written: Written, cuts: Ints, student: Renderer, teache
     return np.array(compared, dtype=np.bool_)
 
 
-def _in_pairs(written: Written) -> NDArray[np.bool_]:
+def _in_pairs(written: Written) -> Bools:
     """Which bytes of all texts, one after the other, lie in a token that is one on both sides."""
     side, pairs = written.student, written.alignment.pair_s
     return _covered(written, side.segment[pairs], side.start[pairs], side.end[pairs])
 
 
-def _covered(written: Written, segment: Ints, low: Ints, high: Ints) -> NDArray[np.bool_]:
+def _covered(written: Written, segment: Ints, low: Ints, high: Ints) -> Bools:
     """Which bytes of all texts lie in one of these spans, which do not overlap; what is beyond a text is left out."""
     sizes = np.array([len(text) for text in written.texts], dtype=np.int64)
     first = np.concatenate([[0], np.cumsum(sizes)])
@@ -189,7 +187,7 @@ def _example(written: Written, at_s: Ints, at_t: Ints, num: int) -> tuple[tuple[
     return min(found, key=lambda cuts: len(cuts[0]) + len(cuts[1]), default=None)
 
 
-def _cut(written: Written, side: WrittenSide, inside: NDArray[np.bool_]) -> tuple[str, ...]:
+def _cut(written: Written, side: WrittenSide, inside: Bools) -> tuple[str, ...]:
     """The text of each of these tokens; hex digits for bytes that are no text on their own."""
     rows = zip(side.segment[inside].tolist(), side.start[inside].tolist(), side.end[inside].tolist(), strict=True)
     return tuple(written.texts[k][low:high].decode("utf-8", "backslashreplace") for k, low, high in rows)
@@ -221,5 +219,5 @@ def _ends_character(raw: bytes, at: int) -> bool:
     return 0 < at < len(raw) and (raw[at] & 0xC0) != 0x80
 
 
-def _share(flags: NDArray[np.bool_]) -> float:
+def _share(flags: Bools) -> float:
     return float(flags.mean()) if len(flags) else 0.0

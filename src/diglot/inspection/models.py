@@ -50,10 +50,11 @@ def inspect_models(
         DataError: no row has both a text that can be scored and a prompt that can be continued.
     """
     rows = list(samples) if samples is not None else _continuations(TEXTS)
-    pair = _pair(reader)
+    pair = Pair.of_renderers(reader.student, reader.teacher)
+    back = Pair.of_renderers(reader.teacher, reader.student)
     swapped = PairReader(reader.teacher, reader.student, same_vocabulary=reader.same_vocabulary)
     ours = Evaluator(student, reader, teacher, pair, batch_size=batch_size)
-    theirs = Evaluator(teacher.model, swapped, teacher, _pair(swapped), batch_size=batch_size)
+    theirs = Evaluator(teacher.model, swapped, teacher, back, batch_size=batch_size)
     replied = [s for s in rows if s.reply]
     reference_s, reference_t = ours.on_reference(replied), theirs.on_reference(replied)
     sampler = TransformersSampler(reader.student.stop_ids, reader.student.stop_id)
@@ -85,11 +86,6 @@ def _continuations(texts: Sequence[str]) -> list[Sample]:
     """Each text as a prompt of its first half and the rest as what follows."""
     halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
     return [Sample(Conversation(None, first), rest, f"built-in text {i}") for i, (first, rest) in enumerate(halves)]
-
-
-def _pair(reader: PairReader) -> Pair:
-    mine, theirs = reader.student, reader.teacher
-    return Pair.of(mine.vocabulary, theirs.vocabulary, mine.stop_ids, theirs.stop_ids)
 
 
 def _difference_error(student: ReferenceReport, teacher: ReferenceReport) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from diglot.alignment import Side, align
+from diglot.arrays import Ints
 from diglot.vocabulary import ByteEncoder, Encoded, Vocabulary
 
 
@@ -68,7 +68,7 @@ def _side(encoded: Encoded) -> Side:
 
 def _pieces(encoded: Encoded, vocabulary: Vocabulary, text: bytes) -> list[bytes]:
     """The bytes of the text that each token covers; where it is not exact, what the token itself would write."""
-    starts: NDArray[np.int64] = np.concatenate([[0], encoded.ends[:-1]]) if len(encoded.ends) else encoded.ends
+    starts: Ints = np.concatenate([[0], encoded.ends[:-1]]) if len(encoded.ends) else encoded.ends
     return [
         text[low:high] if exact else (vocabulary.token(i) or vocabulary.display(i).encode())
         for i, low, high, exact in zip(

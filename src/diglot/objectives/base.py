@@ -159,7 +159,7 @@ class ColumnObjective(RowObjective):
         loss, values = scores.rows(self._chosen, rows, given, share, with_teacher=False)
         return loss, {"loss": values.loss, **values.metrics}
 
-    def _chosen(self, logits_s: Tensor, logits_t: Tensor | None, *, columns: Tensor, logps_t: Tensor) -> Values:
+    def _chosen(self, logits_s: Tensor, logits_t: None, *, columns: Tensor, logps_t: Tensor) -> Values:
         logits_s = at_least_float32(logits_s)
         chosen = logits_s.gather(-1, columns)
         with torch.no_grad():

@@ -16,19 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from diglot.arrays import Bools, Ints
 from diglot.batches import Written
 from diglot.batches.sending import sent_together
 from diglot.errors import ConfigError
 from diglot.objectives.base import RowObjective, at_least_float32, check_range
 from diglot.objectives.divergences import forward_kl, generalized_jsd
-from diglot.objectives.masses import FLOOR, gathered, log_mass, ragged, running_sums
+from diglot.objectives.masses import FLOOR, gathered, log_mass, ragged
 from diglot.objectives.pair import Pair
 from diglot.objectives.scores import Rows, Scores, Values
 from diglot.objectives.spanning import Spanning, plain_tokens, prefix_range, spanning
+from diglot.sums import running_sums
 from diglot.vocabulary import Vocabulary
 from diglot.vocabulary.maps import first_tokens, greedy_tokens
 
@@ -137,7 +138,7 @@ class BPM(RowObjective):
         mass[:, 0] = -longer[:, 0]
         return {"span_column": columns, "span_mass": mass, "entries": entries}
 
-    def _reach(self, written: Written, j: NDArray[np.int64], found: Spanning, scores: Scores) -> Tensor:
+    def _reach(self, written: Written, j: Ints, found: Spanning, scores: Scores) -> Tensor:
         """The teacher's mass on the texts that the candidates cover, from the start of token `j` on, float32 `[Q]`."""
         whole = found.whole
         alone = self._place[written.teacher.ids[whole]]  # a token alone is a range too: one pass finds both
@@ -150,7 +151,7 @@ class BPM(RowObjective):
         before = running_sums(each, overwrite=True)
         return (before[last] - before[first] + logp[len(whole) :]).exp().float()
 
-    def _head(self, written: Written, i: NDArray[np.int64], j: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _head(self, written: Written, i: Ints, j: Ints) -> Ints:
         """The column that the written teacher token itself maps to, `[R]`."""
         t, inside = written.teacher, written.student.start[i] - written.teacher.start[j]
         at = np.minimum(self.teacher.offsets[t.ids[j]] + inside, len(self._greedy) - 1)
@@ -239,7 +240,7 @@ class _Cells(torch.autograd.Function):
         return logits.masked_fill(tokens, -math.inf).index_fill_(-1, stops, -math.inf)
 
 
-def _with_stop(column: NDArray[np.int64], stop: NDArray[np.int64] | None, size_s: int) -> NDArray[np.int64]:
+def _with_stop(column: Ints, stop: Ints | None, size_s: int) -> Ints:
     """Map of teacher ids to cells: student tokens, `size_s` for stop, `size_s + 1` for none."""
     cells = np.where(column >= 0, column, size_s + 1)
     if stop is not None:
@@ -247,9 +248,9 @@ def _with_stop(column: NDArray[np.int64], stop: NDArray[np.int64] | None, size_s
     return cells
 
 
-def blank_tokens(vocabulary: Vocabulary) -> NDArray[np.bool_]:
+def blank_tokens(vocabulary: Vocabulary) -> Bools:
     """Which tokens are spaces and tabs only, `[V]`."""
     blanks = np.isin(vocabulary.data, np.frombuffer(b" \t", dtype=np.uint8))
     count = np.concatenate([[0], np.cumsum(blanks)])
-    found: NDArray[np.bool_] = (vocabulary.lengths > 0) & (np.diff(count[vocabulary.offsets]) == vocabulary.lengths)
+    found: Bools = (vocabulary.lengths > 0) & (np.diff(count[vocabulary.offsets]) == vocabulary.lengths)
     return found

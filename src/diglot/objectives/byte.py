@@ -16,21 +16,21 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from diglot.arrays import Bools, Ints
 from diglot.batches import Written, WrittenSide
 from diglot.batches.sending import sent, sent_record
 from diglot.errors import ConfigError
 from diglot.objectives.base import SummaryObjective, at_least_float32, check_range
 from diglot.objectives.divergences import generalized_jsd
-from diglot.objectives.masses import FLOOR, log_mass, ragged, running_sums
+from diglot.objectives.masses import FLOOR, log_mass, ragged
 from diglot.objectives.pair import Pair
 from diglot.objectives.scores import Metrics, Scores, Values
 from diglot.objectives.spanning import plain_tokens
+from diglot.sums import running_sums
 from diglot.vocabulary import Vocabulary
 
-Ints = NDArray[np.int64]
 STOP, ENDED = 256, 257  # columns of a summary after those of the 256 bytes
 _FAINT = 1e-7  # prefixes of less mass are summed token by token: running sums have an error of about 1e-14
 
@@ -298,9 +298,7 @@ class _Columns:
         return torch.from_numpy(depth).to(self.stop.device)
 
 
-def _side_plan(
-    side: WrittenSide, plain: NDArray[np.bool_], vocabulary: Vocabulary, token: Ints, offset: Ints
-) -> SidePlan:
+def _side_plan(side: WrittenSide, plain: Bools, vocabulary: Vocabulary, token: Ints, offset: Ints) -> SidePlan:
     """Queries of all plain tokens of a side; `token` and `offset` say where each compared byte lies."""
     written = np.where(side.stop, 0, side.end - side.start)
     asked = np.where(plain, written + 1, 0)

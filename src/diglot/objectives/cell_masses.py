@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from diglot.arrays import Ints
 from diglot.batches.sending import sent_record
 
 
@@ -31,7 +31,7 @@ class CellColumns:
     names: int  # how many cells have others
 
     @classmethod
-    def of(cls, cell: NDArray[np.int64]) -> CellColumns:
+    def of(cls, cell: Ints) -> CellColumns:
         """Of each token's cell, named by a token of it; -1 for none, `[V]`."""
         every = np.arange(len(cell))
         moved = np.flatnonzero((cell >= 0) & (cell != every))

@@ -14,8 +14,8 @@ from torch import Tensor
 from diglot.alignment import Alignment
 from diglot.errors import ConfigError
 from diglot.objectives.base import at_least_float32
-from diglot.objectives.masses import running_sums
 from diglot.objectives.scores import Path
+from diglot.sums import running_sums
 
 NONCANONICAL = ("none", "mask", "boundary")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from diglot.alignment import Alignment
 from diglot.objectives.base import at_least_float32
 from diglot.objectives.chunks import check_choice, chunk_sums, suffix_in_chunk
-from diglot.objectives.masses import running_sums
+from diglot.sums import running_sums
 
 CREDITS = ("variance_reduced", "shared", "whole", "uniform", "proportional")
 

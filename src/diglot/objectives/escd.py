@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from diglot.arrays import Ints
 from diglot.batches import Written
 from diglot.objectives.base import at_least_float32
 from diglot.objectives.bpm import BPM
@@ -20,8 +20,6 @@ from diglot.objectives.masses import log_mass, ragged
 from diglot.objectives.pair import Pair
 from diglot.objectives.scores import Rows, Scores, Values
 from diglot.vocabulary import Vocabulary
-
-Ints = NDArray[np.int64]
 
 
 class ESCD(BPM):

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from diglot.arrays import Bools, Ints
 from diglot.batches import Written
 from diglot.batches.sending import sent
 from diglot.errors import ConfigError
@@ -18,9 +18,6 @@ from diglot.objectives.pair import Pair
 from diglot.objectives.scores import Rows, Scores, Values
 from diglot.objectives.strict import check_columns
 from diglot.objectives.uld import sorted_l1
-
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 _TRL_FLOOR = math.log(1e-8)  # TRL takes no logarithm of less, and multiplies by no less
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from diglot.errors import ConfigError
 
 if TYPE_CHECKING:
+    from diglot.rendering import Renderer
     from diglot.vocabulary import Encoded, Vocabulary
 
 
@@ -66,6 +67,12 @@ class Pair:
             stop_t=torch.tensor(list(stop_t), dtype=torch.int64),
             tables=Tables(student, teacher, encode_s, encode_t),
         )
+
+    @classmethod
+    def of_renderers(cls, student: Renderer, teacher: Renderer) -> Pair:
+        """The same of two sides as they read."""
+        encoders = student.encoder.encode, teacher.encoder.encode
+        return cls.of(student.vocabulary, teacher.vocabulary, student.stop_ids, teacher.stop_ids, *encoders)
 
     def need_tables(self, name: str) -> Tables:
         """The vocabularies. `ConfigError` if the pair was made without them."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from diglot.arrays import Bools
 from diglot.batches import Written
 from diglot.batches.sending import sent
 from diglot.errors import ConfigError
@@ -22,7 +22,7 @@ from diglot.objectives.span import clipped_policy_gradient
 class ScoredTokens:
     """The student's tokens that lie in an exact chunk."""
 
-    mask: NDArray[np.bool_]  # [N_s]
+    mask: Bools  # [N_s]
 
     @property
     def items(self) -> int:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from diglot.arrays import Bools
 from diglot.batches.sending import sent
 from diglot.objectives.base import RowObjective, at_least_float32
 from diglot.objectives.chunks import chunk_sums
@@ -70,12 +70,10 @@ class SimCT(RowObjective):
         logp_t, mass_t = _distribution(logits_t, self.pair.shared_t, self.pair.stop_t, given["unit_t"], unit)
         return Values(kl(logp_s, logp_t), {"mass_s": mass_s, "mass_t": mass_t, "unit": unit.to(mass_s.dtype)})
 
-    def _has_unit(self, written: Written) -> NDArray[np.bool_]:
+    def _has_unit(self, written: Written) -> Bools:
         """Which chunks are units of their own, bool [C]: cut on either side, not stop, and no shared token's bytes."""
         alignment, student = written.alignment, written.student
-        cut: NDArray[np.bool_] = (
-            ((alignment.count_s > 1) | (alignment.count_t > 1)) & ~alignment.chunk_stop & alignment.chunk_exact
-        )
+        cut: Bools = ((alignment.count_s > 1) | (alignment.count_t > 1)) & ~alignment.chunk_stop & alignment.chunk_exact
         first, last = written.first_s, written.first_s + alignment.count_s - 1
         for chunk in np.flatnonzero(cut):
             text = written.texts[alignment.chunk_segment[chunk]]

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diglot.arrays import Bools, Ints
 from diglot.batches import Written, WrittenSide
 from diglot.vocabulary import Vocabulary
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -76,12 +74,10 @@ def prefix_range(vocabulary: Vocabulary, ids: Ints, length: Ints) -> tuple[Ints,
     return low, high
 
 
-def plain_tokens(side: WrittenSide, vocabulary: Vocabulary) -> NDArray[np.bool_]:
+def plain_tokens(side: WrittenSide, vocabulary: Vocabulary) -> Bools:
     """Which tokens stand for the bytes of the table, or for stop, `[N]`.
 
     Some tokenizers' first or last token of a text stands for its bytes without a space.
     """
-    found: NDArray[np.bool_] = side.stop | (
-        (vocabulary.lengths[side.ids] == side.end - side.start) & (side.end > side.start)
-    )
+    found: Bools = side.stop | ((vocabulary.lengths[side.ids] == side.end - side.start) & (side.end > side.start))
     return found

@@ -6,16 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from diglot.arrays import Ints
 from diglot.batches import Written
 from diglot.errors import ConfigError
 from diglot.objectives.base import RowObjective, at_least_float32
 from diglot.objectives.pair import Pair
 from diglot.objectives.scores import Rows, Values
-
-Ints = NDArray[np.int64]
 
 
 def sorted_l1(p: Tensor, q: Tensor) -> Tensor:

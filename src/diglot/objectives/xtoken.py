@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from diglot.batches.sending import sent
 from diglot.errors import ConfigError
 from diglot.objectives.base import RowObjective, at_least_float32
 from diglot.objectives.divergences import kl
@@ -31,7 +32,8 @@ from diglot.vocabulary import Projection, Vocabulary
 
 if TYPE_CHECKING:
     from diglot.batches import Written
-from diglot.batches.sending import sent
+
+_LEAST_COMMON = 0.6  # weight of an entry of W from which on both tokens count as the same
 
 
 class _Projected(RowObjective):
@@ -206,13 +208,13 @@ def push_forward(logits: Tensor, entry_s: Tensor, entry_column: Tensor, entry_lo
 
 
 def common_part(
-    ids_s: np.ndarray, ids_t: np.ndarray, weights: np.ndarray, student: Vocabulary, least: float = 0.6
+    ids_s: np.ndarray, ids_t: np.ndarray, weights: np.ndarray, student: Vocabulary
 ) -> tuple[np.ndarray, np.ndarray]:
     """M of H-KL, ascending by teacher id, `[M]` each, from the non-zeros of W.
 
-    `least` is above a half, so such an entry is the largest of its row.
+    The least weight is above a half, so such an entry is the largest of its row.
     """
-    heavy = weights >= least
+    heavy = weights >= _LEAST_COMMON
     ids_s, ids_t, weights = ids_s[heavy], ids_t[heavy], weights[heavy]
     # Of equals the shortest, then in order of bytes: which `v` wins must not depend on how ids are numbered.
     spelt = [student.token(i) for i in ids_s.tolist()]

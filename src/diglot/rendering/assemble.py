@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from diglot.arrays import Bools, Ids
 from diglot.errors import DataError
 from diglot.rendering.types import Rendered, Reply, Role
-
-Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,8 @@ class Piece:
 
     ids: Ids
     roles: NDArray[np.int8]
-    ends: NDArray[np.int64]
-    exact: NDArray[np.bool_]
+    ends: Ids
+    exact: Bools
     segment: NDArray[np.int32]  # among those of this piece, -1: none
     texts: tuple[bytes, ...] = ()
     stopped: tuple[bool, ...] = ()
@@ -54,8 +53,8 @@ class Piece:
 
 def cut_segments(
     ids: Ids,
-    ends: NDArray[np.int64],
-    exact: NDArray[np.bool_],
+    ends: Ids,
+    exact: Bools,
     spans: Sequence[tuple[int, int]],
     texts: Sequence[bytes],
     outside: NDArray[np.int8],

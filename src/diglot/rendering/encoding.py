@@ -8,14 +8,12 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diglot.arrays import Bools, Ints
 from diglot.rendering.assemble import Piece, cut_segments
 from diglot.rendering.markers import CUT
 from diglot.rendering.types import Role
 from diglot.vocabulary import ByteEncoder, Encoded, Vocabulary
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,7 @@ def _spans(items: Sequence[Item]) -> list[tuple[int, int]]:
     return list(pairwise(ends))
 
 
-def _together(
-    encoder: ByteEncoder, items: Sequence[Item], start: bool, before: str
-) -> tuple[Ints, Ints, NDArray[np.bool_]] | None:
+def _together(encoder: ByteEncoder, items: Sequence[Item], start: bool, before: str) -> tuple[Ints, Ints, Bools] | None:
     """All items as one text; None where that would read a segment as something else than text."""
     vocabulary = encoder.vocabulary
     if vocabulary.leading_space or vocabulary.trailing_space or any(item.kind == "text" for item in items):
@@ -115,7 +111,7 @@ def _spells(vocabulary: Vocabulary, ids: Ints, text: bytes) -> bool:
 
 def _apart(
     encoder: ByteEncoder, items: Sequence[Item], spans: Sequence[tuple[int, int]], start: bool
-) -> tuple[Ints, Ints, NDArray[np.bool_]]:
+) -> tuple[Ints, Ints, Bools]:
     """Item by item."""
     read = []
     for k, (item, (low, _)) in enumerate(zip(items, spans, strict=True)):

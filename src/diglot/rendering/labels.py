@@ -7,6 +7,7 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
+from diglot.arrays import Ints
 from diglot.rendering.assemble import Piece
 from diglot.rendering.types import Role
 
@@ -23,7 +24,7 @@ def label_segment(piece: Piece, segment: int, opened: bool) -> None:
     piece.roles[inside] = roles
 
 
-def _label(roles: NDArray[np.int8], ends: NDArray[np.int64], text: bytes, opened: bool) -> None:
+def _label(roles: NDArray[np.int8], ends: Ints, text: bytes, opened: bool) -> None:
     """Set the roles of the tokens of `text` that overlap a think block or a call, in place.
 
     Args:

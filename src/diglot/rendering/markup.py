@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diglot.arrays import Ids
 from diglot.errors import RenderingError
 from diglot.rendering.reply import REASONING_FIELDS
 from diglot.rendering.template import Template, without_empty_thinking, without_thinking
 from diglot.rendering.types import Reply, Role, Shape
 from diglot.vocabulary import Vocabulary
-
-Ids = NDArray[np.int64]
 
 PROBE = {"role": "user", "content": "hi"}
 _KEY, _VALUE = "SENTINELkey", "SENTINELvalue"
@@ -132,7 +130,7 @@ class Markup:
 
     def _candidates(self, text: bytes, opened: bool) -> list[Shape]:
         """Shapes in the order in which to try them; none with reasoning where the text cannot hold it."""
-        thinks = opened or self._holds(text, (Role.REASONING, Role.CONTENT), 0)
+        thinks = opened or text.lstrip().startswith(tuple(self._cores((Role.REASONING, Role.CONTENT), 0)))
         counts = range(min(self._count(text, (Role.TOOL_CALL,) * 2, 1), _MOST_CALLS), 0, -1)
         tails: list[Shape] = []
         for count in counts:
@@ -149,9 +147,6 @@ class Markup:
 
     def _count(self, text: bytes, shape: Shape, at: int) -> int:
         return max((text.count(core) for core in self._cores(shape, at)), default=0)
-
-    def _holds(self, text: bytes, shape: Shape, at: int) -> bool:
-        return any(text.lstrip().startswith(core) for core in self._cores(shape, at))
 
     def _marks(self, literal: str) -> bytes:
         return self.marked(self._encode(literal))[0] if literal else b""

@@ -10,9 +10,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from diglot.arrays import Ids
 from diglot.errors import DataError, RenderingError
 from diglot.rendering.assemble import Piece, assemble, cut_segments, join
 from diglot.rendering.encoding import Item, encode_items, writes_dummy_prefix
@@ -34,8 +34,6 @@ from diglot.vocabulary import ByteEncoder, Vocabulary
 from diglot.vocabulary.own_file import describe_difference, difference_from_file
 
 logger = logging.getLogger(__name__)
-
-Ids = NDArray[np.int64]
 
 
 class Renderer:
@@ -96,6 +94,12 @@ class Renderer:
             len(self.vocabulary),
             describe_stops(self.stop_sources, self.vocabulary.display),
         )
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Renderer:
+        """What `model` reads with its tokenizer; `options` are those of the constructor."""
+        rows: Any = model.get_input_embeddings()
+        return cls(tokenizer, num_embeddings=rows.num_embeddings, generation_config=model.generation_config, **options)
 
     @property
     def has_template(self) -> bool:
@@ -284,7 +288,7 @@ class Renderer:
         """The very ids that another model with the same vocabulary wrote, after what this side reads before them."""
         reply = written.reply
         assert reply is not None
-        first = int(np.flatnonzero(written.roles == Role.PROMPT)[-1]) + 1
+        first = written.prompt_length
         tail = Piece(*(getattr(written, name)[first:] for name in ("ids", "roles", "end", "exact", "segment")))
         ids = np.where(tail.roles == Role.STOP, self.stop_id, tail.ids)
         scored = tail.segment >= 0
@@ -336,7 +340,7 @@ class Renderer:
         *,
         prompt_ids: Ids | None = None,
         thinking: bool | None = None,
-        split: bool | None = None,
+        split: bool = False,
     ) -> Rendered:
         """A completion as the model sampled it: its ids stay as they are, the text is what they spell.
 
@@ -345,8 +349,8 @@ class Renderer:
         model could read it; nor is the stop then.
 
         Args:
-            split: one segment for each part of the reply, rather than one for all of it; None: only where it holds
-                control tokens.
+            split: one segment for each part of the reply, rather than one for all of it, also where it holds no control
+                tokens.
         """
         ids = np.asarray(completion_ids, dtype=np.int64).reshape(-1)
         stops = np.flatnonzero(np.isin(ids, self.stop_ids))
@@ -379,7 +383,7 @@ class Renderer:
         return assemble([*self._prompt(conversation, self._prompt_text(conversation, thinking)), piece], reply, markup)
 
     def _parts(
-        self, text: bytes, opened: bool, finished: bool, split: bool | None, conversation: Conversation
+        self, text: bytes, opened: bool, finished: bool, split: bool, conversation: Conversation
     ) -> tuple[Reply, list[tuple[int, int]], list[Role]]:
         """The parts of what was written, with the bytes and the role of each segment."""
         has_controls = b"\xff" in text
@@ -391,9 +395,7 @@ class Renderer:
             shape, slots = shape[1:], slots[1:]  # an empty think block
         found = [_edges(text, low, high, role, self.vocabulary) for role, (low, high) in zip(shape, slots, strict=True)]
         reply = Reply(tuple(slot for slot, _ in found), written)
-        if split is False or (split is None and not has_controls):
-            if has_controls:
-                raise RenderingError(f"What the {self.name} wrote holds control tokens, so it is no one text.")
+        if not split and not has_controls:
             span = slots[0] if shape == PLAIN else (0, len(text))
             if text[:1] == b" " and span[0] == 0 and self._dummy_prefix:
                 span = (1, span[1])

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from diglot.arrays import Bools, Ints
+
 Score = Literal["last", "all"]
 """Which assistant turns of a conversation are segments."""
 
@@ -79,12 +81,22 @@ class Conversation:
 class Rendered:
     """One sample as one side reads it. Arrays are per token, [n]."""
 
-    ids: NDArray[np.int64]
+    ids: Ints
     roles: NDArray[np.int8]
     segment: NDArray[np.int32]  # segment of this sample, -1: never scored
-    end: NDArray[np.int64]  # byte end inside the segment, length + 1 for a stop token; 0 where segment is -1
-    exact: NDArray[np.bool_]
+    end: Ints  # byte end inside the segment, length + 1 for a stop token; 0 where segment is -1
+    exact: Bools
     segment_bytes: tuple[bytes, ...]  # [S] text of each segment
     stopped: tuple[bool, ...]  # [S] does it end with a stop token?
     reply: Reply | None = None  # what was read in the last turn, part by part
     own_markup: int = 0  # tokens that it wrote between the parts, as its template does, or behind a broken character
+
+    @property
+    def scored(self) -> Ints:
+        """The places of the scored tokens."""
+        return np.flatnonzero(self.segment >= 0)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the last reply."""
+        return int(np.flatnonzero(self.roles == Role.PROMPT)[-1]) + 1

@@ -3,7 +3,6 @@
 from diglot.report.advice import Advice, advise, all_advice
 from diglot.report.card import CardFacts, TeacherFacts, model_card
 from diglot.report.completions import CompletionRow, print_completions
-from diglot.report.tables import before_after_table
 
 __all__ = [
     "Advice",
@@ -12,7 +11,6 @@ __all__ = [
     "TeacherFacts",
     "advise",
     "all_advice",
-    "before_after_table",
     "model_card",
     "print_completions",
 ]

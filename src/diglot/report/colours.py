@@ -28,10 +28,9 @@ def step_of(gap: float | None) -> int:
     return int(math.copysign(math.floor(share * STEPS + 0.5), gap))
 
 
-def background(gap: float | None, dark: bool = True) -> str | None:
-    """The background colour, None for no colour."""
+def background(gap: float | None) -> str | None:
+    """The background colour in a terminal, None for no colour."""
     step = step_of(gap)
     if step == 0:
         return None
-    likes, dislikes = (LIKES_DARK, DISLIKES_DARK) if dark else (LIKES_LIGHT, DISLIKES_LIGHT)
-    return (likes if step > 0 else dislikes)[abs(step) - 1]
+    return (LIKES_DARK if step > 0 else DISLIKES_DARK)[abs(step) - 1]

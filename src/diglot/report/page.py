@@ -20,7 +20,7 @@ from diglot.report.colours import (
 )
 from diglot.report.plots import CURVES, Curve, drawn, svg
 from diglot.report.records import Record
-from diglot.report.runs import Run
+from diglot.report.runs import Run, gap_of
 from diglot.report.verdict import judge
 
 MAX_CHUNKS = 800  # of one completion that are drawn
@@ -193,11 +193,10 @@ def _shown(title: str, record: Record) -> dict[str, Any]:
 
 
 def _chunk(chunk: dict[str, Any]) -> dict[str, Any]:
-    known = chunk["comparable"] and chunk["logp_s"] is not None and chunk["logp_t"] is not None
-    gap = chunk["logp_t"] - chunk["logp_s"] if known else None
+    gap = gap_of(chunk)
     step = step_of(gap)
     name = "" if step == 0 else f"g{step}" if step > 0 else f"m{-step}"
-    return {**chunk, "gap": gap, "css": name if known else "unknown"}
+    return {**chunk, "gap": gap, "css": "unknown" if gap is None else name}
 
 
 def _css_colours() -> str:

@@ -6,11 +6,12 @@ Every line holds `step`, the number of optimizer steps that were done. A number 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from diglot.disk import finite
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
 
@@ -20,7 +21,7 @@ Record = dict[str, Any]
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Add one line and hand it to the operating system at once: a run that is killed keeps what it wrote."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=float)
+    line = json.dumps(finite(record), ensure_ascii=False, allow_nan=False, default=float)
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
@@ -54,11 +55,3 @@ def keep(path: Path, wanted: Callable[[Record], bool]) -> None:
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in read(path) if wanted(record)]
     beside.write_text("".join(lines), encoding="utf-8")
     os.replace(beside, path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -78,6 +78,12 @@ def load_run(folder: Path) -> Run:
     )
 
 
+def gap_of(chunk: Record) -> float | None:
+    """log p_teacher - log p_student of a chunk of a rollout, nats; None where the sides cannot be compared."""
+    known = chunk["comparable"] and chunk["logp_s"] is not None and chunk["logp_t"] is not None
+    return chunk["logp_t"] - chunk["logp_s"] if known else None
+
+
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 

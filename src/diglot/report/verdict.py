@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from diglot.report.runs import Run
+from diglot.report.runs import Run, gap_of
 
 Z = 1.96  # standard errors of a 95% interval
 _WORST = 3  # places that are named
@@ -65,10 +65,10 @@ def judge(run: Run) -> Verdict:
 def _worst(run: Run) -> str:
     """The places of the last answers that the teacher finds least probable beside the student."""
     gaps = [
-        (chunk["logp_t"] - chunk["logp_s"], chunk["text"].strip() or chunk["text"])
+        (gap, chunk["text"].strip() or chunk["text"])
         for record in run.rollouts_in("after")
         for chunk in record["chunks"]
-        if chunk["comparable"] and chunk["logp_s"] is not None and chunk["logp_t"] is not None
+        if (gap := gap_of(chunk)) is not None
     ]
     lowest = {text: gap for gap, text in sorted(gaps, reverse=True) if gap < -_SHOWN}  # of one text its lowest stays
     worst = sorted((gap, text) for text, gap in lowest.items())[:_WORST]

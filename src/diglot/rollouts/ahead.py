@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diglot.arrays import Floats, Ids
 from diglot.batches import PairReader
 from diglot.data import Sample
 from diglot.rendering import Conversation
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 Window = list[list[Sample]]
 """The micro-batches of one optimizer step."""
-Ids = NDArray[np.int64]
 Row = tuple[Conversation, "Ids | None", int]
 """What is to be written: the conversation, its prompt in the student's ids (None: it is too long), and a seed."""
 
@@ -175,5 +174,5 @@ def _ids(values: list[int]) -> Ids:
     return np.array(values, dtype=np.int64)
 
 
-def _logps(values: list[float] | None) -> NDArray[np.float64] | None:
+def _logps(values: list[float] | None) -> Floats | None:
     return None if values is None else np.array(values, dtype=np.float64)

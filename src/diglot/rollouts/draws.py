@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from diglot.batches.sending import sent
-from diglot.objectives.masses import running_sums
+from diglot.sums import running_sums
 
 _BELOW_ONE = 1 - 2.0**-48  # a draw times a total then stays below the total
 

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-Ids = NDArray[np.int64]
+from diglot.arrays import Floats, Ids
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Completion:
     """
 
     ids: Ids
-    logps: NDArray[np.float64] | None = None
+    logps: Floats | None = None
 
 
 class RolloutEngine(Protocol):

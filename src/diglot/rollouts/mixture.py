@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
+from diglot.arrays import Ids
 from diglot.heads import cache_argument
-from diglot.rollouts.sampler import Ids, pad_left
+from diglot.rollouts.sampler import pad_left
 
 
 class TeacherMixture(LogitsProcessor):

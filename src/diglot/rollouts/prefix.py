@@ -24,10 +24,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from diglot.alignment import Alignment
+from diglot.arrays import Ids
 from diglot.objectives.span import chunk_sums
 from diglot.rendering import Conversation, Renderer
 from diglot.rollouts.draws import seeds_of_rows
-from diglot.rollouts.sampler import Ids, TransformersSampler
+from diglot.rollouts.sampler import TransformersSampler
 
 
 def write_prefixes(

@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -20,22 +19,17 @@ from transformers import (
     TopKLogitsWarper,
 )
 
+from diglot.arrays import Ids
+from diglot.batches import padded
 from diglot.batches.sending import sent
 from diglot.heads import evaluating
 from diglot.rollouts.draws import Nucleus, RowDraws, seeds_of_rows
 from diglot.rollouts.engine import Completion
 
-Ids = NDArray[np.int64]
-
 
 def pad_left(prompts: Sequence[Ids], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Prompts as `input_ids` and `attention_mask`, both int64 [B, T], padded on the left."""
-    width = max(len(p) for p in prompts)
-    ids = np.full((len(prompts), width), pad_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for row, (prompt, keep) in enumerate(zip(prompts, map(len, prompts), strict=True)):
-        ids[row, width - keep :] = prompt
-        mask[row, width - keep :] = 1
+    ids, mask = padded(prompts, pad_id, left=True)
     return sent(torch.from_numpy(ids), device), sent(torch.from_numpy(mask), device)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from diglot.arrays import Ids
 from diglot.errors import ConfigError, RolloutError
 from diglot.rollouts.draws import seeds_of_rows
-from diglot.rollouts.engine import Completion, Ids
+from diglot.rollouts.engine import Completion
 from diglot.rollouts.vllm_wire import Sampling, checked
 from diglot.rollouts.weights import WeightsFolder
 

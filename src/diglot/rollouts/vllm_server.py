@@ -13,11 +13,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from diglot.arrays import Ids
 from diglot.errors import ConfigError, RolloutError, RolloutsUnavailable, TeacherError
-from diglot.http.client import Client, Purpose, Refused
+from diglot.http.client import Client, Purpose, Refused, answers_of
 from diglot.rendering import Renderer
 from diglot.rollouts.draws import seeds_of_rows
-from diglot.rollouts.engine import Completion, Ids
+from diglot.rollouts.engine import Completion
 from diglot.rollouts.vllm_wire import Sampling, read, request
 from diglot.rollouts.weights import WeightsFolder
 from diglot.teachers.probe import TEXT
@@ -116,10 +117,8 @@ class VLLMServer:
             for prompt, own in zip(prompts, seeds_of_rows(seed, len(prompts)), strict=True)
         ]
         try:
-            return [one.result() for one in asked]
+            return answers_of(asked)
         except BaseException:
-            for one in asked:
-                one.cancel()
             self.client.break_off()
             raise
 

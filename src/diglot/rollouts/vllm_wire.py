@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from diglot.arrays import Ids
 from diglot.errors import RolloutError
-from diglot.rollouts.engine import Completion, Ids
+from diglot.rollouts.engine import Completion
 
 _ROUNDING = 1e-2  # a log-probability above 0 by less is rounding
 

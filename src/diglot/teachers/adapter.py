@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from diglot.errors import ConfigError
 from diglot.heads import Head, evaluating
 from diglot.rendering import Renderer
+from diglot.teachers.loading import window_of
 from diglot.teachers.local import LocalTeacher
+from diglot.teachers.teacher import Teacher
 
 OWN_BASE = "self"
 """The teacher's name that means: the student without its adapter."""
@@ -30,8 +32,7 @@ class AdapterOff(LocalTeacher):
 
     def __init__(self, model: PreTrainedModel, renderer: Renderer, max_length: int | None = None) -> None:
         self.model, self.renderer = model, renderer
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = max_length or limit
+        self.max_length = max_length or window_of(model)
         head = Head.of(model)
         base = Head(_without_adapter(head.module), scale=head.scale, softcap=head.softcap, name=head.name, frozen=True)
         self.head = base
@@ -60,6 +61,11 @@ class AdapterOff(LocalTeacher):
         model: Any = self.model
         with evaluating(model), model.disable_adapter():
             yield model
+
+
+def has_own_model(teacher: Teacher) -> TypeGuard[LocalTeacher]:
+    """Is the teacher a model of its own in this process, beside the student's?"""
+    return isinstance(teacher, LocalTeacher) and not isinstance(teacher, AdapterOff)
 
 
 def _without_adapter(module: nn.Module) -> nn.Module:

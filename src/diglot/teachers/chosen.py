@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diglot.arrays import Floats, Ints
 from diglot.errors import TeacherError
 from diglot.http.client import Client
 from diglot.teachers.states import discard_states
@@ -30,9 +31,7 @@ class NotGiven(TeacherError):
     """The server answered and left out the scores of chosen ids."""
 
 
-def score_chosen(
-    client: Client, model: str, ids: Sequence[int], start: int, chosen: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def score_chosen(client: Client, model: str, ids: Sequence[int], start: int, chosen: Ints) -> Floats:
     """Log-probs in nats of `chosen` `[R, k]`, row i as token `start + i + 1` of `ids`; -inf where `chosen` is -1.
 
     Raises:
@@ -54,7 +53,7 @@ def score_chosen(
     return _read(answer, text, start, chosen)
 
 
-def _read(answer: Any, text: list[int], start: int, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
+def _read(answer: Any, text: list[int], start: int, chosen: Ints) -> Floats:
     packed = answer.get("prompt_token_id_logprobs") if isinstance(answer, dict) else None
     if not isinstance(packed, str):
         raise NotGiven(
@@ -74,9 +73,8 @@ def _read(answer: Any, text: list[int], start: int, chosen: NDArray[np.int64]) -
         row, column = (int(x) for x in np.argwhere(wrong)[0])
         raise TeacherError(
             f"The server's log-prob of id {chosen[row, column]} at token {start + row + 1} is "
-            f"{float(values[row, column])!r}, "
-            f"expected a finite number of at most 0 and above {NO_MASS:.0f}. Look for NaN in the model's weights, and "
-            "start vLLM with --logprobs-mode raw_logprobs."
+            f"{float(values[row, column])!r}, expected a finite number of at most 0 and above {NO_MASS:.0f}. Look for "
+            "NaN in the model's weights, and start vLLM with --logprobs-mode raw_logprobs."
         )
     return np.where(named, np.minimum(values, 0.0), -np.inf)
 

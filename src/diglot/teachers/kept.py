@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from diglot.arrays import Ints
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError
 
 FORMAT = 2
 REQUEST, INDEX = "request.json", "scores.json"
-RUNGS = ("logprobs", "top_k", "bytes")
+LEVELS = ("logprobs", "top_k", "bytes")
 PER_TOKEN = ("logps", "written", "top_ids", "top_logps")
 
 
@@ -40,7 +41,7 @@ class Answer:
     top_ids: NDArray[np.int32]  # [n, k] likeliest first, k may be 0
     top_logps: NDArray[np.float32]  # [n, k]; what is left to 1 is the residual mass
     distributions: NDArray[np.float16]  # [l, 257] next-byte distributions of all segments; NaN where there is none
-    distribution_counts: NDArray[np.int64]  # [g] how many of them each segment has
+    distribution_counts: Ints  # [g] how many of them each segment has
 
 
 def text_keys(side: PackedSide) -> list[bytes]:

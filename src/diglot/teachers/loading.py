@@ -98,6 +98,12 @@ def load_teacher_model(
         ) from error
 
 
+def window_of(model: PreTrainedModel) -> int | None:
+    """The longest input of a model in its own tokens, if it has a limit."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
 def keeps_its_device(model: PreTrainedModel) -> bool:
     """Was the model put somewhere on purpose: by a device map, by quantisation, or on another device than the CPU?"""
     placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)

@@ -16,7 +16,7 @@ from diglot.heads import Branches, Head, TreeReading, hidden_at_rows
 from diglot.heads.shared_prompts import Host
 from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
-from diglot.teachers.loading import keeps_its_device
+from diglot.teachers.loading import keeps_its_device, window_of
 from diglot.vocabulary import load_tokenizer
 
 
@@ -34,8 +34,7 @@ class LocalTeacher:
     def __init__(self, model: PreTrainedModel, renderer: Renderer, max_length: int | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.renderer = renderer
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length: int | None = max_length or limit
+        self.max_length = max_length or window_of(model)
         self.head = Head.of(model)
         self.head.verify(model)
 
@@ -132,9 +131,8 @@ def find_teacher_tokenizer(
     ):
         return student_tokenizer
     advice = (
-        "Give `teacher_tokenizer_name_or_path` (or pass `teacher_processing_class`): a teacher that reads ids "
-        "of another "
-        "vocabulary gives a finite loss and no signal."
+        "Give `teacher_tokenizer_name_or_path` (or pass `teacher_processing_class`): a teacher that reads ids of "
+        "another vocabulary gives a finite loss and no signal."
     )
     if place is None:
         raise TeacherError(

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diglot.arrays import Floats
 from diglot.errors import TeacherError
 from diglot.http.client import Client, Refused
 from diglot.rendering import Renderer
@@ -125,16 +125,14 @@ def _check_positions(client: Client, wire: Wire, ids: list[int], scores: TokenSc
     if moved_own > _MOVED:
         raise TeacherError(
             f"{client.url} gives log-probs one position late: with another last token the distribution that should "
-            "have "
-            f"predicted it moved by {moved_own:.2f} (total variation), expected 0. What it echoes for a token is what "
-            "comes after it, as llama-cpp-python's server does. Serve the model with vLLM or SGLang."
+            f"have predicted it moved by {moved_own:.2f} (total variation), expected 0. What it echoes for a token is "
+            "what comes after it, as llama-cpp-python's server does. Serve the model with vLLM or SGLang."
         )
     if moved_before < 1e-6:
         raise TeacherError(
             f"The distribution that {client.url} gives of the last token does not depend on the token before it (it "
-            "moved by "
-            f"{moved_before:.1e}): its log-probs stand too early, or are not of the text that was sent. Serve the "
-            "model with vLLM or SGLang."
+            f"moved by {moved_before:.1e}): its log-probs stand too early, or are not of the text that was sent. Serve "
+            "the model with vLLM or SGLang."
         )
 
 
@@ -155,10 +153,9 @@ def _check_raw(client: Client, wire: Wire, ids: list[int]) -> None:
     shift = _mean_gap(first.logps, second.logps)
     if shift > _NOISE:
         raise TeacherError(
-            f"{client.url} gives tempered log-probs: one text at temperature 0.5 and 2 differs by {shift:.2f} nats "
-            "a token, expected 0. Teachers are asked for the model's own distribution: start the server so that it "
-            "gives raw "
-            "log-probs (vLLM: --logprobs-mode raw_logprobs)."
+            f"{client.url} gives tempered log-probs: one text at temperature 0.5 and 2 differs by {shift:.2f} nats a "
+            "token, expected 0. Teachers are asked for the model's own distribution: start the server so that it gives "
+            "raw log-probs (vLLM: --logprobs-mode raw_logprobs)."
         )
     whole, cut = (_scored(client, wire, ids, Asking(top=_TOP, top_p=p)) for p in (1.0, 0.3))
     shift = _mean_gap(whole.logps, cut.logps)
@@ -170,7 +167,7 @@ def _check_raw(client: Client, wire: Wire, ids: list[int]) -> None:
         )
 
 
-def _mean_gap(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+def _mean_gap(a: Floats, b: Floats) -> float:
     return float(np.abs(a[1:] - b[1:]).mean())
 
 
@@ -183,6 +180,6 @@ def _check_size(client: Client, wire: Wire, renderer: Renderer) -> None:
     except Refused as error:
         raise TeacherError(
             f"The server does not take id {largest}, the largest of the teacher's tokenizer "
-            f"({renderer.tokenizer.name_or_path!r}, {len(vocabulary)} ids): it says {error.said[:200]!r}. Name the "
+            f"({renderer.tokenizer.name_or_path!r}, {len(vocabulary)} ids): it says {error.answer[:200]!r}. Name the "
             "tokenizer of the model that is served in teacher_tokenizer_name_or_path."
         ) from None

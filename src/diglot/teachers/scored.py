@@ -133,9 +133,7 @@ class ScoredTeacher:
 
     def ask(self, side: PackedSide, stop_as_set: bool = True) -> KeptScores:
         """The answers about a batch. `TeacherError` if a text is not among those that were scored."""
-        width = side.input_ids.shape[1]
-        row = (side.rows // width).cpu().numpy()
-        wanted = [b for b in range(len(side.input_ids)) if (row == b).any()]
+        wanted = [b for b, _, _ in side.texts()]
         keys = text_keys(side)
         if missing := [b for b in wanted if keys[b] not in self._place]:
             raise TeacherError(self._foreign(side, missing, len(wanted)))
@@ -143,7 +141,7 @@ class ScoredTeacher:
         for b in wanted:
             shard, i = self._place[keys[b]]
             answers.append(shard.read(i))
-        return _packed(side, row, wanted, answers)
+        return _packed(side, answers)
 
     def _foreign(self, side: PackedSide, missing: list[int], asked: int) -> str:
         """What a text that was not scored looks like, and what may be the reason."""
@@ -174,14 +172,14 @@ def tokenizer_of(renderer: Renderer, template_kwargs: Mapping[str, Any] | None) 
     }
 
 
-def _packed(side: PackedSide, row: np.ndarray, wanted: list[int], answers: list[Answer]) -> KeptScores:
+def _packed(side: PackedSide, answers: list[Answer]) -> KeptScores:
     """Answers about single texts as one batch: rows of a text are neighbours, in order."""
     distribution_start = np.full(int(side.segment.max(initial=-1)) + 1, -1, dtype=np.int64)
     rows = 0
-    for b, answer in zip(wanted, answers, strict=True):
+    for (_, own, _), answer in zip(side.texts(), answers, strict=True):
         if len(answer.distribution_counts):
             starts = rows + np.concatenate([[0], np.cumsum(answer.distribution_counts)[:-1]])
-            distribution_start[np.unique(side.segment[row == b])] = starts
+            distribution_start[np.unique(side.segment[own])] = starts
         rows += len(answer.distributions)
 
     def joined(name: str, dtype: Any, tail: tuple[int, ...] = ()) -> Tensor:

@@ -28,8 +28,8 @@ from diglot.teachers.fingerprint import weights_digest
 from diglot.teachers.kept import (
     FORMAT,
     INDEX,
+    LEVELS,
     REQUEST,
-    RUNGS,
     Answer,
     Folder,
     Shard,
@@ -124,13 +124,12 @@ def _request(
     teacher: Teacher, samples: Sequence[Sample], data: str, reading: Reading, manner: Manner, generation_eos: Any
 ) -> dict[str, Any]:
     """All that decides the files, as plain values."""
-    if manner.level not in RUNGS:
-        raise TeacherError(f"level={manner.level!r} is unknown: choose one of {', '.join(RUNGS)}.")
+    if manner.level not in LEVELS:
+        raise TeacherError(f"level={manner.level!r} is unknown: choose one of {', '.join(LEVELS)}.")
     if manner.level == "bytes" and not gives_rows(teacher):
         raise TeacherError(
             f"Next-byte distributions take whole rows, and the teacher is {teacher.name}, which gives "
-            f"{teacher.level.name}. "
-            "Choose the level logprobs or top_k."
+            f"{teacher.level.name}. Choose the level logprobs or top_k."
         )
     texts = hashlib.sha256()
     for sample in samples:

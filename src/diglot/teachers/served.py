@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from diglot.arrays import Ints
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError
-from diglot.http.client import Client, Refused
+from diglot.http.client import Client, Refused, answers_of
 from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
 from diglot.teachers.wire import Asking, TokenScores, Wire
+
+T = TypeVar("T")
 
 STOP_TOLERANCE = 1e-4
 """Nats by which the log of a stop set's mass may be too small before the missing stop ids are asked for."""
@@ -44,28 +46,22 @@ class TextScores:
         return self.logps if stop_as_set else self.written
 
 
-class Pending:
-    """Requests under way. `result` waits for them."""
+class Pending(Generic[T]):
+    """Requests under way. `result` waits for them; `joined` makes of their answers what was asked for."""
 
-    def __init__(self, teacher: ServedTeacher, side: PackedSide, answers: Sequence[tuple[int, Future[Any]]]) -> None:
-        self._teacher, self._side, self._answers = teacher, side, answers
-        self._found: TextScores | None = None
+    def __init__(self, requests: Sequence[Future[Any]], joined: Callable[[list[Any]], T]) -> None:
+        self._requests, self._joined = requests, joined
+        self._found: T | None = None
 
-    def result(self) -> TextScores:
-        """The answers, once all have come.
+    def result(self) -> T:
+        """What was asked for, once all answers have come.
 
         Raises:
             TeacherUnavailable: the server gave no answer within the budget.
             TeacherError: an answer that cannot be used.
         """
         if self._found is None:
-            try:
-                rows = [(b, future.result()) for b, future in self._answers]
-            except BaseException:
-                for _, future in self._answers:
-                    future.cancel()
-                raise
-            self._found = self._teacher.packed(self._side, rows)
+            self._found = self._joined(answers_of(self._requests))
         return self._found
 
 
@@ -132,36 +128,30 @@ class ServedTeacher:
             self.wire.score(self.client, ids, Asking(top=top))
         except Refused as error:
             raise TeacherError(
-                f"An objective reads the teacher's likeliest {top} ids, and the server says {error.said[:200]!r}. "
+                f"An objective reads the teacher's likeliest {top} ids, and the server says {error.answer[:200]!r}. "
                 f"Start it so that it gives {top} (vLLM: --max-logprobs {top}), or give the objective a smaller k."
             ) from None
         self.top = top
 
     # ---- a batch -----------------------------------------------------------------------------------------------
 
-    def ask(self, side: PackedSide, stop_as_set: bool = True) -> Pending:
+    def ask(self, side: PackedSide, stop_as_set: bool = True) -> Pending[TextScores]:
         """Send what a batch needs; the answers come while something else is done.
 
         `stop_as_set=False`: the mass of the whole stop set is not needed.
         """
-        ids, mask = side.input_ids.cpu().numpy(), side.attention_mask.cpu().numpy()
-        width = ids.shape[1]
-        row, place = np.divmod(side.rows.cpu().numpy(), width)
-        stop = side.stop.cpu().numpy()
-        answers = []
-        for b in range(len(ids)):
-            at = place[row == b] + 1
-            if len(at):
-                read = ids[b][mask[b] > 0][: at[-1] + 1]
-                self._check_length(read, b)
-                answers.append((b, self._pool.submit(self._score, read, at, at[stop[row == b] & stop_as_set])))
-        return Pending(self, side, answers)
+        requests, stop = [], side.stop.cpu().numpy() & stop_as_set
+        for b, own, at in side.texts():
+            text = side.host_ids[b, : at[-1] + 2]
+            self._check_length(text, b)
+            requests.append(self._pool.submit(self._score, text, at + 1, at[stop[own]] + 1))
+        return Pending(requests, lambda rows: self.packed(side, rows))
 
     def scores(self, side: PackedSide) -> TextScores:
         """What the teacher says about a batch."""
         return self.ask(side).result()
 
-    def _check_length(self, ids: NDArray[np.int64], sample: int) -> None:
+    def _check_length(self, ids: Ints, sample: int) -> None:
         if self.max_length is not None and len(ids) > self.max_length:
             raise TeacherError(
                 f"Sample {sample} of the batch is {len(ids)} of the teacher's tokens long, and the server's window "
@@ -169,17 +159,17 @@ class ServedTeacher:
                 "longer window."
             )
 
-    def _beginning(self, ids: NDArray[np.int64]) -> str:
+    def _beginning(self, ids: Ints) -> str:
         return f"it begins {str(self.renderer.tokenizer.decode(ids[:40]))[:80]!r}"
 
-    def _score(self, ids: NDArray[np.int64], at: NDArray[np.int64], stops: NDArray[np.int64]) -> Row:
+    def _score(self, ids: Ints, at: Ints, stops: Ints) -> Row:
         """Scores of a text at its tokens `at`, of which `stops` are stops."""
         with self._explained(ids):
             scores = self.wire.score(self.client, ids.tolist(), Asking(top=self.top))
         return Row(scores, {int(t): self._stop_mass(ids, scores, int(t)) for t in stops})
 
     @contextmanager
-    def _explained(self, ids: NDArray[np.int64]) -> Iterator[None]:
+    def _explained(self, ids: Ints) -> Iterator[None]:
         """A text that the server refuses is named."""
         try:
             yield
@@ -191,7 +181,7 @@ class ServedTeacher:
                 f"shorter, set teacher_max_length to what it holds."
             ) from None
 
-    def _stop_mass(self, ids: NDArray[np.int64], scores: TokenScores, t: int) -> float:
+    def _stop_mass(self, ids: Ints, scores: TokenScores, t: int) -> float:
         """Log of the probability of the whole stop set at token `t`.
 
         Stop ids that the server did not name have at most the least mass that it named. Where that could matter they
@@ -210,15 +200,13 @@ class ServedTeacher:
                 seen.append(float(other.logps[t]))
         return float(np.logaddexp.reduce(seen))
 
-    def packed(self, side: PackedSide, rows: Sequence[tuple[int, Row]]) -> TextScores:
+    def packed(self, side: PackedSide, rows: Sequence[Row]) -> TextScores:
         """Scores of the single texts in the order of the batch's scored tokens."""
-        width, count = side.input_ids.shape[1], len(side.rows)
-        row, place = np.divmod(side.rows.cpu().numpy(), width)
+        count = len(side.rows)
         written, logps = np.zeros(count), np.zeros(count)
         top_ids, top_logps = np.full((count, self.top), -1), np.full((count, self.top), -np.inf)
-        for b, found in rows:
-            here = np.flatnonzero(row == b)
-            at = place[here] + 1
+        for (_, here, before), found in zip(side.texts(), rows, strict=True):
+            at = before + 1
             written[here] = found.scores.logps[at]
             logps[here] = [found.stops.get(int(t), found.scores.logps[t]) for t in at]
             k = found.scores.top_ids.shape[1]

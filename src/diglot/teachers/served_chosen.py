@@ -6,16 +6,15 @@ Shapes: `Q` questions of one scored token and one id, `T` tokens of a text.
 from __future__ import annotations
 
 import logging
-from concurrent.futures import Future
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from diglot.arrays import Floats, Ints
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError
-from diglot.http.client import Client, Refused
+from diglot.http.client import Client, Refused, answers_of
 from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
 from diglot.teachers.chosen import NotGiven, score_chosen
@@ -43,7 +42,7 @@ class ServedChosen(ServedTeacher):
         super().__init__(client, wire, renderer, max_length, concurrency)
         self.top = 0  # until an objective wants some
 
-    def _score(self, ids: NDArray[np.int64], at: NDArray[np.int64], stops: NDArray[np.int64]) -> Row:
+    def _score(self, ids: Ints, at: Ints, stops: Ints) -> Row:
         if self.top:
             return super()._score(ids, at, stops)
         first = int(at[0]) - 1
@@ -64,7 +63,7 @@ class ServedChosen(ServedTeacher):
         texts, width = side.input_ids.cpu().numpy(), side.input_ids.shape[1]
         place, wanted = side.rows.cpu().numpy()[token.cpu().numpy()], ids.cpu().numpy()
         found = torch.zeros(len(wanted))
-        answers: list[tuple[NDArray[np.int64], Future[NDArray[np.float64]]]] = []
+        places, requests = [], []
         for b in np.unique(place // width):
             here = np.flatnonzero(place // width == b)
             at, order = place[here] % width, np.argsort(place[here], kind="stable")
@@ -77,27 +76,16 @@ class ServedChosen(ServedTeacher):
             chosen[at - first, slot] = wanted[here]
             text = texts[b, : last + 2]
             self._check_length(text, int(b))
-            answers.append((here, self._pool.submit(self._entries, text, first, chosen, at - first, slot)))
-        try:
-            for here, future in answers:
-                found[torch.from_numpy(here)] = torch.from_numpy(future.result()).float()
-        except BaseException:
-            for _, future in answers:
-                future.cancel()
-            raise
+            places.append(torch.from_numpy(here))
+            requests.append(self._pool.submit(self._entries, text, first, chosen, at - first, slot))
+        for own, logps in zip(places, answers_of(requests), strict=True):
+            found[own] = torch.from_numpy(logps).float()
         return found
 
-    def _entries(
-        self,
-        text: NDArray[np.int64],
-        first: int,
-        chosen: NDArray[np.int64],
-        row: NDArray[np.int64],
-        slot: NDArray[np.int64],
-    ) -> NDArray[np.float64]:
+    def _entries(self, text: Ints, first: int, chosen: Ints, row: Ints, slot: Ints) -> Floats:
         return self._asked(text, first, chosen)[row, slot]
 
-    def _asked(self, ids: NDArray[np.int64], first: int, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _asked(self, ids: Ints, first: int, chosen: Ints) -> Floats:
         with self._explained(ids):
             return score_chosen(self.client, self.wire.info.model, ids.tolist(), first, chosen)
 

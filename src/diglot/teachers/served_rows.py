@@ -6,23 +6,22 @@ Shapes: `N` scored tokens of a batch, `E` tokens of branches, `H` the width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from diglot.arrays import Ints
 from diglot.batches import PackedSide
 from diglot.errors import TeacherError, TeacherUnavailable
 from diglot.heads import Branches
-from diglot.http.client import Client
+from diglot.http.client import Client, answers_of
 from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
 from diglot.teachers.probe import probe_ids
 from diglot.teachers.readout import NoWeights, Readout
-from diglot.teachers.served import ServedTeacher
+from diglot.teachers.served import Pending, ServedTeacher
 from diglot.teachers.states import NotHere, read_states, request_states
 from diglot.teachers.wire import VLLM, Asking, Wire
 
@@ -30,32 +29,6 @@ logger = logging.getLogger(__name__)
 
 _TOLERANCE = 0.1  # nats, mean over the probe: roundings of bfloat16 stay below, another layer or head does not
 _PROBE_SECONDS, _ATTEMPTS = 5.0, 2
-
-
-class PendingStates:
-    """Hidden states under way. `result` waits for them."""
-
-    def __init__(self, readout: Readout, answers: Sequence[Future[Tensor]]) -> None:
-        self._readout, self._answers = readout, answers
-        self._found: Tensor | None = None
-
-    def result(self) -> Tensor:
-        """`[N, H]` on the head's device, a constant; in the order in which they were asked for.
-
-        Raises:
-            TeacherUnavailable: the server gave no answer within the budget.
-            TeacherError: an answer that cannot be used.
-        """
-        if self._found is None:
-            try:
-                parts = [one.result() for one in self._answers]
-            except BaseException:
-                for one in self._answers:
-                    one.cancel()
-                raise
-            empty = next(self._readout.norm.parameters()).new_zeros(0, self._readout.width)
-            self._found = self._readout.hidden(torch.cat(parts) if parts else empty)
-        return self._found
 
 
 class ServedRows(ServedTeacher):
@@ -87,18 +60,14 @@ class ServedRows(ServedTeacher):
     def want(self, top: int) -> None:
         """Whole rows are at hand, so any number."""
 
-    def ask(self, side: PackedSide, stop_as_set: bool = True) -> PendingStates:  # type: ignore[override]
+    def ask(self, side: PackedSide, stop_as_set: bool = True) -> Pending[Tensor]:  # type: ignore[override]
         """Send a batch's texts; the states come while something else is done."""
-        ids, mask = side.input_ids.cpu().numpy(), side.attention_mask.cpu().numpy()
-        row, place = np.divmod(side.rows.cpu().numpy(), ids.shape[1])
-        answers = []
-        for b in range(len(ids)):
-            at = place[row == b]
-            if len(at):
-                text = ids[b][mask[b] > 0][: at[-1] + 1]
-                self._check_length(text, b)
-                answers.append(self._pool.submit(self._states, text, at))
-        return PendingStates(self.readout, answers)
+        requests = []
+        for b, _, at in side.texts():
+            text = side.host_ids[b, : at[-1] + 1]
+            self._check_length(text, b)
+            requests.append(self._pool.submit(self._states, text, at))
+        return Pending(requests, self._normed)
 
     def hidden(self, side: PackedSide) -> Tensor:
         """As `LocalTeacher.hidden`: the state that predicts each scored token, `[N, H]`."""
@@ -106,17 +75,22 @@ class ServedRows(ServedTeacher):
 
     def behind(self, side: PackedSide, branches: Branches) -> Tensor:
         """The states behind every token of the branches, `[E, H]`."""
-        ids, width = side.input_ids.cpu().numpy(), side.input_ids.shape[1]
+        ids, width = side.host_ids, side.host_ids.shape[1]
         starts = np.flatnonzero(branches.depth == 0)
-        answers = []
+        requests = []
         for low, high in zip(starts, np.append(starts[1:], len(branches)), strict=True):
             b, place = divmod(int(branches.after[low]), width)
             text = np.concatenate([ids[b, : place + 1], branches.ids[low:high]])
             self._check_length(text, b)
-            answers.append(self._pool.submit(self._states, text, np.arange(place + 1, len(text))))
-        return PendingStates(self.readout, answers).result()
+            requests.append(self._pool.submit(self._states, text, np.arange(place + 1, len(text))))
+        return self._normed(answers_of(requests))
 
-    def _states(self, ids: NDArray[np.int64], at: NDArray[np.int64]) -> Tensor:
+    def _normed(self, states: list[Tensor]) -> Tensor:
+        """What the head reads, `[N, H]` on its device, a constant."""
+        empty = next(self.readout.norm.parameters()).new_zeros(0, self.readout.width)
+        return self.readout.hidden(torch.cat(states) if states else empty)
+
+    def _states(self, ids: Ints, at: Ints) -> Tensor:
         """States of one text at some of its tokens, before the norm."""
         first, failed = int(at[0]), None
         for _ in range(_ATTEMPTS):

@@ -92,14 +92,14 @@ def read_states(name: str, ids: Ids, width: int, first: int, seconds: float) -> 
     return found
 
 
-def discard_states(answer: Any, ids: Ids, seconds: float = 1.0) -> None:
+def discard_states(answer: Any, ids: Ids) -> None:
     """Remove the file that an answer names beside what it was asked for, if it is here and about `ids`."""
     name = path_of(answer)
     if name is None or not Path(name).parent.is_dir():
         return
     path, lock = Path(name), Path(f"{name}.lock")
     with suppress(NotHere, SafetensorError, OSError, ValueError):
-        _wait(path, lock, seconds)
+        _wait(path, lock, seconds=1.0)
         with safe_open(name, framework="pt") as file:
             own = file.get_tensor("token_ids").tolist() == [int(i) for i in ids]
         if own:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from diglot.teachers.local import LocalTeacher
 if TYPE_CHECKING:  # it needs packages that not everyone has
     from diglot.teachers.scored import KeptScores
     from diglot.teachers.served import Pending
-    from diglot.teachers.served_rows import PendingStates
 
 
 class Teacher(Protocol):
@@ -50,7 +49,7 @@ class Teacher(Protocol):
     def want(self, top: int) -> None:
         """From now on the likeliest `top` ids of each row are read. `TeacherError` if it gives fewer."""
 
-    def ask(self, side: PackedSide, stop_as_set: bool = True) -> Pending | PendingStates | KeptScores | None:
+    def ask(self, side: PackedSide, stop_as_set: bool = True) -> Pending[Any] | KeptScores | None:
         """Begin to score a batch, if that goes on by itself; None for a teacher that is run when it is needed."""
 
     def break_off(self) -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diglot.arrays import Floats, Ints
 from diglot.errors import TeacherError
 from diglot.http.client import Client, Refused
 from diglot.teachers.states import discard_states
@@ -29,9 +29,9 @@ Ids = Sequence[int]
 class TokenScores:
     """The log-probabilities of a text in nats, and the likeliest ids of each row, best first."""
 
-    logps: NDArray[np.float64]  # [T], the first is NaN: nothing comes before it
-    top_ids: NDArray[np.int64]  # [T, K], -1 where the server gave fewer
-    top_logps: NDArray[np.float64]  # [T, K], -inf there
+    logps: Floats  # [T], the first is NaN: nothing comes before it
+    top_ids: Ints  # [T, K], -1 where the server gave fewer
+    top_logps: Floats  # [T, K], -inf there
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from diglot.arrays import Ids
 from diglot.batches import PackedSide, pad_id
 from diglot.batches.lengths import as_read, by_length
 from diglot.checkpoints.manifest import describe_run
@@ -49,10 +50,9 @@ from diglot.options.refused import RefusingTrainer, check_arguments
 from diglot.phases import phase as working
 from diglot.rendering import Conversation, Renderer
 from diglot.rollouts import Completion, TransformersSampler
-from diglot.rollouts.ahead import Ahead, Ids, Row, Waiting, Window, answered, rows_of
+from diglot.rollouts.ahead import Ahead, Row, Waiting, Window, answered, rows_of
 from diglot.rollouts.connect import make_engine
-from diglot.teachers import LocalTeacher
-from diglot.teachers.adapter import AdapterOff
+from diglot.teachers.adapter import AdapterOff, has_own_model
 from diglot.teachers.scored import ScoredTeacher
 from diglot.trainers.engines import Rollouts
 from diglot.trainers.ranks import (
@@ -181,7 +181,7 @@ class DistillationTrainer(RefusingTrainer):
     def teacher_models(self) -> list[PreTrainedModel]:
         """The teachers' models that are in this process beside the student's."""
         held = [one.teacher for one in self.comparisons]
-        return [one.model for one in held if isinstance(one, LocalTeacher) and not isinstance(one, AdapterOff)]
+        return [one.model for one in held if has_own_model(one)]
 
     # ---- what a method says ------------------------------------------------------------------------------------
 

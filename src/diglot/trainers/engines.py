@@ -11,25 +11,22 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from diglot.arrays import Ids
 from diglot.batches import pad_id
 from diglot.comparisons import Batch, Comparison
 from diglot.errors import RolloutError
 from diglot.heads import Head, token_logps
 from diglot.options import DistillationConfig
 from diglot.rollouts import Completion, RolloutEngine
-from diglot.rollouts.said import with_logps
+from diglot.rollouts.logps import with_logps
 from diglot.trainers.ranks import reduce_device
 from diglot.watching.metrics import StepMetrics
-
-if TYPE_CHECKING:
-    from diglot.rollouts.engine import Ids
 
 logger = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from diglot.arrays import Ids
 from diglot.batches import ReadPair, pad_id
 from diglot.batches.sending import sent
 from diglot.batches.windows import RepeatedWindows, repeated_stream
@@ -54,7 +55,7 @@ from diglot.objectives.span import Span, span_advantages
 from diglot.options import MiniLLMConfig
 from diglot.rendering import Conversation, Rendered
 from diglot.rollouts import TeacherMixture, continue_prefixes, mixture_weight, write_prefixes
-from diglot.rollouts.ahead import Ids, Window
+from diglot.rollouts.ahead import Window
 from diglot.teachers import LocalTeacher, local
 from diglot.trainers.base import DistillationTrainer
 
@@ -414,8 +415,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
 def _alone(conversation: Conversation, rendered: Rendered) -> ReadPair:
     """A text that only the student reads."""
-    scored = int((rendered.segment >= 0).sum())
-    return ReadPair(conversation, rendered, rendered, np.zeros(scored, dtype=np.bool_))
+    return ReadPair(conversation, rendered, rendered, np.zeros(len(rendered.scored), dtype=np.bool_))
 
 
 def _sum(values: Tensor, chosen: np.ndarray) -> Tensor:
@@ -427,7 +427,7 @@ def held_of(batch: Batch, k: int) -> HeldBatch:
     view, weight = batch.views[k], batch.sampler_weight
     assert view.rollout is not None
     pairs = view.read.pairs
-    completions = [pair.student.ids[pair.prompt_length :] for pair in pairs]
+    completions = [pair.student.ids[pair.student.prompt_length :] for pair in pairs]
     places = batch.places if view.texts is None else [batch.places[i] for i in view.texts]
     own = None if weight is None else view.of_own(weight)
     conversations, rollout = [pair.conversation for pair in pairs], view.rollout

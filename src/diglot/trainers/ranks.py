@@ -12,8 +12,8 @@ from accelerate.utils import DistributedType, gather_object
 from diglot.errors import ConfigError
 from diglot.heads import shard_frozen
 from diglot.options import DistillationConfig
-from diglot.teachers import LocalTeacher, Teacher
-from diglot.teachers.adapter import AdapterOff
+from diglot.teachers import Teacher
+from diglot.teachers.adapter import has_own_model
 
 
 def row_places(sizes: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[list[int]]:
@@ -87,7 +87,7 @@ def check_devices(args: DistillationConfig) -> None:
 def place_frozen(held: Teacher, accelerator: Accelerator) -> None:
     """A teacher on its device; spread over the processes where the student is."""
     sharded = accelerator.distributed_type == DistributedType.FSDP and accelerator.num_processes > 1
-    if sharded and isinstance(held, LocalTeacher) and not isinstance(held, AdapterOff):
+    if sharded and has_own_model(held):
         shard_frozen(held.model)
     else:
         held.to(accelerator.device)

@@ -9,12 +9,9 @@ folder may be deleted at any time. What is not there, or cannot be read or writt
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +22,9 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from diglot.arrays import Ints
+from diglot.disk import cache_folder, code_digest, write_whole
+
 Record = dict[str, Any]
 
 logger = logging.getLogger(__name__)
@@ -71,13 +70,7 @@ def cached(kind: str, vocabularies: Sequence[Table], build: Callable[[], Mapping
 
 def folder() -> Path | None:
     """Where tables are kept; None where they are not."""
-    root = os.environ.get("DIGLOT_CACHE") or "~/.cache/diglot"
-    place = os.environ.get("DIGLOT_TABLES") or (root if root == "off" else os.path.join(root, "tables"))
-    if place == "off":
-        return None
-    with contextlib.suppress(RuntimeError):  # nobody's home
-        return Path(place).expanduser()
-    return None
+    return cache_folder("tables", "DIGLOT_TABLES")
 
 
 def _read(path: Path, about: Record) -> dict[str, Ints] | None:
@@ -115,19 +108,11 @@ def _say(path: Path, differing: tuple[str, ...]) -> None:
 
 
 def _write(path: Path, arrays: Mapping[str, Ints], about: Record) -> None:
-    """Put an entry in its place whole, or not at all, whoever else reads or writes it meanwhile."""
+    """Put an entry in its place."""
     stored = {name: _narrow(array) for name, array in arrays.items()}
     record = json.dumps({**about, "sha256": _digest(stored)})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(prefix=path.stem, suffix=".part", dir=path.parent)
-        try:
-            with open(handle, "wb") as file:
-                file.write(safetensors.numpy.save(stored, {"diglot": record}))
-            os.replace(beside, path)
-        except BaseException:
-            os.unlink(beside)
-            raise
+        write_whole(path, safetensors.numpy.save(stored, {"diglot": record}))
     except OSError as error:
         _say_unwritable(path.parent, str(error))
 
@@ -153,12 +138,5 @@ def _digest(stored: Mapping[str, NDArray[Any]]) -> str:
 
 @lru_cache
 def _code() -> str:
-    """Hash of the sources that build the tables, so that a change of them needs no one to count versions up.
-
-    Empty where there are no sources to read.
-    """
-    try:
-        sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    except OSError:
-        return ""
-    return hashlib.sha256(b"\0".join(sources)).hexdigest() if sources else ""
+    """Hash of the sources that build the tables."""
+    return code_digest([Path(__file__).parent])

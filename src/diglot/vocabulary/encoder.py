@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from diglot.arrays import Bools, Ints
 from diglot.errors import VocabularyError
 from diglot.vocabulary.backend import BackendEncoder, Spans
 from diglot.vocabulary.probes import PROBES, check_spelling
@@ -27,9 +27,9 @@ class Encoded:
     region starts, the last ends where the region ends. A control token of markup is a region by itself.
     """
 
-    ids: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    exact: NDArray[np.bool_]
+    ids: Ints
+    ends: Ints
+    exact: Bools
 
 
 class ByteEncoder:
@@ -77,7 +77,7 @@ class ByteEncoder:
         spans = self._encoder.spans(texts, start=start)
         return [self._place(*item) for item in zip(texts, sources, spans, strict=True)]
 
-    def encode_markup(self, text: str, *, start: bool = False) -> NDArray[np.int64]:
+    def encode_markup(self, text: str, *, start: bool = False) -> Ints:
         """Ids [n] of a text in which special tokens are recognised. Nothing is added.
 
         With `start` they are what the tokenizer itself gives for the whole text, a dummy prefix included; without it
@@ -118,13 +118,13 @@ def _utf8(text: str, where: int) -> bytes:
         ) from error
 
 
-def _running(pieces: Sequence[bytes]) -> NDArray[np.int64]:
+def _running(pieces: Sequence[bytes]) -> Ints:
     return np.array(list(accumulate(map(len, pieces))), dtype=np.int64)  # pieces are few: NumPy's own sum is slower
 
 
 def _check_groups(
     text: str, source: bytes, spans: Spans, pieces: list[bytes], vocabulary: Vocabulary
-) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+) -> tuple[Bools, Ints]:
     """Token by token (exact, end), where the tokens' bytes are not, as a whole, the bytes of the text.
 
     Tokens whose characters overlap are one group. A group is exact if its bytes are the bytes of its characters.
@@ -180,7 +180,7 @@ def _ascending(values: Sequence[int], length: int) -> bool:
     return all(low <= high for low, high in zip([0, *values], [*values, length], strict=True))
 
 
-def _byte_offsets(text: str) -> NDArray[np.int64]:
+def _byte_offsets(text: str) -> Ints:
     """[characters + 1] byte at which each character of the text starts, and the length in bytes at the end."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     widths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)

@@ -132,10 +132,9 @@ def _speller(backend: Tokenizer) -> tuple[str, Spell, bool]:
         by_words = keeps_word_prefix(component(backend.pre_tokenizer))
         return "metaspace", _literal_speller(_replacements(decoders), bool(options.get("byte_fallback"))), by_words
     raise VocabularyError(
-        f"A tokenizer with model {type(backend.model).__name__} and decoder {sorted(decoder_types) or 'none'} "
-        f"does not say which bytes its "
-        "pieces stand for. Supported are byte-level BPE, SentencePiece-style BPE and Unigram (Metaspace), "
-        "pieces spelt as they are, WordPiece, WordLevel, and </w> BPE."
+        f"A tokenizer with model {type(backend.model).__name__} and decoder {sorted(decoder_types) or 'none'} does not "
+        "say which bytes its pieces stand for. Supported are byte-level BPE, SentencePiece-style BPE and Unigram "
+        "(Metaspace), pieces spelt as they are, WordPiece, WordLevel, and </w> BPE."
     )
 
 

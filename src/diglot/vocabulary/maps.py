@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diglot.arrays import Ints
 from diglot.vocabulary.cache import cached
 from diglot.vocabulary.table import Vocabulary
 from diglot.vocabulary.trie import ByteTrie
@@ -17,7 +17,6 @@ from diglot.vocabulary.trie import ByteTrie
 if TYPE_CHECKING:
     from diglot.vocabulary.encoder import Encoded
 
-Ints = NDArray[np.int64]
 Encode = Callable[[Sequence[str]], Sequence["Encoded"]]
 
 

@@ -14,11 +14,11 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from diglot.arrays import Ints
 from diglot.errors import VocabularyError
 from diglot.vocabulary.encoder import Encoded
 from diglot.vocabulary.table import Vocabulary
 
-Ints = NDArray[np.int64]
 Encode = Callable[[Sequence[str]], Sequence[Encoded]]
 
 SLOTS = 4  # non-zeros of a row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from diglot.arrays import Bools, Ints
 from diglot.errors import VocabularyError
 from diglot.vocabulary.cache import cached
 from diglot.vocabulary.kinds import describe
@@ -29,12 +30,11 @@ class Vocabulary:
 
     kind: str  # "byte-level", "metaspace", "wordpiece" or "suffix"
     data: NDArray[np.uint8]  # all tokens' bytes, one after the other
-    offsets: NDArray[np.int64]  # [V + 1] where each token's bytes begin
-    control: NDArray[np.bool_]  # [V] no bytes: special tokens and padding rows
+    offsets: Ints  # [V + 1] where each token's bytes begin
+    control: Bools  # [V] no bytes: special tokens and padding rows
     names: Mapping[int, str]  # control id -> its name; padding rows have none
     leading_space: bool = False  # the first token of a text stands for its bytes without the leading space
     trailing_space: bool = False  # the last token of a text stands for its bytes without the trailing space
-    unreachable_ids: tuple[int, ...] = field(default=())  # special ids beyond the embedding
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None) -> Vocabulary:
@@ -53,9 +53,8 @@ class Vocabulary:
         for i in found.special:
             texts.pop(i, None)
         size = max([*texts, *found.special], default=-1) + 1
-        unreachable: tuple[int, ...] = ()
         if num_embeddings is not None and size > num_embeddings:
-            unreachable = _beyond(tokenizer, texts, found.special, num_embeddings)
+            _check_beyond(tokenizer, texts, found.special, num_embeddings)
         size = num_embeddings or size
         names = {i: name for i, name in sorted(found.special.items()) if i < size}
         ids = np.fromiter(texts, dtype=np.int64, count=len(texts))
@@ -72,19 +71,18 @@ class Vocabulary:
             names,
             found.leading_space,
             found.trailing_space,
-            unreachable,
         )
 
     def __len__(self) -> int:
         return len(self.control)
 
     @cached_property
-    def lengths(self) -> NDArray[np.int64]:
+    def lengths(self) -> Ints:
         """Bytes of each token, [V]."""
         return np.diff(self.offsets)
 
     @cached_property
-    def word_starts(self) -> NDArray[np.int64]:
+    def word_starts(self) -> Ints:
         """Ids of the tokens whose first byte is a space, a tab or a line break."""
         texts = np.flatnonzero(self.lengths > 0)
         return texts[np.isin(self.data[self.offsets[texts]], np.frombuffer(b" \t\n\r", dtype=np.uint8))]
@@ -181,12 +179,11 @@ class Vocabulary:
         if not self.same_as(other) or len(self) == len(other):
             return ""
         return (
-            f"The embeddings have {len(self)} and {len(other)} rows but the tokens are the same: the larger "
-            f"one is padded. "
-            "The padding rows are left out."
+            f"The embeddings have {len(self)} and {len(other)} rows but the tokens are the same: the larger one is "
+            "padded. The padding rows are left out."
         )
 
-    def shared(self, other: Vocabulary) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def shared(self, other: Vocabulary) -> tuple[Ints, Ints]:
         """Ids here and there of all tokens with equal bytes, ascending here.
 
         Left out: control tokens, empty tokens, and bytes that two ids of one vocabulary share.
@@ -194,7 +191,7 @@ class Vocabulary:
         found = cached("shared", [self, other], lambda: self._shared(other))
         return found["mine"], found["theirs"]
 
-    def _shared(self, other: Vocabulary) -> dict[str, NDArray[np.int64]]:
+    def _shared(self, other: Vocabulary) -> dict[str, Ints]:
         mine, theirs = self._unambiguous, other._unambiguous
         ids = [(i, theirs[raw]) for raw, i in mine.items() if raw in theirs]  # ascending, as `mine` is
         pairs = np.array(ids, dtype=np.int64).reshape(-1, 2)
@@ -213,17 +210,16 @@ class Vocabulary:
         return found
 
 
-def _beyond(
+def _check_beyond(
     tokenizer: PreTrainedTokenizerBase, texts: Mapping[int, bytes], special: Mapping[int, str], num_embeddings: int
-) -> tuple[int, ...]:
-    """Special ids beyond the embedding; raises if one of them can occur in plain use."""
+) -> None:
+    """Raise `VocabularyError` if an id beyond the embedding can occur in plain use."""
     needed = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     beyond = [i for i in (*texts, *special) if i >= num_embeddings]
     wrong = [i for i in beyond if i in texts or i in needed]
     if wrong:
         raise VocabularyError(
-            f"The tokenizer has ids up to {max(wrong)}, the embedding has {num_embeddings} rows: they do not "
-            f"belong together. "
-            "Give the tokenizer that the model was trained with (for a teacher: teacher_tokenizer_name_or_path)."
+            f"The tokenizer has ids up to {max(wrong)}, the embedding has {num_embeddings} rows: they do not belong "
+            "together. Give the tokenizer that the model was trained with (for a teacher: "
+            "teacher_tokenizer_name_or_path)."
         )
-    return tuple(sorted(beyond))

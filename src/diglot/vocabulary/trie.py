@@ -15,9 +15,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from diglot.arrays import Ints
 from diglot.vocabulary.cache import Table
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

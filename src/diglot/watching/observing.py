@@ -172,11 +172,11 @@ class Observer:
         return rollouts_of(batch, [self._prompt(pair) for pair in batch.pairs], facts, tables)
 
     def _prompt(self, pair: ReadPair) -> str:
-        return str(self.comparison.reader.student.tokenizer.decode(pair.student.ids[: pair.prompt_length]))
+        return str(self.comparison.reader.student.tokenizer.decode(pair.student.ids[: pair.student.prompt_length]))
 
     def _unscored(self, pair: ReadPair) -> CompletionRow:
         decode = self.comparison.reader.student.tokenizer.decode
-        return CompletionRow(self._prompt(pair), str(decode(pair.student.ids[pair.prompt_length :])))
+        return CompletionRow(self._prompt(pair), str(decode(pair.student.ids[pair.student.prompt_length :])))
 
     def _write(self, found: Sequence[Rollout], phase: str, step: int) -> None:
         if self._is_main:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from diglot.arrays import Floats
 from diglot.engines.project import Projector
 from diglot.engines.scores import TeacherScores
 from diglot.engines.turns import TurnFinder
@@ -26,7 +26,7 @@ class TinkerTeacher:
         self.projector, self.client, self.model_input = projector, client, model_input
         self.finder = TurnFinder(projector.student)
 
-    async def logps(self, ids: Sequence[int], student: NDArray[np.float64]) -> NDArray[np.float64]:
+    async def logps(self, ids: Sequence[int], student: Floats) -> Floats:
         """The teacher's log-prob of each of the student's ids `[n]`; the student's own where it says nothing."""
         reading = self.projector.read(self.finder.find(ids))
         result = await self.client.compute_logprobs_async(self.model_input(reading.teacher_ids.tolist()))

@@ -14,29 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from diglot.arrays import Ints
 from diglot.engines.project import Projected
-from diglot.engines.transcript import Ints, as_ids
+from diglot.engines.transcript import as_ids
 from diglot.errors import DataError
 
 # About what would be sampled, or who asks: nothing is sampled, and log-probs are the model's own.
-_IDLE = frozenset(
-    {
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "stop",
-        "stop_token_ids",
-        "user",
-        "request_id",
-        "rid",
-        "priority",
-    }
-    | {"presence_penalty", "frequency_penalty", "repetition_penalty", "skip_special_tokens", "ignore_eos", "best_of"}
-    | {"spaces_between_special_tokens", "return_token_ids", "return_text_in_logprobs", "min_tokens", "detokenize"}
-    | {"include_stop_str_in_output", "no_stop_trim", "min_new_tokens"}
-)
+_IDLE = frozenset({
+    "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "user", "request_id", "rid", "priority",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "skip_special_tokens", "ignore_eos", "best_of",
+    "spaces_between_special_tokens", "return_token_ids", "return_text_in_logprobs", "min_tokens", "detokenize",
+    "include_stop_str_in_output", "no_stop_trim", "min_new_tokens",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ def check_host(host: str, key: str | None) -> None:
     if not own and key is None:
         raise ConfigError(
             f"--host {host} can be reached from other machines and no key is set. Set {KEY_VARIABLE}, which clients "
-            "then "
-            "send as Authorization: Bearer KEY, or leave --host at 127.0.0.1."
+            "then send as Authorization: Bearer KEY, or leave --host at 127.0.0.1."
         )
 
 

@@ -6,10 +6,10 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from diglot.arrays import Ints
 from diglot.engines.project import Projected, Projector
 from diglot.engines.scores import TeacherScores
 from diglot.engines.serving.upstream import Upstream
-from diglot.engines.transcript import Ints
 from diglot.engines.turns import TurnFinder
 
 _WITH_STOPS = 8  # likeliest ids that are read of a teacher with several stop ids, whose masses are added

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import httpx
 
+from diglot.arrays import Ints
 from diglot.engines.scores import TeacherScores, score_hidden
-from diglot.engines.transcript import Ints
 from diglot.errors import TeacherError, TeacherUnavailable
 from diglot.rendering import Renderer
 
@@ -48,13 +48,13 @@ class LocalUpstream:
 
     def __init__(self, model: Any, max_length: int | None = None) -> None:
         from diglot.heads import Head
+        from diglot.teachers.loading import window_of
 
         self.model = model.eval().requires_grad_(False)
         self.head = Head.of(model)
         self.head.verify(model)
         self.name = str(model.config._name_or_path)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = max_length or limit
+        self.max_length = max_length or window_of(model)
         self._one = ThreadPoolExecutor(1, thread_name_prefix="diglot-teacher")
 
     async def score(self, ids: Ints, top: int) -> TeacherScores:
@@ -105,8 +105,7 @@ class ServedUpstream:
     ) -> None:
         self.url, self.wire, self.renderer, self.budget = url, wire, renderer, budget
         self.name = wire.info.model
-        window = None if wire.info.window is None else wire.info.window - 1  # it must generate one
-        self.max_length = min((n for n in (max_length, window) if n is not None), default=None)
+        self.max_length = min((n for n in (max_length, wire.info.longest) if n is not None), default=None)
         self._http = httpx.AsyncClient(
             base_url=url,
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),

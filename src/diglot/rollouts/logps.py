@@ -1,4 +1,4 @@
-"""What the student that is trained says about completions that it wrote itself and that are trained on later."""
+"""Log-probs of completions that the student in training wrote itself and is trained on later."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from diglot.arrays import Ids
+from diglot.batches import padded
 from diglot.batches.sending import sent
 from diglot.heads import Head, evaluating, hidden_at_rows, token_logps
 from diglot.rollouts.engine import Completion
-
-Ids = NDArray[np.int64]
 
 
 @torch.no_grad()
@@ -51,10 +50,7 @@ def _logps(
 ) -> Tensor:
     """Log-probs of all ids of some completions, one behind the other."""
     texts = [np.concatenate(both) for both in zip(prompts, completions, strict=True)]
-    ids = np.full((len(texts), max(map(len, texts))), pad_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)], mask[row, : len(text)] = text, 1
+    ids, mask = padded(texts, pad_id)
     predicting = [
         row * ids.shape[1] + np.arange(len(prompt) - 1, len(text) - 1)
         for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))

@@ -1,7 +1,7 @@
 """Pictures of alignments in docs/pictures, drawn from what `diglot.inspection.align_text` finds for real tokenizers.
 
     python demo/assets.py get smollm2-135m-instruct tokenizers     # what they are drawn from
-    python docs/tools/pictures.py                                  # draws them again
+    python demo/pictures.py                                        # draws them again
 
 Boxes are tokens. Their colours are those of `diglot align`: green is one token on both sides, amber several, red what
 cannot be compared; the lines between the sides are the boundaries that both have.
@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from assets import cache
+from transformers import AutoTokenizer
+
 from diglot.inspection import Span, align_text
 from diglot.report.alignment import show, summary
 from diglot.vocabulary import ByteEncoder, Vocabulary
 
-PICTURES = Path(__file__).resolve().parents[1] / "pictures"
+PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,6 @@ def _line(x: int, y0: int, y1: int) -> str:
 
 def encoder(name: str) -> ByteEncoder:
     """The byte encoder of a tokenizer of demo/assets.py that has been fetched."""
-    from assets import cache
-    from transformers import AutoTokenizer
-
     kind = "models" if name.startswith("smollm2") else "tokenizers"
     tokenizer = AutoTokenizer.from_pretrained(cache() / kind / name)
     return ByteEncoder(tokenizer, Vocabulary.from_tokenizer(tokenizer))
@@ -127,9 +127,6 @@ def pictures() -> Iterator[tuple[Path, str]]:
 
 
 if __name__ == "__main__":
-    import sys
-
-    sys.path.insert(0, str(PICTURES.parents[1] / "demo"))
     for path, svg in pictures():
         path.write_text(svg, encoding="utf-8")
         print(path)
