@@ -422,6 +422,7 @@ class DistillationTrainer(RefusingTrainer):
             StoppedError: SIGTERM or SIGINT came; a checkpoint was saved.
             TeacherUnavailable, RolloutsUnavailable: a server is gone; the last whole step was saved.
         """
+        check_devices(self.args)  # a script may have set others since
         self.checkpoints.described()
         chosen, watch = self.checkpoints.find(resume_from_checkpoint), StopOnSignal(self.accelerator)
         self.add_callback(watch)
