@@ -26,7 +26,7 @@ from datasets.utils import tqdm
 
 from diglot.data.loading import with_row_numbers
 from diglot.data.recognise import check_columns, check_routes
-from diglot.data.samples import LEAVE_OUT, Sample, to_sample, to_sample_or_stop
+from diglot.data.samples import LEAVE_OUT, Sample, to_sample
 from diglot.errors import DataError, DiglotError
 
 logger = logging.getLogger(__name__)
@@ -191,9 +191,7 @@ def _usable_stream(data: IterableDataset, read: Read, name: str, on_bad_row: str
     check_columns(list(first), first, name)
     skip = on_bad_row == "skip"
     if not skip:
-        to_sample_or_stop(first, where(first, 0, name))
-        if bad := survey([first], read, name).bad:
-            raise DataError(bad[0])
+        StreamedRows(name, read, skip, replies=False)(first)
     return with_row_numbers(data).filter(StreamedRows(name, read if skip else _as_it_is, skip, replies))
 
 
