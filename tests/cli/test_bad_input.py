@@ -25,8 +25,7 @@ FREE = {
     "metric_for_best_model": "which metrics there are is known after the first evaluation",
     "reference_model_name_or_path": "read only if an objective asks for it; tests/objectives has those that do",
     "reference_teacher_model_name_or_path": "read only if an objective asks for it",
-    "fsdp_config": "read only with fsdp", "label_names": "of no use to these trainers",
-    "include_for_metrics": "of no use to these trainers",
+    "fsdp_config": "read only with fsdp",
     "liger_kernel_config": "read only where Liger is installed", "optim_target_modules": "patterns: any text is right",
     "torch_compile_mode": "torch.compile says which there are",
     "torch_compile_backend": "torch.compile says which there are",
@@ -44,6 +43,7 @@ WRONG: dict[str, list[str]] = {
     "parallelism_config": ["nonsense"],
     "dataset_columns": ["nonsense=x"], "eval_dataset_name": ["/nowhere/x.jsonl", "--eval_strategy", "epoch"],
     "dataset_test_size": ["8", "--eval_strategy", "epoch"],
+    "label_names": ['["labels"]'], "include_for_metrics": ['["inputs"]'], "eval_accumulation_steps": ["2"],
     "lora_target_modules": ["nonsense", "--use_peft"], "objective": ["nonsense"],
     **{name: ["nonsense"] for name in (
         "eval_strategy", "hub_strategy", "lr_scheduler_type", "optim", "save_strategy", "logging_strategy", "debug",

@@ -93,6 +93,15 @@ def test_a_warning_has_a_line_of_its_own_while_seconds_are_counted() -> None:
     assert lines(on_a_terminal(RUN + WARNS)) == ["Working ...", "A warning.", "Working: done in 1 s", ""]
 
 
+def test_warnings_of_libraries_have_lines_of_their_own_too() -> None:
+    """By a handler of the library's, as transformers has one, and by `warnings`."""
+    library = "import logging, warnings\nlib = logging.getLogger('lib')\nlib.addHandler(logging.StreamHandler())\n"
+    warns = "    time.sleep(1.2)\n    lib.warning('A warning.')\n    warnings.warn('Another.')\n    time.sleep(0.2)"
+    first, one, two, *_, done, rest = lines(on_a_terminal(library + RUN + warns))
+    assert (first, one, done, rest) == ("Working ...", "A warning.", "Working: done in 1 s", "")
+    assert re.fullmatch(r"<string>:\d+: UserWarning: Another\.", two)
+
+
 @pytest.mark.parametrize("body", [SLEEPS, WARNS])
 def test_in_a_pipe_a_phase_is_named_and_timed_and_nothing_else(body: str) -> None:
     done = subprocess.run([sys.executable, "-c", RUN + body], capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ from datasets import Dataset
 from support import tiny
 
 from diglot.batches.windows import repeated_stream
-from diglot.comparisons.rows import reads
+from diglot.comparisons.rows import RowReader
 from diglot.data import Sample, to_sample
 from diglot.errors import DataError
 from diglot.rendering import Conversation
@@ -76,7 +76,7 @@ def test_a_row_for_a_teacher_that_there_is_not_is_a_bad_row() -> None:
     readers: list[Any] = [SimpleNamespace(label=label) for label in ("law", "maths")]
     sample = Sample(Conversation(None, "x", route="chess"), "y", "train row 3")
     with pytest.raises(DataError, match="train row 3 names the teacher 'chess'; there are law, maths"):
-        reads(readers, None, 4)(sample)
+        RowReader(readers, None, 4)(sample)
 
 
 def test_rows_without_completion_will_do_where_none_is_read(tmp_path: Path) -> None:
@@ -122,6 +122,23 @@ def test_a_stream_trains_as_its_rows_do(tmp_path: Path) -> None:
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_what_a_template_refuses_in_a_stream_is_named_or_left_out(
+    lmbda: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for on_bad_row in ("stop", "skip"):
+        trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=lmbda, on_bad_row=on_bad_row)
+        rows = Dataset.from_list([*tiny.CHAT_ROWS[:5], SYSTEM, *tiny.CHAT_ROWS])
+        trainer.train_dataset, _ = trainer.usable_rows(rows.to_iterable_dataset(), None)
+        if on_bad_row == "stop":
+            with pytest.raises(DataError, match=r"row 5: The teacher's.*no system role.*on_bad_row: skip"):
+                trainer.train()
+        else:
+            trainer.train()
+            assert "Left out (on_bad_row): train row 5: The teacher's" in caplog.text
+            assert trainer.state.global_step == 2
 
 
 def test_a_stream_serves_each_window_to_all_inner_epochs(tmp_path: Path) -> None:

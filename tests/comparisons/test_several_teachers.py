@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import support.tokenizers_zoo as zoo
 import torch
+from datasets import Dataset
 from support import tiny
 from support.teacher_server import TeacherServer
 from torch import Tensor
@@ -253,3 +254,21 @@ def test_a_served_teacher_beside_a_local_one_trains_the_same_in_either_order(
         agree(*found)
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_row_that_names_no_teacher_among_rows_that_do_is_a_bad_row(
+    streamed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [zoo.turns(), zoo.turns()]
+    trainer = made(tiny.gkd, tmp_path, [("a", 1, 1.0), ("b", 1, 1.0)], names, on_bad_row="skip")
+    rows = Dataset.from_list([*ROUTED, {**ROWS[0], "teacher": None}, *ROUTED])
+    kept, _ = trainer.usable_rows(rows.to_iterable_dataset() if streamed else rows, None)
+    assert [row["__row__"] for row in kept] == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert "train row 4 names no `teacher`, as other rows do; there are a, b" in caplog.text
+    late = Dataset.from_list([*({**row, "teacher": None} for row in ROWS * 25), ROUTED[0]])
+    kept, _ = trainer.usable_rows(late.to_iterable_dataset(), None)
+    assert (
+        len(list(kept)) == 100
+        and "train row 100 names the teacher 'a', and the rows before it name none" in caplog.text
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +128,36 @@ def test_an_entry_that_is_damaged_is_made_anew(cache: Path) -> None:
     assert anew.seen == 6
 
 
-def test_of_a_stream_only_shapes_are_looked_at(caplog: pytest.LogCaptureFixture) -> None:
-    stream = Dataset.from_list([*ROWS, {"prompt": "", "completion": "c"}]).to_iterable_dataset()
+def streamed(reading: Reading, rows: list[dict[str, Any]], on_bad_row: str, **more: Any) -> Any:
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    return usable_rows(stream, reading, name="train", about={}, on_bad_row=on_bad_row, **more)
+
+
+def test_a_stream_that_skips_leaves_out_what_a_template_refuses_too(caplog: pytest.LogCaptureFixture) -> None:
+    rows = streamed(Reading(bad=("p0", "p2")), [*ROWS, {"prompt": "", "completion": "c"}], "skip")
+    rows = pickle.loads(pickle.dumps(rows))  # as data workers get it
+    assert [row["__row__"] for row in rows] == [1, 3, 4, 5]
+    for said in ("row 0: the template refuses it", "row 2: the template refuses it", "row 6: `prompt` is empty"):
+        assert f"Left out (on_bad_row): train {said}" in caplog.text
+
+
+def test_a_stream_that_stops_is_not_read_twice() -> None:
     reading = Reading()
-    kept = list(usable_rows(stream, reading, name="train", about={}, on_bad_row="skip"))
-    assert [row["__row__"] for row in kept] == list(range(6)) and reading.seen == 0
-    assert "Left out (on_bad_row): train row 6" in caplog.text
+    kept = iter(streamed(reading, [*ROWS, {"prompt": "", "completion": "c"}], "stop"))
+    assert [next(kept)["__row__"] for _ in range(6)] == list(range(6)) and reading.seen == 1
+    with pytest.raises(DataError, match=r"train row 6: `prompt` is empty.*on_bad_row: skip"):
+        next(kept)
+
+
+@pytest.mark.parametrize("trained_on", [True, False])
+def test_empty_completions_of_a_stream_are_counted_as_they_come(
+    trained_on: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"p{i}", "completion": "" if i % 2 else "c"} for i in range(40)]
+    assert len(list(streamed(Reading(), rows, "stop", replies=trained_on))) == 40
+    told = [record.getMessage() for record in caplog.records if "empty completion" in record.getMessage()]
+    assert [one.split(" have")[0] for one in told] == ["1 of 2 rows of train", "10 of 20 rows of train"] * trained_on
+    assert not trained_on or told[1].endswith("The first: row 1, row 3, row 5, row 7, row 9.")
 
 
 def test_a_bad_row_of_a_stream_stops_with_the_option_that_leaves_it_out() -> None:
@@ -151,5 +176,5 @@ def test_a_bad_row_of_a_stream_stops_with_the_option_that_leaves_it_out() -> Non
 
 def test_the_first_row_of_a_stream_is_read_at_once() -> None:
     stream = Dataset.from_list(ROWS).to_iterable_dataset()
-    with pytest.raises(DataError, match="train row 0: the template refuses it"):
+    with pytest.raises(DataError, match=r"train row 0: the template refuses it.* on_bad_row: skip"):
         usable_rows(stream, Reading(bad=("p0",)), name="train", about={}, on_bad_row="stop")

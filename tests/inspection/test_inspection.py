@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import support.chat_templates as chat
 import support.tokenizers_zoo as zoo
 from support.scored import read, renderer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -369,3 +370,26 @@ def test_what_a_side_leaves_out_or_reads_unlike_its_file_is_in_the_verdict(tmp_p
     assert "student: the loaded tokenizer does not cut text as its own" in warnings
     assert "The student's chat template leaves out 'tool_calls'" in warnings
     assert not inspected("chatml", "inst").student.notes
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "markup"),
+    [
+        ({"content": "4", "reasoning_content": "2 and 2"}, "reasoning", r"'<think>\n…\n</think>\n\n…'"),
+        (
+            {"content": None, "tool_calls": [{"function": {"name": "clock", "arguments": "{}"}}]},
+            "calls of tools",
+            r"""'<tool_call>\n{"name": "…", "arguments": …}\n</tool_call>'""",
+        ),
+    ],
+)
+def test_markup_that_a_template_does_not_write_is_named_with_its_side(
+    message: dict[str, Any], kind: str, markup: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The student's template writes both, the teacher's neither."""
+    talk = [{"role": "user", "content": "2+2?"}, {"role": "assistant", **message}]
+    sides = Input("s", chat.tokenizer("thinks")), Input("t", zoo.chatml())
+    found = inspect_pair(*sides, [to_sample({"messages": talk}, "row 0")])
+    told = [one for one in found.verdict.warnings if "no chat template that writes" in one]
+    assert len(told) == 1 and told[0] in caplog.text
+    assert told[0].startswith(f"The teacher has no chat template that writes {kind}") and markup in told[0]

@@ -106,6 +106,18 @@ def test_models_are_named_without_their_folders_and_addresses(
     assert subtitle and subtitle[1] == shown
 
 
+def test_options_are_shown_without_folders_of_the_machine(tmp_path: Path) -> None:
+    runs = []
+    for name in ("one", "two"):
+        folder = make_run(tmp_path / name)
+        given = {"output_dir": str(tmp_path / name), "dataset_name": [{"name": str(tmp_path / "rows.jsonl")}, "org/b"]}
+        (folder / "resolved_config.yaml").write_text(json.dumps(given), encoding="utf-8")
+        runs.append(load_run(folder))
+    text = page(runs)
+    assert str(tmp_path) not in text and "rows.jsonl" in text and "org/b" in text
+    assert '<th scope="row">output_dir</th><td class="left">one</td><td class="left">two</td>' in text
+
+
 def test_two_runs_stand_side_by_side(tmp_path: Path) -> None:
     runs = [load_run(make_run(tmp_path / name, shift)) for name, shift in (("a <b>", 0.0), ("second", 0.05))]
     text = page(runs)

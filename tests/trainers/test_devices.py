@@ -26,6 +26,13 @@ def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: py
     refused(tmp_path, r"4 GPUs are visible .*--nproc_per_node 4.*CUDA_VISIBLE_DEVICES=0")
 
 
+def test_gpus_that_a_script_adds_before_training_are_refused_too(tmp_path: Path) -> None:
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst())
+    trainer.args._n_gpu = 2
+    with pytest.raises(ConfigError, match="2 GPUs are visible"):
+        trainer.train()
+
+
 def test_half_precision_that_the_cpu_would_not_compute_in_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "fp16=True does nothing on the CPU.*bf16", fp16=True)
 

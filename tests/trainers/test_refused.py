@@ -22,6 +22,9 @@ from diglot.options import GKDConfig, MiniLLMConfig
         ({"train_sampling_strategy": "group_by_length"}, "group_by_length.*share a micro-batch anyway"),
         ({"include_num_input_tokens_seen": "all"}, "would count 0.*num_tokens"),
         ({"remove_unused_columns": True}, "remove_unused_columns=True.*Leave it at False"),
+        ({"label_names": ["labels"]}, r"label_names=\['labels'\] is not allowed.*Leave it at None"),
+        ({"prediction_loss_only": True}, "prediction_loss_only=True.*Leave it at False"),
+        ({"eval_do_concat_batches": False}, "eval_do_concat_batches=False.*Leave it at True"),
         ({"seq_kd": True, "lmbda": 1.0}, "seq_kd=True.*lmbda=1.0 leaves none"),
     ],
 )

@@ -67,3 +67,25 @@ def test_roles_that_the_user_leaves_out_do_not_stop_it(tmp_path: Path, caplog: p
     assert loss.item() == 0
     _, (batch,) = written(tmp_path, reasoning)
     assert batch.scored > 0
+
+
+def whole_word(renderer: Any) -> list[int]:
+    """One token of several bytes, which a teacher that has letters only cuts in each of them."""
+    return [
+        max(
+            range(len(renderer.vocabulary)),
+            key=lambda i: 0 if renderer.vocabulary.control[i] else renderer.vocabulary.lengths[i],
+        )
+    ]
+
+
+@pytest.mark.parametrize("objective", ["strict", "covering"])
+def test_a_step_in_which_nothing_can_be_compared_says_so(
+    objective: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All that is written is aligned and scored, but no token is one to one."""
+    trainer, (batch,) = written(tmp_path, whole_word, objective=objective)
+    nothing = "Step 0: strict finds nothing to compare in the 4 tokens that are scored" in caplog.text
+    assert nothing == (objective == "strict")
+    assert trainer.metrics.take(dict)["align/coverage"] == 1.0
+    assert (trainer.compute_loss(trainer.model, {"batch": batch}).item() == 0) == nothing

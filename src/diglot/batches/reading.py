@@ -183,6 +183,8 @@ class PairReader:
             if split:
                 return replace(reply, whole=None), False
             return self._inside(sample, reply.whole, opened)
+        for side in self._sides(sample.conversation):
+            side.note_common(reply.shape)
         sides = [side.markup for side in self._sides(sample.conversation)]
         spelt = {side.layout(reply.shape).spelt(reply) for side in sides}
         if len(spelt) > 1 or any(side.has_controls(reply.shape) for side in sides):

@@ -16,7 +16,11 @@ class _Screen(logging.Handler):
     """Writes lines to standard error as it is at that moment, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = _erase() + self.format(record)
+        self.write(self.format(record))
+
+    def write(self, text: str) -> None:
+        """As the stream of another library's handler, too."""
+        text = _erase() + text.removesuffix("\n")
         if "tqdm" in sys.modules:
             from tqdm.auto import tqdm
 
@@ -41,12 +45,23 @@ def show_phases() -> None:
         if sys.stderr.isatty():
             phases.shown = _counting
             logging.lastResort = _Screen(logging.WARNING)  # warnings that nobody handles: not behind the count
+            logging.captureWarnings(True)  # those of `warnings`
+            logging.getLogger("py.warnings").addHandler(_SCREEN)
+
+
+def _take_over() -> None:
+    """What libraries write to standard error by handlers of their own stands above the count, too."""
+    for name in list(logging.root.manager.loggerDict):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler) is logging.StreamHandler and handler.stream is sys.stderr:
+                handler.setStream(_SCREEN)
 
 
 @contextlib.contextmanager
 def _counting(text: str) -> Iterator[None]:
     """The time that a long phase has taken so far, counted on the last line until it ends."""
     ended = threading.Event()
+    _take_over()
 
     def count() -> None:
         if ended.wait(phases.LONG):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import IterableDataset
@@ -10,8 +12,9 @@ from datasets import IterableDataset
 from diglot.batches import PairReader
 from diglot.comparisons.comparison import Comparison
 from diglot.data import Sample, usable_rows
-from diglot.data.survey import Read
-from diglot.errors import DataError
+from diglot.data.samples import LEAVE_OUT
+from diglot.data.survey import Read, names_teachers
+from diglot.errors import DataError, RenderingError
 from diglot.options import DistillationConfig
 from diglot.rendering import Renderer
 from diglot.teachers.fingerprint import template_digest
@@ -32,8 +35,12 @@ def checked_rows(
     """
 
     def checked(data: Any, name: str, replies: str | None = None) -> Any:
-        read = reads([one.reader for one in comparisons], replies, args.max_completion_length)
-        return None if data is None else _usable(comparisons, args, data, name, read, replies)
+        if data is None:
+            return None
+        readers = [one.reader for one in comparisons]
+        routed = names_teachers(data) if name == "train" and len(readers) > 1 else None
+        read = RowReader(readers, replies, args.max_completion_length, routed)
+        return _usable(comparisons, args, data, name, read, replies, routed)
 
     rows = checked(train, "train", replies)
     if any(
@@ -62,6 +69,7 @@ def _usable(
     name: str,
     read: Read,
     replies: str | None,
+    routed: bool | None = None,
 ) -> Any:
     readers = [one.reader for one in comparisons]
     with args.main_process_first(local=False):  # the others read what it wrote
@@ -69,7 +77,12 @@ def _usable(
             data,
             read,
             name=name,
-            about={"sides": [_about(r) for r in readers], "replies": replies, "space": args.max_completion_length},
+            about={
+                "sides": [_about(r) for r in readers],
+                "replies": replies,
+                "space": args.max_completion_length,
+                "routed": routed,
+            },
             on_bad_row=args.on_bad_row,
             templates=all(side.has_template for r in readers for side in (r.student, r.teacher)),
             replies=replies is not None,
@@ -84,34 +97,54 @@ def check_route(route: str | None, labels: Sequence[str], where: str) -> None:
         raise DataError(f"{where} {shown}; there are {', '.join(labels)}. Name one of them in every row.")
 
 
-def reads(readers: list[PairReader], replies: str | None, space: int) -> Read:
-    """How a row is read: with its reply where training reads that, else its prompt alone.
+@dataclass(frozen=True)
+class RowReader:
+    """How a row is read: with its reply where training reads that, else its prompt alone."""
 
-    Args:
-        replies: why a row must have a reply; None if it need not.
-        space: tokens that a prompt must leave for what the student writes.
-    """
+    readers: list[PairReader]
+    replies: str | None  # why a row must have a reply; None if it need not
+    space: int  # tokens that a prompt must leave for what the student writes
+    routed: bool | None = None  # must a row name its teacher? None: as it likes
 
-    labels = [str(one.label) for one in readers]
-
-    def read(sample: Sample) -> bool:
-        if replies and sample.reply is None:
-            raise DataError(f"{sample.where} has no completion, and {replies}.")
-        if len(readers) > 1 and sample.conversation.route is not None:
-            check_route(sample.conversation.route, labels, sample.where)
+    def __call__(self, sample: Sample) -> bool:
+        """Does it fit? Raises `DiglotError` if it cannot be read."""
+        if self.replies and sample.reply is None:
+            raise DataError(f"{sample.where} has no completion, and {self.replies}.")
+        route = sample.conversation.route
+        if len(self.readers) > 1 and (self.routed or route is not None):
+            check_route(route, [str(one.label) for one in self.readers], sample.where)
+            if self.routed is False:
+                raise DataError(
+                    f"{sample.where} names the teacher {route!r}, and the rows before it name none. Name one of them "
+                    "in every row, or in none."
+                )
         fits = False  # on both sides of one comparison at least: what the others could not read is watched in training
-        for reader in readers:
-            if replies:
+        for reader in self.readers:
+            if self.replies:
                 fits |= reader.written(sample) is not None
             else:
                 conversation = sample.conversation
-                fits |= reader.prompt_ids(conversation, space) is not None
+                fits |= reader.prompt_ids(conversation, self.space) is not None
                 inside = reader.student.opens_thinking(conversation)
                 reader.teacher.prompt_ids(reader.teacher_reads(conversation), thinking=inside)
             reader.take_dropped()
         return fits
 
-    return read
+
+@contextmanager
+def rows_named(comparisons: Sequence[Comparison], window: Sequence[Sequence[Sample]]) -> Iterator[None]:
+    """An error about a row that nobody has read before, as of a stream, names it and the way to leave it out."""
+    try:
+        yield
+    except (DataError, RenderingError) as error:
+        read = RowReader([one.reader for one in comparisons], None, 0)
+        for sample in (one for batch in window for one in batch):
+            try:
+                read(sample)
+            except (DataError, RenderingError) as own:
+                said = str(own) if sample.where in str(own) else f"{sample.where}: {own}"
+                raise DataError(f"{said} {LEAVE_OUT}") from error
+        raise
 
 
 def _reads_texts(reader: PairReader) -> Read:

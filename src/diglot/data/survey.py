@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -23,7 +24,7 @@ from datasets.utils import tqdm
 
 from diglot.data.loading import with_row_numbers
 from diglot.data.recognise import check_columns, check_routes
-from diglot.data.samples import Sample, to_sample, to_sample_or_stop
+from diglot.data.samples import LEAVE_OUT, Sample, to_sample
 from diglot.disk import cache_folder, code_digest, write_whole
 from diglot.errors import DataError, DiglotError
 
@@ -61,8 +62,8 @@ def usable_rows(
 ) -> Any:
     """The rows that can be trained on, and a word about the others.
 
-    Of a stream only the first row is read; with `on_bad_row="skip"` rows of a shape that is not understood are left out
-    and named as they come.
+    Of a stream the first row is read at once, and the others as they come: with `on_bad_row="skip"` on both sides, and
+    those that cannot be used are left out and named; else only their shape is looked at.
 
     Args:
         name: of the dataset, for messages.
@@ -76,7 +77,7 @@ def usable_rows(
         DataError: the columns are not understood; a row cannot be used and `on_bad_row` is "stop"; no row is left.
     """
     if isinstance(data, IterableDataset):
-        return _usable_stream(data, read, name, on_bad_row)
+        return _usable_stream(data, read, name, on_bad_row, replies)
     if len(data) == 0:
         raise DataError(f"{name} has no rows.")
     if isinstance(data, Dataset):
@@ -88,20 +89,22 @@ def usable_rows(
     result = _surveyed(data, read, name, about)
     _tell(result, len(data), name, on_bad_row, templates)
     if replies and result.empty:
-        logger.warning(
-            "%d of %d rows of %s have an empty completion, from which only that the reply ends at once can be learned. "
-            "The first: %s.",
-            len(result.empty),
-            len(data),
-            name,
-            ", ".join(f"row {number}" for number in result.empty[:_NAMED]),
-        )
+        _tell_empty(len(result.empty), len(data), name, result.empty)
     if not result.bad:
         return data
     if not isinstance(data, Dataset):
         raise DataError(f"{name} is {type(data).__name__}, of which no rows can be left out. Give a datasets.Dataset.")
     usable = [i for i in range(len(data)) if i not in result.bad]
     return data.select(usable)
+
+
+def names_teachers(data: Any) -> bool:
+    """Does a row say which teacher reads it? The first hundred speak for a stream."""
+    if isinstance(data, IterableDataset):
+        return any(row.get("teacher") is not None for row in itertools.islice(data, _ROUTED))
+    if isinstance(data, Dataset):
+        return "teacher" in data.column_names and any(name is not None for name in data["teacher"])
+    return any(data[i].get("teacher") is not None for i in range(len(data)))
 
 
 def survey(rows: Iterable[Mapping[str, Any]], read: Read, name: str) -> Survey:
@@ -157,6 +160,17 @@ def _tell(result: Survey, rows: int, name: str, on_bad_row: str, templates: bool
         )
 
 
+def _tell_empty(empty: int, rows: int, name: str, first: Sequence[str]) -> None:
+    logger.warning(
+        "%d of %d rows of %s have an empty completion, from which only that the reply ends at once can be learned. "
+        "The first: %s.",
+        empty,
+        rows,
+        name,
+        ", ".join(f"row {number}" for number in first[:_NAMED]),
+    )
+
+
 def _reasons(bad: Mapping[int, str], name: str) -> str:
     """Each reason once, a line each, with the first row that it is true of and how many others."""
     grouped: dict[str, list[str]] = {}
@@ -169,27 +183,47 @@ def _reasons(bad: Mapping[int, str], name: str) -> str:
 # ---- streams -----------------------------------------------------------------------------------------------------
 
 
-def _usable_stream(data: IterableDataset, read: Read, name: str, on_bad_row: str) -> IterableDataset:
+def _usable_stream(data: IterableDataset, read: Read, name: str, on_bad_row: str, replies: bool) -> IterableDataset:
     first = next(iter(data), None)
     if first is None:
         raise DataError(f"{name} has no rows.")
     check_columns(list(first), first, name)
-    if on_bad_row == "stop":
-        to_sample_or_stop(first, where(first, 0, name))
-        if bad := survey([first], read, name).bad:  # what a template refuses is not left out of a stream either
-            raise DataError(bad[0])
-    data = with_row_numbers(data)
-    return data.filter(_readable, fn_kwargs={"name": name}) if on_bad_row == "skip" else data
+    skip = on_bad_row == "skip"
+    if not skip:
+        StreamedRows(name, read, skip, replies=False)(first)
+    return with_row_numbers(data).filter(StreamedRows(name, read if skip else _as_it_is, skip, replies))
 
 
-def _readable(row: dict[str, Any], name: str) -> bool:
-    """Is a streamed row of a shape that is understood? Names one that is not."""
-    try:
-        to_sample(row, where(row, 0, name))
-        return True
-    except DiglotError as error:
-        logger.warning("Left out (on_bad_row): %s", error)
-        return False
+def _as_it_is(sample: Sample) -> bool:
+    return True
+
+
+@dataclass
+class StreamedRows:
+    """Which rows of a stream can be used. It goes to the data workers with it."""
+
+    name: str
+    read: Read
+    skip: bool
+    replies: bool  # are the rows' own replies trained on?
+    seen: int = 0
+    empty: int = 0
+    first: list[str] = field(default_factory=list)  # numbers of the first of these
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        """Can this row be used? Names one that cannot, and counts those with an empty reply: 1, 10, 100 ... of them."""
+        found = survey([row], self.read, self.name)
+        if found.bad and not self.skip:
+            raise DataError(f"{found.bad[0]} {LEAVE_OUT}")
+        if found.bad:
+            logger.warning("Left out (on_bad_row): %s", found.bad[0])
+        self.seen += 1
+        if self.replies and found.empty:
+            self.empty += 1
+            self.first = [*self.first, *found.empty][:_NAMED]
+            if str(self.empty).strip("0") == "1":
+                _tell_empty(self.empty, self.seen, self.name, self.first)
+        return not found.bad
 
 
 # ---- kept on disk ------------------------------------------------------------------------------------------------

@@ -58,6 +58,11 @@ RANGES: Mapping[str, Range] = {
     "vllm_server_port": (1, 65535, "a port, 1 to 65535"),
     "seed": (0, 2**32 - 1, "in [0, 2^32)"),
 }  # fmt: skip
+_OF_THE_LOOP = {
+    **dict.fromkeys(("label_names", "include_for_metrics", "eval_accumulation_steps")),
+    **dict.fromkeys(("prediction_loss_only", "batch_eval_metrics", "eval_use_gather_object"), False),
+    "eval_do_concat_batches": True,
+}
 
 
 def check_ranges(values: Mapping[str, object]) -> None:
@@ -99,6 +104,12 @@ def check_texts(values: Mapping[str, object]) -> None:
             "remove_unused_columns=True is not allowed: the columns of the data are no inputs of a model, and all "
             "would be removed. Leave it at False."
         )
+    for name, default in _OF_THE_LOOP.items():
+        if bool(value := values.get(name, default)) != bool(default):
+            raise ConfigError(
+                f"{name}={value!r} is not allowed: it is of the Trainer's loop over predictions and labels, and an "
+                f"evaluation has none: it measures bits per byte and a divergence. Leave it at {default}."
+            )
     optim_args = values.get("optim_args")
     if optim_args and not all("=" in part for part in str(optim_args).split(",")):
         raise ConfigError(f"optim_args={optim_args!r} is not allowed: it must be name=value, with commas between.")

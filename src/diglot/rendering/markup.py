@@ -73,6 +73,11 @@ class Layout:
         )
 
 
+def common_markup(shape: Shape) -> str:
+    """How the common way spells a reply of this shape, "…" in the place of each slot."""
+    return "…".join(_written(shape, COMMON))
+
+
 class Markup:
     """Layouts of one model, by shape.
 

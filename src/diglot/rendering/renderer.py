@@ -18,7 +18,7 @@ from diglot.rendering.assemble import Piece, assemble, cut_segments, join
 from diglot.rendering.encoding import Item, encode_items, writes_dummy_prefix
 from diglot.rendering.labels import label_segment
 from diglot.rendering.markers import CUT, MarkerGuard
-from diglot.rendering.markup import CALL, PLAIN, PROBE, Layout, Markup
+from diglot.rendering.markup import CALL, PLAIN, PROBE, Layout, Markup, common_markup
 from diglot.rendering.reply import plain_reply
 from diglot.rendering.stops import describe_stops, find_stops, probe_template
 from diglot.rendering.template import (
@@ -29,7 +29,7 @@ from diglot.rendering.template import (
     with_thinking,
     without_thinking,
 )
-from diglot.rendering.types import Conversation, Rendered, Reply, Role, Score, Slot
+from diglot.rendering.types import Conversation, Rendered, Reply, Role, Score, Shape, Slot
 from diglot.vocabulary import ByteEncoder, Vocabulary
 from diglot.vocabulary.own_file import describe_difference, difference_from_file
 
@@ -208,7 +208,7 @@ class Renderer:
             if isinstance(content, str) and any(name in content for name in self._stop_names):
                 self._note(
                     f"A message holds a marker that ends a turn for the {self.name}, and is read as one, as a served "
-                    "model reads it; the other side reads other turns. Set markers to 'text' or 'refuse' to prevent it."
+                    "model reads it; the other side may read others. Set markers to 'text' or 'refuse' to avoid it."
                 )
 
     @cached_property
@@ -267,6 +267,7 @@ class Renderer:
             raise DataError(f"The reply is {type(reply).__name__}, expected a string. Give the text of the last turn.")
         parts = plain_reply(reply) if isinstance(reply, str) else reply
         layout = self._layout(conversation, parts, thinking)
+        self.note_common(parts.shape)
         if not stopped:
             layout = replace(layout, around=(*layout.around[:-1], ""))
         if score == "all" and conversation.messages is not None:
@@ -313,6 +314,18 @@ class Renderer:
         if self._opened(conversation, thinking):  # the text starts inside the block
             return replace(layout, around=("", layout.around[-1]), bare=False)
         return layout
+
+    def note_common(self, shape: Shape) -> None:
+        """Say once which parts of a reply this side is given in markup that is not its own."""
+        if shape == PLAIN or self.markup.layout(shape).own:
+            return
+        for kind, alone in (("reasoning", (Role.REASONING, Role.CONTENT)), ("calls of tools", CALL)):
+            if alone[0] in shape:
+                self._note(
+                    f"The {self.name} has no chat template that writes {kind} as one of the replies has them: it reads "
+                    f"them as {common_markup(alone)!r}. If it was trained with other markup, give its tokenizer a "
+                    "template that writes that."
+                )
 
     def _tail(self, parts: Reply, layout: Layout, before: str, opened: bool) -> Piece:
         """The parts of a reply and what stands around them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from diglot.errors import ConfigError
@@ -65,8 +66,8 @@ def page(runs: Sequence[Run]) -> str:
         columns=_columns(len(curves)),
         groups=side_by_side(runs),
         training=[(run, training_groups(run)) for run in runs],
-        options=[{name: value for name, value in run.config.items() if value is not None} for run in runs],
-        differing=_differing(runs),
+        options=[without_folders({k: v for k, v in run.config.items() if v is not None}) for run in runs],
+        differing=without_folders(_differing(runs)),
         css_colours=Markup(_css_colours()),
         limit=LIMIT,
     )
@@ -77,6 +78,15 @@ def models(run: Run) -> str:
     student, given = (run.config.get(f"{side}model_name_or_path") for side in ("", "teacher_"))
     names = [_teacher(one, run) for one in (given if isinstance(given, list) else [given])]
     return f"{shown_name(str(student))} ← {', '.join(names)}" if student else ""
+
+
+def without_folders(value: Any) -> Any:
+    """A value of options with the last part of each absolute path: the page is shown to others."""
+    if isinstance(value, dict):
+        return {name: without_folders(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(one) for one in value]
+    return shown_name(value) if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _teacher(entry: Any, run: Run) -> str:

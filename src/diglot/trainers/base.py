@@ -39,7 +39,7 @@ from diglot.comparisons.projectors import (
     same_everywhere,
     save_projectors,
 )
-from diglot.comparisons.rows import checked_rows
+from diglot.comparisons.rows import checked_rows, rows_named
 from diglot.data import Sample, collate_samples, to_sample
 from diglot.errors import ConfigError, RolloutsUnavailable, TeacherUnavailable
 from diglot.evaluation import Evaluator, OnPolicyReport
@@ -285,7 +285,7 @@ class DistillationTrainer(RefusingTrainer):
         for projector in self.projectors.values():
             projector.grad = None  # the Trainer clears the gradients of its model only
         step = self.state.global_step
-        with self.accelerator.autocast():  # who writes and who rewards is the model in training
+        with self.accelerator.autocast(), rows_named(self.comparisons, window):  # the model in training writes, rewards
             batches = self.prepare(window)
         dropped = sum(sum(one.reader.take_dropped().values()) for one in self.comparisons)
         watch_coverage(batches, dropped, self.metrics, step=step, min_coverage=self.args.min_coverage)
@@ -422,6 +422,7 @@ class DistillationTrainer(RefusingTrainer):
             StoppedError: SIGTERM or SIGINT came; a checkpoint was saved.
             TeacherUnavailable, RolloutsUnavailable: a server is gone; the last whole step was saved.
         """
+        check_devices(self.args)  # a script may have set others since
         self.checkpoints.described()
         chosen, watch = self.checkpoints.find(resume_from_checkpoint), StopOnSignal(self.accelerator)
         self.add_callback(watch)

@@ -38,6 +38,15 @@ def watch_coverage(
     metrics.add(totals)
     if totals["written"] and not totals["scored"]:
         logger.warning("Step %d: none of the %d tokens that were written is scored.", step, totals["written"])
+    elif totals["scored"] and not any(count for view in batches[0].views for count in view.counts.values()):
+        names = dict.fromkeys(term.name for view in batches[0].views for term in view.comparison.terms)
+        logger.warning(
+            "Step %d: %s finds nothing to compare in the %d tokens that are scored, and the loss is 0. An objective of "
+            "one-to-one rows compares tokens that both sides cut alike; covering compares all.",
+            step,
+            ", ".join(names),
+            totals["scored"],
+        )
     shares = [_share(own) for own in sums]
     worst = min(range(len(labels)), key=shares.__getitem__)
     if shares[worst] < min_coverage:
