@@ -49,7 +49,7 @@ test: .venv/.installed
 test-real: .venv/.installed
 	$(BIN)/python demo/assets.py get smollm2-135m-instruct gemma-3-270m tokenizers texts
 	$(BIN)/python tests/support/browser.py
-	$(PYTEST) -m "real and not nightly and not server"
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "real and not nightly and not server"
 
 test-server: .venv/.installed
 	$(BIN)/python demo/assets.py get smollm2-135m-instruct

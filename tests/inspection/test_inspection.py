@@ -305,7 +305,8 @@ def test_one_to_one_rows_are_recommended_only_where_hardly_anything_is_cut_diffe
     every = facts("strict", "bpm", "covering")
     assert choose(False, 0.0, every) == choose(False, SMALL, every) == "strict"
     assert choose(False, 2 * SMALL, every) == "covering"
-    assert choose(False, 2 * SMALL, facts("strict", "span")) == "strict", "if nothing else works"
+    assert choose(False, 2 * SMALL, facts("strict", "span")) == "span"
+    assert choose(False, 2 * SMALL, facts("strict", "gold")) == "strict", "if nothing else works"
     assert choose(True, 0.0, [*every, *facts("jsd")]) == "jsd"
 
 

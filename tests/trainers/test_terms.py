@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -305,6 +307,24 @@ def test_auto_says_what_it_took_and_why(tmp_path: Path) -> None:
         (comparison,) = tiny.gkd(tmp_path, zoo.chatml(), zoo.ALL[teacher](), objective="auto").comparisons
         choice = auto_objective(comparison)
         assert choice.name == name == comparison.terms[0].name and words in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("level", "same", "name"),
+    [
+        (Level.TEXT_LOGPROBS, False, "span"),
+        (Level.TOP_K, False, "span"),
+        (Level.TEXT_LOGPROBS, True, "span"),
+        (Level.TOP_K, True, "top_k"),
+    ],
+)
+def test_auto_takes_nothing_across_tokenizers_that_compares_tokens_cut_alike_alone(
+    tmp_path: Path, level: Level, same: bool, name: str
+) -> None:
+    """`top_k` took a student's sums from half of them right to none (benchmarks/sums.py)."""
+    (comparison,) = tiny.gkd(tmp_path, zoo.chatml(), (zoo.chatml if same else zoo.turns)()).comparisons
+    choice = auto_objective(replace(comparison, teacher=SimpleNamespace(level=level, name="far")))
+    assert choice.name == name and choice.reason.startswith("far gives ")
 
 
 @pytest.mark.parametrize("own", [True, False])

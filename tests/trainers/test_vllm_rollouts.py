@@ -156,7 +156,7 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_is_gone_leaves_a_chec
     assert len(server.asked("/v1/completions")) == 7
     server.manner, server.loaded = "gone", 0
     with pytest.raises(RolloutsUnavailable, match=r"vllm_server_timeout.*checkpoint-1"):
-        made(tiny.gkd, tmp_path / "gone", server, **GKD, vllm_server_timeout=0.3).train()
+        made(tiny.gkd, tmp_path / "gone", server, **GKD, vllm_server_timeout=1.5).train()
     assert (tmp_path / "gone" / "checkpoint-1" / "trainer_state.json").exists()
 
 

@@ -24,12 +24,16 @@ class Choice:
 
 def auto_objective(comparison: Comparison) -> Choice:
     """The objective that `auto` stands for with this teacher."""
-    level = comparison.teacher.level
+    level, same, name = comparison.teacher.level, comparison.reader.same_vocabulary, comparison.teacher.name
     if level < Level.TOP_K:
-        return Choice("alm", f"{comparison.teacher.name} gives no more than log-probs of the text")
+        return Choice("span", f"{name} gives no more than log-probs of the text")
+    if level < Level.HIDDEN and not same:
+        return Choice(
+            "span", f"{name} gives no whole rows, and its likeliest ids are for rows that both sides cut alike"
+        )
     if level < Level.HIDDEN:
-        return Choice("top_k", f"{comparison.teacher.name} gives its likeliest ids and no whole rows")
-    if comparison.reader.same_vocabulary:
+        return Choice("top_k", f"{name} gives its likeliest ids and no whole rows")
+    if same:
         return Choice("jsd", "both sides have one table of ids, so whole distributions are compared")
     shared = len(comparison.pair.shared_s)
     return Choice(ACROSS, f"the vocabularies differ, {shared:,} tokens are shared, and the teacher gives whole rows")

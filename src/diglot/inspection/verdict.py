@@ -60,7 +60,7 @@ def choose(
     """
     works = [one.name for one in objectives if one.outcome == "works"]
     alike = unlike <= SMALL and not chosen
-    across = ["strict", "covering"] if alike else ["covering", "bpm", "shared_prefix"]
+    across = ["strict", "covering"] if alike else ["covering", "byte", "span"]
     return next((name for name in ["jsd"] * same + across + works if name in works), None)
 
 
