@@ -49,7 +49,7 @@ GUIDE: dict[str, About] = {
         "the teacher's k likeliest tokens and the rest, at one-to-one rows",
         "distributions equal on them and in the rest",
         "V_s + k",
-        "a served teacher that gives top-k",
+        "a served teacher that gives top-k, equal vocabularies",
     ),
     "bpm": About(
         "all student tokens, at every student row",
