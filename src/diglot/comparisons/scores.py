@@ -15,7 +15,16 @@ from diglot.batches import AlignedBatch, PackedSide, Written
 from diglot.batches.sending import sent
 from diglot.comparisons.comparison import Answers, Batch, View
 from diglot.errors import ConfigError, TeacherError
-from diglot.heads import Head, TreeReading, logits_by_parts, reads_few_columns, reduce_rows, summaries, token_logps
+from diglot.heads import (
+    Head,
+    TreeReading,
+    log_softmax,
+    logits_by_parts,
+    reads_few_columns,
+    reduce_rows,
+    summaries,
+    token_logps,
+)
 from diglot.heads.rows import at_temperature
 from diglot.objectives import Part, Path, Rollout, Rows, Values
 from diglot.objectives.scores import Compare, Summary
@@ -179,11 +188,7 @@ class ModelScores:
     @torch.no_grad()
     def teacher_log_probs(self, hidden: Tensor, ids: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         for at, logits in logits_by_parts(hidden, self.teacher.head, self.chunk_rows(False), ids):
-            cooled = at_temperature(logits, self.temperature)
-            if cooled.device.type == "cpu" and cooled.dtype == torch.float32:  # new memory would take twice as long
-                yield at, torch.log_softmax(cooled, -1, out=cooled)
-            else:
-                yield at, cooled.log_softmax(-1, dtype=torch.float32)
+            yield at, log_softmax(at_temperature(logits, self.temperature).float())
 
     def once(self, by: object, make: Callable[[], T]) -> T:
         return self.answers.once(by, make)
@@ -220,7 +225,7 @@ class ModelScores:
             return served.top_ids[at, :k].to(self.device), served.top_logps[at, :k].to(self.device)
         rows = self.hidden_t[token.to(self.hidden_t.device)]
         best = [
-            (logits / self.temperature).log_softmax(-1).topk(k, dim=-1)
+            log_softmax(at_temperature(logits, self.temperature)).topk(k, dim=-1)
             for _, logits in logits_by_parts(rows, self.teacher.head, self.chunk_rows(False))
         ]
         return torch.cat([b.indices for b in best]).to(self.device), torch.cat([b.values for b in best]).to(self.device)

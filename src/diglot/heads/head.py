@@ -108,24 +108,21 @@ class Head:
         found: Tensor = functional_call(_Unhooked(self.module), own, (self._as_input(hidden),))
         return found
 
-    def raw_rows(self, ids: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    def raw_rows(self, ids: Tensor | None = None) -> Callable[[Tensor, Tensor | None], Tensor]:
         """Maps `hidden [R, H]` to what `raw` gives of the columns `ids` `[k]`, the same for all rows: `[R, k]`.
 
-        Without gradient. On a CPU a call writes over the result of the call before: new memory for a hundred thousand
-        columns costs as much time there as their softmax.
+        Without gradient. The second argument is an earlier result, of at least as many rows, that may be overwritten:
+        new memory for a hundred thousand columns costs a CPU as much time as their softmax.
         """
         if not self.is_linear:
-            return lambda hidden: self.raw(hidden) if ids is None else self.raw(hidden)[:, ids]
+            return lambda hidden, _: self.raw(hidden) if ids is None else self.raw(hidden)[:, ids]
         weight, bias = self._weight_and_bias
         if ids is not None:
             weight, bias = nn.functional.embedding(ids, weight), None if bias is None else bias[ids]
-        dtype, known = product_dtype(weight), list[Tensor]()
+        dtype = product_dtype(weight)
 
-        def raw(hidden: Tensor) -> Tensor:
-            out = known.pop() if known and len(known[0]) >= len(hidden) else None
+        def raw(hidden: Tensor, out: Tensor | None) -> Tensor:
             found = rows_times(hidden, weight, dtype, out)
-            if found.device.type == "cpu":
-                known[:] = [found if out is None else out]
             return found if bias is None else found.add_(bias)
 
         return raw

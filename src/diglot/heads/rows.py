@@ -185,11 +185,19 @@ def logits_by_parts(
     Of the columns `ids` `[k]` only, if given: `[r, k]`. Without gradient; they may be overwritten, and are by the next
     block.
     """
-    form = head.raw_rows(ids)
-    for block in blocks(len(hidden), chunk_rows):
-        raw = form(hidden[block])
+    form, raw = head.raw_rows(ids), None
+    for block in blocks(len(hidden), chunk_rows):  # the first is the largest
+        raw = form(hidden[block], raw)
         for part in parts(len(raw), chunk_rows):
             yield within(block, part), head.finished(raw[part])
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probs of rows of logits `[r, V]` without gradient.
+
+    A CPU writes over the logits: in new memory it takes three times as long.
+    """
+    return torch.log_softmax(logits, -1, out=logits if logits.device.type == "cpu" else None)
 
 
 def within(block: slice, part: slice) -> slice:

@@ -18,6 +18,7 @@ Ints = NDArray[np.int64]
 _PROBES = 48  # tokens of the teacher that are tried behind another, at most so many
 _CHANGED = 0.05  # of those that it would write there: so many must change what they follow
 _MEMBERS = 8  # of a cell, at most so many are tried before it is given up as not canonical
+_SPACES = b" \t\n\r\v\f"
 _REMEMBERED = 2**18  # answers of a tokenizer to questions of one kind, a quarter of a kilobyte each
 
 
@@ -142,9 +143,10 @@ class Neighbours:
         self.student, self.encode = student, encode_s
         self._known: dict[tuple[int, ...], bool] = {}
         self._alone: dict[tuple[int, ...], bool | None] = {}
-        texts = student.tokens()
-        self._cut_behind = np.array([bool(text) and not text[-1:].isspace() for text in texts])  # [V_s]
-        self._cut_before = np.array([bool(text) and text[0] in student.word_cuts for text in texts])
+        is_text, last = student.lengths > 0, len(student.data) - 1
+        begin, end = (student.data[np.clip(at, 0, last)] for at in (student.offsets[:-1], student.offsets[1:] - 1))
+        self._cut_behind = is_text & ~np.isin(end, np.frombuffer(_SPACES, np.uint8))  # [V_s]
+        self._cut_before = is_text & np.isin(begin, list(student.word_cuts))
 
     def allowed(self, pairs: list[tuple[int, int]]) -> list[bool]:
         """For each pair of ids. True for what is no text by itself: nothing can be said of it."""

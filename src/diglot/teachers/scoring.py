@@ -21,7 +21,7 @@ from torch import Tensor
 from diglot.batches import PackedSide, WrittenSide, pack, teacher_reads
 from diglot.data import Sample
 from diglot.errors import DataError, TeacherError
-from diglot.heads import default_chunk_rows, logits_by_parts, summaries
+from diglot.heads import default_chunk_rows, log_softmax, logits_by_parts, summaries
 from diglot.objectives.byte import OwnDistributions, byte_distribution
 from diglot.rendering import Rendered, truncate
 from diglot.teachers.fingerprint import weights_digest
@@ -263,7 +263,7 @@ class _Scorer:
         found = []
         chunk_rows, side = default_chunk_rows(size, size, hidden.device), side.to(hidden.device)
         for rows, logits in logits_by_parts(hidden, self.teacher.head, chunk_rows):
-            logps = logits.log_softmax(-1)
+            logps = log_softmax(logits)
             written = logps.gather(-1, side.targets[rows, None])[:, 0]
             text = torch.where(side.stop[rows], logps[:, stop_ids].logsumexp(-1), written)
             best = logps.topk(self.k, dim=-1)

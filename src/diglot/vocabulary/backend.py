@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -25,14 +26,12 @@ _MOST_RUNS = 32  # of added tokens: each one makes the library build its matcher
 class Spans:
     """Tokens of one text, in order: their ids, and the characters `[start, stop)` of the text that each came from."""
 
-    def __init__(self, text: str, tokenizer: tokenizers.Tokenizer, encoding: tokenizers.Encoding) -> None:
-        self.ids: list[int] = encoding.ids
-        self._text, self._tokenizer = text, tokenizer
+    def __init__(self, ids: list[int], offsets: Callable[[], list[tuple[int, int]]]) -> None:
+        self.ids, self._offsets = ids, offsets
 
     def characters(self) -> tuple[list[int], list[int]]:
         """Starts and stops. Made when they are asked for: where the bytes fit, nobody does."""
-        offsets = self._tokenizer.encode(self._text, add_special_tokens=False).offsets
-        starts, stops = zip(*offsets, strict=True) if offsets else ((), ())
+        starts, stops = zip(*self._offsets(), strict=True) if self.ids else ((), ())
         return list(starts), list(stops)
 
 
@@ -63,12 +62,12 @@ class BackendEncoder:
         """Encode as text, special tokens spelt out; as a continuation, or as the start of a text."""
         plain = (self._at_start if start else self._inside).plain
         found = plain.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [Spans(text, plain, encoding) for text, encoding in zip(texts, found, strict=True)]
+        return [Spans(one.ids, partial(_offsets, plain, text)) for text, one in zip(texts, found, strict=True)]
 
     def markup(self, text: str, *, start: bool = False) -> Spans:
         """Encode with special tokens recognised and nothing added."""
-        tokenizer = (self._at_start if start else self._inside).with_specials
-        return Spans(text, tokenizer, tokenizer.encode(text, add_special_tokens=False))
+        found = (self._at_start if start else self._inside).with_specials.encode(text, add_special_tokens=False)
+        return Spans(found.ids, lambda: found.offsets)
 
     def bos_ids(self) -> list[int]:
         """The ids that the tokenizer's own post-processor puts before plain text."""
@@ -93,6 +92,11 @@ class _Copies:
         """From a pickle, where the library loses the switch: texts that spell special tokens would be read as those."""
         self.__dict__.update(state)
         self.plain.encode_special_tokens = True
+
+
+def _offsets(tokenizer: tokenizers.Tokenizer, text: str) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = tokenizer.encode(text, add_special_tokens=False).offsets
+    return found
 
 
 def _build(spec: Part, model: Any = None) -> tokenizers.Tokenizer:
