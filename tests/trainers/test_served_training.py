@@ -86,14 +86,14 @@ def test_another_teacher_gives_another_run(server: TeacherServer, tmp_path: Path
         same_run(local, other)
 
 
-@pytest.mark.parametrize("student", ["chatml", "turns"])
+@pytest.mark.parametrize(("student", "objective"), [("chatml", "span"), ("turns", "top_k")])
 def test_gkd_by_itself_takes_the_objective_that_the_server_has_enough_for(
-    server: TeacherServer, tmp_path: Path, student: str
+    server: TeacherServer, tmp_path: Path, student: str, objective: str
 ) -> None:
     trainer = made(tiny.gkd, tmp_path, server, "served", student, lmbda=0.5)
     before = tiny.parameters(trainer.model)
     trainer.train()
-    assert [t.name for t in trainer.comparisons[0].terms] == ["top_k"]
+    assert [t.name for t in trainer.comparisons[0].terms] == [objective]
     assert any(not torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
 
 
@@ -135,7 +135,8 @@ def test_objectives_of_a_higher_rung_are_refused_with_those_that_work(
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (tiny.gkd, dict(seq_kd=True), r"seq_kd .* needs the teacher's model in this process, and the teacher is tiny at"),
     (tiny.gkd, dict(teacher_cache_dir="cache"), "teacher_cache_dir .* needs the teacher's model"),
-    (tiny.gkd, dict(kd_temperature=2.0), "kd_temperature=2.0 needs whole rows"),
+    (tiny.gkd, dict(kd_temperature=2.0), "kd_temperature=2.0 has no part in objective 'span'"),
+    (tiny.gkd, dict(kd_temperature=2.0, objective="top_k"), "kd_temperature=2.0 needs whole rows"),
     (tiny.minillm, dict(kd_temperature=2.0), "kd_temperature=2.0 needs whole rows"),
     (tiny.gkd, dict(objective=[{"name": "top_k", "k": 65}]), "--max-logprobs 65"),
     (tiny.gkd, dict(teacher_model_init_kwargs={"dtype": "auto"}), "is for a teacher that is loaded here"),
