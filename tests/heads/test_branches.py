@@ -93,18 +93,20 @@ def test_a_model_that_takes_no_such_mask_reads_each_prefix_again(monkeypatch: py
         torch.testing.assert_close(branches, alone(model), rtol=1e-4, atol=1e-5)
 
 
-def test_one_pass_reads_text_and_branches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tree is what is used where it can be: its cost is the branches' own tokens."""
-    model = models()["llama"]
-    seen: list[int] = []
+def test_branches_cost_their_own_tokens_however_they_are_spread_over_the_texts() -> None:
+    """Padded to the text with the most branches, they cost twice their tokens."""
+    model, seen = models()["llama"], list[int]()
     model.register_forward_hook(
         lambda module, args, kwargs, output: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
+    uneven = Branches(np.arange(20, 30), np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 7]), np.array([0, 1] * 4 + [0, 0]))
     with torch.no_grad():
-        TreeReading(model, IDS, MASK, ROWS).first(BRANCHES)
+        TreeReading(model, IDS, MASK, ROWS).first(uneven)
         seen.clear()
-        TreeReading(model, IDS, MASK, ROWS).first(BRANCHES)
-    assert seen == [2 * (6 + 4)]  # four branch tokens in the first row
+        _, branches = TreeReading(model, IDS, MASK, ROWS).first(uneven)
+        text, behind = seen
+        torch.testing.assert_close(branches, alone(model, uneven), rtol=1e-4, atol=1e-5)
+    assert text == IDS.numel() and behind <= 12
 
 
 def test_a_batch_without_branches_is_the_plain_pass() -> None:

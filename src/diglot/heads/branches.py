@@ -1,8 +1,8 @@
 """Hidden states of other continuations of prefixes of a batch: a tree of tokens, not a row.
 
 A branch is a few tokens that follow a prefix of one row of the batch: "the same text so far, but its last bytes cut
-into other tokens". Its tokens stand behind the row and see the prefix and each other only. So a branch costs its own
-tokens, not its prefix once more, in the same pass or, from what the model keeps of the batch, in a later one. Models
+into other tokens". The batch is read once, and its keys and values are kept; branches are read in later passes, where
+they see their prefix and their own tokens only. So a branch costs its own tokens, not its prefix once more. Models
 whose pass cannot take a mask of that form read each branch with its prefix.
 
 Shapes: `B` rows, `T` their length, `N` chosen places, `E` tokens of all branches, in the order of the branches.
@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from diglot.arrays import Ints
 from diglot.batches.sending import sent, sent_together
@@ -52,7 +52,7 @@ class TreeReading:
 
     def __init__(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> None:
         self.model, self.input_ids, self.attention_mask, self.rows = model, input_ids, attention_mask, rows
-        self._cache: Any = None
+        self._kept = DynamicCache()
         self._trees = True
 
     def first(self, branches: Branches) -> tuple[Tensor, Tensor]:
@@ -62,47 +62,95 @@ class TreeReading:
         batch is kept for `more`.
         """
         self._trees = _takes_trees(self.model) and _no_window(self.model, self.input_ids, branches)
-        if self._trees:
-            self._cache = DynamicCache()
-            return self._tree(branches)
-        main = last_hidden(self.model, self.input_ids, self.attention_mask).flatten(0, 1)[self.rows]
-        return main, _one_by_one(self.model, self.input_ids, branches)
+        main = self._text()
+        return main, self.more(branches) if len(branches) else main[:0]
 
     def more(self, branches: Branches) -> Tensor:
         """Behind every token of other branches, `[E, H]`; only these tokens are read."""
         if self._trees and _no_window(self.model, self.input_ids, branches):
-            return self._tree(branches)[1]
+            return self._behind(branches)
         return _one_by_one(self.model, self.input_ids, branches)
 
-    def _tree(self, branches: Branches) -> tuple[Tensor, Tensor]:
-        device, (count, width) = self.input_ids.device, self.input_ids.shape
-        row, place = branches.after // width, branches.after % width
+    def _text(self) -> Tensor:
+        """The batch alone, of which keys and values are kept if branches can see them: the states at `rows`."""
+        self._kept = DynamicCache()
+        options = {cache_argument(self.model): self._kept, "use_cache": True} if self._trees else {}
+        return last_hidden(self.model, self.input_ids, self.attention_mask, **options).flatten(0, 1)[self.rows]
+
+    def _behind(self, branches: Branches) -> Tensor:
+        """One pass over the branches' tokens alone, packed into rows of which each sees one text."""
+        device, width = self.input_ids.device, self.input_ids.shape[1]
+        text, place = branches.after // width, branches.after % width
         number = np.cumsum(branches.depth == 0) - 1
-        slot = np.zeros(len(row), dtype=np.int64)
-        for b in np.unique(row):
-            slot[row == b] = np.arange(int((row == b).sum()))
-        more, kept = int(slot.max(initial=-1)) + 1, int(self._cache.get_seq_length())
-        new = 0 if kept else width  # tokens of the batch itself in this pass
-        on_host = (row, new + slot, place, branches.depth, branches.ids, number)
-        at_row, at, prefix, depth, own_ids, own = sent_together([torch.from_numpy(x) for x in on_host], device)
-        ids = torch.cat([self.input_ids[:, :new], self.input_ids[:, :1].expand(-1, more)], dim=1)
-        ids[at_row, at] = own_ids
-        positions = torch.arange(new + more, device=device).repeat(count, 1)
-        positions[at_row, at] = prefix + 1 + depth
-        sees = torch.zeros(count, new + more, kept + new + more, dtype=torch.bool, device=device)
-        sees[:, :new, :new] = torch.tril(torch.ones(new, new, dtype=torch.bool, device=device))
-        sees[:, :new, :new] &= self.attention_mask.bool()[:, None, :new]
-        sees[at_row, at, :width] = torch.arange(width, device=device) <= prefix[:, None]
-        whose = torch.full((count, more), -1, device=device)
-        whose[at_row, at - new] = own
-        earlier = torch.tril(torch.ones(more, more, dtype=torch.bool, device=device))
-        sees[:, new:, kept + new :] = (whose[:, :, None] == whose[:, None, :]) & earlier
-        every = torch.arange(new + more, device=device)
-        sees[:, every, kept + every] = True  # padding sees itself, so that no row of the softmax is empty
-        options = {cache_argument(self.model): self._cache, "position_ids": positions, "use_cache": True}
-        hidden = last_hidden(self.model, ids, sees[:, None], **options)
-        main = hidden[:, :new].flatten(0, 1)[self.rows] if new else hidden[:0, 0]
-        return main, hidden[at_row, at]
+        packed, at = _packed(text, number, width)
+        texts = np.zeros(int(packed.max()) + 1, dtype=np.int64)
+        texts[packed] = text
+        on_host = (packed, at, place, branches.depth, branches.ids, number, texts)
+        row, column, prefix, depth, own_ids, own, texts_on_device = sent_together(
+            [torch.from_numpy(x) for x in on_host], device
+        )
+        shape = len(texts), int(at.max()) + 1
+        ids = self.input_ids[:1, :1].repeat(shape)
+        ids[row, column] = own_ids
+        positions = torch.zeros_like(ids)
+        positions[row, column] = prefix + 1 + depth
+        sees = torch.zeros(*shape, width + shape[1], dtype=torch.bool, device=device)
+        sees[row, column, :width] = torch.arange(width, device=device) <= prefix[:, None]
+        whose = torch.full(shape, -1, device=device)
+        whose[row, column] = own
+        earlier = torch.tril(torch.ones(shape[1], shape[1], dtype=torch.bool, device=device))
+        sees[:, :, width:] = (whose[:, :, None] == whose[:, None, :]) & earlier  # padding sees padding: never nothing
+        cache = Cache(layers=[_TextLayer(layer, texts_on_device) for layer in self._kept.layers])
+        options = {cache_argument(self.model): cache, "position_ids": positions, "use_cache": True}
+        return last_hidden(self.model, ids, sees[:, None], **options)[row, column]
+
+
+class _TextLayer(DynamicLayer):
+    """Keys and values of texts: row `i` of a pass sees those of text `texts[i]` and what it adds itself.
+
+    Nothing is kept, so that a pass holds a copy of them for one layer at a time.
+    """
+
+    def __init__(self, kept: Any, texts: Tensor) -> None:
+        super().__init__()
+        self._kept, self._texts = (kept.keys, kept.values), texts
+        self.keys, self.values, self.is_initialized = kept.keys, kept.values, True  # their length is asked for
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        (keys, values), texts = self._kept, self._texts.to(key_states.device)
+        return torch.cat([keys[texts], key_states], dim=-2), torch.cat([values[texts], value_states], dim=-2)
+
+
+def _packed(text: Ints, branch: Ints, width: int) -> tuple[Ints, Ints]:
+    """Row and column of each token, `[E]`, of a pass over branches of texts that are `width` long.
+
+    A branch stays together, and a row holds branches of one text. Few long rows are padded more, many short ones copy
+    a text's keys and values more often: 64 positions of these count as one token.
+    """
+    first = np.flatnonzero(np.diff(branch, prepend=-1))
+    length = np.diff(first, append=len(branch))
+    sizes = np.unique(np.linspace(length.max(), np.bincount(text[first], weights=length).max(), 8).astype(np.int64))
+    rows = [_rows_of(text[first], length, int(size)) for size in sizes]
+    cost = [(int(row.max()) + 1) * (int((column + length).max()) + width / 64) for row, column in rows]
+    row, column = rows[int(np.argmin(cost))]
+    return np.repeat(row, length), np.repeat(column - first, length) + np.arange(len(branch))
+
+
+def _rows_of(text: Ints, length: Ints, size: int) -> tuple[Ints, Ints]:
+    """The row of each branch and where it begins in it: the longest first, each in the first row where it fits."""
+    row, column = np.zeros_like(length), np.zeros_like(length)
+    used: list[int] = []
+    of_text: dict[int, list[int]] = {}
+    for i in np.argsort(-length, kind="stable"):
+        own = of_text.setdefault(int(text[i]), [])
+        found = next((r for r in own if used[r] + length[i] <= size), None)
+        if found is None:
+            found = len(used)
+            used.append(0)
+            own.append(found)
+        row[i], column[i] = found, used[found]
+        used[found] += int(length[i])
+    return row, column
 
 
 def _one_by_one(model: nn.Module, input_ids: Tensor, branches: Branches) -> Tensor:
@@ -166,8 +214,7 @@ def _same_on_a_few_tokens(model: nn.Module) -> bool:
         main = last_hidden(model, ids, mask).flatten(0, 1)[rows]
         plain = main, *(_one_by_one(model, ids, some) for some in (branches, others))
         reading = TreeReading(model, ids, mask, rows)
-        reading._cache = DynamicCache()
-        tree = *reading._tree(branches), reading._tree(others)[1]
+        tree = reading._text(), reading._behind(branches), reading._behind(others)
     finally:
         for module in training:
             module.training = True
