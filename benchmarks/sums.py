@@ -224,11 +224,12 @@ class Numbers:
         return model, tokenizer
 
     def scores(self, student: Any, teacher: Any, tokenizer: Any, count: int) -> dict[str, Any]:
-        """Everything that is measured on held-out sentences."""
+        """Everything that is measured: on held-out sentences, and answers on sentences of the training's kind too."""
         own, rows = self.tokenizers[0], self.task.rows(7, count, "held")
         torch.manual_seed(7)
         return {
             "accuracy": accuracy(student, own, rows),
+            "accuracy_trained": accuracy(student, own, self.task.rows(8, count, "train")),
             "bits_per_byte": bits_per_byte(student, own, rows),
             **divergence(student, teacher, (own, tokenizer), [prompt for prompt, _ in rows]),
         }
@@ -284,7 +285,13 @@ class Numbers:
 
 def show(results: Sequence[dict[str, Any]]) -> str:
     """A row per arm: before, and after training with each seed's value beside the mean."""
-    head = ["objective", "accuracy", "bits per byte", "reverse KL, nats/byte", "one-to-one over time", "it writes", "s"]
+    measures = {
+        "accuracy": "held-out accuracy",
+        "accuracy_trained": "accuracy on trained pairs",
+        "bits_per_byte": "bits per byte",
+        "reverse_kl": "reverse KL, nats/byte",
+    }
+    head = ["objective", *measures.values(), "one-to-one over time", "it writes", "s"]
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for r in results:
         groups.setdefault((f"{r['task']}, {r['direction']}", r["arm"], r["policy"]), []).append(r)
@@ -293,15 +300,15 @@ def show(results: Sequence[dict[str, Any]]) -> str:
         title = f"{direction}, `{label}`, {policy}-policy"
         ran = [r for r in group if "after" in r]
         if not ran:
-            rows.append([title, group[0]["error"].partition(":")[0], *["-"] * 5])
+            rows.append([title, group[0]["error"].partition(":")[0], *["-"] * (len(head) - 2)])
             continue
         start, control = ran[0]["before"], Arm.parse(label).names("jsd")
         if (direction, control) not in begun:
             begun.add((direction, control))
-            shown = [f"{start[key]:.3f}" for key in ("accuracy", "bits_per_byte", "reverse_kl")]
+            shown = [f"{start[key]:.3f}" for key in measures]
             name = f"{direction}, before{', equal tokenizers' if control else ''}"
             rows.append([name, *shown, "-", f"“{start['samples'][0].strip()}”", "-"])
-        values = [mean_of([r["after"][key] for r in ran], 3) for key in ("accuracy", "bits_per_byte", "reverse_kl")]
+        values = [mean_of([r["after"][key] for r in ran], 3) for key in measures]
         shares = [f"{share:.2f}" for share in ran[0]["one_to_one"] if share is not None]
         said = f"“{ran[0]['after']['samples'][0].strip()}”"
         seconds = sum(r["seconds"] for r in ran) / len(ran)
@@ -327,7 +334,7 @@ def measure(
                 except Exception as error:  # one arm's failure ends no table
                     result = {**setting, "error": f"{type(error).__name__}: {error}"}
                 results.append(result)
-                shown = "accuracy {accuracy:.3f}, {reverse_kl:.3f} nats/byte"
+                shown = "accuracy {accuracy:.3f}, {accuracy_trained:.3f} on trained pairs, {reverse_kl:.3f} nats/byte"
                 end = result.get("error") or shown.format(**result["after"])
                 print(
                     f"{bench.task.name} {bench.direction} {arm.label} {policy} seed {seed}: {end}",

@@ -55,13 +55,13 @@ GUIDE: dict[str, About] = {
         "all student tokens, at every student row",
         "student = byte-prefix marginal of the teacher",
         "V_s + V_t + rows inside teacher tokens",
-        "pairs that cut text differently; whole distributions matter",
+        "given texts; on the student's own it can run away",
     ),
     "shared_prefix": About(
         "cells of shared prefixes, at every shared boundary",
         "cell distributions equal",
         "V_s + V_t",
-        "whole distributions without a map between tokens; both sides proper distributions",
+        "to compare, or where all is cut alike",
     ),
     "byte": About(
         "the next byte, at every byte",
@@ -79,13 +79,13 @@ GUIDE: dict[str, About] = {
         "chunks of the text as events",
         "chunk likelihoods equal",
         "V_s + V_t, once each",
-        "a teacher that gives log-probs only; off-policy text",
+        "a teacher that gives log-probs only; given texts",
     ),
     "span": About(
         "what was sampled, as rewards",
         "chunk likelihoods equal",
         "V_s + V_t, once each",
-        "a teacher that gives log-probs only; on-policy (credit=whole is exact)",
+        "a teacher that gives log-probs only; on-policy at a low learning rate",
     ),
     "sequence_kl": About(
         "one number per text",
@@ -98,13 +98,13 @@ GUIDE: dict[str, About] = {
         "the teacher's likeliest tokens through a projection",
         "projected distribution equal on them",
         "V_s + V_t + top-k",
-        "to compare with X-Token; task tokens outside the shared set",
+        "to compare with X-Token (its P)",
     ),
     "xtoken_h": About(
         "nearly equal tokens, and sorted leftovers",
         "only if all tokens match",
         "V_s + V_t + two sorts",
-        "to compare with X-Token; task tokens inside the shared set",
+        "to compare with X-Token (its H)",
     ),
     "gold": About(
         "shared tokens, and sorted leftovers, at merged chunks",
@@ -128,7 +128,7 @@ GUIDE: dict[str, About] = {
         "the other model's hidden states through trained maps",
         "says nothing about the distributions",
         "2 V_s + 2 V_t + maps",
-        "hidden states at hand; off-policy text",
+        "to compare with DSKD",
     ),
 }
 
