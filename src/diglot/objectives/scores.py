@@ -208,7 +208,7 @@ class Scores(Protocol):
     def teacher_behind(self, tail: TailTokens) -> Tensor:
         """The teacher's hidden states behind each token of branches, `[E, H_t]`, constant.
 
-        The first branches, if they are asked for before `hidden_t`, are read in the same pass; later ones alone.
+        The first ones, if they are asked for before `hidden_t`, read the text as well; later ones read branches alone.
         """
 
     def teacher_log_probs(self, hidden: Tensor, ids: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
