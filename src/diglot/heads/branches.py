@@ -73,7 +73,6 @@ class TreeReading:
 
     def _text(self) -> Tensor:
         """The batch alone, of which keys and values are kept if branches can see them: the states at `rows`."""
-        self._kept = DynamicCache()
         options = {cache_argument(self.model): self._kept, "use_cache": True} if self._trees else {}
         return last_hidden(self.model, self.input_ids, self.attention_mask, **options).flatten(0, 1)[self.rows]
 
@@ -86,9 +85,7 @@ class TreeReading:
         texts = np.zeros(int(packed.max()) + 1, dtype=np.int64)
         texts[packed] = text
         on_host = (packed, at, place, branches.depth, branches.ids, number, texts)
-        row, column, prefix, depth, own_ids, own, texts_on_device = sent_together(
-            [torch.from_numpy(x) for x in on_host], device
-        )
+        row, column, prefix, depth, own_ids, own, seen = sent_together([torch.from_numpy(x) for x in on_host], device)
         shape = len(texts), int(at.max()) + 1
         ids = self.input_ids[:1, :1].repeat(shape)
         ids[row, column] = own_ids
@@ -100,7 +97,7 @@ class TreeReading:
         whose[row, column] = own
         earlier = torch.tril(torch.ones(shape[1], shape[1], dtype=torch.bool, device=device))
         sees[:, :, width:] = (whose[:, :, None] == whose[:, None, :]) & earlier  # padding sees padding: never nothing
-        cache = Cache(layers=[_TextLayer(layer, texts_on_device) for layer in self._kept.layers])
+        cache = Cache(layers=[_TextLayer(layer, seen) for layer in self._kept.layers])
         options = {cache_argument(self.model): cache, "position_ids": positions, "use_cache": True}
         return last_hidden(self.model, ids, sees[:, None], **options)[row, column]
 
