@@ -7,7 +7,7 @@ import pytest
 import support.tokenizers_zoo as zoo
 
 from diglot.objectives import covering_cells as module
-from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams, encoded, forget_oldest
+from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams, forget_oldest
 from diglot.rendering import Renderer
 
 SIDES = {"chatml": zoo.chatml, "inst": zoo.inst}
@@ -22,8 +22,8 @@ def test_tokens_are_neighbours_where_their_text_is_read_as_them(name: str) -> No
     one = side(name)
     draw, texts = np.random.default_rng(0), np.flatnonzero(one.vocabulary.lengths > 0)
     pairs = [(int(a), int(b)) for a, b in draw.choice(texts, (600, 2))]
-    token, neighbours = one.vocabulary.token, Neighbours(one.vocabulary, one.encoder.encode)
-    read = encoded([token(a) + token(b) for a, b in pairs], one.encoder.encode)
+    token, neighbours = one.vocabulary.token, Neighbours(one.vocabulary, one.encoder.spell)
+    read = one.encoder.spell([token(a) + token(b) for a, b in pairs])
     expected = [ids is None or ids == list(pair) for pair, ids in zip(pairs, read, strict=True)]
     assert neighbours.allowed(pairs) == expected == neighbours.allowed(pairs)
     assert 0 < sum(expected) < len(pairs)
@@ -38,8 +38,8 @@ def test_a_token_is_open_where_a_share_of_its_probes_changes_it(
 ) -> None:
     monkeypatch.setattr(module, "_CHANGED", share)
     s, t = side(student), side(teacher)
-    cells = CellMap(s.vocabulary, t.vocabulary, s.encoder.encode, t.encoder.encode)
-    probes, piece = Probes(cells, s.encoder.encode, t.encoder.encode), t.vocabulary.token
+    cells = CellMap(s.vocabulary, t.vocabulary, s.encoder.spell, t.encoder.spell)
+    probes, piece = Probes(cells, s.encoder.spell, t.encoder.spell), t.vocabulary.token
     tokens = np.flatnonzero(t.vocabulary.lengths > 1)[::3]
     tokens, consumed = np.concatenate([tokens, tokens]), np.repeat([0, 1], len(tokens))
     cell = cells.of_leaves(tokens, consumed)
@@ -49,9 +49,9 @@ def test_a_token_is_open_where_a_share_of_its_probes_changes_it(
     def is_open(token: int, done: int, expected: int) -> bool:
         whole = piece(token)
         texts = [whole + w for w in probes.probes]
-        written = [w for w, ids in zip(probes.probes, encoded(texts, t.encoder.encode), strict=True)
+        written = [w for w, ids in zip(probes.probes, t.encoder.spell(texts), strict=True)
                    if ids and [piece(i) for i in ids] == [whole, w]]  # fmt: skip
-        begins = [ids[0] for ids in encoded([whole[done:] + w for w in written], s.encoder.encode) if ids]
+        begins = [ids[0] for ids in s.encoder.spell([whole[done:] + w for w in written]) if ids]
         changed = sum(int(cells.cell[first]) != expected for first in begins)
         return changed > share * len(begins)
 
@@ -68,7 +68,7 @@ def test_what_was_asked_first_is_forgotten_first() -> None:
 
 def test_seams_answer_again_what_they_have_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     s, t = side("chatml"), side("inst")
-    seams = Seams(CellMap(s.vocabulary, t.vocabulary, s.encoder.encode, t.encoder.encode), s.encoder.encode)
+    seams = Seams(CellMap(s.vocabulary, t.vocabulary, s.encoder.spell, t.encoder.spell), s.encoder.spell)
     asked = [(-1, b" the"), (-1, b" river"), (-1, b" a")]
     first = seams.begins(asked)
     seams._known.clear()

@@ -77,7 +77,7 @@ class Case:
         batch = align_pairs(reads, pad_s=student.stop_id, pad_t=teacher.stop_id, on_policy=False)
         self.written = batch.written
         sides = student.vocabulary, teacher.vocabulary, student.stop_ids, teacher.stop_ids
-        made = Pair.of(*sides, student.encoder.encode, teacher.encoder.encode)
+        made = Pair.of(*sides, student.encoder.spell, teacher.encoder.spell)
         self.objective: Any = make_objective("covering", made, **options)
         self.asked, self.texts = 0, list[Tokens]()  # hidden states are numbers of these
         t = self.written.teacher
@@ -189,8 +189,8 @@ def test_a_place_is_given_up_by_a_few_columns_only_where_the_whole_row_would_too
 def test_what_follows_is_asked_about_where_it_can_change_what_a_piece_means() -> None:
     """A tokenizer that leaves the last space to the word behind it reads two newlines as one token, or as two."""
     student, teacher = (_lines(regex) for regex in (True, False))
-    cells = CellMap(student.vocabulary, teacher.vocabulary, student.encoder.encode, teacher.encoder.encode)
-    probes = Probes(cells, student.encoder.encode, teacher.encoder.encode)
+    cells = CellMap(student.vocabulary, teacher.vocabulary, student.encoder.spell, teacher.encoder.spell)
+    probes = Probes(cells, student.encoder.spell, teacher.encoder.spell)
     pieces = [teacher.vocabulary.token(i) for i in range(len(teacher.vocabulary))]
     token, none = np.array([pieces.index(one) for one in (b"\n\n", b"the")]), np.zeros(2, dtype=np.int64)
     assert probes.open(token, none, cells.of_leaves(token, none)).tolist() == [True, False]

@@ -80,16 +80,16 @@ def _permuted(scored: Scored) -> tuple[Scored, torch.Tensor]:
         old_places.append((old, new))
     (old_s, new_s), (_, new_t) = old_places
 
-    def renumbered(encode: Any, new: np.ndarray) -> Any:
-        return lambda texts: [replace(e, ids=new[e.ids]) for e in encode(texts)]
+    def renumbered(spell: Any, new: np.ndarray) -> Any:
+        return lambda texts: [ids and new[ids].tolist() for ids in spell(texts)]
 
     pair = type(scored.pair).of(
         vocabularies[0],
         vocabularies[1],
         new_s[scored.pair.stop_s.numpy()].tolist(),
         new_t[scored.pair.stop_t.numpy()].tolist(),
-        renumbered(tables.encode_s, new_s),
-        renumbered(tables.encode_t, new_t),
+        renumbered(tables.spell_s, new_s),
+        renumbered(tables.spell_t, new_t),
     )
     written = Written(sides[0], sides[1], scored.batch.written.alignment, scored.batch.written.texts)
     batch = replace(scored.batch, written=written)

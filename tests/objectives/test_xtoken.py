@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.hand_made import encoder, renumbered, vocabulary
+from support.hand_made import renumbered, speller, vocabulary
 from support.row_problem import linear, normal
 from torch import Tensor
 
@@ -30,7 +30,7 @@ TEACHER = vocabulary(
 )  # as many ids, so that a transposed W fits
 STOP_S, STOP_T = [4, 9], [4]
 SPELLINGS = {"aab": [b"a", b"ab"]}
-PAIR = Pair.of(STUDENT, TEACHER, STOP_S, STOP_T, encode_t=encoder(TEACHER, SPELLINGS))
+PAIR = Pair.of(STUDENT, TEACHER, STOP_S, STOP_T, spell_t=speller(TEACHER, SPELLINGS))
 NAMES = ["xtoken_p", "xtoken_h"]
 FEW: dict[str, dict[str, Any]] = {"xtoken_p": {"top_k": 4}, "xtoken_h": {"rest": 3}}
 
@@ -146,7 +146,7 @@ def test_a_wrong_projection_gives_another_value(name: str) -> None:
 def test_a_token_that_stops_one_side_only_counts_once(name: str, stop_s: list[int], stop_t: list[int]) -> None:
     """`<s>` ends a turn of one side. W takes it for the other's `<s>`, but its mass is in the stop column."""
     s, t = logits(4, 13, 35), logits(4, 13, 36)
-    by_name = Projection.build(STUDENT, TEACHER, encoder(TEACHER, SPELLINGS))
+    by_name = Projection.build(STUDENT, TEACHER, speller(TEACHER, SPELLINGS))
     assert dense(by_name)[8, 6] == 1
     found = make(name, Pair.of(STUDENT, TEACHER, stop_s, stop_t), projection=by_name)(s, t)
     wanted = expected(name, dense(by_name), s, t, 99, 1.0, stop_s, stop_t)
@@ -210,7 +210,7 @@ def test_numbering_does_not_matter(name: str) -> None:
     order_s, order_t = [7, 3, 11, 1, 9, 0, 5, 12, 2, 10, 4, 8, 6], [12, 5, 3, 0, 8, 1, 10, 7, 2, 11, 4, 6, 9]
     student, teacher = renumbered(STUDENT, order_s), renumbered(TEACHER, order_t)
     stop_s, stop_t = [order_s.index(i) for i in STOP_S], [order_t.index(i) for i in STOP_T]
-    other = Pair.of(student, teacher, stop_s, stop_t, encode_t=encoder(teacher, SPELLINGS))
+    other = Pair.of(student, teacher, stop_s, stop_t, spell_t=speller(teacher, SPELLINGS))
     for options in ({}, FEW[name]):
         one = make(name, **options)(s, t)
         two = make(name, other, **options)(s[:, order_s], t[:, order_t])
@@ -302,12 +302,12 @@ def test_h_kl_is_never_negative_though_its_parts_may_be() -> None:
 def test_of_colliding_tokens_the_heaviest_then_the_shortest_is_common() -> None:
     student = vocabulary(b"123", b"1", b"21", b"213", b"22", "<end>")
     teacher = vocabulary(b"1", b"2", b"3", "<end>")
-    pair = Pair.of(student, teacher, [5], [3], encode_t=encoder(teacher))
+    pair = Pair.of(student, teacher, [5], [3], spell_t=speller(teacher))
     objective = make("xtoken_h", pair)
     # "22" is written with "2" alone: weight 1. "1" has equal bytes. Nothing begins with "3".
     assert (objective.common_s.tolist(), objective.common_t.tolist()) == ([1, 4], [0, 1])
     student = vocabulary(b"231", b"23", b"21", "<end>")
-    pair = Pair.of(student, teacher, [3], [3], encode_t=encoder(teacher))
+    pair = Pair.of(student, teacher, [3], [3], spell_t=speller(teacher))
     objective = make("xtoken_h", pair)
     assert (objective.common_s.tolist(), objective.common_t.tolist()) == ([2], [1])
 
@@ -336,7 +336,7 @@ def test_a_saved_projection_is_used_and_one_of_another_pair_refused(name: str, t
     used = built.ids >= 0
     flat = replace(built, weights=(used / np.maximum(used.sum(1, keepdims=True), 1)).astype(np.float32))
     flat.save(tmp_path)
-    bare = Pair.of(STUDENT, TEACHER, STOP_S, STOP_T)  # no encoder: not needed
+    bare = Pair.of(STUDENT, TEACHER, STOP_S, STOP_T)  # no speller: not needed
     found = make(name, bare, projection=str(tmp_path))(s, t).loss
     torch.testing.assert_close(found, make(name, bare, projection=flat)(s, t).loss, rtol=0, atol=0)
     assert (found - make(name)(s, t).loss).abs().min() > 1e-6
@@ -346,7 +346,7 @@ def test_a_saved_projection_is_used_and_one_of_another_pair_refused(name: str, t
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_cannot_work_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"has no encode_t: pass encode_t=.* or projection=FOLDER"):
+    with pytest.raises(ConfigError, match=r"has no spell_t: pass spell_t=.* or projection=FOLDER"):
         make(name, Pair.of(STUDENT, TEACHER, STOP_S, STOP_T))
     with pytest.raises(ConfigError, match="has no vocabularies"):
         make(name, replace(PAIR, tables=None))
@@ -358,7 +358,7 @@ def test_what_cannot_work_is_refused(name: str) -> None:
         make(name, **{"top_k" if name == "xtoken_p" else "rest": -1})
     strangers: Vocabulary = vocabulary(b"x", "<e>")
     with pytest.raises(ConfigError, match="W maps none of the student's 2 tokens"):
-        make(name, Pair.of(strangers, TEACHER, [1], STOP_T, encode_t=encoder(TEACHER)))
+        make(name, Pair.of(strangers, TEACHER, [1], STOP_T, spell_t=speller(TEACHER)))
 
 
 @pytest.mark.parametrize("name", NAMES)

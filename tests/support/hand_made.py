@@ -1,12 +1,12 @@
-"""Vocabularies written down in a test, and an encoder that follows a list of spellings."""
+"""Vocabularies written down in a test, and a tokenizer that follows a list of spellings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from diglot.vocabulary import Encoded, Vocabulary
+from diglot.vocabulary import Speller, Vocabulary
 
 
 def vocabulary(*entries: bytes | str) -> Vocabulary:
@@ -26,19 +26,17 @@ def renumbered(vocab: Vocabulary, order: Sequence[int]) -> Vocabulary:
     return vocabulary(*(vocab.names.get(i, "") if vocab.control[i] else vocab.token(i) for i in order))
 
 
-def encoder(
-    vocab: Vocabulary, spellings: Mapping[str, Sequence[bytes]] | None = None
-) -> Callable[[Sequence[str]], list[Encoded]]:
-    """Spells a text as listed, else as one token if there is one, else byte by byte."""
+def speller(vocab: Vocabulary, spellings: Mapping[str, Sequence[bytes]] | None = None) -> Speller:
+    """Spells a text as listed, else as one token if there is one, else byte by byte; None for what it has no token."""
     id_of = {vocab.token(i): i for i in reversed(range(len(vocab))) if not vocab.control[i]}
 
-    def encode(texts: Sequence[str]) -> list[Encoded]:
-        found = []
-        for text in texts:
-            raw = text.encode()
-            pieces = (spellings or {}).get(text) or ([raw] if raw in id_of else [bytes([b]) for b in raw])
-            ids = np.array([id_of[piece] for piece in pieces if piece in id_of], dtype=np.int64)
-            found.append(Encoded(ids, np.cumsum([len(vocab.token(int(i))) for i in ids]), np.ones(len(ids), bool)))
+    def spell(texts: Sequence[bytes]) -> list[list[int] | None]:
+        found = list[list[int] | None]()
+        for raw in texts:
+            listed = (spellings or {}).get(raw.decode("utf-8", "replace"))
+            pieces = listed or ([raw] if raw in id_of else [bytes([b]) for b in raw])
+            ids = [id_of[piece] for piece in pieces if piece in id_of]
+            found.append(ids if b"".join(map(vocab.token, ids)) == raw else None)
         return found
 
-    return encode
+    return spell

@@ -65,7 +65,7 @@ class Reading:
     @cached_property
     def pair(self) -> Pair:
         s, t = self.student.toy.renderer, self.teacher.toy.renderer
-        return Pair.of(s.vocabulary, t.vocabulary, s.stop_ids, t.stop_ids, s.encoder.encode, t.encoder.encode)
+        return Pair.of(s.vocabulary, t.vocabulary, s.stop_ids, t.stop_ids, s.encoder.spell, t.encoder.spell)
 
     @cached_property
     def batch(self) -> AlignedBatch:

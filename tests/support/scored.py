@@ -36,7 +36,7 @@ def renderer(name: str) -> Renderer:
 def pair(student: str, teacher: str) -> Pair:
     """The pair of two tokenizers of the zoo."""
     s, t = renderer(student), renderer(teacher)
-    return Pair.of(s.vocabulary, t.vocabulary, s.stop_ids, t.stop_ids, s.encoder.encode, t.encoder.encode)
+    return Pair.of(s.vocabulary, t.vocabulary, s.stop_ids, t.stop_ids, s.encoder.spell, t.encoder.spell)
 
 
 def read(student: str, teacher: str, texts: Sequence[str] = TEXTS) -> AlignedBatch:

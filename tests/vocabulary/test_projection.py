@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,11 +12,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import support.tokenizers_zoo as zoo
-from support.hand_made import encoder, renumbered, vocabulary
+from support.hand_made import renumbered, speller, vocabulary
 from support.real_assets import tokenizer as real_tokenizer
 
 from diglot.errors import VocabularyError
-from diglot.vocabulary import ByteEncoder, Encoded, Projection, Vocabulary
+from diglot.vocabulary import ByteEncoder, Projection, Vocabulary
 
 DIGITS = vocabulary(b"1", b"2", b"3", b"4", b"5")
 
@@ -27,7 +28,7 @@ def row(projection: Projection, i: int) -> dict[int, float]:
 
 
 def build(student: Vocabulary, teacher: Vocabulary, **spellings: list[bytes]) -> Projection:
-    return Projection.build(student, teacher, encoder(teacher, spellings))
+    return Projection.build(student, teacher, speller(teacher, spellings))
 
 
 def test_equal_bytes_weigh_one() -> None:
@@ -69,27 +70,27 @@ def test_a_piece_of_a_character_is_cut_into_the_longest_tokens() -> None:
 def test_a_tokenizer_that_changes_the_text_is_not_believed() -> None:
     """It reads `AB` as `ab`; by its bytes the token is `A`, `B`. What it cannot write at all has an empty row."""
     teacher = vocabulary(b"ab", b"A", b"B")
-    found = Projection.build(vocabulary(b"AB", b"Ab"), teacher, encoder(teacher, {"AB": [b"ab"], "Ab": [b"ab"]}))
+    found = Projection.build(vocabulary(b"AB", b"Ab"), teacher, speller(teacher, {"AB": [b"ab"], "Ab": [b"ab"]}))
     assert [list(row(found, i)) for i in range(2)] == [[1, 2], []]
 
 
 def test_of_equal_teacher_tokens_the_one_that_it_writes_is_meant() -> None:
     teacher = vocabulary(b"a", b"x", b"a")
 
-    def encode(texts: list[str]) -> list[Encoded]:
-        return [Encoded(np.array([2 if t == "a" else 1]), np.array([1]), np.array([True])) for t in texts]
+    def spell(texts: Sequence[bytes]) -> list[list[int] | None]:
+        return [[2 if t == b"a" else 1] for t in texts]
 
-    assert row(Projection.build(vocabulary(b"x", b"a"), teacher, encode), 1) == {2: 1.0}
+    assert row(Projection.build(vocabulary(b"x", b"a"), teacher, spell), 1) == {2: 1.0}
 
 
 def test_control_tokens_are_matched_by_name_or_role_never_by_likeness() -> None:
     student = vocabulary(b"a", "<s>", "<|im_start|>", "<|im_end|>", "<pad>", "")
     teacher = vocabulary("<|im_end|>", b"a", b"<s>", "<s>", "<eos>", "[PAD]")
-    encode = encoder(teacher)
-    found = Projection.build(student, teacher, encode)
+    spell = speller(teacher)
+    found = Projection.build(student, teacher, spell)
     assert [row(found, i) for i in range(6)] == [{1: 1.0}, {3: 1.0}, {}, {0: 1.0}, {}, {}]
     roles = [([3], [4, 0]), ([4], [5]), ([0], [5])]
-    found = Projection.build(student, teacher, encode, roles=roles)
+    found = Projection.build(student, teacher, spell, roles=roles)
     assert row(found, 3) == {0: 0.5, 4: 0.5}
     assert row(found, 4) == {5: 1.0}
     assert row(found, 0) == {1: 1.0}, "a token of text has its bytes"
@@ -97,34 +98,34 @@ def test_control_tokens_are_matched_by_name_or_role_never_by_likeness() -> None:
 
 def test_the_reverse_pass_gives_the_last_slot_to_the_shortest_token_without_preimage() -> None:
     student, teacher = vocabulary(b"1", b"2", b"3"), vocabulary(b"1", b"2", b"123", b"12", b"3")
-    encode_t = encoder(teacher)
-    assert row(Projection.build(student, teacher, encode_t), 0) == {0: 1.0}
-    found = Projection.build(student, teacher, encode_t, reverse=True, encode_s=encoder(student))
+    spell_t = speller(teacher)
+    assert row(Projection.build(student, teacher, spell_t), 0) == {0: 1.0}
+    found = Projection.build(student, teacher, spell_t, reverse=True, spell_s=speller(student))
     assert row(found, 0) == pytest.approx({0: 0.8, 3: 0.2})
     assert row(found, 1) == {1: 1.0}
-    with pytest.raises(VocabularyError, match="pass encode_s"):
-        Projection.build(student, teacher, encode_t, reverse=True)
+    with pytest.raises(VocabularyError, match="pass spell_s"):
+        Projection.build(student, teacher, spell_t, reverse=True)
 
 
 def test_a_full_row_gives_its_fourth_piece_up_in_the_reverse_pass() -> None:
     student, teacher = vocabulary(b"1234", b"5"), vocabulary(b"1", b"2", b"3", b"4", b"5", b"12345")
-    spelt = encoder(student, {"12345": [b"1234", b"5"], "1": [], "2": [], "3": [], "4": []})
-    found = row(Projection.build(student, teacher, encoder(teacher), reverse=True, encode_s=spelt), 0)
+    spelt = speller(student, {"12345": [b"1234", b"5"], "1": [], "2": [], "3": [], "4": []})
+    found = row(Projection.build(student, teacher, speller(teacher), reverse=True, spell_s=spelt), 0)
     assert found == pytest.approx({0: 0.72 / 0.999, 1: 0.072 / 0.999, 2: 0.0072 / 0.999, 5: 0.2})
 
 
 def test_numbering_does_not_matter() -> None:
     student = vocabulary(b"12", b"1", b"a", b"\xf0\x9f", "<s>", b"")
     teacher = vocabulary(b"1", b"2", b"12x", b"\xf0", b"\x9f", "<s>", b"a")
-    options = dict(reverse=True, encode_s=encoder(student))
+    options = dict(reverse=True, spell_s=speller(student))
     dense = np.zeros((6, 7))
-    found = Projection.build(student, teacher, encoder(teacher), **options)
+    found = Projection.build(student, teacher, speller(teacher), **options)
     rows, columns, weights = found.entries()
     dense[rows, columns] = weights
     order_s, order_t = [3, 5, 0, 4, 2, 1], [6, 2, 4, 0, 5, 3, 1]
     other_s, other_t = renumbered(student, order_s), renumbered(teacher, order_t)
     again = np.zeros((6, 7))
-    found = Projection.build(other_s, other_t, encoder(other_t), reverse=True, encode_s=encoder(other_s))
+    found = Projection.build(other_s, other_t, speller(other_t), reverse=True, spell_s=speller(other_s))
     rows, columns, weights = found.entries()
     again[rows, columns] = weights
     np.testing.assert_array_equal(again, dense[np.ix_(order_s, order_t)])
@@ -140,7 +141,7 @@ def side(name: str) -> tuple[Vocabulary, ByteEncoder]:
 @pytest.mark.parametrize("student", sorted(zoo.ALL))
 def test_each_row_is_a_distribution_whose_largest_part_begins_the_token(student: str, teacher: str) -> None:
     (vocab_s, _), (vocab_t, encoder_t) = side(student), side(teacher)
-    found = Projection.build(vocab_s, vocab_t, encoder_t.encode)
+    found = Projection.build(vocab_s, vocab_t, encoder_t.spell)
     used = (found.ids >= 0).any(1)
     assert np.abs(found.weights[used].sum(1, dtype=np.float64) - 1).max() < 1e-6
     assert (np.diff(found.weights, axis=1) <= 0).all()
@@ -163,7 +164,7 @@ def test_equal_tables_give_the_identity() -> None:
     vocab, encoder_t = side("turns")
     padded = Vocabulary.from_tokenizer(zoo.turns(), len(vocab) + 7)
     for student, teacher in ((vocab, vocab), (vocab, padded), (padded, vocab)):
-        found = Projection.build(student, teacher, encoder_t.encode)
+        found = Projection.build(student, teacher, encoder_t.spell)
         rows, columns, weights = found.entries()
         assert rows.tolist() == columns.tolist() == list(range(len(vocab)))
         assert (weights == 1).all()
@@ -174,12 +175,12 @@ STUDENT, TEACHER = vocabulary(b"12", b"1", "<s>"), vocabulary(b"2", b"1", b"3", 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    Projection.build(STUDENT, TEACHER, encoder(TEACHER), roles=[([2], [3])]).save(tmp_path / "w")
+    Projection.build(STUDENT, TEACHER, speller(TEACHER), roles=[([2], [3])]).save(tmp_path / "w")
     return tmp_path / "w"
 
 
 def test_what_is_saved_is_loaded(saved: Path) -> None:
-    made = Projection.build(STUDENT, TEACHER, encoder(TEACHER), roles=[([2], [3])])
+    made = Projection.build(STUDENT, TEACHER, speller(TEACHER), roles=[([2], [3])])
     found = Projection.load(saved, STUDENT, TEACHER)
     np.testing.assert_array_equal(found.ids, made.ids)
     np.testing.assert_array_equal(found.weights, made.weights)
@@ -256,8 +257,7 @@ def test_arrays_that_are_no_projection_are_refused(saved: Path) -> None:
 def test_real_numerals_begin_with_their_first_digit(student: str, teacher: str) -> None:
     """These teachers write one digit at a time: no numeral of two or three digits is a token of theirs."""
     (vocab_s, vocab_t) = (Vocabulary.from_tokenizer(real_tokenizer(name)) for name in (student, teacher))
-    encode = ByteEncoder(real_tokenizer(teacher), vocab_t).encode
-    found = Projection.build(vocab_s, vocab_t, encode)
+    found = Projection.build(vocab_s, vocab_t, ByteEncoder(real_tokenizer(teacher), vocab_t).spell)
     for i in range(len(vocab_s)):
         raw = vocab_s.token(i)
         if raw.isdigit():

@@ -73,12 +73,39 @@ def check(vocabulary: Vocabulary, text: str, found: Encoded) -> None:
         start = end
 
 
+def is_text(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("name", zoo.ALL)
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(text=text_strategy)
 def test_exact_tokens_spell_the_text_and_nothing_is_shifted(name: str, text: str) -> None:
     vocabulary, encoder = PAIRS[name]
     check(vocabulary, text, encoder.encode([text])[0])
+
+
+@pytest.mark.parametrize("name", zoo.ALL)
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(texts=st.lists(st.one_of(text_strategy.map(str.encode), st.binary(max_size=6)), max_size=5))
+def test_spelling_gives_ids_and_ends_of_the_texts_that_are_exact_and_no_others(
+    name: str, texts: list[bytes]
+) -> None:
+    vocabulary, encoder = PAIRS[name]
+    for raw, ids in zip(texts, encoder.spell(texts), strict=True):
+        if not is_text(raw):
+            assert ids is None
+            continue
+        found = encoder.encode([raw.decode()])[0]
+        dropped = bool(raw) and not len(found.ids)  # by the tokenizer, whole
+        assert (ids is not None) == (found.exact.all() and not dropped)
+        if ids is not None:
+            assert ids == found.ids.tolist()
+            assert vocabulary.ends_in(raw, ids).tolist() == found.ends.tolist()
 
 
 @pytest.mark.parametrize("name", zoo.LOSSLESS)

@@ -37,7 +37,7 @@ class FirstTokens(CellMap):
 
     def __init__(self, student: Renderer, teacher: Renderer) -> None:
         own, other = self.student, self.teacher = student.vocabulary, teacher.vocabulary
-        self.rest, self.first = greedy_tokens(other, own), first_tokens(other, own, student.encoder.encode)
+        self.rest, self.first = greedy_tokens(other, own), first_tokens(other, own, student.encoder.spell)
         self.cell = np.where(own.lengths > 0, np.arange(len(own)), -1)
         self.size = (own.lengths > 0).astype(np.int64)
         self.members = np.argsort(self.cell, kind="stable")
@@ -71,7 +71,7 @@ class Covering:
     def __init__(self, student: Renderer, teacher: Renderer) -> None:
         self.student, self.teacher = student, teacher
         self.first = FirstTokens(student, teacher)
-        self.probes = Probes(self.first, student.encoder.encode, teacher.encoder.encode)
+        self.probes = Probes(self.first, student.encoder.spell, teacher.encoder.spell)
         self._tried, self._known = 0, self._nothing_known()
         self._stops = np.array(sorted(teacher.stop_ids), dtype=np.int64)
 
@@ -87,7 +87,7 @@ class Covering:
             The distribution, at most `K + 1` ids of each start, and the student tokens that begin there, `[R]`.
         """
         t, table = written.teacher, self.teacher.vocabulary
-        plan, _ = find_boundaries(written, self.student.vocabulary, table, self.teacher.encoder.encode)
+        plan, _ = find_boundaries(written, self.student.vocabulary, table, self.teacher.encoder.spell)
         named = Named.of(ids, top, t.ids, logps)
         of_stop = np.where(t.stop, np.exp(logps), named.of_only(self._stops))
         leaves, pieces = find_leaves(plan, named, table, self._stops, self.first)
@@ -154,8 +154,8 @@ class Covering:
         return self._known
 
     def _nothing_known(self) -> Known:
-        student, teacher = (Neighbours(side.vocabulary, side.encoder.encode) for side in (self.student, self.teacher))
-        return Known(student, Beyond(self.teacher.vocabulary, teacher), Seams(self.first, self.student.encoder.encode))
+        student, teacher = (Neighbours(side.vocabulary, side.encoder.spell) for side in (self.student, self.teacher))
+        return Known(student, Beyond(self.teacher.vocabulary, teacher), Seams(self.first, self.student.encoder.spell))
 
 
 def _rows(named: Named, stops: Ints) -> RowsRead:

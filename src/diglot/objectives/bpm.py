@@ -76,9 +76,9 @@ class BPM(RowObjective):
             whole = np.where(teacher.lengths > 0, np.arange(len(teacher)), -1)
         self._differ = np.zeros(len(teacher), dtype=np.bool_)
         if first_token == "encode":
-            if tables.encode_s is None:
-                raise ConfigError("first_token='encode' needs the student's encoder: use Pair.of(..., encode_s=...).")
-            greedy, whole = whole, first_tokens(teacher, student, tables.encode_s)
+            if tables.spell_s is None:
+                raise ConfigError("first_token='encode' needs the student's tokenizer: use Pair.of(..., spell_s=...).")
+            greedy, whole = whole, first_tokens(teacher, student, tables.spell_s)
             self._differ = greedy != whole
         self._blank = blank_tokens(student)
         self.none = len(student) + 1  # columns of the cells: tokens, stop, none

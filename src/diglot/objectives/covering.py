@@ -69,16 +69,16 @@ class Covering(PairObjective):
         if top_k < 1:
             raise ConfigError(f"top_k={top_k} of objective 'covering' leaves nothing to compare: choose at least 1.")
         tables = pair.need_tables(self.name)
-        if tables.encode_s is None or tables.encode_t is None:
-            raise ConfigError("objective 'covering' needs both tokenizers: use Pair.of with encode_s and encode_t.")
+        if tables.spell_s is None or tables.spell_t is None:
+            raise ConfigError("objective 'covering' needs both tokenizers: use Pair.of with spell_s and spell_t.")
         self.beta, self.top_k, self.canonical, self.written_apart = beta, top_k, canonical, written_apart
-        self.student, self.teacher, self.encode_t = tables.student, tables.teacher, tables.encode_t
-        self.cells = CellMap(tables.student, tables.teacher, tables.encode_s, tables.encode_t)
+        self.student, self.teacher, self.spell_t = tables.student, tables.teacher, tables.spell_t
+        self.cells = CellMap(tables.student, tables.teacher, tables.spell_s, tables.spell_t)
         self.cuts = Cuts(
             self.cells,
-            Probes(self.cells, tables.encode_s, tables.encode_t),
-            Neighbours(tables.student, tables.encode_s),
-            Seams(self.cells, tables.encode_s),
+            Probes(self.cells, tables.spell_s, tables.spell_t),
+            Neighbours(tables.student, tables.spell_s),
+            Seams(self.cells, tables.spell_s),
         )
         self.columns = CellColumns.of(self.cells.cell)
         order = torch.from_numpy(tables.teacher.trie.sorted_ids)
@@ -91,7 +91,7 @@ class Covering(PairObjective):
         self.table, self.columns = self.table.to(device), self.columns.to(device)
 
     def plan(self, written: Written) -> CoveringPlan:
-        return plan_covering(written, self.student, self.teacher, self.encode_t)
+        return plan_covering(written, self.student, self.teacher, self.spell_t)
 
     def targets(self, plan: CoveringPlan, scores: Scores) -> Targets:
         """The teacher's side, constant."""
@@ -107,7 +107,7 @@ class Covering(PairObjective):
         rows = TeacherRows(text, read.single[count : len(row) - asked], read)
         prefix = read.single[len(row) - asked :]
 
-        plan, rows = with_inner(plan, rows, prefix, scores, self.teacher, self.encode_t, self.table)
+        plan, rows = with_inner(plan, rows, prefix, scores, self.teacher, self.spell_t, self.table)
 
         def look(tail: TailTokens) -> RowsRead:
             log_probs = scores.teacher_log_probs(scores.teacher_behind(tail))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import islice
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diglot.objectives.pair import Encode
-from diglot.vocabulary import Vocabulary
+from diglot.vocabulary import Speller, Vocabulary
 from diglot.vocabulary.maps import first_tokens, greedy_tokens
 
 Ints = NDArray[np.int64]
@@ -29,11 +27,11 @@ class CellMap:
     token that the teacher writes in several: that one is in the cell of what the teacher's first piece begins.
     """
 
-    def __init__(self, student: Vocabulary, teacher: Vocabulary, encode_s: Encode, encode_t: Encode) -> None:
+    def __init__(self, student: Vocabulary, teacher: Vocabulary, spell_s: Speller, spell_t: Speller) -> None:
         self.student, self.teacher = student, teacher
         self.rest = greedy_tokens(teacher, student)  # [D] the first student token of what is left of a teacher token
-        self.first = first_tokens(teacher, student, encode_s)  # [V_t]
-        of_student = first_tokens(student, teacher, encode_t)
+        self.first = first_tokens(teacher, student, spell_s)  # [V_t]
+        of_student = first_tokens(student, teacher, spell_t)
         cell = np.where(of_student >= 0, self.first[of_student], -1)
         for _ in range(8):
             cell = np.where(cell >= 0, cell[cell], -1)
@@ -63,8 +61,8 @@ class Probes:
     teacher's vocabulary, those of them that it would write behind this one.
     """
 
-    def __init__(self, cells: CellMap, encode_s: Encode, encode_t: Encode) -> None:
-        self.cells, self.encode_s, self.encode_t = cells, encode_s, encode_t
+    def __init__(self, cells: CellMap, spell_s: Speller, spell_t: Speller) -> None:
+        self.cells, self.spell_s, self.spell_t = cells, spell_s, spell_t
         with_text = np.flatnonzero(cells.teacher.lengths > 0)
         chosen = with_text[np.unique(np.linspace(0, len(with_text) - 1, _PROBES).astype(np.int64))]
         self.probes = [cells.teacher.token(i) for i in chosen.tolist()]
@@ -89,7 +87,7 @@ class Probes:
     def _begins(self, keys: list[tuple[int, int]]) -> dict[tuple[int, int], dict[int, int]]:
         """Which cell what is left of each token begins, if a probe follows: by the probe's number, where it is text."""
         rest = [self.cells.teacher.token(i)[consumed:] for i, consumed in keys]
-        alone = encoded(rest, self.encode_s)
+        alone = self.spell_s(rest)
         cuts = self.cells.student.word_cuts
         found: dict[tuple[int, int], dict[int, int]] = {key: {} for key in keys}
         asked: list[tuple[tuple[int, int], int, bytes]] = []
@@ -100,7 +98,7 @@ class Probes:
                     asked.append((key, k, text + probe))
                 elif ids:  # the student's tokenizer cuts here, whatever follows
                     found[key][k] = int(self.cells.cell[ids[0]])
-        for (key, k, _), ids in zip(asked, encoded([text for *_, text in asked], self.encode_s), strict=True):
+        for (key, k, _), ids in zip(asked, self.spell_s([text for *_, text in asked]), strict=True):
             if ids:
                 found[key][k] = int(self.cells.cell[ids[0]])
         return found
@@ -110,24 +108,10 @@ class Probes:
         piece = self.cells.teacher.token
         pairs = [(key, piece(key[0]), self.probes[k]) for key, of_key in asked.items() for k in of_key]
         found = dict.fromkeys(asked, 0)
-        read = encoded([whole + probe for _, whole, probe in pairs], self.encode_t)
+        read = self.spell_t([whole + probe for _, whole, probe in pairs])
         for (key, *pair), ids in zip(pairs, read, strict=True):
             found[key] += ids is not None and [piece(i) for i in ids] == pair
         return found
-
-
-def encoded(texts: Sequence[bytes], encode: Encode) -> list[list[int] | None]:
-    """The tokens of each text, None for what is no text by itself or is not written as it is."""
-    found: list[list[int] | None] = [None] * len(texts)
-    place, as_text = list[int](), list[str]()
-    for k, text in enumerate(texts):
-        with suppress(UnicodeDecodeError):
-            as_text.append(text.decode("utf-8"))
-            place.append(k)
-    for k, read in zip(place, encode(as_text) if as_text else (), strict=True):
-        if False not in read.exact.tolist():  # a few tokens: NumPy's own is slower
-            found[k] = read.ids.tolist()
-    return found
 
 
 def forget_oldest(known: dict[Any, Any], most: int = _REMEMBERED) -> None:
@@ -139,8 +123,8 @@ def forget_oldest(known: dict[Any, Any], most: int = _REMEMBERED) -> None:
 class Neighbours:
     """Does the student's tokenizer write two tokens side by side, or would it have cut their text in another way?"""
 
-    def __init__(self, student: Vocabulary, encode_s: Encode) -> None:
-        self.student, self.encode = student, encode_s
+    def __init__(self, student: Vocabulary, spell_s: Speller) -> None:
+        self.student, self.spell = student, spell_s
         self._known: dict[tuple[int, ...], bool] = {}
         self._alone: dict[tuple[int, ...], bool | None] = {}
         is_text, last = student.lengths > 0, len(student.data) - 1
@@ -173,7 +157,7 @@ class Neighbours:
 
     def _ask(self, new: Sequence[tuple[int, ...]], known: dict[tuple[int, ...], bool | None]) -> None:
         """Does the tokenizer write the text of these tokens with them? None for what is no text."""
-        read = encoded([b"".join(map(self.student.token, ids)) for ids in new], self.encode)
+        read = self.spell([b"".join(map(self.student.token, ids)) for ids in new])
         known |= {ids: None if found is None else found == list(ids) for ids, found in zip(new, read, strict=True)}
 
     def some_allowed(self, before: Ints, cell: Ints, cells: CellMap) -> NDArray[np.bool_]:
@@ -211,8 +195,8 @@ class Neighbours:
 class Seams:
     """Which student token begins a text behind a written one, if the tokenizer leaves the written one as it is."""
 
-    def __init__(self, cells: CellMap, encode_s: Encode) -> None:
-        self.cells, self.encode = cells, encode_s
+    def __init__(self, cells: CellMap, spell_s: Speller) -> None:
+        self.cells, self.spell = cells, spell_s
         self._known: dict[tuple[int, bytes], tuple[int, bool] | None] = {}
 
     def begins(self, asked: list[tuple[int, bytes]]) -> list[tuple[int, bool] | None]:
@@ -221,7 +205,7 @@ class Seams:
         forget_oldest(self._known)
         new = [one for one in dict.fromkeys(asked) if one not in self._known]
         before = [self.cells.student.token(i) if i >= 0 else b"" for i, _ in new]
-        read = encoded([one + text for one, (_, text) in zip(before, new, strict=True)], self.encode)
+        read = self.spell([one + text for one, (_, text) in zip(before, new, strict=True)])
         for one, ids in zip(new, read, strict=True):
             if not ids:
                 self._known[one] = None

@@ -15,14 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diglot.batches import Written
-from diglot.objectives.covering_cells import encoded
 from diglot.objectives.covering_plan import CoveringPlan, EarlierRows, Ground, branches_to, pairs_from
 from diglot.objectives.covering_rows import NONE, Table, read_rows
 from diglot.objectives.covering_target import TeacherRows, prefix_masses, reach_of
-from diglot.objectives.pair import Encode
 from diglot.objectives.scores import Scores
 from diglot.objectives.tail import TailTokens
-from diglot.vocabulary import Vocabulary
+from diglot.vocabulary import Speller, Vocabulary
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -64,7 +62,7 @@ def with_inner(
     prefix: Floats,
     scores: Scores,
     teacher: Vocabulary,
-    encode_t: Encode,
+    spell_t: Speller,
     table: Table,
 ) -> tuple[CoveringPlan, TeacherRows]:
     """The plan and its rows with those behind places that hold some of the mass. `prefix`: log-probs of
@@ -79,7 +77,7 @@ def with_inner(
 
     log_prefix, _, _ = prefix_masses(plan, rows, segment_t)
     places = _heavy_places(plan, rows, prefix, log_prefix, segment_t)
-    places, more, last = _branches(plan, places, scores.written, teacher, encode_t)
+    places, more, last = _branches(plan, places, scores.written, teacher, spell_t)
 
     def could_hold_some(behind: Tensor | None = None) -> Ints:
         """Which of the places, by what their branches begin with and, if given, a few columns of the rows behind."""
@@ -117,14 +115,14 @@ def with_inner(
 
 
 def _branches(
-    plan: CoveringPlan, places: Ints, written: Written, teacher: Vocabulary, encode_t: Encode
+    plan: CoveringPlan, places: Ints, written: Written, teacher: Vocabulary, spell_t: Speller
 ) -> tuple[Ints, TailTokens, Ints]:
     """Those places behind which the teacher could write a token that runs past the next boundary, the branches to
     them, and where each one's ends."""
     ground, base = plan.ground, len(plan.branch.ids)
     segment = np.searchsorted(ground.offset, places, side="right") - 1
-    branch, last, _ = branches_to(written, segment, places - ground.offset[segment], encode_t, teacher, base)
-    some = np.flatnonzero(_run_past(ground, places, last, branch, teacher, encode_t))
+    branch, last, _ = branches_to(written, segment, places - ground.offset[segment], spell_t, teacher, base)
+    some = np.flatnonzero(_run_past(ground, places, last, branch, teacher, spell_t))
     return places[some], *branch.ending_at(last[some], len(written.teacher.ids) + base)
 
 
@@ -158,7 +156,7 @@ def _at_most(pairs: EarlierRows, hidden: Tensor, first: int, scores: Scores, tab
 
 
 def _run_past(
-    ground: Ground, places: Ints, last: Ints, branch: TailTokens, teacher: Vocabulary, encode_t: Encode
+    ground: Ground, places: Ints, last: Ints, branch: TailTokens, teacher: Vocabulary, spell_t: Speller
 ) -> NDArray[np.bool_]:
     """Where the teacher's tokenizer would write a token that runs past the next boundary, behind the one before."""
     trie = teacher.trie
@@ -171,7 +169,7 @@ def _run_past(
             ids = ids[teacher.lengths[ids] > depth]
             some = ids[np.unique(np.linspace(0, len(ids) - 1, min(len(ids), _TRIED)).astype(np.int64))]
             asked += [(k, int(branch.ids[last[k]]), i) for i in some.tolist()]
-    read = encoded([teacher.token(one) + teacher.token(other) for _, one, other in asked], encode_t)
+    read = spell_t([teacher.token(one) + teacher.token(other) for _, one, other in asked])
     found = np.zeros(len(places), dtype=np.bool_)
     found[[k for (k, *pair), ids in zip(asked, read, strict=True) if ids == pair]] = True
     return found

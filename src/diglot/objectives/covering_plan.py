@@ -19,10 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diglot.batches import Written
-from diglot.objectives.pair import Encode
 from diglot.objectives.spanning import plain_tokens
 from diglot.objectives.tail import TailTokens
-from diglot.vocabulary import Vocabulary
+from diglot.vocabulary import Speller, Vocabulary
 
 Ints = NDArray[np.int64]
 _BACK = 16  # teacher tokens before a boundary from which its reading of the text so far is made anew, at most
@@ -105,15 +104,15 @@ class CoveringPlan(Boundaries):
     prefixes: Prefixes
 
 
-def plan_covering(written: Written, student: Vocabulary, teacher: Vocabulary, encode_t: Encode) -> CoveringPlan:
+def plan_covering(written: Written, student: Vocabulary, teacher: Vocabulary, spell_t: Speller) -> CoveringPlan:
     """All boundaries of a batch, the teacher's branches, and the earlier rows whose tokens run past each."""
-    found, ends = find_boundaries(written, student, teacher, encode_t)
+    found, ends = find_boundaries(written, student, teacher, spell_t)
     earlier, prefixes = _earlier(written, found, ends, teacher), _prefixes(found.ground, teacher)
     return CoveringPlan(**vars(found), earlier=earlier, prefixes=prefixes)
 
 
 def find_boundaries(
-    written: Written, student: Vocabulary, teacher: Vocabulary, encode_t: Encode
+    written: Written, student: Vocabulary, teacher: Vocabulary, spell_t: Speller
 ) -> tuple[Boundaries, Ints]:
     """All boundaries of a batch with the teacher's branches to them, and the byte end of each branch token."""
     s, t = written.student, written.teacher
@@ -126,7 +125,7 @@ def find_boundaries(
     good_t = np.flatnonzero(t.exact & plain_tokens(t, teacher) & (t.start <= _at(lengths, t.segment)))[::-1]
     main_at[offset[t.segment[good_t]] + t.start[good_t]] = good_t
     inside = np.flatnonzero(main_at[key] < 0)
-    branch, found, ends = branches_to(written, s.segment[wanted[inside]], s.start[wanted[inside]], encode_t, teacher)
+    branch, found, ends = branches_to(written, s.segment[wanted[inside]], s.start[wanted[inside]], spell_t, teacher)
     comparable = main_at[key] >= 0
     comparable[inside[found >= 0]] = True
     last = np.full(len(wanted), -1, dtype=np.int64)
@@ -154,7 +153,7 @@ def _at(lengths: Ints, segment: Ints) -> Ints:
 
 
 def branches_to(
-    written: Written, segment: Ints, position: Ints, encode_t: Encode, teacher: Vocabulary, first_row: int = 0
+    written: Written, segment: Ints, position: Ints, spell_t: Speller, teacher: Vocabulary, first_row: int = 0
 ) -> tuple[TailTokens, Ints, Ints]:
     """The teacher's reading of the text up to `position` of a segment; the last token of each, -1: none; and the byte
     end of each of the branches' tokens.
@@ -163,7 +162,7 @@ def branches_to(
     where the teacher has no token for a whole one. `first_row` is how many branch tokens there are already.
     """
     t = written.teacher
-    base, jobs, texts = len(t.ids) + first_row, [], []
+    base, jobs, texts = len(t.ids) + first_row, [], list[bytes]()
     stride = int(max(t.start.max(initial=0), position.max(initial=0))) + 2
     at = np.searchsorted(t.segment * stride + t.start, segment * stride + position)
     for k, (which, boundary, j) in enumerate(zip(segment.tolist(), position.tolist(), (at - 1).tolist(), strict=True)):
@@ -182,12 +181,11 @@ def branches_to(
     row: list[int] = []
     ends: list[int] = []
     found = np.full(len(position), -1, dtype=np.int64)
-    for (k, first, spelt), encoded in zip(jobs, encode_t(texts) if texts else (), strict=True):
-        reading = [*encoded.ids.tolist(), *spelt]
-        if not reading or not encoded.exact.all():
+    for (k, first, spelt), whole, written_as in zip(jobs, texts, spell_t(texts), strict=True):
+        if written_as is None or not (reading := [*written_as, *spelt]):
             continue
-        at_end = int(t.start[first]) + np.cumsum(teacher.lengths[reading])
-        at_end[: len(encoded.ids)] = int(t.start[first]) + encoded.ends
+        behind = len(whole) + np.cumsum(teacher.lengths[spelt])
+        at_end = int(t.start[first]) + np.append(teacher.ends_in(whole, written_as), behind)
         common = 0
         while common < len(reading) - 1 and first + common < len(t.ids) and reading[common] == t.ids[first + common]:
             common += 1
@@ -202,11 +200,12 @@ def branches_to(
     return TailTokens(*arrays), found, np.array(ends, dtype=np.int64)
 
 
-def _whole_characters(text: bytes) -> tuple[str | None, bytes]:
+def _whole_characters(text: bytes) -> tuple[bytes | None, bytes]:
     """A text up to its last whole character, and the bytes behind it; None if it has broken ones elsewhere."""
     for half in range(min(4, len(text) + 1)):
         with suppress(UnicodeDecodeError):
-            return text[: len(text) - half].decode("utf-8"), text[len(text) - half :]
+            text[: len(text) - half].decode("utf-8")
+            return text[: len(text) - half], text[len(text) - half :]
     return None, b""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,7 @@ from diglot.errors import ConfigError
 
 if TYPE_CHECKING:
     from diglot.rendering import Renderer
-    from diglot.vocabulary import Encoded, Vocabulary
-
-
-Encode = Callable[[Sequence[str]], Sequence["Encoded"]]
+    from diglot.vocabulary import Speller, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -25,8 +22,8 @@ class Tables:
 
     student: Vocabulary
     teacher: Vocabulary
-    encode_s: Encode | None = None
-    encode_t: Encode | None = None
+    spell_s: Speller | None = None
+    spell_t: Speller | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +46,12 @@ class Pair:
         teacher: Vocabulary,
         stop_s: Sequence[int],
         stop_t: Sequence[int],
-        encode_s: Encode | None = None,
-        encode_t: Encode | None = None,
+        spell_s: Speller | None = None,
+        spell_t: Speller | None = None,
     ) -> Pair:
         """The pair of two vocabularies, whose lengths are the widths of the logits, and two stop sets.
 
-        `encode_s` and `encode_t` turn texts into each side's tokens; few objectives ask for them.
+        `spell_s` and `spell_t` are each side's `ByteEncoder.spell`; few objectives ask for them.
         """
         shared_s, shared_t = student.shared(teacher)
         return cls(
@@ -65,14 +62,14 @@ class Pair:
             shared_t=torch.as_tensor(shared_t, dtype=torch.int64),
             stop_s=torch.tensor(list(stop_s), dtype=torch.int64),
             stop_t=torch.tensor(list(stop_t), dtype=torch.int64),
-            tables=Tables(student, teacher, encode_s, encode_t),
+            tables=Tables(student, teacher, spell_s, spell_t),
         )
 
     @classmethod
     def of_renderers(cls, student: Renderer, teacher: Renderer) -> Pair:
         """The same of two sides as they read."""
-        encoders = student.encoder.encode, teacher.encoder.encode
-        return cls.of(student.vocabulary, teacher.vocabulary, student.stop_ids, teacher.stop_ids, *encoders)
+        spellers = student.encoder.spell, teacher.encoder.spell
+        return cls.of(student.vocabulary, teacher.vocabulary, student.stop_ids, teacher.stop_ids, *spellers)
 
     def need_tables(self, name: str) -> Tables:
         """The vocabularies. `ConfigError` if the pair was made without them."""

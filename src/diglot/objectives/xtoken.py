@@ -235,13 +235,13 @@ def _projection(name: str, pair: Pair, given: str | Projection | None) -> Projec
     if given is not None:
         given.check(tables.student, tables.teacher)
         return given.fitted(len(tables.student), len(tables.teacher))
-    if tables.encode_t is None and not pair.same:
+    if tables.spell_t is None and not pair.same:
         raise ConfigError(
-            f"objective {name!r} builds its projection with the teacher's tokenizer, and this pair has no encode_t: "
-            "pass encode_t=ByteEncoder(...).encode to Pair.of, or projection=FOLDER of one that Projection.save wrote."
+            f"objective {name!r} builds its projection with the teacher's tokenizer, and this pair has no spell_t: "
+            "pass spell_t=ByteEncoder(...).spell to Pair.of, or projection=FOLDER of one that Projection.save wrote."
         )
     roles = [(pair.stop_s.tolist(), pair.stop_t.tolist())]
-    return Projection.build(tables.student, tables.teacher, tables.encode_t or (lambda texts: []), roles=roles)
+    return Projection.build(tables.student, tables.teacher, tables.spell_t or (lambda texts: []), roles=roles)
 
 
 def _with_column(chosen: Tensor, logits: Tensor, ids: Tensor) -> Tensor:

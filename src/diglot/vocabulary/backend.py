@@ -64,6 +64,11 @@ class BackendEncoder:
         found = plain.encode_batch_fast(list(texts), add_special_tokens=False)
         return [Spans(one.ids, partial(_offsets, plain, text)) for text, one in zip(texts, found, strict=True)]
 
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text as a continuation, special tokens spelt out."""
+        found = self._inside.plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [one.ids for one in found]
+
     def markup(self, text: str, *, start: bool = False) -> Spans:
         """Encode with special tokens recognised and nothing added."""
         found = (self._at_start if start else self._inside).with_specials.encode(text, add_special_tokens=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -14,6 +15,8 @@ from diglot.errors import VocabularyError
 from diglot.vocabulary.backend import BackendEncoder, Spans
 from diglot.vocabulary.probes import PROBES, check_spelling
 from diglot.vocabulary.table import Vocabulary
+
+Speller = Callable[[Sequence[bytes]], Sequence[list[int] | None]]  # `ByteEncoder.spell` of one side
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,23 @@ class ByteEncoder:
         spans = self._encoder.spans(texts, start=start)
         return [self._place(*item) for item in zip(texts, sources, spans, strict=True)]
 
+    def spell(self, texts: Sequence[bytes]) -> list[list[int] | None]:
+        """The ids of each text as a continuation, for many short ones: about a third of the time that `encode` takes.
+
+        None for bytes that are no text by themselves, and where the tokens' bytes are not those of the text: there
+        `encode` says which ones are.
+        """
+        found: list[list[int] | None] = [None] * len(texts)
+        place, as_text = list[int](), list[str]()
+        for k, raw in enumerate(texts):
+            with suppress(UnicodeDecodeError):
+                as_text.append(raw.decode("utf-8"))
+                place.append(k)
+        for k, ids in zip(place, self._encoder.ids(as_text) if as_text else (), strict=True):
+            if self._written(ids, texts[k])[1]:
+                found[k] = ids
+        return found
+
     def encode_markup(self, text: str, *, start: bool = False) -> Ints:
         """Ids [n] of a text in which special tokens are recognised. Nothing is added.
 
@@ -94,18 +114,22 @@ class ByteEncoder:
         return self._place(text, _utf8(text, 0), self._encoder.markup(text, start=start))
 
     def _place(self, text: str, source: bytes, spans: Spans) -> Encoded:
-        vocabulary = self.vocabulary
         ids = np.array(spans.ids, dtype=np.int64)
-        pieces = [vocabulary.token(i) for i in spans.ids]
-        is_text = all(pieces)  # control tokens have no bytes
-        if pieces and vocabulary.leading_space and not source[:1].isspace():
-            pieces[0] = pieces[0].removeprefix(b" ")
-        if pieces and vocabulary.trailing_space and not source[-1:].isspace():
-            pieces[-1] = pieces[-1].removesuffix(b" ")
-        if is_text and b"".join(pieces) == source:
+        pieces, fits = self._written(spans.ids, source)
+        if fits:
             return Encoded(ids, _running(pieces), np.ones(len(ids), dtype=bool))
-        exact, ends = _check_groups(text, source, spans, pieces, vocabulary)
+        exact, ends = _check_groups(text, source, spans, pieces, self.vocabulary)
         return Encoded(ids, ends, exact)
+
+    def _written(self, ids: list[int], source: bytes) -> tuple[list[bytes], bool]:
+        """The bytes that each token of a text stands for, and if all of them, one after the other, are the text."""
+        pieces = list(map(self.vocabulary.token, ids))
+        is_text = all(pieces)  # control tokens have no bytes
+        if pieces and self.vocabulary.leading_space and not source[:1].isspace():
+            pieces[0] = pieces[0].removeprefix(b" ")
+        if pieces and self.vocabulary.trailing_space and not source[-1:].isspace():
+            pieces[-1] = pieces[-1].removesuffix(b" ")
+        return pieces, is_text and b"".join(pieces) == source
 
 
 def _utf8(text: str, where: int) -> bytes:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,9 +13,7 @@ from diglot.vocabulary.table import Vocabulary
 from diglot.vocabulary.trie import ByteTrie
 
 if TYPE_CHECKING:
-    from diglot.vocabulary.encoder import Encoded
-
-Encode = Callable[[Sequence[str]], Sequence["Encoded"]]
+    from diglot.vocabulary.encoder import Speller
 
 
 def greedy_tokens(source: Vocabulary, target: Vocabulary) -> Ints:
@@ -33,8 +29,8 @@ def greedy_tokens(source: Vocabulary, target: Vocabulary) -> Ints:
     return cached("greedy", [source, target], build)["longest"]
 
 
-def first_tokens(source: Vocabulary, target: Vocabulary, encode: Encode) -> Ints:
-    """The first token that `encode`, the tokenizer of `target`, gives for the text of each token of `source`, `[V]`.
+def first_tokens(source: Vocabulary, target: Vocabulary, spell: Speller) -> Ints:
+    """The first token that `spell`, the tokenizer of `target`, gives for the text of each token of `source`, `[V]`.
 
     Only texts that are no token of `target` are encoded: of 128,000 tokens some 20,000. Tokens that are no text on
     their own, or that are not encoded exactly, have the longest token that they start with; -1: there is none.
@@ -42,14 +38,10 @@ def first_tokens(source: Vocabulary, target: Vocabulary, encode: Encode) -> Ints
     longest = greedy_tokens(source, target)
     begin = np.minimum(source.offsets[:-1], max(len(longest) - 1, 0))
     found = np.where(source.lengths > 0, longest[begin] if len(longest) else -1, -1)
-    texts, ids = [], []
-    for i in np.flatnonzero((source.lengths > 0) & (target.lengths[np.maximum(found, 0)] != source.lengths)).tolist():
-        with suppress(UnicodeDecodeError):
-            texts.append(source.token(i).decode("utf-8"))
-            ids.append(i)
-    for k, encoded in zip(ids, encode(texts), strict=True):
-        if len(encoded.ids) and encoded.exact[0]:
-            found[k] = encoded.ids[0]
+    asked = np.flatnonzero((source.lengths > 0) & (target.lengths[np.maximum(found, 0)] != source.lengths)).tolist()
+    for k, ids in zip(asked, spell(list(map(source.token, asked))), strict=True):
+        if ids:
+            found[k] = ids[0]
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,8 @@ from numpy.typing import NDArray
 
 from diglot.arrays import Ints
 from diglot.errors import VocabularyError
-from diglot.vocabulary.encoder import Encoded
+from diglot.vocabulary.encoder import Speller
 from diglot.vocabulary.table import Vocabulary
-
-Encode = Callable[[Sequence[str]], Sequence[Encoded]]
 
 SLOTS = 4  # non-zeros of a row
 FIRST, DECAY = 0.9, 0.1  # piece i of a student token weighs FIRST * DECAY ** (i - 1), before a row is normalised
@@ -53,11 +51,11 @@ class Projection:
         cls,
         student: Vocabulary,
         teacher: Vocabulary,
-        encode_t: Encode,
+        spell_t: Speller,
         *,
         roles: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
         reverse: bool = False,
-        encode_s: Encode | None = None,
+        spell_s: Speller | None = None,
     ) -> Projection:
         """W by rule; equal tables give the identity.
 
@@ -72,19 +70,19 @@ class Projection:
            not know what a token does: `<|im_end|>` is more like `<|im_start|>`, its opposite, than `<end_of_turn>`.
 
         Args:
-            encode_t: the teacher's `ByteEncoder.encode`.
+            spell_t: the teacher's `ByteEncoder.spell`.
             roles: (student ids, teacher ids) of control tokens with one meaning, such as both stop sets.
-            reverse: rule 3; it needs `encode_s`.
+            reverse: rule 3; it needs `spell_s`.
         """
-        if reverse and encode_s is None:
-            raise VocabularyError("reverse=True spells teacher tokens with the student's tokenizer: pass encode_s.")
+        if reverse and spell_s is None:
+            raise VocabularyError("reverse=True spells teacher tokens with the student's tokenizer: pass spell_s.")
         if student.same_as(teacher):
             ids, weights = _identity(student, teacher)
         else:
-            ids, weights = _split(student, teacher, encode_t)
+            ids, weights = _split(student, teacher, spell_t)
             _match_controls(ids, weights, student, teacher, roles)
-            if reverse and encode_s is not None:
-                _add_reverse(ids, weights, student, teacher, encode_t, encode_s)
+            if reverse and spell_s is not None:
+                _add_reverse(ids, weights, student, teacher, spell_t, spell_s)
             ids, weights = _normalised(ids, weights)
         rules = {
             "slots": SLOTS,
@@ -200,38 +198,25 @@ def _problem(ids: NDArray[Any], weights: NDArray[Any], size_t: int) -> str:
     return ""
 
 
-def _text(raw: bytes) -> str | None:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return None
-
-
-def _by_bytes(tokens: list[bytes], encode: Encode) -> dict[bytes, int]:
+def _by_bytes(tokens: list[bytes], spell: Speller) -> dict[bytes, int]:
     """Bytes -> id. Where several ids have the same bytes: the one that the tokenizer writes, else the lowest."""
     found: dict[bytes, int] = {}
     ambiguous: set[bytes] = set()
     for i, raw in enumerate(tokens):
         if raw and found.setdefault(raw, i) != i:
             ambiguous.add(raw)
-    texts = [text for raw in sorted(ambiguous) if (text := _text(raw)) is not None]
-    for text, encoded in zip(texts, encode(texts) if texts else (), strict=True):
-        ids = encoded.ids.tolist()
-        if len(ids) == 1 and tokens[ids[0]] == text.encode():
-            found[text.encode()] = ids[0]
+    for raw, ids in zip(sorted(ambiguous), spell(sorted(ambiguous)), strict=True):
+        if ids is not None and len(ids) == 1 and tokens[ids[0]] == raw:
+            found[raw] = ids[0]
     return found
 
 
-def _pieces(wanted: list[bytes], tokens: list[bytes], ids_of: dict[bytes, int], encode: Encode) -> Ints:
+def _pieces(wanted: list[bytes], tokens: list[bytes], ids_of: dict[bytes, int], spell: Speller) -> Ints:
     """The first four of the other side's tokens that each of `wanted` is written with, `[n, 4]`, filled up with -1."""
     found = np.full((len(wanted), SLOTS), -1, dtype=np.int64)
-    texts = [_text(raw) for raw in wanted]
-    as_text = [i for i, text in enumerate(texts) if text is not None]
-    written = iter(encode([texts[i] or "" for i in as_text]) if as_text else ())
     longest = max(map(len, ids_of), default=0)
-    for i, raw in enumerate(wanted):
-        ids = next(written).ids.tolist() if texts[i] is not None else []
-        if b"".join([tokens[j] for j in ids]) != raw:  # no text, or a tokenizer that changes it
+    for i, (raw, ids) in enumerate(zip(wanted, spell(wanted), strict=True)):
+        if ids is None or b"".join([tokens[j] for j in ids]) != raw:  # no text, or changed, be it only at an edge
             ids = _greedy(raw, ids_of, longest)
         found[i, : min(len(ids), SLOTS)] = ids[:SLOTS]
     return found
@@ -261,14 +246,14 @@ def _identity(student: Vocabulary, teacher: Vocabulary) -> tuple[Ints, NDArray[A
     return ids, (ids >= 0).astype(np.float64)
 
 
-def _split(student: Vocabulary, teacher: Vocabulary, encode_t: Encode) -> tuple[Ints, NDArray[Any]]:
+def _split(student: Vocabulary, teacher: Vocabulary, spell_t: Speller) -> tuple[Ints, NDArray[Any]]:
     """Rules 1 and 2."""
     tokens_s, tokens_t = student.tokens(), teacher.tokens()
-    ids_of = _by_bytes(tokens_t, encode_t)
+    ids_of = _by_bytes(tokens_t, spell_t)
     ids = np.full((len(student), SLOTS), -1, dtype=np.int64)
     ids[:, 0] = [ids_of.get(raw, -1) for raw in tokens_s]
     rest = np.flatnonzero((ids[:, 0] < 0) & (student.lengths > 0))
-    ids[rest] = _pieces([tokens_s[i] for i in rest.tolist()], tokens_t, ids_of, encode_t)
+    ids[rest] = _pieces([tokens_s[i] for i in rest.tolist()], tokens_t, ids_of, spell_t)
     return ids, np.where(ids >= 0, FIRST * DECAY ** np.arange(SLOTS), 0.0)
 
 
@@ -290,14 +275,14 @@ def _match_controls(
 
 
 def _add_reverse(
-    ids: Ints, weights: NDArray[Any], student: Vocabulary, teacher: Vocabulary, encode_t: Encode, encode_s: Encode
+    ids: Ints, weights: NDArray[Any], student: Vocabulary, teacher: Vocabulary, spell_t: Speller, spell_s: Speller
 ) -> None:
     """Rule 3."""
     tokens_s, tokens_t = student.tokens(), teacher.tokens()
-    ids_of = _by_bytes(tokens_t, encode_t)
+    ids_of = _by_bytes(tokens_t, spell_t)
     named = set(ids[ids >= 0].tolist())
     missing = [raw for raw, i in ids_of.items() if i not in named]
-    first = _pieces(missing, tokens_s, _by_bytes(tokens_s, encode_s), encode_s)[:, 0].tolist()
+    first = _pieces(missing, tokens_s, _by_bytes(tokens_s, spell_s), spell_s)[:, 0].tolist()
     best: dict[int, bytes] = {}
     for raw, row in sorted(zip(missing, first, strict=True), key=lambda item: (len(item[0]), item[0])):
         if row >= 0:

@@ -125,6 +125,13 @@ class Vocabulary:
         """The bytes of `ids`, one after the other. Raises `VocabularyError` for an id outside [0, V)."""
         return b"".join(self.token(int(i)) for i in ids)
 
+    def ends_in(self, text: bytes, ids: Sequence[int]) -> Ints:
+        """The byte of `text` at which each of the tokens that it is written with (`ByteEncoder.spell`) ends, `[n]`."""
+        ends = np.cumsum(self.lengths[np.asarray(ids, dtype=np.int64)])
+        if self.leading_space and len(ids) and self.token(ids[0])[:1] == b" " and not text[:1].isspace():
+            ends -= 1
+        return np.minimum(ends, len(text))
+
     def display(self, token_id: int) -> str:
         """A token for people: its text, hex digits for bytes that are no text, the name of a control token."""
         if self.control[token_id]:
