@@ -37,6 +37,8 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 from assets import cache
 
+from diglot.errors import StoppedError
+
 TWO_LETTERS = " ".join(f"{x}+{y}" for x in "abc" for y in "abc")
 SOME = "a+b b+c ab+c c+a"
 MERGES = {  # of the student, of the teacher
@@ -196,6 +198,8 @@ def measure(
                 setting["texts"], setting["fit_steps"] = repr(laboratory.texts), laboratory.fit_steps
                 try:
                     result = cells.result(setting, lambda arm=arm, s=seed, b=start: laboratory.run(arm, s, b, **run))
+                except StoppedError:
+                    raise
                 except Exception as error:  # one arm's failure is shown in its place and ends no table
                     result = {**setting, "error": f"{type(error).__name__}: {error}"}
                 results.append(result)

@@ -48,6 +48,8 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 from assets import cache
 
+from diglot.errors import StoppedError
+
 LONGEST = 24  # tokens of a completion
 
 
@@ -329,7 +331,7 @@ def measure(
                 setting["bench"] = [repr(bench.task), bench.width, bench.layers, bench.steps, bench.student_steps]
                 try:
                     result = cells.result(setting, lambda a=arm, p=policy, s=seed: bench.run(a, p, s, **run))
-                except NotLearntError:
+                except (NotLearntError, StoppedError):
                     raise
                 except Exception as error:  # one arm's failure ends no table
                     result = {**setting, "error": f"{type(error).__name__}: {error}"}

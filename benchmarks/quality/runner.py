@@ -25,6 +25,8 @@ from arms import Arm, Cells, code_digest
 from datasets import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
+from diglot.errors import StoppedError
+
 from . import paired
 from .bench import Bench, open_bench
 from .declaration import Declaration, DeclarationError, PairDeclaration
@@ -182,6 +184,8 @@ def run_arm(plan: Plan, pair: PairDeclaration, name: str) -> ArmResult:
         cells = tuple(plan.run(pair, label, rate, seed, "test") for seed in plan.declaration.seeds)
     except MissingCellError:
         return ArmResult(pair.name, name, rate, (), "not run")
+    except StoppedError:  # by a signal, which is meant for the whole table
+        raise
     except Exception as error:
         return ArmResult(pair.name, name, rate, (), f"{type(error).__name__}: {error}")
     return ArmResult(pair.name, name, rate, cells)
@@ -222,7 +226,7 @@ def _headroom(plan: Plan, pair: PairDeclaration) -> tuple[Cell | None, str | Non
         cell = plan.headroom(pair)
     except MissingCellError:
         return None, "not run"
-    except DeclarationError:
+    except (DeclarationError, StoppedError):
         raise
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"

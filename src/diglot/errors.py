@@ -56,6 +56,9 @@ class StoppedError(DiglotError, RuntimeError):
         super().__init__(message)
         self.code = code
 
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return type(self), (str(self), self.code)
+
 
 class NonFiniteError(DiglotError, FloatingPointError):
     """A loss or a gradient that is no finite number. The optimizer was not run."""

@@ -8,10 +8,14 @@ from typing import Any
 import laboratory
 import numpy as np
 import pytest
+import sums
 import torch
 import toys
 from arms import Arm, Cells, code_digest, markdown, mean_of
 from laboratory import Laboratory
+from tasks import TASKS
+
+from diglot.errors import StoppedError
 
 SMALL = toys.Texts(length=3, prompts=("aa", "b"))
 
@@ -95,6 +99,21 @@ def test_the_control_learns_and_cells_are_not_run_twice(tmp_path: Path, monkeypa
     (other,) = laboratory.measure(lab, arms, [0], ["other"], Cells(tmp_path, "changed"), **run)
     assert other["error"] == "AssertionError: ran again" and "AssertionError" in laboratory.show([other])
     assert laboratory.measure(lab, arms, [0], ["other"], Cells(tmp_path, "changed", any_code=True), **run) == [result]
+
+
+def test_a_signal_ends_every_table_and_is_no_result_of_an_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **__: Any) -> dict[str, Any]:
+        raise StoppedError("Stopped by SIGTERM after step 3.", 143)
+
+    monkeypatch.setattr(Laboratory, "run", stopped)
+    monkeypatch.setattr(sums.Numbers, "run", stopped)
+    bench = sums.Numbers("finer", TASKS["numbers"], width=16, layers=1, steps=1, student_steps=1)
+    cells, arms = Cells(tmp_path, "code"), [Arm.parse("jsd")]
+    with pytest.raises(StoppedError):
+        laboratory.measure(small("equal"), arms, [0], ["other"], cells)
+    with pytest.raises(StoppedError):
+        sums.measure(bench, arms, ["on"], [0], cells)
+    assert not list(tmp_path.glob("*.json"))
 
 
 @pytest.mark.parametrize("pair", ["finer", "coarser"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from quality import runner, training  # noqa: E402
 from quality.__main__ import main  # noqa: E402
 from quality.declaration import PairDeclaration, read  # noqa: E402
 from quality.runner import ArmError, Plan, no_headroom  # noqa: E402
+
+from diglot.errors import StoppedError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,6 +100,19 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path: Path, monkeypatch:
     assert main(words) == 0 and seeds == [0]
     table = (out / "two" / "table.md").read_text()
     assert "| `jsd` | 0.002 |" in table and (out / "two" / "two-pair.svg").exists()
+
+
+@pytest.mark.parametrize("stage", ["headroom", "rate"])
+def test_a_signal_in_a_cell_ends_the_table(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise StoppedError("Stopped by SIGTERM after step 3.", 143)
+
+    (file := tmp_path / "two.yaml").write_text(yaml.safe_dump(two_cells()))
+    monkeypatch.setattr(Plan, stage, stopped)
+    with pytest.raises(StoppedError):
+        main(["run", str(file), "--out", str(tmp_path / "out")])
+    again = pickle.loads(pickle.dumps(StoppedError("as a worker's process hands it on", 143)))
+    assert (str(again), again.code) == ("as a worker's process hands it on", 143)
 
 
 def test_a_pair_without_headroom_is_refused_and_nothing_is_trained(

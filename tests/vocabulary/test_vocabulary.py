@@ -92,9 +92,7 @@ def test_exact_tokens_spell_the_text_and_nothing_is_shifted(name: str, text: str
 @pytest.mark.parametrize("name", zoo.ALL)
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(texts=st.lists(st.one_of(text_strategy.map(str.encode), st.binary(max_size=6)), max_size=5))
-def test_spelling_gives_ids_and_ends_of_the_texts_that_are_exact_and_no_others(
-    name: str, texts: list[bytes]
-) -> None:
+def test_spelling_gives_ids_and_ends_of_the_texts_that_are_exact_and_no_others(name: str, texts: list[bytes]) -> None:
     vocabulary, encoder = PAIRS[name]
     for raw, ids in zip(texts, encoder.spell(texts), strict=True):
         if not is_text(raw):

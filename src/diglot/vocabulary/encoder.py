@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -89,9 +88,11 @@ class ByteEncoder:
         found: list[list[int] | None] = [None] * len(texts)
         place, as_text = list[int](), list[str]()
         for k, raw in enumerate(texts):
-            with suppress(UnicodeDecodeError):
+            try:
                 as_text.append(raw.decode("utf-8"))
-                place.append(k)
+            except UnicodeDecodeError:
+                continue
+            place.append(k)
         for k, ids in zip(place, self._encoder.ids(as_text) if as_text else (), strict=True):
             if self._written(ids, texts[k])[1]:
                 found[k] = ids
@@ -123,7 +124,7 @@ class ByteEncoder:
 
     def _written(self, ids: list[int], source: bytes) -> tuple[list[bytes], bool]:
         """The bytes that each token of a text stands for, and if all of them, one after the other, are the text."""
-        pieces = list(map(self.vocabulary.token, ids))
+        pieces = self.vocabulary.pieces(ids)
         is_text = all(pieces)  # control tokens have no bytes
         if pieces and self.vocabulary.leading_space and not source[:1].isspace():
             pieces[0] = pieces[0].removeprefix(b" ")

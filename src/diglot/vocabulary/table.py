@@ -111,6 +111,13 @@ class Vocabulary:
         raw, offsets = self._plain
         return raw[offsets[token_id] : offsets[token_id + 1]]
 
+    def pieces(self, ids: Sequence[int]) -> list[bytes]:
+        """The bytes of each of `ids`, whole numbers of Python. Raises `VocabularyError` for an id outside [0, V)."""
+        if ids and (min(ids) < 0 or max(ids) >= len(self.control)):
+            return list(map(self.token, ids))  # says which one
+        raw, offsets = self._plain
+        return [raw[offsets[i] : offsets[i + 1]] for i in ids]
+
     @cached_property
     def _plain(self) -> tuple[bytes, list[int]]:
         """Data and offsets as plain Python, where a look at one token is several times as fast."""
