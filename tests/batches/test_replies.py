@@ -200,6 +200,26 @@ def test_a_call_and_reasoning_are_read_as_the_template_writes_them(name: str, me
     assert read.ids.tolist() == side(name).encoder.encode_markup(text)[: len(read.ids)].tolist()
 
 
+@pytest.mark.parametrize("content", [None, "So:"])
+@pytest.mark.parametrize("thinker_writes", [True, False])
+def test_a_call_that_both_sides_spell_alike_is_one_text_an_empty_think_block_before_it_or_not(
+    content: str | None, thinker_writes: bool
+) -> None:
+    """Read in parts, nothing of its markup would be learnt, nor a token that holds some of it and some of the call."""
+    thinker, plain = side("thinks"), marked(PLAINEST)
+    sides = (thinker, plain) if thinker_writes else (plain, thinker)
+    message = {"role": "assistant", "content": content, "tool_calls": CALL}
+    sample = to_sample({"messages": [{"role": "user", "content": "Hi"}, message]}, "row 7")
+    pair = PairReader(*sides, same_vocabulary=False).written(sample)
+    call = '<tool_call>\n{"name": "clock", "arguments": {"tz": "UTC"}}\n</tool_call>'
+    spelt = "\n".join(part for part in (content, call) if part)
+    assert pair is not None and pair.student.segment_bytes == pair.teacher.segment_bytes == (spelt.encode(),)
+    for one, read in zip(sides, (pair.student, pair.teacher), strict=True):
+        assert tail(one, read).count(f"<think>\n\n</think>\n\n⟦{spelt}") == (one is thinker)
+        assert read.exact[read.segment >= 0].all()
+    assert all_covered(pair, on_policy=False)
+
+
 def test_reasoning_after_a_prompt_that_opens_the_block_is_read_as_at_inference() -> None:
     name = "opens a think block"
     read = written(name, "chatml", {"content": "4", "reasoning_content": "2 and 2"}).student
