@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pytest
 import support.chat_templates as chat
 from transformers import PreTrainedTokenizerFast
@@ -249,6 +250,24 @@ def test_a_space_of_the_markup_is_no_part_of_the_reply() -> None:
     pair = reader.sampled(HI, r.encoder.encode_markup(" Four. </s>"))
     assert pair is not None and pair.student.segment_bytes == pair.teacher.segment_bytes == (b"Four.",)
     assert Role.STOP in pair.student.roles and pair.student.exact[pair.student.segment >= 0][-1]
+
+
+def test_a_space_that_words_begin_with_behind_a_marker_is_no_part_of_what_was_written() -> None:
+    """The tokenizer puts it there: what is sampled is cut and given to the teacher as the same reply from a row is."""
+    r = side("brackets", "prefixed, legacy")
+    reader = PairReader(r, side("thinks"), same_vocabulary=False)
+    for text, fields in (
+        ("[THINK]hm[/THINK]yes</s>", {"content": "yes", "reasoning_content": "hm"}),
+        ('[TOOL_CALLS]clock[ARGS]{"tz": "UTC"}</s>', {"content": None, "tool_calls": CALL}),
+    ):
+        row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", **fields}]}
+        given = reader.written(to_sample(row, "row 7"))
+        pair = reader.sampled(HI, np.array(r.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        assert pair is not None and given is not None
+        assert pair.student.segment_bytes == pair.teacher.segment_bytes == given.student.segment_bytes
+        for one, other in ((pair.student, given.student), (pair.teacher, given.teacher)):
+            assert one.ids.tolist() == other.ids.tolist() and one.segment.tolist() == other.segment.tolist()
+            assert one.end.tolist() == other.end.tolist() and (one.exact | ~other.exact).all()
 
 
 def test_all_of_several_teachers_compare_the_same_tokens_of_the_student() -> None:
