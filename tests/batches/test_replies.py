@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -132,6 +133,24 @@ def test_markers_that_the_template_does_not_know_are_read_for_what_they_are(one:
     there = back.sampled(HI, own)
     assert there is not None and there.teacher.segment_bytes == parts
     assert there.teacher.ids[-len(ids) :].tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "text", ["[TOOL_CALLS]", '[TOOL_CALLS]add[ARGS]{"a": 2}', "[THINK]Hm.[/THINK]Yes.", "Yes.</s>"]
+)
+def test_a_reply_that_spells_a_sides_control_tokens_is_said_to_be_read_as_letters(text: str) -> None:
+    """Rendered beforehand, it would teach a student letters in the place of the markers that it writes."""
+    sides = [Renderer(chat.tokenizer(name), name=name) for name in ("brackets", "thinks")]
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]}
+    pair = PairReader(*sides, same_vocabulary=False).written(to_sample(row, "row 7"))
+    assert pair is not None and pair.student.segment_bytes == (text.encode(),)
+    spelt = re.findall(r"\[\w+\]|</s>", text)[0]
+    (note,) = sides[0].notes
+    assert f"spells {spelt!r}, a control token of the brackets" in note and "tool_calls" in note
+    assert not sides[1].notes
+    quiet = Renderer(chat.tokenizer("brackets"), markers="text", name="student")
+    quiet.render(HI, text)
+    assert not quiet.notes
 
 
 def test_markers_of_two_families_say_nothing() -> None:

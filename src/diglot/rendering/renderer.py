@@ -273,6 +273,7 @@ class Renderer:
         parts = plain_reply(reply) if isinstance(reply, str) else reply
         layout = self._layout(conversation, parts, thinking)
         self.note_common(parts.shape)
+        self._note_spelt(parts)
         if not stopped:
             layout = replace(layout, around=(*layout.around[:-1], ""))
         if score == "all" and conversation.messages is not None:
@@ -331,6 +332,19 @@ class Renderer:
                     f"them as {common_markup(alone)!r}. If it was trained with other markup, give its tokenizer a "
                     "template that writes that."
                 )
+
+    def _note_spelt(self, parts: Reply) -> None:
+        """Say once that a reply spells what this side has a control token for."""
+        if not self.has_template or self.guard.manner == "text":
+            return
+        names = (*self.markup.controls, *self._stop_names)
+        texts = [text for slot in parts.slots for text in slot.texts]
+        if spelt := next((name for name in names if any(name in text for text in texts)), None):
+            self._note(
+                f"A reply spells {spelt!r}, a control token of the {self.name}, and is read as those letters, which "
+                "this side never writes. Give reasoning and calls as fields of the message (reasoning_content, "
+                "tool_calls), and a reply without its end: each side then reads its own markers."
+            )
 
     def _tail(self, parts: Reply, layout: Layout, before: str, opened: bool) -> Piece:
         """The parts of a reply and what stands around them."""
