@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pytest
 import support.chat_templates as chat
 from transformers import PreTrainedTokenizerFast
@@ -133,6 +135,24 @@ def test_markers_that_the_template_does_not_know_are_read_for_what_they_are(one:
     assert there.teacher.ids[-len(ids) :].tolist() == ids.tolist()
 
 
+@pytest.mark.parametrize(
+    "text", ["[TOOL_CALLS]", '[TOOL_CALLS]add[ARGS]{"a": 2}', "[THINK]Hm.[/THINK]Yes.", "Yes.</s>"]
+)
+def test_a_reply_that_spells_a_sides_control_tokens_is_said_to_be_read_as_letters(text: str) -> None:
+    """Rendered beforehand, it would teach a student letters in the place of the markers that it writes."""
+    sides = [Renderer(chat.tokenizer(name), name=name) for name in ("brackets", "thinks")]
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]}
+    pair = PairReader(*sides, same_vocabulary=False).written(to_sample(row, "row 7"))
+    assert pair is not None and pair.student.segment_bytes == (text.encode(),)
+    spelt = re.findall(r"\[\w+\]|</s>", text)[0]
+    (note,) = sides[0].notes
+    assert f"spells {spelt!r}, a control token of the brackets" in note and "tool_calls" in note
+    assert not sides[1].notes
+    quiet = Renderer(chat.tokenizer("brackets"), markers="text", name="student")
+    quiet.render(HI, text)
+    assert not quiet.notes
+
+
 def test_markers_of_two_families_say_nothing() -> None:
     both = marked(PLAINEST, "[THINK]", "[/THINK]", "<|START_THINKING|>", "<|END_THINKING|>")
     assert not both.markup.layout((Role.REASONING, Role.CONTENT)).own
@@ -200,6 +220,26 @@ def test_a_call_and_reasoning_are_read_as_the_template_writes_them(name: str, me
     assert read.ids.tolist() == side(name).encoder.encode_markup(text)[: len(read.ids)].tolist()
 
 
+@pytest.mark.parametrize("content", [None, "So:"])
+@pytest.mark.parametrize("thinker_writes", [True, False])
+def test_a_call_that_both_sides_spell_alike_is_one_text_an_empty_think_block_before_it_or_not(
+    content: str | None, thinker_writes: bool
+) -> None:
+    """Read in parts, nothing of its markup would be learnt, nor a token that holds some of it and some of the call."""
+    thinker, plain = side("thinks"), marked(PLAINEST)
+    sides = (thinker, plain) if thinker_writes else (plain, thinker)
+    message = {"role": "assistant", "content": content, "tool_calls": CALL}
+    sample = to_sample({"messages": [{"role": "user", "content": "Hi"}, message]}, "row 7")
+    pair = PairReader(*sides, same_vocabulary=False).written(sample)
+    call = '<tool_call>\n{"name": "clock", "arguments": {"tz": "UTC"}}\n</tool_call>'
+    spelt = "\n".join(part for part in (content, call) if part)
+    assert pair is not None and pair.student.segment_bytes == pair.teacher.segment_bytes == (spelt.encode(),)
+    for one, read in zip(sides, (pair.student, pair.teacher), strict=True):
+        assert tail(one, read).count(f"<think>\n\n</think>\n\n⟦{spelt}") == (one is thinker)
+        assert read.exact[read.segment >= 0].all()
+    assert all_covered(pair, on_policy=False)
+
+
 def test_reasoning_after_a_prompt_that_opens_the_block_is_read_as_at_inference() -> None:
     name = "opens a think block"
     read = written(name, "chatml", {"content": "4", "reasoning_content": "2 and 2"}).student
@@ -229,6 +269,24 @@ def test_a_space_of_the_markup_is_no_part_of_the_reply() -> None:
     pair = reader.sampled(HI, r.encoder.encode_markup(" Four. </s>"))
     assert pair is not None and pair.student.segment_bytes == pair.teacher.segment_bytes == (b"Four.",)
     assert Role.STOP in pair.student.roles and pair.student.exact[pair.student.segment >= 0][-1]
+
+
+def test_a_space_that_words_begin_with_behind_a_marker_is_no_part_of_what_was_written() -> None:
+    """The tokenizer puts it there: what is sampled is cut and given to the teacher as the same reply from a row is."""
+    r = side("brackets", "prefixed, legacy")
+    reader = PairReader(r, side("thinks"), same_vocabulary=False)
+    for text, fields in (
+        ("[THINK]hm[/THINK]yes</s>", {"content": "yes", "reasoning_content": "hm"}),
+        ('[TOOL_CALLS]clock[ARGS]{"tz": "UTC"}</s>', {"content": None, "tool_calls": CALL}),
+    ):
+        row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", **fields}]}
+        given = reader.written(to_sample(row, "row 7"))
+        pair = reader.sampled(HI, np.array(r.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        assert pair is not None and given is not None
+        assert pair.student.segment_bytes == pair.teacher.segment_bytes == given.student.segment_bytes
+        for one, other in ((pair.student, given.student), (pair.teacher, given.teacher)):
+            assert one.ids.tolist() == other.ids.tolist() and one.segment.tolist() == other.segment.tolist()
+            assert one.end.tolist() == other.end.tolist() and (one.exact | ~other.exact).all()
 
 
 def test_all_of_several_teachers_compare_the_same_tokens_of_the_student() -> None:

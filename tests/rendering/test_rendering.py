@@ -121,7 +121,7 @@ def test_markup_between_turns_is_never_scored() -> None:
 def test_a_template_that_refuses_a_role_names_model_and_role() -> None:
     system = Conversation(({"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}))
     assert "Be kind." in shown(R["chatml"], R["chatml"].render(system, "x"))
-    with pytest.raises(RenderingError, match=r"inst.*'system'.*no system role"):
+    with pytest.raises(RenderingError, match=r"inst.*'system'.*no system role\. Change"):
         R["inst"].render(system, "x")
 
 

@@ -186,7 +186,7 @@ class PairReader:
         for side in self._sides(sample.conversation):
             side.note_common(reply.shape)
         sides = [side.markup for side in self._sides(sample.conversation)]
-        spelt = {side.layout(reply.shape).spelt(reply) for side in sides}
+        spelt = {without_empty_thinking(side.layout(reply.shape).spelt(reply)) for side in sides}
         if len(spelt) > 1 or any(side.has_controls(reply.shape) for side in sides):
             return reply, False
         return self._inside(sample, spelt.pop(), False)

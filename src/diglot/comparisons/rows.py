@@ -13,7 +13,7 @@ from diglot.batches import PairReader
 from diglot.comparisons.comparison import Comparison
 from diglot.data import Sample, usable_rows
 from diglot.data.samples import LEAVE_OUT
-from diglot.data.survey import Read, names_teachers
+from diglot.data.survey import Read, names_teachers, naming
 from diglot.errors import DataError, RenderingError
 from diglot.options import DistillationConfig
 from diglot.rendering import Renderer
@@ -142,8 +142,7 @@ def rows_named(comparisons: Sequence[Comparison], window: Sequence[Sequence[Samp
             try:
                 read(sample)
             except (DataError, RenderingError) as own:
-                said = str(own) if sample.where in str(own) else f"{sample.where}: {own}"
-                raise DataError(f"{said} {LEAVE_OUT}") from error
+                raise DataError(f"{naming(sample.where, own)} {LEAVE_OUT}") from error
         raise
 
 

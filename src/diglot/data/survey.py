@@ -119,14 +119,18 @@ def survey(rows: Iterable[Mapping[str, Any]], read: Read, name: str) -> Survey:
             elif sample.reply is not None and not (sample.answer.text if sample.answer else sample.reply):
                 result.empty.append(_number(row, i))
         except DiglotError as error:
-            place = where(row, i, name)
-            result.bad[i] = str(error) if place in str(error) else f"{place}: {error}"
+            result.bad[i] = naming(where(row, i, name), error)
     return result
 
 
 def where(row: Mapping[str, Any], place: int, name: str) -> str:
     """How messages name a row."""
     return f"{name} row {_number(row, place)}"
+
+
+def naming(place: str, error: Exception) -> str:
+    """What was wrong, with the row's name before it unless the message has it."""
+    return str(error) if place in str(error) else f"{place}: {error}"
 
 
 def _number(row: Mapping[str, Any], place: int) -> str:

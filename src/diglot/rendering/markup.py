@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,14 @@ class Markup:
     def has_controls(self, shape: Shape) -> bool:
         """Does this model write control tokens between the parts of such a reply?"""
         return any(self.vocabulary.control[self._encode(text)].any() for text in self.layout(shape).around)
+
+    @cached_property
+    def controls(self) -> tuple[str, ...]:
+        """The names of the control tokens that this model writes around the parts of a reply."""
+        shapes = (PLAIN, (Role.REASONING, Role.CONTENT), CALL)
+        ids = [i for shape in shapes for text in self.layout(shape).around for i in self._encode(text).tolist()]
+        names = self.vocabulary.names
+        return tuple(names[i] for i in dict.fromkeys(ids) if self.vocabulary.control[i] and i in names)
 
     # ---- reading -----------------------------------------------------------------------------------------------
 

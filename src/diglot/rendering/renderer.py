@@ -178,6 +178,11 @@ class Renderer:
         return writes_dummy_prefix(self.encoder, self.template.text([PROBE], generation_prompt=True))
 
     @cached_property
+    def _prefix_behind_controls(self) -> bool:
+        """Does this side begin a word behind a control token with a space that no text has?"""
+        return writes_dummy_prefix(self.encoder, self.vocabulary.display(self.stop_id))
+
+    @cached_property
     def _closing_ids(self) -> Ids:
         """What the template writes between a reply and its stop."""
         return self.encoder.encode_markup(self.markup.layout(PLAIN).around[-1])
@@ -268,6 +273,7 @@ class Renderer:
         parts = plain_reply(reply) if isinstance(reply, str) else reply
         layout = self._layout(conversation, parts, thinking)
         self.note_common(parts.shape)
+        self._note_spelt(parts)
         if not stopped:
             layout = replace(layout, around=(*layout.around[:-1], ""))
         if score == "all" and conversation.messages is not None:
@@ -326,6 +332,19 @@ class Renderer:
                     f"them as {common_markup(alone)!r}. If it was trained with other markup, give its tokenizer a "
                     "template that writes that."
                 )
+
+    def _note_spelt(self, parts: Reply) -> None:
+        """Say once that a reply spells what this side has a control token for."""
+        if not self.has_template or self.guard.manner == "text":
+            return
+        names = (*self.markup.controls, *self._stop_names)
+        texts = [text for slot in parts.slots for text in slot.texts]
+        if spelt := next((name for name in names if any(name in text for text in texts)), None):
+            self._note(
+                f"A reply spells {spelt!r}, a control token of the {self.name}, and is read as those letters, which "
+                "this side never writes. Give reasoning and calls as fields of the message (reasoning_content, "
+                "tool_calls), and a reply without its end: each side then reads its own markers."
+            )
 
     def _tail(self, parts: Reply, layout: Layout, before: str, opened: bool) -> Piece:
         """The parts of a reply and what stands around them."""
@@ -400,19 +419,18 @@ class Renderer:
     ) -> tuple[Reply, list[tuple[int, int]], list[Role]]:
         """The parts of what was written, with the bytes and the role of each segment."""
         has_controls = b"\xff" in text
-        written = None if has_controls else text.decode()
         if conversation.messages is None and not has_controls:
             return plain_reply(text.decode()), [(0, len(text))], [Role.CONTENT]
         shape, slots = self.markup.find(text, opened, finished)
         if shape[0] == Role.REASONING and len(shape) > 1 and slots[0][0] == slots[0][1]:
             shape, slots = shape[1:], slots[1:]  # an empty think block
-        found = [_edges(text, low, high, role, self.vocabulary) for role, (low, high) in zip(shape, slots, strict=True)]
-        reply = Reply(tuple(slot for slot, _ in found), written)
+        names, prefixes = self.vocabulary.names, (self._dummy_prefix, self._prefix_behind_controls)
+        found = [_edges(text, *slot, role, names, prefixes) for role, slot in zip(shape, slots, strict=True)]
+        first = _behind_prefix(text, 0, len(text), prefixes)
+        reply = Reply(tuple(slot for slot, _ in found), None if has_controls else text[first:].decode())
         if not split and not has_controls:
-            span = slots[0] if shape == PLAIN else (0, len(text))
-            if text[:1] == b" " and span[0] == 0 and self._dummy_prefix:
-                span = (1, span[1])
-            return reply, [span], [Role.CONTENT]
+            low, high = slots[0] if shape == PLAIN else (0, len(text))
+            return reply, [(max(first, low), high)], [Role.CONTENT]
         segments = [(run, slot.role) for slot, runs in found for run in runs]
         kept = [(run, role) for k, (run, role) in enumerate(segments) if run[0] < run[1] or k == len(segments) - 1]
         return reply, [run for run, _ in kept], [role for _, role in kept]
@@ -454,12 +472,26 @@ class Renderer:
 _MARK = re.compile(rb"\xff(\d+)\xfe")
 
 
-def _edges(text: bytes, low: int, high: int, role: Role, vocabulary: Vocabulary) -> tuple[Slot, list[tuple[int, int]]]:
-    """A slot at `[low, high)` of marked bytes, cut at its control tokens, and the bytes of each run."""
-    runs, names = [], []
+def _edges(
+    text: bytes, low: int, high: int, role: Role, names: Mapping[int, str], prefixes: tuple[bool, bool]
+) -> tuple[Slot, list[tuple[int, int]]]:
+    """A slot at `[low, high)` of marked bytes, cut at its control tokens, and the bytes of each run.
+
+    Args:
+        prefixes: may a space that stands first in the text, or first behind a control token, be the tokenizer's own?
+    """
+    runs, edges = [], []
     for mark in _MARK.finditer(text, low, high):
         runs.append((low, mark.start()))
-        names.append(vocabulary.names.get(int(mark[1]), ""))
+        edges.append(names.get(int(mark[1]), ""))
         low = mark.end()
     runs.append((low, high))
-    return Slot(role, tuple(text[a:b].decode() for a, b in runs), tuple(names)), runs
+    runs = [(_behind_prefix(text, a, b, prefixes), b) for a, b in runs]
+    return Slot(role, tuple(text[a:b].decode() for a, b in runs), tuple(edges)), runs
+
+
+def _behind_prefix(text: bytes, low: int, high: int, prefixes: tuple[bool, bool]) -> int:
+    """Where what was meant begins in the run `[low, high)`: behind the space that a tokenizer begins words with."""
+    first, behind_control = low == 0, text[low - 1 : low] == b"\xfe"
+    own = (first and prefixes[0]) or (behind_control and prefixes[1])
+    return low + 1 if own and low < high and text[low : low + 1] == b" " else low

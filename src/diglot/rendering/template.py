@@ -102,8 +102,10 @@ class Template:
         hint = "Change the data, or give the model another template."
         if "system" in roles and not self.fold_system:
             hint = "Change the data, set fold_system, or give the model another template."
+        complaint = str(error).rstrip()
+        complaint += "" if complaint.endswith((".", "!", "?")) else "."
         return RenderingError(
-            f"The {self.name}'s chat template cannot render a conversation with roles {roles}: {error} {hint}"
+            f"The {self.name}'s chat template cannot render a conversation with roles {roles}: {complaint} {hint}"
         )
 
     @cached_property
