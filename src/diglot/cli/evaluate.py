@@ -32,6 +32,11 @@ from diglot.cli.screen import show_phases
 from diglot.errors import ConfigError
 from diglot.phases import LOADING, phase
 
+EXAMPLE = """example:
+  diglot eval runs/first --teacher Qwen/Qwen2.5-1.5B-Instruct \\
+      --data heldout.jsonl
+"""
+
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Measure every model on the same rows with the same seed, and print a table or JSON."""
@@ -71,8 +76,9 @@ def parser() -> Parser:
     """The parser of the command."""
     found = Parser(
         prog="diglot eval",
+        usage="diglot eval MODEL [MODEL ...] --data NAME [--OPTION VALUE ...]",
         description="Numbers that do not depend on a tokenizer, with 95% bootstrap intervals over the rows.",
-        epilog="example: diglot eval runs/first --teacher Qwen/Qwen2.5-1.5B-Instruct --data heldout.jsonl",
+        epilog=EXAMPLE,
     )
     found.add_argument("models", nargs="+", metavar="MODEL", help="a model id or a folder; several are compared")
     found.add_argument("--teacher", help="what to compare each of them with: divergences, agreement, stops")

@@ -22,8 +22,10 @@ from diglot.cli.screen import show_phases
 from diglot.phases import LOADING, phase
 
 EXAMPLE = """example:
-  diglot score --teacher Qwen/Qwen2.5-1.5B-Instruct --data replies.jsonl --out runs/scores --level bytes
-  diglot train --teacher_model_name_or_path runs/scores --lmbda 0 --objective byte ...
+  diglot score --teacher Qwen/Qwen2.5-1.5B-Instruct --data replies.jsonl \\
+      --out runs/scores --level bytes
+  diglot train --teacher_model_name_or_path runs/scores \\
+      --lmbda 0 --objective byte ...
 
 Options that `diglot train` has as well mean the same there. Interrupted, the same command goes on where it was.
 """
@@ -33,6 +35,7 @@ def parser() -> Parser:
     """The parser of `diglot score`."""
     made = Parser(
         prog="diglot score",
+        usage="diglot score --teacher NAME --data NAME --out FOLDER [--OPTION VALUE ...]",
         description="Let a teacher score the replies of a dataset once, and keep what it said.",
         epilog=EXAMPLE,
     )

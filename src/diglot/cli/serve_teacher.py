@@ -11,8 +11,10 @@ from diglot.cli.loading import add_tokenizer_options, check_counts, check_place,
 from diglot.cli.parsing import Parser
 
 EXAMPLE = """example:
-  diglot serve-teacher --student Qwen/Qwen3-1.7B --teacher http://127.0.0.1:8000 --teacher_tokenizer google/gemma-3-1b
-  diglot serve-teacher --student HuggingFaceTB/SmolLM2-135M-Instruct --teacher Qwen/Qwen2.5-1.5B-Instruct --port 8100
+  diglot serve-teacher --student Qwen/Qwen3-1.7B \\
+      --teacher http://127.0.0.1:8000 --teacher_tokenizer google/gemma-3-1b
+  diglot serve-teacher --student HuggingFaceTB/SmolLM2-135M-Instruct \\
+      --teacher Qwen/Qwen2.5-1.5B-Instruct --port 8100
 
 Clients ask as they would ask vLLM (POST /v1/completions with prompt_logprobs) or SGLang (POST /generate), in the
 student's ids. Keys: DIGLOT_PROXY_API_KEY for clients, DIGLOT_TEACHER_API_KEY for the teacher's server.
@@ -23,6 +25,7 @@ def parser() -> Parser:
     """The parser of the command."""
     made = Parser(
         prog="diglot serve-teacher",
+        usage="diglot serve-teacher --student NAME --teacher NAME [--OPTION VALUE ...]",
         description="Serve a teacher's log-probs in the ids of a student with another tokenizer.",
         epilog=EXAMPLE,
     )
