@@ -78,6 +78,9 @@ def score(arguments: Sequence[str]) -> int:
         check_counts(options, "teacher_max_length")
     check_data(options.data, "--data")
     check_model_name(options.teacher, "teacher", "--teacher", options.teacher_model_revision)
+    own, revision = options.teacher_tokenizer_name_or_path, options.teacher_model_revision
+    if own is not None:
+        check_model_name(own, "teacher's tokenizer", "--teacher_tokenizer_name_or_path", revision)
     show_phases()
     with phase(LOADING):
         from tqdm.auto import tqdm
