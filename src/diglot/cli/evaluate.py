@@ -151,18 +151,18 @@ def lm_eval(model: str, tasks: str, batch_size: int, device: str | None = None) 
 
 
 def _print(found: dict[str, dict[str, Any]]) -> None:
-    """One column for each model. Names are data, never markup."""
+    """One column for each model, with units below the names of measures. Names are data, never markup."""
     from rich.text import Text
 
     table = Table(title="95% intervals over rows")
-    table.add_column("measure", no_wrap=True)
-    for name in found:
-        table.add_column(Text(name), justify="right")
-    table.add_column("unit", style="dim")
+    table.add_column("measure", overflow="fold", width=24)  # its names are never broken
+    for name in _headings(list(found)):
+        table.add_column(Text(name), justify="right", overflow="fold")
     names = list(dict.fromkeys(key for one in found.values() for key in one if key != "lm_eval"))
     for key in names:
         units = [one[key]["unit"] for one in found.values() if key in one]
-        table.add_row(key, *(_cell(one.get(key)) for one in found.values()), units[0])
+        measure = Text.assemble(key, "\n  ", (units[0], "dim"))
+        table.add_row(measure, *(_cell(one.get(key)) for one in found.values()))
     Console().print(table)
     for name, one in found.items():
         for task, results in one.get("lm_eval", {}).items():
@@ -170,8 +170,16 @@ def _print(found: dict[str, dict[str, Any]]) -> None:
             Console().print(Text(f"{name}  {task}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items())))
 
 
+def _headings(names: Sequence[str]) -> list[str]:
+    """How each model is called in the table: as given, or the last part of a long path where that tells them apart."""
+    from diglot.report.card import shown_name
+
+    short = [name if len(name) <= 20 else shown_name(name) for name in names]
+    return short if len(set(short)) == len(short) else list(names)
+
+
 def _cell(measure: dict[str, Any] | None) -> str:
     if measure is None or measure["value"] is None:
         return ""
     text = f"{measure['value']:.4g}"
-    return text if measure["low"] is None else f"{text} [{measure['low']:.4g}, {measure['high']:.4g}]"
+    return text if measure["low"] is None else f"{text}\n[{measure['low']:.3g}, {measure['high']:.3g}]"
