@@ -137,7 +137,10 @@ def command(hub: Path, *more: str) -> list[str]:
 
 def test_the_command_prints_json_or_a_table(hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(hub, "--teacher", str(hub / "teacher"), "--json")) == 0
-    found = json.loads(capsys.readouterr().out)["models"][str(hub / "student")]
+    said = capsys.readouterr()
+    for role in ("student", "teacher"):
+        assert f"Loading the {role} {hub / role} ..." in said.err
+    found = json.loads(said.out)["models"][str(hub / "student")]
     assert found["bits_per_byte"]["low"] < found["bits_per_byte"]["value"] < found["bits_per_byte"]["high"]
     assert found["kl/student_to_teacher"]["unit"].startswith("nats per byte")
     assert main(command(hub, "--rows", "2")) == 0

@@ -107,23 +107,23 @@ def _measure(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     rows = islice(load_dataset(given.data, split=given.split, **data_options(given)), given.rows)
     samples = [to_sample(row, where=f"row {i}") for i, row in enumerate(rows)]
     plan = Plan(given.max_completion_length, given.batch_size, seed=given.seed)
-    teacher = None if given.teacher is None else _load(given.teacher, given, given.teacher_tokenizer_kwargs)
+    teacher = None if given.teacher is None else _load(given.teacher, "teacher", given, given.teacher_tokenizer_kwargs)
     found = {}
     for name in given.models:
-        side = _load(name, given, given.tokenizer_kwargs)
+        side = _load(name, "student", given, given.tokenizer_kwargs)
         with phase(f"Measuring {name} on {len(samples)} rows"):
             measures = measure(side, teacher, samples, plan)
         found[name] = {key: one.as_json() for key, one in measures.items()}
     return found
 
 
-def _load(name: str, given: argparse.Namespace, arguments: Mapping[str, Any]) -> Any:
+def _load(name: str, role: str, given: argparse.Namespace, arguments: Mapping[str, Any]) -> Any:
     """A model in evaluation mode on the device, with its own tokenizer."""
     from diglot.evaluation.battery import Side
     from diglot.rendering import Renderer
     from diglot.vocabulary import load_tokenizer
 
-    with phase(f"Loading {name}"):
+    with phase(f"Loading the {role} {name}"):
         model = load_model(name, given.device, given.dtype, given.trust_remote_code)
     tokenizer = load_tokenizer(name, arguments, trust_remote_code=given.trust_remote_code)
     return Side(name, model, Renderer.of_model(model, tokenizer, name=name, **rendering_options(given)))
