@@ -73,6 +73,29 @@ def test_every_argument_has_a_wrong_value_or_a_reason_why_there_is_none(command:
     assert names == WRONG[command].keys() | FREE.get(command, {}).keys()
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "side"),
+    [
+        ("inspect", "student", "student"),
+        ("inspect", "teacher", "teacher"),
+        ("align", "student", "student"),
+        ("align", "teacher", "teacher"),
+        ("eval", "models", "model"),
+        ("eval", "teacher", "teacher"),
+        ("score", "teacher", "teacher"),
+        ("score", "teacher_tokenizer_name_or_path", "teacher's tokenizer"),
+    ],
+)
+def test_the_error_of_a_path_names_the_side_and_the_option(
+    command: str, name: str, side: str, paths: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {**paths, "OUT": str(tmp_path / "out")}
+    assert main([known.get(word, word) for word in line(command, name, "./nope")]) == 2
+    action = next(a for a in PARSERS[command]()._actions if a.dest == name)
+    option = action.option_strings[-1] if action.option_strings else action.metavar
+    assert f"The {side} is './nope' ({option}), and there is no such folder." in capsys.readouterr().err
+
+
 def test_no_command_is_forgotten() -> None:
     """Those left out take no value, or are tried in test_recipes.py, test_estimate.py and tests/engines."""
     assert COMMANDS.keys() - PARSERS.keys() == {"objectives", "recipes", "config-schema", "estimate", "serve-teacher"}

@@ -104,6 +104,27 @@ def test_the_committed_schema_is_what_the_dataclasses_say() -> None:
     assert json.loads(SCHEMA.read_text(encoding="utf-8")) == json.loads(json.dumps(generate()))
 
 
+def test_a_mapping_that_the_help_shows_is_one_that_the_option_takes() -> None:
+    shown = [(o, text) for o in load_options().values() for text in re.findall(r"\{[^{}]*:[^{}]*\}", o.help)]
+    assert {o.name for o, _ in shown} >= {"chat_template_kwargs", "tokenizer_kwargs"}
+    for option, text in shown:
+        assert isinstance(parse_train([f"--{option.name}", text])[option.name], dict), option.name
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("chat_template_kwargs", "{enable_thinking: false}"),
+        ("objective", "[covering, byte]"),
+        ("objective", "{'a': 1}"),
+    ],
+)
+def test_what_was_meant_as_json_is_never_taken_for_a_name(option: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{option} is .* not valid JSON.*double quotes"):
+        parse_train([f"--{option}", text])
+    assert parse_train(["--dataset_name", "[a] b.jsonl"]) == {"dataset_name": "[a] b.jsonl"}  # a file may be called so
+
+
 def test_every_option_of_ours_has_help() -> None:
     assert [o.name for o in load_options().values() if o.group not in ("Training", "Logging") and not o.help] == []
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from support import tiny
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from diglot.cli.main import main
+from diglot.cli.main import COMMANDS, main
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +127,21 @@ def test_align_reads_standard_input(
     assert capsys.readouterr().out == piped
 
 
-def test_help_of_every_command_ends_with_an_example_and_loads_no_torch() -> None:
+def test_help_of_every_command_has_an_example_fits_80_columns_and_loads_no_torch() -> None:
     code = (
-        "import sys; from diglot.cli.main import main\n"
-        "for name in ('inspect', 'align', 'recipes', 'config-schema'):\n"
+        "import sys; from diglot.cli.main import COMMANDS, main\n"
+        "for name in ('train', *COMMANDS):\n"
         "    try: main([name, '--help'])\n    except SystemExit: pass\n"
-        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+        "    print(chr(12), end='')\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = {**os.environ, "COLUMNS": "80"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("example:") == 4
+    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
+    for command, text in zip(("train", *COMMANDS), done.stdout.split("\f"), strict=False):
+        assert text.startswith(f"usage: diglot {command}"), text
+        assert "\nexample:\n" in text or "\nexamples:\n" in text, command
+        shown = re.findall(r"^  (?:-h, )?(--[\w-]+)(?:, (--[\w-]+))?", text, re.MULTILINE)
+        twice = [names for names in shown if names[0].replace("_", "-") == names[1].replace("_", "-")]
+        assert twice == [], command

@@ -88,6 +88,16 @@ def test_the_image_has_all_that_it_copies_and_extras_that_exist() -> None:
     assert all(re.search(rf"^{extra} = \[", PYPROJECT, re.M) for extra in extras.split(","))
 
 
+def test_the_page_on_installing_names_every_extra_of_users() -> None:
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    there = set(
+        re.findall(r"^([\w-]+) = \[", PYPROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0], re.M)
+    )
+    ours = {"demo", "docs", "test", "dev"}  # of a clone, installed by make
+    assert ours < there
+    assert set(re.findall(r"^\| `([\w-]+)` \|", page, re.M)) == there - ours
+
+
 def test_version_changelog_and_citation_agree() -> None:
     assert release.problems(ROOT) == []
 

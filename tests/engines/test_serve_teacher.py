@@ -107,16 +107,24 @@ def test_what_was_accepted_is_answered_after_sigterm(folders: dict[str, str], tm
     ("arguments", "message"),
     [
         (["--teacher", "http://127.0.0.1:9"], "--teacher_tokenizer"),
-        (["--teacher", "x", "--host", "0.0.0.0"], "DIGLOT_PROXY_API_KEY"),
-        (["--teacher", "x", "--credit", "best"], "no credit rule 'best'"),
+        (["--teacher", "TEACHER", "--host", "0.0.0.0"], "DIGLOT_PROXY_API_KEY"),
+        (["--teacher", "TEACHER", "--credit", "best"], "no credit rule 'best'"),
         (["--teacher", "x", "--queue", "0"], "--queue is 0"),
         (["--teacher", "x", "--unscored", "two"], "--unscored"),
+        (["--teacher", "./nope"], "The teacher is './nope' (--teacher), and there is no such folder."),
+        (["--teacher", "nope/x"], "The teacher is 'nope/x' (--teacher), and there is no folder of this name"),
+        (["--teacher", "TEACHER", "--student", "./nope"], "The student is './nope' (--student), and there is"),
+        (
+            ["--teacher", "http://127.0.0.1:9", "--teacher_tokenizer", "./nope"],
+            "The teacher's tokenizer is './nope' (--teacher_tokenizer), and there is",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_message(
     arguments: list[str], message: str, folders: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["serve-teacher", "--student", folders["student"], *arguments]) == 2
+    given = [folders["teacher"] if word == "TEACHER" else word for word in arguments]
+    assert main(["serve-teacher", "--student", folders["student"], *given]) == 2
     assert message in capsys.readouterr().err
 
 

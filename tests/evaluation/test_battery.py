@@ -14,7 +14,7 @@ import support.tokenizers_zoo as zoo
 import torch
 from support import tiny
 
-from diglot.cli.evaluate import lm_eval
+from diglot.cli.evaluate import _headings, _print, lm_eval
 from diglot.cli.main import main
 from diglot.data import to_sample
 from diglot.errors import ConfigError
@@ -137,11 +137,35 @@ def command(hub: Path, *more: str) -> list[str]:
 
 def test_the_command_prints_json_or_a_table(hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(hub, "--teacher", str(hub / "teacher"), "--json")) == 0
-    found = json.loads(capsys.readouterr().out)["models"][str(hub / "student")]
+    said = capsys.readouterr()
+    for role in ("student", "teacher"):
+        assert f"Loading the {role} {hub / role} ..." in said.err
+    found = json.loads(said.out)["models"][str(hub / "student")]
     assert found["bits_per_byte"]["low"] < found["bits_per_byte"]["value"] < found["bits_per_byte"]["high"]
     assert found["kl/student_to_teacher"]["unit"].startswith("nats per byte")
     assert main(command(hub, "--rows", "2")) == 0
     assert "bits_per_byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [["runs/first", "/models/smollm2-135m-instruct"], ["/a/run-a", "/a/run-b", "org/x"]])
+def test_the_table_of_several_models_fits_80_columns_with_names_that_tell_them_apart(
+    names: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    one = measure(side(zoo.chatml(), 0), side(zoo.inst(), 1), SAMPLES, PLAN)
+    _print({name: {key: value.as_json() for key, value in one.items()} for name in names})
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
+    heads = [cell.strip() for cell in lines[2].split("┃")[2:-1]]
+    assert len(set(heads)) == len(names) and all(name.endswith(head) for name, head in zip(names, heads, strict=True))
+    first = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    assert [key for key in one if key not in first] == []
+
+
+def test_models_whose_last_parts_are_the_same_are_called_as_they_were_given() -> None:
+    long = ["/experiments/of/last/week/student", "/experiments/of/this/week/student"]
+    assert _headings(long) == long
+    assert _headings(["runs/a", long[0]]) == ["runs/a", "student"]
 
 
 def test_lm_eval_that_is_not_installed_is_an_error_before_anything_is_measured(

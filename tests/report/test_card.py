@@ -42,6 +42,12 @@ def test_repositories_are_linked_and_named_in_the_metadata() -> None:
     assert "(https://huggingface.co/datasets/org/data)" in text
 
 
+def test_its_tokenizer_stands_below_the_teacher_whose_it_is() -> None:
+    rows = [line.split(" | ")[0] for line in str(model_card(facts())).splitlines() if line.startswith("| ")]
+    at = rows.index("| teacher")
+    assert rows[at : at + 4] == ["| teacher", "| its tokenizer", "| objective", "| vocabularies"]
+
+
 def test_a_path_is_neither_a_link_nor_a_base_model_and_its_folders_are_not_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,8 @@ from diglot.cli.screen import show_phases
 from diglot.phases import LOADING, phase
 
 EXAMPLE = """example:
-  diglot align HuggingFaceTB/SmolLM2-135M-Instruct Qwen/Qwen2.5-1.5B-Instruct "x = 12345"
+  diglot align HuggingFaceTB/SmolLM2-135M-Instruct \\
+      Qwen/Qwen2.5-1.5B-Instruct "x = 12345"
 """
 
 

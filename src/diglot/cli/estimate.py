@@ -18,15 +18,17 @@ from diglot.memory import GIB, Plan, Shape, itemsize, optimizer_bytes
 
 HELP = """usage: diglot estimate [STUDENT TEACHER] [--config FILE] [--OPTION VALUE ...]
 
-How much memory will a run take? Reads configurations and the headers of weights,
-and loads nothing. STUDENT and TEACHER are model ids, folders or sizes such as 1.5B.
+How much memory will a run take? Reads configurations and the headers of
+weights, and loads nothing. STUDENT and TEACHER are model ids, folders or sizes
+such as 1.5B.
 All options are those of `diglot train`; the ones that matter here:
-  --config FILE                      a recipe
-  --per_device_train_batch_size, --gradient_accumulation_steps, --num_generations
-  --max_length, --max_completion_length   tokens
+  --config FILE                           a recipe
+  --per_device_train_batch_size, --gradient_accumulation_steps,
+  --num_generations, --max_length, --max_completion_length
   --bf16, --activation_checkpointing, --optim
   --use_peft, --lora_r, --lora_target_modules, --dtype
-  --teacher_model_init_kwargs        '{"dtype": "bfloat16"}', or a quantization_config
+  --teacher_model_init_kwargs             '{"dtype": "bfloat16"}', or a
+                                          quantization_config
 
 It is the peak of one process without sharding, for the longest texts that the
 options allow. An allocator and the CUDA context take about 10% more.

@@ -32,6 +32,11 @@ from diglot.cli.screen import show_phases
 from diglot.errors import ConfigError
 from diglot.phases import LOADING, phase
 
+EXAMPLE = """example:
+  diglot eval runs/first --teacher Qwen/Qwen2.5-1.5B-Instruct \\
+      --data heldout.jsonl
+"""
+
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Measure every model on the same rows with the same seed, and print a table or JSON."""
@@ -71,8 +76,9 @@ def parser() -> Parser:
     """The parser of the command."""
     found = Parser(
         prog="diglot eval",
+        usage="diglot eval MODEL [MODEL ...] --data NAME [--OPTION VALUE ...]",
         description="Numbers that do not depend on a tokenizer, with 95% bootstrap intervals over the rows.",
-        epilog="example: diglot eval runs/first --teacher Qwen/Qwen2.5-1.5B-Instruct --data heldout.jsonl",
+        epilog=EXAMPLE,
     )
     found.add_argument("models", nargs="+", metavar="MODEL", help="a model id or a folder; several are compared")
     found.add_argument("--teacher", help="what to compare each of them with: divergences, agreement, stops")
@@ -101,23 +107,23 @@ def _measure(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     rows = islice(load_dataset(given.data, split=given.split, **data_options(given)), given.rows)
     samples = [to_sample(row, where=f"row {i}") for i, row in enumerate(rows)]
     plan = Plan(given.max_completion_length, given.batch_size, seed=given.seed)
-    teacher = None if given.teacher is None else _load(given.teacher, given, given.teacher_tokenizer_kwargs)
+    teacher = None if given.teacher is None else _load(given.teacher, "teacher", given, given.teacher_tokenizer_kwargs)
     found = {}
     for name in given.models:
-        side = _load(name, given, given.tokenizer_kwargs)
+        side = _load(name, "student", given, given.tokenizer_kwargs)
         with phase(f"Measuring {name} on {len(samples)} rows"):
             measures = measure(side, teacher, samples, plan)
         found[name] = {key: one.as_json() for key, one in measures.items()}
     return found
 
 
-def _load(name: str, given: argparse.Namespace, arguments: Mapping[str, Any]) -> Any:
+def _load(name: str, role: str, given: argparse.Namespace, arguments: Mapping[str, Any]) -> Any:
     """A model in evaluation mode on the device, with its own tokenizer."""
     from diglot.evaluation.battery import Side
     from diglot.rendering import Renderer
     from diglot.vocabulary import load_tokenizer
 
-    with phase(f"Loading {name}"):
+    with phase(f"Loading the {role} {name}"):
         model = load_model(name, given.device, given.dtype, given.trust_remote_code)
     tokenizer = load_tokenizer(name, arguments, trust_remote_code=given.trust_remote_code)
     return Side(name, model, Renderer.of_model(model, tokenizer, name=name, **rendering_options(given)))
@@ -145,18 +151,18 @@ def lm_eval(model: str, tasks: str, batch_size: int, device: str | None = None) 
 
 
 def _print(found: dict[str, dict[str, Any]]) -> None:
-    """One column for each model. Names are data, never markup."""
+    """One column for each model, with units below the names of measures. Names are data, never markup."""
     from rich.text import Text
 
     table = Table(title="95% intervals over rows")
-    table.add_column("measure", no_wrap=True)
-    for name in found:
-        table.add_column(Text(name), justify="right")
-    table.add_column("unit", style="dim")
+    table.add_column("measure", overflow="fold", width=24)  # its names are never broken
+    for name in _headings(list(found)):
+        table.add_column(Text(name), justify="right", overflow="fold")
     names = list(dict.fromkeys(key for one in found.values() for key in one if key != "lm_eval"))
     for key in names:
         units = [one[key]["unit"] for one in found.values() if key in one]
-        table.add_row(key, *(_cell(one.get(key)) for one in found.values()), units[0])
+        measure = Text.assemble(key, "\n  ", (units[0], "dim"))
+        table.add_row(measure, *(_cell(one.get(key)) for one in found.values()))
     Console().print(table)
     for name, one in found.items():
         for task, results in one.get("lm_eval", {}).items():
@@ -164,8 +170,16 @@ def _print(found: dict[str, dict[str, Any]]) -> None:
             Console().print(Text(f"{name}  {task}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items())))
 
 
+def _headings(names: Sequence[str]) -> list[str]:
+    """How each model is called in the table: as given, or the last part of a long path where that tells them apart."""
+    from diglot.report.card import shown_name
+
+    short = [name if len(name) <= 20 else shown_name(name) for name in names]
+    return short if len(set(short)) == len(short) else list(names)
+
+
 def _cell(measure: dict[str, Any] | None) -> str:
     if measure is None or measure["value"] is None:
         return ""
     text = f"{measure['value']:.4g}"
-    return text if measure["low"] is None else f"{text} [{measure['low']:.4g}, {measure['high']:.4g}]"
+    return text if measure["low"] is None else f"{text}\n[{measure['low']:.3g}, {measure['high']:.3g}]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -31,7 +32,8 @@ from diglot.phases import LOADING, phase
 EXAMPLE = """exit code: 0 the pair can be trained, 1 it cannot, 2 a wrong argument.
 
 example:
-  diglot inspect HuggingFaceTB/SmolLM2-135M-Instruct Qwen/Qwen2.5-1.5B-Instruct --data prompts.jsonl
+  diglot inspect HuggingFaceTB/SmolLM2-135M-Instruct \\
+      Qwen/Qwen2.5-1.5B-Instruct --data prompts.jsonl
 """
 
 
@@ -39,6 +41,7 @@ def parser() -> Parser:
     """The parser of the command."""
     found = Parser(
         prog="diglot inspect",
+        usage="diglot inspect STUDENT TEACHER [--data NAME] [--OPTION VALUE ...]",
         description="Look at a student and a teacher before training: tokenizers, templates, stops, alignment, "
         "objectives. Reads tokenizers only, unless --with-models.",
         epilog=EXAMPLE,
@@ -53,10 +56,11 @@ def parser() -> Parser:
     add_rendering_options(found)
     add_tokenizer_options(found, "student", "teacher")
     found.add_argument("--rows", type=int, default=256, help="rows of --data that are read (default: 256)")
-    found.add_argument("--details", action="store_true", help="show what the verdict rests on: about 90 lines")
+    found.add_argument("--details", action="store_true", help="show what the verdict rests on: many tables")
     found.add_argument("--json", action="store_true", help="everything as JSON")
     weights = found.add_argument_group("with weights")
-    weights.add_argument("--with-models", "--with_models", action="store_true", help="load both models and run them")
+    weights.add_argument("--with-models", action="store_true", help="load both models and run them")
+    weights.add_argument("--with_models", action="store_true", help=argparse.SUPPRESS)
     weights.add_argument("--model_rows", type=int, default=32, help="rows that the models read (default: 32)")
     weights.add_argument("--batch_size", type=int, default=8, help="texts of a step, for the estimates (default: 8)")
     weights.add_argument("--max_completion_length", type=int, default=32, help="tokens of a sample (default: 32)")

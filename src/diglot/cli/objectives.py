@@ -11,10 +11,14 @@ from diglot.cli.parsing import Parser
 from diglot.cli.screen import show_phases
 from diglot.phases import LOADING, phase
 
+EXAMPLE = """example:
+  diglot objectives --markdown
+"""
+
 
 def parser() -> Parser:
     """The parser of the command."""
-    found = Parser(prog="diglot objectives", description="Which objective for what.")
+    found = Parser(prog="diglot objectives", description="Which objective for what.", epilog=EXAMPLE)
     found.add_argument("--markdown", action="store_true", help="the table as markdown")
     return found
 

@@ -118,8 +118,8 @@ def _kinds(hint: Any) -> set[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the schema, or say whether the committed one is up to date."""
-    text = json.dumps(generate(), indent=1, ensure_ascii=False) + "\n"
+    """Write the schema, an option a line, or say whether the committed one is up to date."""
+    text = "[\n" + ",\n".join(json.dumps(one, ensure_ascii=False) for one in generate()) + "\n]\n"
     if "--write" in arguments:
         SCHEMA.write_text(text, encoding="utf-8")
         return 0

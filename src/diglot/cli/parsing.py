@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import json
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,25 @@ The same keys, without dashes in front, work in a YAML file:
 """
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Prose is broken at the terminal's width, indented lines (commands to copy) stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        blocks = itertools.groupby(text.splitlines(), key=lambda line: not line or line.startswith(" "))
+        return "\n".join(
+            line for kept, lines in blocks for line in (lines if kept else textwrap.wrap(" ".join(lines), width))
+        )
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        known: dict[Any, str] = {int: "INT", float: "FLOAT", None: "TEXT"}
+        return known.get(action.type, "JSON")  # no option of ours has another type
+
+
 class Parser(argparse.ArgumentParser):
-    """Mistakes become `ConfigError`, so that they are told like all others. Help keeps its lines, names are whole."""
+    """Mistakes become `ConfigError`, so that they are told like all others. Names of options are whole."""
 
     def __init__(self, **keywords: Any) -> None:
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **keywords})
+        super().__init__(**{"formatter_class": _Formatter, "allow_abbrev": False, **keywords})
 
     def error(self, message: str) -> Any:
         raise ConfigError(message)
@@ -170,6 +186,8 @@ def coerce(option: Option, value: Any) -> Any:
     """`value` in the option's own type. Text is read as on the command line, wherever it comes from."""
     if value is None:
         return None
+    if "json" in option.kinds and isinstance(value, str):
+        _check_json(option.name, value.strip())
     for kind in option.kinds:
         done, result = _as(kind, value)
         if done and (option.choices is None or result in option.choices):
@@ -206,6 +224,18 @@ def _as(kind: str, value: Any) -> tuple[bool, Any]:
     if not math.isfinite(number):
         return False, None
     return (False, None) if kind == "int" and isinstance(value, float) and value != number else (True, number)
+
+
+def _check_json(name: str, text: str) -> None:
+    """`ConfigError` for what was meant as a list or a mapping and is none; it would be taken for a name."""
+    if text.startswith("{") or (text.startswith("[") and text.endswith("]")):
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{name} is {text!r}, which is not valid JSON: {error}. Keys and texts stand in double quotes, as in "
+                """{"name": "text"}; the shell leaves them alone between single ones."""
+            ) from error
 
 
 def _as_json(value: Any) -> tuple[bool, Any]:

@@ -16,7 +16,7 @@ def parser() -> Parser:
     found = Parser(
         prog="diglot report",
         description="Show what a run did, or what two did: one HTML file that opens offline.",
-        epilog="example: diglot report runs/first --open",
+        epilog="example:\n  diglot report runs/first --open",
     )
     found.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run")
     found.add_argument("other", type=Path, nargs="?", metavar="RUN_B", help="another one to compare it with")

@@ -22,8 +22,10 @@ from diglot.cli.screen import show_phases
 from diglot.phases import LOADING, phase
 
 EXAMPLE = """example:
-  diglot score --teacher Qwen/Qwen2.5-1.5B-Instruct --data replies.jsonl --out runs/scores --level bytes
-  diglot train --teacher_model_name_or_path runs/scores --lmbda 0 --objective byte ...
+  diglot score --teacher Qwen/Qwen2.5-1.5B-Instruct --data replies.jsonl \\
+      --out runs/scores --level bytes
+  diglot train --teacher_model_name_or_path runs/scores \\
+      --lmbda 0 --objective byte ...
 
 Options that `diglot train` has as well mean the same there. Interrupted, the same command goes on where it was.
 """
@@ -33,6 +35,7 @@ def parser() -> Parser:
     """The parser of `diglot score`."""
     made = Parser(
         prog="diglot score",
+        usage="diglot score --teacher NAME --data NAME --out FOLDER [--OPTION VALUE ...]",
         description="Let a teacher score the replies of a dataset once, and keep what it said.",
         epilog=EXAMPLE,
     )
@@ -75,6 +78,9 @@ def score(arguments: Sequence[str]) -> int:
         check_counts(options, "teacher_max_length")
     check_data(options.data, "--data")
     check_model_name(options.teacher, "teacher", "--teacher", options.teacher_model_revision)
+    own, revision = options.teacher_tokenizer_name_or_path, options.teacher_model_revision
+    if own is not None:
+        check_model_name(own, "teacher's tokenizer", "--teacher_tokenizer_name_or_path", revision)
     show_phases()
     with phase(LOADING):
         from tqdm.auto import tqdm

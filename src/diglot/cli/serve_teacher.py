@@ -5,14 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from diglot.cli.loading import add_tokenizer_options, check_counts, check_place, json_mapping, load_model
+from diglot.cli.names import check_model_name
 from diglot.cli.parsing import Parser
+from diglot.cli.screen import show_phases
+from diglot.errors import ConfigError
+from diglot.http.address import is_address
+from diglot.phases import LOADING, phase
 
 EXAMPLE = """example:
-  diglot serve-teacher --student Qwen/Qwen3-1.7B --teacher http://127.0.0.1:8000 --teacher_tokenizer google/gemma-3-1b
-  diglot serve-teacher --student HuggingFaceTB/SmolLM2-135M-Instruct --teacher Qwen/Qwen2.5-1.5B-Instruct --port 8100
+  diglot serve-teacher --student Qwen/Qwen3-1.7B \\
+      --teacher http://127.0.0.1:8000 --teacher_tokenizer google/gemma-3-1b
+  diglot serve-teacher --student HuggingFaceTB/SmolLM2-135M-Instruct \\
+      --teacher Qwen/Qwen2.5-1.5B-Instruct --port 8100
 
 Clients ask as they would ask vLLM (POST /v1/completions with prompt_logprobs) or SGLang (POST /generate), in the
 student's ids. Keys: DIGLOT_PROXY_API_KEY for clients, DIGLOT_TEACHER_API_KEY for the teacher's server.
@@ -23,6 +31,7 @@ def parser() -> Parser:
     """The parser of the command."""
     made = Parser(
         prog="diglot serve-teacher",
+        usage="diglot serve-teacher --student NAME --teacher NAME [--OPTION VALUE ...]",
         description="Serve a teacher's log-probs in the ids of a student with another tokenizer.",
         epilog=EXAMPLE,
     )
@@ -64,13 +73,15 @@ def serve_teacher(arguments: Sequence[str]) -> int:
     check_counts(options, "concurrency", "queue", "max_tokens", "max_logprobs")
     if options.teacher_max_length is not None:
         check_counts(options, "teacher_max_length")
-    from diglot.engines.credit import find_rule
-
-    find_rule(options.credit)
+    _check_names(options)
     _need_packages()
-    from diglot.engines.serving.app import Proxy, Settings
-    from diglot.engines.serving.forms import Limits
-    from diglot.engines.serving.run import check_host, key_for_clients, serve
+    show_phases()
+    with phase(LOADING):
+        from diglot.engines.credit import find_rule
+        from diglot.engines.serving.app import Proxy, Settings
+        from diglot.engines.serving.forms import Limits
+        from diglot.engines.serving.run import check_host, key_for_clients, serve
+    find_rule(options.credit)
 
     key = key_for_clients()
     check_host(options.host, key)
@@ -86,12 +97,22 @@ def serve_teacher(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _check_names(options: argparse.Namespace) -> None:
+    """`ConfigError` for a name under which there is nothing to load, before any library is."""
+    served = is_address(options.teacher)
+    if served and options.teacher_tokenizer is None:
+        raise ConfigError(
+            "--teacher is an address: name its tokenizer with --teacher_tokenizer, as ids are sent to it."
+        )
+    check_model_name(options.student, "student", "--student")
+    if not served:
+        check_model_name(options.teacher, "teacher", "--teacher")
+    if options.teacher_tokenizer is not None:
+        check_model_name(options.teacher_tokenizer, "teacher's tokenizer", "--teacher_tokenizer")
+
+
 def _need_packages() -> None:
     """`ConfigError` that says what to install."""
-    from importlib.util import find_spec
-
-    from diglot.errors import ConfigError
-
     if missing := [name for name in ("starlette", "uvicorn", "httpx", "prometheus_client") if find_spec(name) is None]:
         raise ConfigError(f"serve-teacher needs {', '.join(missing)}: pip install 'diglot[proxy]'.")
 
@@ -99,8 +120,6 @@ def _need_packages() -> None:
 def _scorer(options: argparse.Namespace) -> Any:
     from diglot.engines.project import Projector
     from diglot.engines.serving.scorer import Scorer
-    from diglot.errors import ConfigError
-    from diglot.http.address import is_address
     from diglot.rendering import Renderer
     from diglot.vocabulary import load_tokenizer
 
@@ -109,10 +128,6 @@ def _scorer(options: argparse.Namespace) -> Any:
         chat_template_kwargs=options.student_chat_template_kwargs,
         name="student",
     )
-    if is_address(options.teacher) and options.teacher_tokenizer is None:
-        raise ConfigError(
-            "--teacher is an address: name its tokenizer with --teacher_tokenizer, as ids are sent to it."
-        )
     model = None if is_address(options.teacher) else _model(options)
     teacher = Renderer(
         load_tokenizer(options.teacher_tokenizer or options.teacher, options.teacher_tokenizer_kwargs),
@@ -128,7 +143,8 @@ def _scorer(options: argparse.Namespace) -> Any:
 
 def _model(options: argparse.Namespace) -> Any:
     check_place(options.device, options.dtype)
-    return load_model(options.teacher, options.device, options.dtype)
+    with phase(f"Loading the teacher {options.teacher}"):
+        return load_model(options.teacher, options.device, options.dtype)
 
 
 def _upstream(options: argparse.Namespace, model: Any, teacher: Any) -> Any:

@@ -57,12 +57,12 @@ class DistillationConfig(TrainingArguments):
         None, "Arguments for `from_pretrained` of the student when it is given by name.", "Student"
     )
     chat_template_kwargs: dict[str, Any] | str | None = option(
-        None, "Arguments for the student's chat template, for instance {enable_thinking: false}.", "Student"
+        None, """Arguments for the student's chat template, for instance {"enable_thinking": false}.""", "Student"
     )
     tokenizer_kwargs: dict[str, Any] | str | None = option(
         None,
-        "Arguments for `from_pretrained` of the student's tokenizer; {tokenizer_class: TokenizersBackend} reads its "
-        "tokenizer.json as it is.",
+        'Arguments for `from_pretrained` of the student\'s tokenizer; {"tokenizer_class": "TokenizersBackend"} reads '
+        "its tokenizer.json as it is.",
         "Student",
     )
     disable_dropout: bool = option(True, "Turn the student's dropout off, and the jitter of its routers.", "Student")

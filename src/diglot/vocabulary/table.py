@@ -177,13 +177,13 @@ class Vocabulary:
         mine, theirs = self._identity, other._identity
         missing, extra = len(mine.keys() - theirs.keys()), len(theirs.keys() - mine.keys())
         differing = sorted(i for i in mine.keys() & theirs.keys() if mine[i] != theirs[i])
-        parts = [f"{len(mine)} tokens against {len(theirs)}"]
+        parts = [f"{len(mine):,} tokens against {len(theirs):,}"]
         if missing or extra:
-            parts.append(f"{missing} ids only in the first, {extra} only in the second")
+            parts.append(f"{missing:,} ids only in the first, {extra:,} only in the second")
         if differing:
             first = differing[0]
             parts.append(
-                f"{len(differing)} ids stand for other text (the first is {first}: {self.display(first)!r} against "
+                f"{len(differing):,} ids stand for other text (the first is {first}: {self.display(first)!r} against "
                 f"{other.display(first)!r})"
             )
         return "; ".join(parts)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from transformers.trainer_callback import ProgressCallback
 from diglot.report import Advice, advise
 from diglot.report.advice import selection
 from diglot.report.records import METRICS, ROLLOUTS, append, keep
-from diglot.watching.shown import numbers_that_matter
+from diglot.watching.shown import as_text, numbers_that_matter
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +87,8 @@ class NumbersProgress(ProgressCallback):
         numbers = numbers_that_matter(logs)
         if numbers:
             bar.set_postfix({k: v for k, v in numbers.items() if k in ("loss", "nats/byte", "coverage")})
-            bar.write(f"step {state.global_step}: " + ", ".join(f"{name} {value}" for name, value in numbers.items()))
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+            bar.write(as_text(state.global_step, numbers, width))
 
 
 def with_numbers(trainer: Any) -> None:
