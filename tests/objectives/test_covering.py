@@ -170,8 +170,8 @@ def test_neither_the_order_of_a_batch_nor_bfloat16_changes_what_is_compared() ->
         targets = objective.targets(plan, made)
         rank = order[batch.written.student.segment[plan.student]]
         flat = torch.linspace(-1, 1, logits.shape[1]).expand(len(plan.student), -1)
-        given = objective.given(plan, targets, batch.written, torch.device("cpu"))
-        values, rounded = objective(flat, None, **given).loss, objective(flat.bfloat16(), None, **given).loss
+        inputs = objective.row_inputs(plan, targets, batch.written, torch.device("cpu"))
+        values, rounded = objective(flat, None, **inputs).loss, objective(flat.bfloat16(), None, **inputs).loss
         assert torch.isfinite(values).all()
         torch.testing.assert_close(values, rounded, rtol=0.05, atol=1e-2)
         sums.append([float(values[torch.from_numpy(rank == k)].sum()) for k in range(3)])

@@ -34,7 +34,13 @@ def parts(problem: Problem, objective: DSKD) -> dict[str, Any]:
     for part in objective.parts(known, problem.hidden_s, problem.hidden_t):
         rows = (part.rows_left, part.rows_right, torch.ones(len(LABEL), dtype=torch.float64), 4)
         found[part.name] = reduce_rows(
-            part.compare, part.left, heads[part.left_head], part.right, heads[part.right_head], *rows, given=part.given
+            part.compare,
+            part.left,
+            heads[part.left_head],
+            part.right,
+            heads[part.right_head],
+            *rows,
+            inputs=part.inputs,
         )
     return found
 
@@ -103,7 +109,7 @@ def test_equal_models_give_zero_in_both_spaces() -> None:
     for part in (of_student, of_teacher):
         rows_of = (part.rows_left, part.rows_right, torch.ones(len(LABEL)), 4)
         total, _ = reduce_rows(
-            part.compare, part.left, problem.head_s, part.right, problem.head_s, *rows_of, given=part.given
+            part.compare, part.left, problem.head_s, part.right, problem.head_s, *rows_of, inputs=part.inputs
         )
         assert total.abs() < 1e-5
 

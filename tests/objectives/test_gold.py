@@ -189,8 +189,10 @@ def test_gold_is_its_definition(beta: float, weights: str) -> None:
 
 def test_beta_zero_is_forward_and_a_swapped_beta_is_another_number() -> None:
     s, t = logits(1, 12, 9), logits(1, 9, 10)
-    given = {"rest_s": rest(-0.3), "rest_t": rest(0.0)}
-    found = {b: make_objective("gold", PAIR, beta=b)(s, t, **given).metrics["matched"].item() for b in (0, 0.3, 0.7, 1)}
+    inputs = {"rest_s": rest(-0.3), "rest_t": rest(0.0)}
+    found = {
+        b: make_objective("gold", PAIR, beta=b)(s, t, **inputs).metrics["matched"].item() for b in (0, 0.3, 0.7, 1)
+    }
     assert found[0] == pytest.approx(plain_gold(s[0], t[0], -0.3, 0.0, 0)[0])
     for beta, swapped in ((0, 1), (0.3, 0.7)):
         assert abs(found[beta] - found[swapped]) > 1e-3
@@ -212,8 +214,8 @@ def test_gold_equals_jsd_where_everything_is_matched_and_chunks_are_tokens(beta:
 def test_equal_distributions_have_no_gold_and_no_gradient_even_of_merged_chunks(beta: float) -> None:
     partly = Pair(True, 8, 8, torch.arange(4), torch.arange(4), torch.tensor([7]), torch.tensor([7]))
     s, before = logits(4, 8, 13).requires_grad_(), rest(0.0, -1.0, -2.0, -5.0).requires_grad_()
-    given = {"rest_s": before, "rest_t": before.detach()}
-    loss = make_objective("gold", partly, beta=beta)(s, s.detach(), **given).loss
+    inputs = {"rest_s": before, "rest_t": before.detach()}
+    loss = make_objective("gold", partly, beta=beta)(s, s.detach(), **inputs).loss
     assert loss.abs().max() < 1e-12
     for gradient in torch.autograd.grad(loss.sum(), (s, before)):
         assert gradient.abs().max() < 1e-12
@@ -249,8 +251,8 @@ def test_gold_sees_the_distribution_not_the_ids() -> None:
     renumbered[:, order] = t
     renumbered[:, [4, 7]] = t[:, [8]] - math.log(2)
     other = Pair(False, 12, 10, PAIR.shared_s, order[PAIR.shared_t], PAIR.stop_s, torch.tensor([7, 4]))
-    given = {"rest_s": REST_S, "rest_t": REST_T}
-    one, two = make_objective("gold", PAIR)(s, t, **given), make_objective("gold", other)(s, renumbered, **given)
+    inputs = {"rest_s": REST_S, "rest_t": REST_T}
+    one, two = make_objective("gold", PAIR)(s, t, **inputs), make_objective("gold", other)(s, renumbered, **inputs)
     torch.testing.assert_close(one.loss, two.loss)
 
 
@@ -292,13 +294,13 @@ def test_gold_leaves_out_chunks_that_are_not_exact() -> None:
 def test_a_row_read_one_late_is_another_number() -> None:
     scored = Scored.of("chatml", "inst")
     objective: Any = make_objective("gold", scored.pair)
-    rows, given = scored.asked(objective)
-    right = objective(scored.logits_s[rows.student], scored.logits_t[rows.teacher], **given).loss[:-1]
+    rows, inputs = scored.rows_and_inputs(objective)
+    right = objective(scored.logits_s[rows.student], scored.logits_t[rows.teacher], **inputs).loss[:-1]
     for late_s, late_t in ((1, 0), (0, 1), (1, 1)):
         late = objective(
             scored.logits_s[rows.student[:-1] + late_s],
             scored.logits_t[rows.teacher[:-1] + late_t],
-            **{name: value[:-1] for name, value in given.items()},
+            **{name: value[:-1] for name, value in inputs.items()},
         ).loss
         assert (late != right).all() and (late - right).abs().mean() > 0.01
 

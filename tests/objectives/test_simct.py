@@ -85,8 +85,8 @@ def evaluated(s: Tensor, t: Tensor, written: Written, pair: Pair = PAIR) -> tupl
     objective = simct(pair)
     rows = objective.rows(written)
     path = Path(path_logp(s, written.student, pair.stop_s), path_logp(t, written.teacher, pair.stop_t))
-    given = {**rows.given, **objective.extra(rows, written, Asked(path))}
-    return rows, objective(s[rows.student], t[rows.teacher], **given)
+    inputs = {**rows.inputs, **objective.extra(rows, written, Asked(path))}
+    return rows, objective(s[rows.student], t[rows.teacher], **inputs)
 
 
 def plain(
@@ -108,7 +108,7 @@ def test_rows_open_every_exact_chunk_and_know_their_units() -> None:
     rows = simct().rows(problem())
     assert rows.student.tolist() == [0, 3, 4, 6, 8]
     assert rows.teacher.tolist() == [0, 2, 3, 4, 6]
-    assert rows.given["unit"].tolist() == [True, False, False, False, True]
+    assert rows.inputs["unit"].tolist() == [True, False, False, False, True]
     assert rows.items == 5
 
 
@@ -152,14 +152,14 @@ def test_a_unit_that_a_shared_token_spells_is_not_counted_twice() -> None:
     """ "cd" written as c d is the candidate "cd" already; without that token on the student's side it is a unit."""
     without = vocabulary("a", "b", "c", "ab", "zz", "d", stops=2)
     pair = Pair.of(without, TEACHER, [6, 7], [6])
-    assert simct(pair).rows(problem()).given["unit"].tolist() == [True, False, True, False, True]
+    assert simct(pair).rows(problem()).inputs["unit"].tolist() == [True, False, True, False, True]
 
 
 def test_stop_is_no_unit_even_behind_a_token_without_bytes() -> None:
     cut_s, cut_t = side([1, 1, 2], stopped=[0]), side([1, 2], stopped=[0])
     sides = written_side([0, 7, 7], cut_s), written_side([2, 6], cut_t)
     rows = simct().rows(Written(*sides, align(cut_s, cut_t, 1), [b"a"]))
-    assert rows.student.tolist() == [0, 1] and rows.given["unit"].tolist() == [False, False]
+    assert rows.student.tolist() == [0, 1] and rows.inputs["unit"].tolist() == [False, False]
 
 
 def test_equal_vocabularies_and_distributions_give_no_loss() -> None:
@@ -229,7 +229,7 @@ def test_real_texts_have_units_whose_bytes_no_shared_token_has() -> None:
     tables = [r.vocabulary for r in sides]
     pair = Pair.of(*tables, *[[r.stop_id] for r in sides])
     rows = simct(pair).rows(written)
-    unit = rows.given["unit"]
+    unit = rows.inputs["unit"]
     assert 0 < int(unit.sum()) < len(unit) == int(written.alignment.chunk_exact.sum())
     shared = {tables[0].token(i) for i in pair.shared_s.tolist()}
     for first, has in zip(rows.student.tolist(), unit.tolist(), strict=True):

@@ -110,9 +110,9 @@ def test_it_asks_for_no_more_than_a_server_gives_and_no_rows_of_logits() -> None
     scored = Scored.of("chatml", "turns")
     objective = make_objective("top_k", scored.pair, k=7)
     assert objective.needs == Level.TOP_K
-    rows, given = scored.asked(objective)  # type: ignore[arg-type]
-    assert given["top_ids"].shape == (len(rows.student), 7)
-    assert objective(scored.logits_s[rows.student], None, **given).loss.isfinite().all()  # type: ignore[operator]
+    rows, inputs = scored.rows_and_inputs(objective)  # type: ignore[arg-type]
+    assert inputs["top_ids"].shape == (len(rows.student), 7)
+    assert objective(scored.logits_s[rows.student], None, **inputs).loss.isfinite().all()  # type: ignore[operator]
 
 
 def test_options_that_read_nothing_are_refused() -> None:

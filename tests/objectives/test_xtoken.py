@@ -326,7 +326,7 @@ def test_rows_are_the_last_tokens_of_exact_chunks(name: str) -> None:
     written = Written(mine, theirs, align(side_s, side_t, 1), [b"0123456"])
     rows = make(name).rows(written)
     assert (rows.student.tolist(), rows.teacher.tolist()) == ([1, 3, 4], [1, 4, 5])
-    assert rows.items == 3 and not rows.given
+    assert rows.items == 3 and not rows.inputs
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -65,17 +65,17 @@ class ESCD(BPM):
         s = written.student
         token = s.ids[i]
         child = np.minimum(i + 1, len(s.ids) - 1)
-        has = (root.given["inside"].numpy() == 0) & ~s.stop[i] & (child > i) & (s.segment[child] == s.segment[i])
+        has = (root.inputs["inside"].numpy() == 0) & ~s.stop[i] & (child > i) & (s.segment[child] == s.segment[i])
         has &= written.usable_s[child]
         has &= self._groups_of[token + 1] > self._groups_of[token]
         parents = np.flatnonzero(has)
         low, high = self._groups_of[token[parents]], self._groups_of[token[parents] + 1]
-        given = {name: torch.cat([value, value.new_zeros(len(parents))]) for name, value in root.given.items()}
+        inputs = {name: torch.cat([value, value.new_zeros(len(parents))]) for name, value in root.inputs.items()}
         for name, of_child in (("group_low", low), ("group_high", high)):
-            given[name] = torch.from_numpy(np.concatenate([np.zeros(len(i), np.int64), of_child]))
+            inputs[name] = torch.from_numpy(np.concatenate([np.zeros(len(i), np.int64), of_child]))
         student = torch.from_numpy(np.concatenate([i, child[parents]]))
         teacher = torch.from_numpy(np.concatenate([j, j[parents]]))
-        return Rows(student, teacher, given, count=len(i), skipped=root.skipped)
+        return Rows(student, teacher, inputs, count=len(i), skipped=root.skipped)
 
     def extra(self, rows: Rows, written: Written, scores: Scores) -> dict[str, Tensor]:
         """What `bpm` asks of the roots; of the children, on the host, that they are some and what their groups hold."""
@@ -83,7 +83,7 @@ class ESCD(BPM):
         found = super().extra(replace(_first(rows, roots), planned=_first(host, roots)), written, scores)
         children = len(rows.student) - roots
         column, mass, entries = found["span_column"], found["span_mass"], found["entries"]
-        low, high = host.given["group_low"].numpy(), host.given["group_high"].numpy()
+        low, high = host.inputs["group_low"].numpy(), host.inputs["group_high"].numpy()
         before = np.pad(np.cumsum(self._sizes, axis=1), ((0, 0), (1, 0)))
         held = np.stack([high - low, *(before[:, high] - before[:, low])], axis=-1)
         return {
@@ -94,11 +94,11 @@ class ESCD(BPM):
             "held": torch.from_numpy(held),
         }
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
-        child, held = given.pop("child"), given.pop("held")
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **inputs: Tensor) -> Values:
+        child, held = inputs.pop("child"), inputs.pop("held")
         roots = len(child) - int(child.sum())  # the children stand behind them
-        root = super().__call__(logits_s[:roots], logits_t[:roots], **{k: v[:roots] for k, v in given.items()})
-        low, high = given["group_low"][roots:], given["group_high"][roots:]
+        root = super().__call__(logits_s[:roots], logits_t[:roots], **{k: v[:roots] for k, v in inputs.items()})
+        low, high = inputs["group_low"][roots:], inputs["group_high"][roots:]
         completion, mass = self.completion(logits_s[roots:], logits_t[roots:], low, high, held[roots:])
         of_root, of_child = (x.new_full((n,), torch.nan) for x, n in ((root.loss.detach(), roots), (mass, len(mass))))
         metrics = {name: torch.cat([value, of_child.to(value)]) for name, value in root.metrics.items()}
@@ -180,5 +180,5 @@ def _shortest_prefixes(vocabulary: Vocabulary, ids: Ints, piece: Ints) -> Ints:
 
 
 def _first(rows: Rows, count: int) -> Rows:
-    given = {name: value[:count] for name, value in rows.given.items()}
-    return Rows(rows.student[:count], rows.teacher[:count], given)
+    inputs = {name: value[:count] for name, value in rows.inputs.items()}
+    return Rows(rows.student[:count], rows.teacher[:count], inputs)

@@ -68,7 +68,7 @@ class JSD(RowObjective):
         self.beta = beta
         self.same_stops = set(pair.stop_s.tolist()) == set(pair.stop_t.tolist())
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **inputs: Tensor) -> Values:
         if self.same_stops:
             return Values(full_jsd(logits_s, logits_t, self.beta))
         return Values(jsd_with_stop(logits_s, logits_t, self.pair.stop_s, self.pair.stop_t, self.beta))

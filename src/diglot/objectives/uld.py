@@ -107,5 +107,5 @@ class ULD(RowObjective):
         skipped = {"not_comparable": int((~usable).sum())}
         return Rows(torch.from_numpy(at_s[usable]), torch.from_numpy(at_t[usable]), skipped=skipped)
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **inputs: Tensor) -> Values:
         return Values(sorted_l1(*(at_least_float32(x).softmax(-1) for x in (logits_s, logits_t))))
