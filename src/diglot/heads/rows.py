@@ -94,21 +94,21 @@ def reduce_rows(
     form: Callable[..., tuple[PartFunction, Tensor | None]] = _whole_rows
     if few := reads_few_columns(objective, head_s, head_t):
         form = _columns
-    found = _FoundValues(len(rows_s))
+    row_values = _RowValues(len(rows_s))
     for at in blocks(len(rows_s), chunk_rows):
         rows, of_teacher = rows_s[at], None if hidden_t is None else hidden_t[rows_t[at].to(hidden_t.device)]
         of_part, ids = form(objective, hidden_s.detach()[rows], head_s, of_teacher, head_t, temperature)
         cuts = [slice(0, len(rows))] if few else list(parts(len(rows), chunk_rows))
         block = _Block(at, rows, ids, of_part, cuts, {n: value.detach()[at] for n, value in inputs.items()})
         if gradients:
-            gradients.add(block, found)
+            gradients.add(block, row_values)
         else:
             raw = head_s.raw(hidden_s[rows], ids=ids)
             for part in cuts:
-                found.add(of_part(raw[part], block.known(part), part))
+                row_values.add(of_part(raw[part], block.known(part), part))
             del raw
         del of_part, of_teacher, block
-    values = found.whole()
+    values = row_values.whole()
     # Summed here, not block by block: the rounding of the value then is the same for every block size.
     total = _weighted(values.loss, weight).sum()
     return (total if gradients is None else gradients.attached_to(total)), values
@@ -243,7 +243,7 @@ class Joining:
         return self.joined[: self.length]
 
 
-class _FoundValues:
+class _RowValues:
     """The values of all rows, part by part."""
 
     def __init__(self, rows: int) -> None:
@@ -294,17 +294,17 @@ class _Gradients:
         self.inputs = {name: value for name, value in inputs.items() if value.requires_grad}
         self.of_inputs = {name: torch.zeros_like(value, requires_grad=False) for name, value in self.inputs.items()}
 
-    def add(self, block: _Block, found: _FoundValues) -> None:
-        """Add the gradient of one block, and the values of its parts to `found`."""
+    def add(self, block: _Block, row_values: _RowValues) -> None:
+        """Add the gradient of one block, and the values of its parts to `row_values`."""
         raw, way_back = self.head.raw(self.hidden.detach()[block.rows], block.ids)
         any_gradient = False
         for part in block.parts:
-            any_gradient |= self._replace(raw, block, part, found)
+            any_gradient |= self._replace(raw, block, part, row_values)
         of_hidden = way_back(raw) if any_gradient else None
         if self.hidden_sum is not None and of_hidden is not None:
             self.hidden_sum.index_add_(0, block.rows, of_hidden.to(self.hidden_sum.dtype))
 
-    def _replace(self, raw: Tensor, block: _Block, part: slice, found: _FoundValues) -> bool:
+    def _replace(self, raw: Tensor, block: _Block, part: slice, row_values: _RowValues) -> bool:
         """Put the gradient of a part in the place of its logits; returns if there is one.
 
         A function of its own, so that nothing of a part outlives it.
@@ -321,16 +321,16 @@ class _Gradients:
             for so_far, gradient in zip(self.of_inputs.values(), of_known, strict=True):
                 if gradient is not None:
                     so_far[block.at][part].add_(gradient)
-        found.add(values)
+        row_values.add(values)
         return put(of_leaf, raw[part])
 
     def attached_to(self, total: Tensor) -> Tensor:
         """`total` as a node of the graph with these gradients."""
         tensors = (self.hidden, *self.head.parameters, *self.inputs.values())
-        found: Tensor = _Attach.apply(
+        attached: Tensor = _Attach.apply(
             total, [self.hidden_sum, *self.head.sums, *self.of_inputs.values()], self.scale, *tensors
         )
-        return found
+        return attached
 
 
 class _Attach(torch.autograd.Function):
@@ -349,9 +349,9 @@ class _Attach(torch.autograd.Function):
                 "The gradient of a reduced loss was asked for a second time: it is handed over at the first, and kept "
                 "nowhere. Add the losses before `backward`, or compute this one again."
             )
-        found, ctx.gradients = ctx.gradients, None
+        gradients, ctx.gradients = ctx.gradients, None
         factor = ctx.scale * grad_output  # before anything is rounded to 16 bits
-        scaled = (None if g is None else g.mul_(factor.to(g.dtype)) for g in found)
+        scaled = (None if g is None else g.mul_(factor.to(g.dtype)) for g in gradients)
         return None, None, None, *(None if g is None else g.to(x) for g, x in zip(scaled, ctx.dtypes, strict=True))
 
 
