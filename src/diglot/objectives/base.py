@@ -291,8 +291,8 @@ class PathObjective(Objective):
     def loss(self, plan: Mask, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
         values, _ = self(self.path(scores), scores.alignment)
         at = sent(plan.mask.nonzero()[:, 0], scores.device)  # a mask on the device would make the host wait for it
-        found = {name: value[at] for name, value in {"loss": values.loss, **values.metrics}.items()}
-        return share * found["loss"].sum(), found
+        metrics = {name: value[at] for name, value in {"loss": values.loss, **values.metrics}.items()}
+        return share * metrics["loss"].sum(), metrics
 
 
 def at_least_float32(x: Tensor) -> Tensor:

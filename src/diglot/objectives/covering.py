@@ -97,15 +97,15 @@ class Covering(PairObjective):
         """The teacher's side, constant."""
         written = scores.written
         t = written.teacher
-        count, asked = len(t.ids), len(plan.prefixes.row)
+        count, num_prefixes = len(t.ids), len(plan.prefixes.row)
         row = np.concatenate([np.arange(count), plan.branch.row, plan.prefixes.row])
         token = np.concatenate([t.ids, plan.branch.ids, plan.prefixes.token])
         behind = scores.teacher_behind(plan.branch)
         hidden = torch.cat([scores.hidden_t, behind])
         read = read_rows(scores.teacher_log_probs(hidden), row, token, plan.earlier, 0, self.table)
         text = np.where(t.stop, read.stop[:count], read.single[:count])
-        rows = TeacherRows(text, read.single[count : len(row) - asked], read)
-        prefix = read.single[len(row) - asked :]
+        rows = TeacherRows(text, read.single[count : len(row) - num_prefixes], read)
+        prefix = read.single[len(row) - num_prefixes :]
 
         plan, rows = with_inner(plan, rows, prefix, scores, self.teacher, self.spell_t, self.table)
 
@@ -133,9 +133,9 @@ class Covering(PairObjective):
     def explained(self, plan: CoveringPlan, scores: Scores) -> Tensor:
         student, _, values = self._compared(plan, scores, self._known_targets(plan, scores), 0.0)
         gain = values.metrics[_EXPLAINED]
-        found = torch.full((len(scores.written.student.ids),), math.nan, dtype=gain.dtype, device=gain.device)
-        found[student] = gain
-        return found
+        explained = torch.full((len(scores.written.student.ids),), math.nan, dtype=gain.dtype, device=gain.device)
+        explained[student] = gain
+        return explained
 
     def _compared(
         self, plan: CoveringPlan, scores: Scores, targets: Targets, share: float

@@ -99,5 +99,5 @@ def least_squares(source: Tensor, target: Tensor, ridge: float) -> Tensor:
     """
     gram = target.T @ target
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    found: Tensor = torch.linalg.solve(gram, target.T @ source).T.float().contiguous()
-    return found
+    projector: Tensor = torch.linalg.solve(gram, target.T @ source).T.float().contiguous()
+    return projector

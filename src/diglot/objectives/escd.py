@@ -80,9 +80,9 @@ class ESCD(BPM):
     def extra(self, rows: Rows, written: Written, scores: Scores) -> dict[str, Tensor]:
         """What `bpm` asks of the roots; of the children, on the host, that they are some and what their groups hold."""
         roots, host = rows.items, rows.on_host
-        found = super().extra(replace(_first(rows, roots), planned=_first(host, roots)), written, scores)
+        of_roots = super().extra(replace(_first(rows, roots), planned=_first(host, roots)), written, scores)
         children = len(rows.student) - roots
-        column, mass, entries = found["span_column"], found["span_mass"], found["entries"]
+        column, mass, entries = of_roots["span_column"], of_roots["span_mass"], of_roots["entries"]
         low, high = host.inputs["group_low"].numpy(), host.inputs["group_high"].numpy()
         before = np.pad(np.cumsum(self._sizes, axis=1), ((0, 0), (1, 0)))
         held = np.stack([high - low, *(before[:, high] - before[:, low])], axis=-1)
@@ -156,8 +156,8 @@ def completion_groups(teacher: Vocabulary, student: Vocabulary, greedy: Ints) ->
     for on, depth, node in student.trie.walk(teacher.data, begin, end):
         whole = begin[on] + depth == end[on]
         low[on[whole]], high[on[whole]] = student.trie.low[node[whole]], student.trie.high[node[whole]]
-    kept = high > low
-    ids, piece, representative, low, high = (x[kept] for x in (ids, piece, representative, low, high))
+    completable = high > low
+    ids, piece, representative, low, high = (x[completable] for x in (ids, piece, representative, low, high))
     order = np.lexsort((ids, representative, piece))
     ids, piece, representative, low, high = (x[order] for x in (ids, piece, representative, low, high))
     opens = np.flatnonzero(np.diff(representative, prepend=-1) | np.diff(piece, prepend=-1))
@@ -170,12 +170,12 @@ def _shortest_prefixes(vocabulary: Vocabulary, ids: Ints, piece: Ints) -> Ints:
     member = np.full(len(vocabulary), -1, dtype=np.int64)
     member[ids] = piece
     best = ids.copy()
-    found = np.zeros(len(ids), dtype=np.bool_)
+    settled = np.zeros(len(ids), dtype=np.bool_)
     trie = vocabulary.trie
     for on, _, node in trie.walk(vocabulary.data, vocabulary.offsets[ids], vocabulary.offsets[ids + 1]):
         token = trie.token[node]
-        hit = (token >= 0) & ~found[on] & (member[token] == piece[on])
-        best[on[hit]], found[on[hit]] = token[hit], True
+        hit = (token >= 0) & ~settled[on] & (member[token] == piece[on])
+        best[on[hit]], settled[on[hit]] = token[hit], True
     return best
 
 
