@@ -103,8 +103,8 @@ def test_the_options_of_the_definition_are_not_idle() -> None:
     alignment = random_alignment(0)
     path = random_path(alignment, 0)
     options = ({}, dict(chunks="outcome"), dict(chunks="threshold", threshold=1.5), dict(noncanonical="mask"))
-    found = [alm(**o)(path, alignment)[0] for o in options]
-    whole, merged, filtered, masked = found
+    values = [alm(**o)(path, alignment)[0] for o in options]
+    whole, merged, filtered, masked = values
     exact = int(alignment.chunk_exact.sum())
     assert int((whole.loss != 0).sum()) == exact > int((merged.loss != 0).sum())
     assert merged.metrics["compared"].sum() == exact
@@ -154,9 +154,9 @@ def test_equal_outcomes_give_no_loss_and_no_gradient(options: dict[str, Any]) ->
 def test_equal_vocabularies_compare_token_by_token() -> None:
     alignment = aligned(side([1, 3, 4], stopped=[0]), side([1, 3, 4], stopped=[0]))
     logp_s, logp_t = torch.tensor([-1.0, -0.2, -3.0]), torch.tensor([-0.5, -0.2, -0.1])
-    found = alm(tau=1.0)(Path(logp_s, logp_t), alignment)[0].loss
+    losses = alm(tau=1.0)(Path(logp_s, logp_t), alignment)[0].loss
     expected = [coin(s, t, 1.0, "kl") for s, t in zip(logp_s.tolist(), logp_t.tolist(), strict=True)]
-    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+    assert losses.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "tvd"])

@@ -126,7 +126,7 @@ def test_the_gradient_is_that_of_the_plain_formula() -> None:
     made = scores(batch, student, name)
     plan = objective.plan(batch.written)
     loss, metrics = objective.loss(plan, made, 0.5)
-    (found,) = torch.autograd.grad(loss, [made.hidden_s])
+    (gradient,) = torch.autograd.grad(loss, [made.hidden_s])
     targets = objective.targets(plan, made)
     hidden = made.hidden_s.detach().double().requires_grad_()
     weight = made.student.head.parameters[0].detach().double()
@@ -141,8 +141,8 @@ def test_the_gradient_is_that_of_the_plain_formula() -> None:
                 continue
             members = np.flatnonzero(objective.cells.cell == cell).tolist()
             split = targets.own[r] == c
-            kept = [m for m in members if not (split and m == own)]
-            pieces.append((p[kept].sum(), mass - (float(targets.own_mass[r]) if split else 0.0)))
+            summed = [m for m in members if not (split and m == own)]
+            pieces.append((p[summed].sum(), mass - (float(targets.own_mass[r]) if split else 0.0)))
             if split:
                 pieces.append((p[own], float(targets.own_mass[r])))
         rest_p, rest_t = 1 - sum(x for x, _ in pieces), 1 - sum(m for _, m in pieces)
@@ -152,7 +152,7 @@ def test_the_gradient_is_that_of_the_plain_formula() -> None:
             total = total + 0.3 * t * (t / mixed).log() + 0.7 * x * (x / mixed).log()
     (wanted,) = torch.autograd.grad(0.5 * total, [hidden])
     assert float(loss.detach()) == pytest.approx(0.5 * float(total.detach()), rel=1e-4)
-    torch.testing.assert_close(found.double(), wanted, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=2e-3, atol=1e-6)
     assert len(metrics["loss"]) == plan.items
 
 

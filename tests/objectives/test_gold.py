@@ -109,8 +109,8 @@ def test_uld_is_its_definition_and_pads_the_shorter_side_with_zeros(size_s: int,
     expected = [plain_sorted_l1(a, b) for a, b in zip(p.tolist(), q.tolist(), strict=True)]
     assert sorted_l1(p, q).tolist() == pytest.approx(expected, abs=1e-12)
     if size_s and size_t:
-        found = make_objective("uld", PAIR)(p.log(), q.log())
-        assert found.loss.tolist() == pytest.approx(expected, abs=1e-12)
+        values = make_objective("uld", PAIR)(p.log(), q.log())
+        assert values.loss.tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_equal_spectra_of_disjoint_meaning_have_no_uld() -> None:
@@ -132,8 +132,8 @@ def test_the_gradient_of_uld_is_the_derivative(size_s: int, size_t: int) -> None
 def test_the_backward_pass_of_sorted_l1_keeps_one_byte_per_mass() -> None:
     p, q = logits(4, 50, 5).softmax(-1).requires_grad_(), logits(4, 60, 6).softmax(-1)
     node = sorted_l1(p, q).grad_fn
-    (kept,) = node.saved_tensors  # type: ignore[union-attr]
-    assert kept.dtype == torch.int8 and kept.shape == p.shape
+    (signs,) = node.saved_tensors  # type: ignore[union-attr]
+    assert signs.dtype == torch.int8 and signs.shape == p.shape
 
 
 def test_uld_reads_pairs_or_the_same_index() -> None:
@@ -175,14 +175,14 @@ REST_S, REST_T = rest(0.0, -0.4, -2.0, 0.0, -7.0), rest(0.0, 0.0, -1.5, -3.0, -0
 @pytest.mark.parametrize("beta", BETAS)
 def test_gold_is_its_definition(beta: float, weights: str) -> None:
     s, t = logits(5, 12, 7), logits(5, 9, 8)
-    found = make_objective("gold", PAIR, beta=beta, weights=weights)(s, t, rest_s=REST_S, rest_t=REST_T)
+    values = make_objective("gold", PAIR, beta=beta, weights=weights)(s, t, rest_s=REST_S, rest_t=REST_T)
     parts = [plain_gold(*row, beta) for row in zip(s, t, REST_S.tolist(), REST_T.tolist(), strict=True)]
     matched, unmatched = zip(*parts, strict=True)
-    assert found.metrics["matched"].tolist() == pytest.approx(matched, abs=1e-12)
-    assert found.metrics["unmatched"].tolist() == pytest.approx(unmatched, abs=1e-12)
+    assert values.metrics["matched"].tolist() == pytest.approx(matched, abs=1e-12)
+    assert values.metrics["unmatched"].tolist() == pytest.approx(unmatched, abs=1e-12)
     w_m, w_u = (1.0, 1.0) if weights == "mass" else (6 / 9, 3 / 9)  # five shared ids and one stop id of nine
-    assert found.loss.tolist() == pytest.approx([w_m * m + w_u * u for m, u in parts], abs=1e-12)
-    assert found.metrics["mass_s"].tolist() == pytest.approx(
+    assert values.loss.tolist() == pytest.approx([w_m * m + w_u * u for m, u in parts], abs=1e-12)
+    assert values.metrics["mass_s"].tolist() == pytest.approx(
         s.softmax(-1)[:, [1, 3, 4, 6, 9, 10, 11]].sum(-1).tolist(), abs=1e-12
     )
 
@@ -190,12 +190,12 @@ def test_gold_is_its_definition(beta: float, weights: str) -> None:
 def test_beta_zero_is_forward_and_a_swapped_beta_is_another_number() -> None:
     s, t = logits(1, 12, 9), logits(1, 9, 10)
     inputs = {"rest_s": rest(-0.3), "rest_t": rest(0.0)}
-    found = {
+    losses = {
         b: make_objective("gold", PAIR, beta=b)(s, t, **inputs).metrics["matched"].item() for b in (0, 0.3, 0.7, 1)
     }
-    assert found[0] == pytest.approx(plain_gold(s[0], t[0], -0.3, 0.0, 0)[0])
+    assert losses[0] == pytest.approx(plain_gold(s[0], t[0], -0.3, 0.0, 0)[0])
     for beta, swapped in ((0, 1), (0.3, 0.7)):
-        assert abs(found[beta] - found[swapped]) > 1e-3
+        assert abs(losses[beta] - losses[swapped]) > 1e-3
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -203,10 +203,10 @@ def test_gold_equals_jsd_where_everything_is_matched_and_chunks_are_tokens(beta:
     s, t = logits(4, 8, 11).requires_grad_(), logits(4, 8, 12)
     zero = rest(0, 0, 0, 0)
     for weights in ("mass", "count"):
-        found = make_objective("gold", SAME, beta=beta, weights=weights)(s, t, rest_s=zero, rest_t=zero).loss
+        loss = make_objective("gold", SAME, beta=beta, weights=weights)(s, t, rest_s=zero, rest_t=zero).loss
         expected = full_jsd(s, t, beta)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-        one, other = (torch.autograd.grad(x.sum(), s)[0] for x in (found, expected))
+        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+        one, other = (torch.autograd.grad(x.sum(), s)[0] for x in (loss, expected))
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 

@@ -123,9 +123,9 @@ def logits(side: PackedSide, size: int, seed: int) -> Tensor:
 
 
 def labels(side: PackedSide) -> Tensor:
-    found = torch.full_like(side.input_ids, -100).flatten()
-    found[side.rows + 1] = side.targets
-    return found.view_as(side.input_ids)
+    labels = torch.full_like(side.input_ids, -100).flatten()
+    labels[side.rows + 1] = side.targets
+    return labels.view_as(side.input_ids)
 
 
 @dataclass

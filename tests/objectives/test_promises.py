@@ -58,9 +58,9 @@ def test_permuting_the_ids_of_both_vocabularies_changes_nothing(name: str, optio
     scored = Scored.of("chatml", "turns")
     values = scored.values(name, **options)
     permuted, columns = _permuted(scored)
-    found = permuted.values(name, **options)
-    torch.testing.assert_close(found.loss.sum(), values.loss.sum(), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(permuted.gradient(found.loss), scored.gradient(values.loss)[:, columns])
+    renumbered = permuted.values(name, **options)
+    torch.testing.assert_close(renumbered.loss.sum(), values.loss.sum(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(permuted.gradient(renumbered.loss), scored.gradient(values.loss)[:, columns])
 
 
 def _permuted(scored: Scored) -> tuple[Scored, torch.Tensor]:
@@ -212,10 +212,10 @@ def test_with_equal_vocabularies_the_value_is_the_textbook_jsd(name: str, option
     control[scored.pair.stop_s[:1]] = False
     scored.logits_s = scored.logits_s.detach().masked_fill(control, -300.0).requires_grad_()
     scored.logits_t = scored.logits_t.masked_fill(control, -300.0)
-    found, textbook = scored.values(name, **options).loss, scored.values("jsd", beta=beta).loss
-    assert len(found) == len(textbook)
-    torch.testing.assert_close(found, textbook, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(scored.gradient(found), scored.gradient(textbook), rtol=1e-6, atol=1e-9)
+    loss, textbook = scored.values(name, **options).loss, scored.values("jsd", beta=beta).loss
+    assert len(loss) == len(textbook)
+    torch.testing.assert_close(loss, textbook, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(scored.gradient(loss), scored.gradient(textbook), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("sides", PAIRS, ids="-".join)
