@@ -43,13 +43,13 @@ def models() -> dict[str, torch.nn.Module]:
 
 def alone(model: torch.nn.Module, branches: Branches = BRANCHES) -> torch.Tensor:
     """Each branch token behind its own prefix, one text at a time."""
-    found = []
+    states = []
     for e in range(len(branches)):
         first = e - int(branches.depth[e])
         row, place = divmod(int(branches.after[e]), IDS.shape[1])
         text = [*IDS[row, : place + 1].tolist(), *branches.ids[first : e + 1].tolist()]
-        found.append(last_hidden(model, torch.tensor([text]), torch.ones(1, len(text), dtype=torch.long))[0, -1])
-    return torch.stack(found)
+        states.append(last_hidden(model, torch.tensor([text]), torch.ones(1, len(text), dtype=torch.long))[0, -1])
+    return torch.stack(states)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "gemma3 with a short window"])

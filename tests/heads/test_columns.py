@@ -46,8 +46,8 @@ def test_value_and_gradients_equal_those_of_whole_rows(
     expected, plain = reduced(problem, whole(objective), 100, temperature)
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(values.loss, plain.loss, rtol=1e-12, atol=1e-12)
-    for found, wanted in zip(problem.gradients(total), problem.gradients(expected), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    for gradient, wanted in zip(problem.gradients(total), problem.gradients(expected), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(values.metrics["mass_s"], plain.metrics["mass_s"])
     measured = ~values.metrics["mass_t"].isnan()
     assert measured.any()

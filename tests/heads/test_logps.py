@@ -39,12 +39,12 @@ def plain(hidden: Tensor, head: Head, temperature: float = 1.0) -> Tensor:
 def test_log_probs_and_gradients_are_those_of_whole_logits(chunk_rows: int, temperature: float) -> None:
     head, hidden = Head(linear(H, V, 1), scale=0.8, softcap=5.0), normal(N, H, seed=2).requires_grad_()
     outside = normal(N, seed=3)
-    found = token_logps(hidden, head, TARGETS, STOP, STOP_IDS, chunk_rows, temperature)
+    logps = token_logps(hidden, head, TARGETS, STOP, STOP_IDS, chunk_rows, temperature)
     expected = plain(hidden, head, temperature)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logps, expected, rtol=1e-12, atol=1e-12)
     inputs = (hidden, *head.parameters)
     for one, other in zip(
-        torch.autograd.grad(found, inputs, outside), torch.autograd.grad(expected, inputs, outside), strict=True
+        torch.autograd.grad(logps, inputs, outside), torch.autograd.grad(expected, inputs, outside), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
@@ -74,26 +74,26 @@ def test_stop_and_all_other_ids_share_a_mass_of_one() -> None:
 
 def test_no_tokens_give_no_log_probs() -> None:
     head, hidden = Head(linear(H, V, 1)), normal(0, H, seed=2).requires_grad_()
-    found = token_logps(hidden, head, TARGETS[:0], STOP[:0], STOP_IDS, 4)
-    assert found.shape == (0,)
-    found.sum().backward()
+    logps = token_logps(hidden, head, TARGETS[:0], STOP[:0], STOP_IDS, 4)
+    assert logps.shape == (0,)
+    logps.sum().backward()
     assert hidden.grad is not None
 
 
 def test_without_stop_tokens_no_stop_ids_are_needed() -> None:
     head, hidden = Head(linear(H, V, 1)), normal(N, H, seed=2).requires_grad_()
-    found = token_logps(hidden, head, TARGETS, torch.zeros(N, dtype=torch.bool), [], 4)
+    logps = token_logps(hidden, head, TARGETS, torch.zeros(N, dtype=torch.bool), [], 4)
     expected = head(hidden).log_softmax(-1).gather(1, TARGETS[:, None])[:, 0]
-    torch.testing.assert_close(found, expected)
-    found.sum().backward()
+    torch.testing.assert_close(logps, expected)
+    logps.sum().backward()
     assert hidden.grad is not None and hidden.grad.isfinite().all()
 
 
 def test_low_precision_gives_float32() -> None:
     head, hidden = Head(linear(H, V, 1, torch.bfloat16)), normal(N, H, seed=2, dtype=torch.bfloat16)
-    found = token_logps(hidden, head, TARGETS, STOP, STOP_IDS, 4)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, plain(hidden, head), rtol=1e-4, atol=1e-5)
+    logps = token_logps(hidden, head, TARGETS, STOP, STOP_IDS, 4)
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps, plain(hidden, head), rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_as_large_as_the_logits_of_one_block_is_kept() -> None:
@@ -106,9 +106,9 @@ def test_nothing_as_large_as_the_logits_of_one_block_is_kept() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        found = token_logps(hidden, head, targets, stop, [1], 10)
+        logps = token_logps(hidden, head, targets, stop, [1], 10)
     assert max(saved, default=0) < 10 * vocabulary
-    found.sum().backward()
+    logps.sum().backward()
     saved.clear()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         head(hidden).logsumexp(-1)
@@ -118,10 +118,10 @@ def test_nothing_as_large_as_the_logits_of_one_block_is_kept() -> None:
 def test_autocast_is_the_same_in_both_passes() -> None:
     head, hidden = Head(linear(H, V, 1, torch.float32)), normal(N, H, seed=2, dtype=torch.float32).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = token_logps(hidden, head, TARGETS, STOP, STOP_IDS, 4)
+        logps = token_logps(hidden, head, TARGETS, STOP, STOP_IDS, 4)
         expected = plain(hidden, head)
     inputs = (hidden, *head.parameters)
     for one, other in zip(
-        torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
+        torch.autograd.grad(logps.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.02 * float(other.abs().max()))

@@ -40,13 +40,13 @@ print(peak() - start)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("what", ["rows", "summaries"])
 def test_memory_does_not_grow_with_the_number_of_rows(what: str) -> None:
-    found = []
+    peaks = []
     for rows in (256, 4096):
         done = subprocess.run(
             [sys.executable, "-c", STAGE, what, str(rows)], capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
-        found.append(float(done.stdout))
-    few, many = found
+        peaks.append(float(done.stdout))
+    few, many = peaks
     assert few > 5  # something was measured
     assert many < few + 64  # of 15 MiB that came and went; the logits of 4,096 rows take 625 MiB a side

@@ -40,12 +40,12 @@ class Near:
         (total * loss_scale).backward()
         of_weight = self.heads[0].weight.grad
         assert self.hidden_s.grad is not None and of_weight is not None
-        found = [g.double().cpu() / loss_scale for g in (self.hidden_s.grad, of_weight)]
-        return found[0], found[1], float(values.loss.mean())
+        gradients = [g.double().cpu() / loss_scale for g in (self.hidden_s.grad, of_weight)]
+        return gradients[0], gradients[1], float(values.loss.mean())
 
 
-def error(found: Tensor, exact: Tensor) -> float:
-    return float((found - exact).norm() / exact.norm())
+def error(rounded: Tensor, exact: Tensor) -> float:
+    return float((rounded - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize(("gap", "largest"), [(0.1, 1.0), (0.01, 1e-2), (0.003, 1e-3)])
@@ -53,8 +53,8 @@ def test_bfloat16_weights_give_the_float64_gradient_near_the_teacher(gap: float,
     """Up to the rounding of the gradient itself, which is handed over in bfloat16."""
     *exact, nats = Near(torch.float64, torch.bfloat16, gap).gradients(1.0)
     assert 0 < nats < largest
-    *found, _ = Near(torch.bfloat16, torch.bfloat16, gap).gradients(1.0)
-    assert max(map(error, found, exact)) < 3e-3
+    *gradients, _ = Near(torch.bfloat16, torch.bfloat16, gap).gradients(1.0)
+    assert max(map(error, gradients, exact)) < 3e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -62,26 +62,26 @@ def test_bfloat16_weights_give_the_float64_gradient_near_the_teacher(gap: float,
 def test_autocast_gives_the_float64_gradient_whatever_the_weight_of_a_row(dtype: torch.dtype, tokens: int) -> None:
     *exact, _ = Near(torch.float64, dtype, 0.05).gradients(1 / tokens)
     with torch.autocast("cpu", dtype=dtype):
-        *found, _ = Near(torch.float32, dtype, 0.05).gradients(1 / tokens, loss_scale=65536.0)
-    assert max(map(error, found, exact)) < 1e-4
+        *gradients, _ = Near(torch.float32, dtype, 0.05).gradients(1 / tokens, loss_scale=65536.0)
+    assert max(map(error, gradients, exact)) < 1e-4
 
 
 def test_float16_hidden_states_get_a_gradient_of_rows_that_count_little() -> None:
     """A millionth of the window, whose loss a scale then multiplies by 65,536: more than float16 holds."""
     *exact, _ = Near(torch.float64, torch.float16, 0.05).gradients(1e-6)
-    *found, _ = Near(torch.float16, torch.float16, 0.05).gradients(1e-6, loss_scale=65536.0)
-    assert max(map(error, found, exact)) < 3e-3
+    *gradients, _ = Near(torch.float16, torch.float16, 0.05).gradients(1e-6, loss_scale=65536.0)
+    assert max(map(error, gradients, exact)) < 3e-3
 
 
 def test_log_probs_under_autocast_are_those_of_float64() -> None:
     low, exact = Near(torch.float32, torch.bfloat16, 0.1), Near(torch.float64, torch.bfloat16, 0.1)
     targets, never = torch.arange(R) * 7, torch.zeros(R, dtype=torch.bool)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = token_logps(low.hidden_s, Head(low.heads[0]), targets, never, [1], 16)
+        logps = token_logps(low.hidden_s, Head(low.heads[0]), targets, never, [1], 16)
     expected = token_logps(exact.hidden_s, Head(exact.heads[0]), targets, never, [1], 16)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    of_found, of_expected = (torch.autograd.grad(x.sum(), y.hidden_s)[0] for x, y in ((found, low), (expected, exact)))
-    assert error(of_found.double(), of_expected) < 1e-4
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=1e-5)
+    of_logps, of_expected = (torch.autograd.grad(x.sum(), y.hidden_s)[0] for x, y in ((logps, low), (expected, exact)))
+    assert error(of_logps.double(), of_expected) < 1e-4
 
 
 @pytest.mark.cuda
@@ -89,5 +89,5 @@ def test_log_probs_under_autocast_are_those_of_float64() -> None:
 def test_a_gpu_adds_products_of_bfloat16_in_float32(gap: float, most: float) -> None:
     *exact, _ = Near(torch.float64, torch.bfloat16, gap).gradients(1e-5)
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        *found, _ = Near(torch.float32, torch.bfloat16, gap, "cuda").gradients(1e-5)
-    assert max(map(error, found, exact)) < most
+        *gradients, _ = Near(torch.float32, torch.bfloat16, gap, "cuda").gradients(1e-5)
+    assert max(map(error, gradients, exact)) < most

@@ -29,8 +29,8 @@ def test_value_and_gradients_are_those_of_whole_logits_for_every_block_size(chun
     assert values.metrics.keys() == plain.metrics.keys()
     for name, metric in plain.metrics.items():
         torch.testing.assert_close(values.metrics[name], metric, rtol=1e-12, atol=1e-12)
-    for found, reference in zip(problem.gradients(total), problem.gradients(expected), strict=True):
-        torch.testing.assert_close(found, reference, rtol=1e-12, atol=1e-12)
+    for gradient, reference in zip(problem.gradients(total), problem.gradients(expected), strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 4])
@@ -38,8 +38,8 @@ def test_float32_does_not_depend_on_the_block_size(chunk_rows: int) -> None:
     problem = Problem(torch.float32)
     whole, blockwise = problem.reduced(100)[0], problem.reduced(chunk_rows)[0]
     assert blockwise.item() == pytest.approx(whole.item(), rel=1e-6)
-    for found, reference in zip(problem.gradients(blockwise), problem.gradients(whole), strict=True):
-        assert (found - reference).abs().max() <= 1e-6 * reference.abs().max()
+    for gradient, reference in zip(problem.gradients(blockwise), problem.gradients(whole), strict=True):
+        assert (gradient - reference).abs().max() <= 1e-6 * reference.abs().max()
 
 
 @pytest.mark.parametrize("chunk_rows", [3, 100])
@@ -49,7 +49,7 @@ def test_the_gradient_is_the_derivative(chunk_rows: int) -> None:
 
     def value(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         module.weight, module.bias = nn.Parameter(weight), nn.Parameter(bias)  # type: ignore[assignment]
-        head = _Given(module, (weight, bias))
+        head = _WithParameters(module, (weight, bias))
         return reduce_rows(
             OBJECTIVE, hidden, head, problem.hidden_t, problem.head_t, ROWS_S, ROWS_T, problem.weight, chunk_rows
         )[0]
@@ -79,7 +79,7 @@ def test_a_gradient_that_was_handed_over_is_not_handed_over_again() -> None:
         total.backward()
 
 
-class _Given(Head):
+class _WithParameters(Head):
     """A head whose parameters are given tensors, so that a numeric check can move them."""
 
     def __init__(self, module: nn.Module, tensors: tuple[Tensor, ...]) -> None:
@@ -94,10 +94,10 @@ class _Given(Head):
 def test_rows_of_weight_zero_and_rows_that_are_not_asked_for_get_exactly_no_gradient() -> None:
     problem = Problem()
     gradient = problem.gradients(problem.reduced(4)[0])[0]
-    asked = torch.zeros(N, dtype=torch.bool)
-    asked[ROWS_S[WEIGHT != 0]] = True
-    assert (gradient[~asked] == 0).all()
-    assert (gradient[asked] != 0).any(-1).all()
+    read = torch.zeros(N, dtype=torch.bool)
+    read[ROWS_S[WEIGHT != 0]] = True
+    assert (gradient[~read] == 0).all()
+    assert (gradient[read] != 0).any(-1).all()
 
 
 def test_an_infinite_loss_of_weight_zero_leaves_the_sum_finite() -> None:
@@ -118,16 +118,16 @@ def test_a_row_that_is_read_twice_gets_both_gradients() -> None:
     rows = (problem.hidden_s, problem.head_s, problem.hidden_t, problem.head_t, twice, torch.tensor([0, 1, 1]))
     total, _ = reduce_rows(OBJECTIVE, *rows, torch.ones(3), 2)
     values = OBJECTIVE(problem.head_s(problem.hidden_s[twice]), problem.head_t(problem.hidden_t[[0, 1, 1]]).detach())
-    for found, reference in zip(problem.gradients(total), problem.gradients(values.loss.sum()), strict=True):
-        torch.testing.assert_close(found, reference)
+    for gradient, reference in zip(problem.gradients(total), problem.gradients(values.loss.sum()), strict=True):
+        torch.testing.assert_close(gradient, reference)
 
 
 def test_the_gradient_scales_with_what_follows() -> None:
     problem = Problem()
     total, _ = problem.reduced(4)
     expected, _ = problem.plain()
-    for found, reference in zip(problem.gradients(total * -2.5), problem.gradients(expected * -2.5), strict=True):
-        torch.testing.assert_close(found, reference)
+    for gradient, reference in zip(problem.gradients(total * -2.5), problem.gradients(expected * -2.5), strict=True):
+        torch.testing.assert_close(gradient, reference)
 
 
 def test_hooks_of_the_parameters_see_one_whole_gradient() -> None:
@@ -312,9 +312,9 @@ def test_bfloat16_is_no_worse_than_autograd_on_whole_bfloat16_logits() -> None:
     exact_gradients = exact.gradients(exact.plain()[0])
     low = Problem(torch.bfloat16)
     (total, _), (naive, _) = low.reduced(2), low.plain()
-    found, reference = low.gradients(total), low.gradients(naive)
+    gradients, reference = low.gradients(total), low.gradients(naive)
     assert total.dtype == torch.float32
-    for g, plain, truth in zip(found, reference, exact_gradients, strict=True):
+    for g, plain, truth in zip(gradients, reference, exact_gradients, strict=True):
         assert g.dtype == torch.bfloat16
         scale = truth.abs().max()
         assert (g - truth).abs().max() <= (plain - truth).abs().max() + 0.01 * scale
@@ -340,9 +340,9 @@ def test_autocast_gives_the_gradients_of_autocast_on_whole_logits() -> None:
         total, _ = problem.reduced(2)
         expected, _ = problem.plain()
     assert total.item() == pytest.approx(expected.item(), rel=1e-2)
-    for found, reference in zip(problem.gradients(total), problem.gradients(expected), strict=True):
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, reference, rtol=0.05, atol=0.02 * float(reference.abs().max()))
+    for gradient, reference in zip(problem.gradients(total), problem.gradients(expected), strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, reference, rtol=0.05, atol=0.02 * float(reference.abs().max()))
 
 
 def test_arguments_that_do_not_fit_are_named() -> None:

@@ -93,25 +93,25 @@ def test_a_prompt_read_once_gives_the_plain_hidden_states(family: str) -> None:
     expected = plainly(model, ids, mask, rows)
     hidden_at_rows(model, ids, mask, rows)  # the check on a few tokens has been made
     read = Read(model)
-    found = hidden_at_rows(model, ids, mask, rows)
+    hidden = hidden_at_rows(model, ids, mask, rows)
     assert read.shapes == [(3, 14), (6, 11)]  # three prompts; rows with more than one token behind them
     tolerance = 1e-5 if family == "gemma2" else 1e-10
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(hidden, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_gradient_is_that_of_the_plain_pass(family: str) -> None:
     model, (ids, mask, rows) = tiny(family), batch()
     weight = torch.randn(len(rows), 16, generator=torch.Generator().manual_seed(2))
-    found = []
+    gradients = []
     for function in (plainly, hidden_at_rows):
         model.zero_grad()
         (function(model, ids, mask, rows) * weight).sum().backward()
-        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
         # Norms work in float32 inside a float64 model.
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
 
 
 def test_the_window_matters_in_the_case_above() -> None:
@@ -195,9 +195,9 @@ def test_prompts_are_read_once_whatever_a_model_calls_its_cache(kind: type[Llama
     model, (ids, mask, rows) = kind(LlamaConfig(**SMALL)).double().eval(), batch()
     hidden_at_rows(model, ids, mask, rows)
     read = Read(model)
-    found = hidden_at_rows(model, ids, mask, rows)
+    hidden = hidden_at_rows(model, ids, mask, rows)
     assert read.shapes == [(3, 14), (6, 11)]
-    torch.testing.assert_close(found, plainly(model, ids, mask, rows), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(hidden, plainly(model, ids, mask, rows), rtol=1e-10, atol=1e-10)
 
 
 def test_a_model_with_another_kind_of_cache_is_read_plainly() -> None:

@@ -53,8 +53,8 @@ def gradients(model: nn.Module, inner: LlamaForCausalLM, blockwise: bool = True)
     return [p.grad.clone() for p in inner.parameters() if p.grad is not None]
 
 
-def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_same(tensors: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(tensors, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 

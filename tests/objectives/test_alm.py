@@ -38,7 +38,7 @@ def coin(logp_s: float, logp_t: float, tau: float | None, divergence: str) -> fl
 
 
 def plain(path: Path, alignment: Alignment[Tensor], **options: Any) -> tuple[list[float], list[float]]:
-    """Values and `kept` of each chunk, by walking through the chunks one after the other."""
+    """Values and `compared` of each chunk, by walking through the chunks one after the other."""
     chunks, noncanonical = options.get("chunks", "all"), options.get("noncanonical", "none")
     tau, divergence = options.get("tau", 100.0), options.get("divergence", "kl")
     count = alignment.num_chunks
@@ -48,7 +48,7 @@ def plain(path: Path, alignment: Alignment[Tensor], **options: Any) -> tuple[lis
         odd = noncanonical == "mask" and any(bool(path.noncanonical[i]) for i in tokens_of(alignment.chunk_s, k))
         return bool(alignment.chunk_exact[k]) and not odd
 
-    values, kept = [0.0] * count, [0.0] * count
+    values, compared = [0.0] * count, [0.0] * count
     sum_s = sum_t = 0.0
     for k in range(count):
         if not usable(k):
@@ -57,9 +57,9 @@ def plain(path: Path, alignment: Alignment[Tensor], **options: Any) -> tuple[lis
         sum_t += sum(path.logp_t[j].item() for j in tokens_of(alignment.chunk_t, k))
         end_s = plain_end(path.boundary_s, alignment.chunk_s, alignment, k)
         end_t = plain_end(path.boundary_t, alignment.chunk_t, alignment, k)
-        kept[k] = 1.0
+        compared[k] = 1.0
         if chunks == "threshold" and abs(end_t - end_s) > options.get("threshold", 0.1):
-            kept[k] = sum_s = sum_t = 0.0
+            compared[k] = sum_s = sum_t = 0.0
             continue
         last = k + 1 == count or segment[k + 1] != segment[k] or not usable(k + 1)
         if chunks == "outcome" and not last and math.exp(end_t) < options.get("gamma", 0.1):
@@ -67,7 +67,7 @@ def plain(path: Path, alignment: Alignment[Tensor], **options: Any) -> tuple[lis
         with_end = chunks == "outcome" or noncanonical == "boundary"
         values[k] = coin(sum_s + with_end * end_s, sum_t + with_end * end_t, tau, divergence)
         sum_s = sum_t = 0.0
-    return values, kept
+    return values, compared
 
 
 @pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "tvd"])
@@ -91,9 +91,9 @@ def test_alm_is_its_definition(divergence: str, tau: float | None, options: dict
     path = random_path(alignment, seed)
     objective = alm(tau=tau, divergence=divergence, **options)
     values, mask = objective(path, alignment)
-    expected, kept = plain(path, alignment, tau=tau, divergence=divergence, **options)
+    expected, compared = plain(path, alignment, tau=tau, divergence=divergence, **options)
     assert values.loss.tolist() == pytest.approx(expected, abs=1e-9)
-    assert values.metrics["kept"].tolist() == kept
+    assert values.metrics["compared"].tolist() == compared
     assert torch.equal(mask, objective.mask(alignment)) and torch.equal(mask, alignment.chunk_exact)
     assert not (~mask).all() and not mask.all()
 
@@ -103,12 +103,12 @@ def test_the_options_of_the_definition_are_not_idle() -> None:
     alignment = random_alignment(0)
     path = random_path(alignment, 0)
     options = ({}, dict(chunks="outcome"), dict(chunks="threshold", threshold=1.5), dict(noncanonical="mask"))
-    found = [alm(**o)(path, alignment)[0] for o in options]
-    whole, merged, filtered, masked = found
+    values = [alm(**o)(path, alignment)[0] for o in options]
+    whole, merged, filtered, masked = values
     exact = int(alignment.chunk_exact.sum())
     assert int((whole.loss != 0).sum()) == exact > int((merged.loss != 0).sum())
-    assert merged.metrics["kept"].sum() == exact
-    assert 0 < filtered.metrics["kept"].sum() < exact and 0 < masked.metrics["kept"].sum() < exact
+    assert merged.metrics["compared"].sum() == exact
+    assert 0 < filtered.metrics["compared"].sum() < exact and 0 < masked.metrics["compared"].sum() < exact
 
 
 @pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "tvd"])
@@ -154,9 +154,9 @@ def test_equal_outcomes_give_no_loss_and_no_gradient(options: dict[str, Any]) ->
 def test_equal_vocabularies_compare_token_by_token() -> None:
     alignment = aligned(side([1, 3, 4], stopped=[0]), side([1, 3, 4], stopped=[0]))
     logp_s, logp_t = torch.tensor([-1.0, -0.2, -3.0]), torch.tensor([-0.5, -0.2, -0.1])
-    found = alm(tau=1.0)(Path(logp_s, logp_t), alignment)[0].loss
+    losses = alm(tau=1.0)(Path(logp_s, logp_t), alignment)[0].loss
     expected = [coin(s, t, 1.0, "kl") for s, t in zip(logp_s.tolist(), logp_t.tolist(), strict=True)]
-    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+    assert losses.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "tvd"])
@@ -223,7 +223,7 @@ def test_a_merge_stops_before_an_inexact_chunk_and_at_the_end_of_its_segment() -
     path = Path(torch.full((6,), -1.0, dtype=DOUBLE), torch.full((6,), -2.0, dtype=DOUBLE), boundary_s=rare)
     values, mask = alm(chunks="outcome", tau=None)(replace(path, boundary_t=rare), alignment)
     assert (values.loss != 0).tolist() == [False, True, False, False, True, True]
-    assert mask.tolist() == values.metrics["kept"].bool().tolist() == [True, True, False, True, True, True]
+    assert mask.tolist() == values.metrics["compared"].bool().tolist() == [True, True, False, True, True, True]
     assert values.loss[[1, 4, 5]].tolist() == pytest.approx(
         [coin(-10, -12, None, "kl"), coin(-2, -4, None, "kl"), coin(-1, -2, None, "kl")]
     )
@@ -272,7 +272,7 @@ def test_nothing_written_gives_no_values(options: dict[str, Any]) -> None:
     values, mask = alm(**options)(
         Path(nothing, nothing, boundary_s=nothing, boundary_t=nothing), replace(none, num_segments=0, **empty)
     )
-    assert len(values.loss) == len(mask) == len(values.metrics["kept"]) == 0
+    assert len(values.loss) == len(mask) == len(values.metrics["compared"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -50,10 +50,10 @@ def test_masses_and_their_gradient_are_those_of_the_sums(cell: np.ndarray) -> No
         lambda x: added_up(x, cell, column, token),
     ):
         leaf = logits.clone().requires_grad_()
-        found = masses(leaf)
-        weights = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype).reshape(x.shape) for x in found]
-        sum((x.clamp(min=1e-8).log() * w).sum() for x, w in zip(found, weights, strict=True)).backward()
-        of_all.append((*found, leaf.grad))
+        sums = masses(leaf)
+        weights = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype).reshape(x.shape) for x in sums]
+        sum((x.clamp(min=1e-8).log() * w).sum() for x, w in zip(sums, weights, strict=True)).backward()
+        of_all.append((*sums, leaf.grad))
     for one, other in zip(*of_all, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
@@ -73,12 +73,12 @@ def test_the_same_bits_come_again_whatever_the_block() -> None:
     cell = cells_of(3, hot=True)
     logits, column, token = problem(cell, 5)
     logits, columns = logits.float(), CellColumns.of(cell)
-    found = []
+    runs = []
     for parts in ([ROWS], [1] * ROWS, [3, 4]):
         leaf = logits.clone().requires_grad_()
         pieces = zip(*(x.split(parts) for x in (leaf, column, token)), strict=True)
         masses = torch.cat([CellMasses.apply(x, columns, c, t, STOP, SILENT)[0] for x, c, t in pieces])
         masses.square().sum().backward()
-        found.append((masses.detach(), leaf.grad))
-    for again in found[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(found[0], again, strict=True))
+        runs.append((masses.detach(), leaf.grad))
+    for again in runs[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(runs[0], again, strict=True))

@@ -126,7 +126,7 @@ def test_the_gradient_is_that_of_the_plain_formula() -> None:
     made = scores(batch, student, name)
     plan = objective.plan(batch.written)
     loss, metrics = objective.loss(plan, made, 0.5)
-    (found,) = torch.autograd.grad(loss, [made.hidden_s])
+    (gradient,) = torch.autograd.grad(loss, [made.hidden_s])
     targets = objective.targets(plan, made)
     hidden = made.hidden_s.detach().double().requires_grad_()
     weight = made.student.head.parameters[0].detach().double()
@@ -141,8 +141,8 @@ def test_the_gradient_is_that_of_the_plain_formula() -> None:
                 continue
             members = np.flatnonzero(objective.cells.cell == cell).tolist()
             split = targets.own[r] == c
-            kept = [m for m in members if not (split and m == own)]
-            pieces.append((p[kept].sum(), mass - (float(targets.own_mass[r]) if split else 0.0)))
+            summed = [m for m in members if not (split and m == own)]
+            pieces.append((p[summed].sum(), mass - (float(targets.own_mass[r]) if split else 0.0)))
             if split:
                 pieces.append((p[own], float(targets.own_mass[r])))
         rest_p, rest_t = 1 - sum(x for x, _ in pieces), 1 - sum(m for _, m in pieces)
@@ -152,7 +152,7 @@ def test_the_gradient_is_that_of_the_plain_formula() -> None:
             total = total + 0.3 * t * (t / mixed).log() + 0.7 * x * (x / mixed).log()
     (wanted,) = torch.autograd.grad(0.5 * total, [hidden])
     assert float(loss.detach()) == pytest.approx(0.5 * float(total.detach()), rel=1e-4)
-    torch.testing.assert_close(found.double(), wanted, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=2e-3, atol=1e-6)
     assert len(metrics["loss"]) == plan.items
 
 
@@ -170,8 +170,8 @@ def test_neither_the_order_of_a_batch_nor_bfloat16_changes_what_is_compared() ->
         targets = objective.targets(plan, made)
         rank = order[batch.written.student.segment[plan.student]]
         flat = torch.linspace(-1, 1, logits.shape[1]).expand(len(plan.student), -1)
-        given = objective.given(plan, targets, batch.written, torch.device("cpu"))
-        values, rounded = objective(flat, None, **given).loss, objective(flat.bfloat16(), None, **given).loss
+        inputs = objective.row_inputs(plan, targets, batch.written, torch.device("cpu"))
+        values, rounded = objective(flat, None, **inputs).loss, objective(flat.bfloat16(), None, **inputs).loss
         assert torch.isfinite(values).all()
         torch.testing.assert_close(values, rounded, rtol=0.05, atol=1e-2)
         sums.append([float(values[torch.from_numpy(rank == k)].sum()) for k in range(3)])

@@ -69,7 +69,7 @@ def test_what_was_asked_first_is_forgotten_first() -> None:
 def test_seams_answer_again_what_they_have_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     s, t = side("chatml"), side("inst")
     seams = Seams(CellMap(s.vocabulary, t.vocabulary, s.encoder.spell, t.encoder.spell), s.encoder.spell)
-    asked = [(-1, b" the"), (-1, b" river"), (-1, b" a")]
-    first = seams.begins(asked)
+    pairs = [(-1, b" the"), (-1, b" river"), (-1, b" a")]
+    first = seams.begins(pairs)
     seams._known.clear()
-    assert seams.begins(asked) == first
+    assert seams.begins(pairs) == first

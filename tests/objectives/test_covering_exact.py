@@ -44,12 +44,12 @@ class Known:
 
     def next(self, before: Tokens) -> Counter[int]:
         if before not in self.seen:
-            found: Counter[int] = Counter()
+            masses: Counter[int] = Counter()
             for path, mass in zip(self.paths, self.mass, strict=True):
                 if path[: len(before)] == before:
-                    found[path[len(before)] if len(path) > len(before) else toys.STOP] += mass
-            total = sum(found.values())
-            self.seen[before] = Counter({i: m / total for i, m in found.items()}) if total else Counter()
+                    masses[path[len(before)] if len(path) > len(before) else toys.STOP] += mass
+            total = sum(masses.values())
+            self.seen[before] = Counter({i: m / total for i, m in masses.items()}) if total else Counter()
         return self.seen[before]
 
     def log_probs(self, before: Tokens) -> list[float]:
@@ -79,7 +79,7 @@ class Case:
         sides = student.vocabulary, teacher.vocabulary, student.stop_ids, teacher.stop_ids
         made = Pair.of(*sides, student.encoder.spell, teacher.encoder.spell)
         self.objective: Any = make_objective("covering", made, **options)
-        self.asked, self.texts = 0, list[Tokens]()  # hidden states are numbers of these
+        self.rows_read, self.texts = 0, list[Tokens]()  # hidden states are numbers of these
         t = self.written.teacher
         text = self.hidden([self.before(t, j) for j in range(len(t.ids))])
         scores: Any = SimpleNamespace(
@@ -101,17 +101,17 @@ class Case:
         return self.hidden([(*one, *other) for one, other in zip(before, branches, strict=True)])
 
     def log_probs(self, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
-        found = [self.known_t.log_probs(self.texts[k]) for k in hidden[:, 0].tolist()]
-        rows = torch.tensor(found, dtype=torch.float64).reshape(len(found), self.known_t.width)
+        log_probs = [self.known_t.log_probs(self.texts[k]) for k in hidden[:, 0].tolist()]
+        rows = torch.tensor(log_probs, dtype=torch.float64).reshape(len(log_probs), self.known_t.width)
         if ids is None:
-            self.asked += len(rows)
+            self.rows_read += len(rows)
             yield slice(0, len(rows)), rows
         else:
             yield slice(0, len(rows)), rows[:, ids].log_softmax(-1)
 
     def differences(self) -> np.ndarray:
         """Of each row, the total variation between its target and what a perfect student expects."""
-        s, cells, found = self.written.student, self.objective.cells.cell, []
+        s, cells, distances = self.written.student, self.objective.cells.cell, []
         for r, i in enumerate(self.plan.student.tolist()):
             wanted, targets = self.known_s.next(self.before(s, i)), self.targets
             stop = wanted[toys.STOP]
@@ -125,8 +125,8 @@ class Case:
                     gap += abs(of_cells.pop(column, 0.0) - mass)
             if targets.own[r] >= 0:
                 gap = max(gap, 2 * abs(wanted[int(s.ids[i])] - targets.own_mass[r]))
-            found.append((gap + sum(of_cells.values())) / 2)
-        return np.array(found)
+            distances.append((gap + sum(of_cells.values())) / 2)
+        return np.array(distances)
 
 
 @pytest.mark.parametrize("pair", ["finer", "coarser", "overlapping"])
@@ -166,10 +166,10 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_looking_only_where_it_matters_is_close(pair: str, mean: float, worst: float) -> None:
     case = Case(MERGES[pair])
-    found = case.differences()
-    assert found.mean() < mean and found.max() < worst
+    distances = case.differences()
+    assert distances.mean() < mean and distances.max() < worst
     own = len(case.written.teacher.ids)
-    assert case.asked - own < 3 * own
+    assert case.rows_read - own < 3 * own
 
 
 def test_a_place_is_given_up_by_a_few_columns_only_where_the_whole_row_would_too(
@@ -180,7 +180,7 @@ def test_a_place_is_given_up_by_a_few_columns_only_where_the_whole_row_would_too
     few = Case(MERGES["overlapping"])
     monkeypatch.setattr(covering_inner, "_at_most", lambda pairs, *_: np.zeros(len(pairs.to)))
     every = Case(MERGES["overlapping"])
-    assert whole.asked <= few.asked <= every.asked and whole.asked < every.asked
+    assert whole.rows_read <= few.rows_read <= every.rows_read and whole.rows_read < every.rows_read
     for case in (few, every):
         assert np.array_equal(case.targets.column, whole.targets.column)
         assert np.array_equal(case.targets.mass, whole.targets.mass)

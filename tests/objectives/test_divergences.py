@@ -85,8 +85,8 @@ def test_zero_masses_give_neither_nan_values_nor_nan_gradients(beta: float) -> N
     logits_t = torch.tensor([[0.1, -inf, 0.5, 2.0]], dtype=torch.float64)
     loss = generalized_jsd(logits_s.log_softmax(-1), logits_t.log_softmax(-1), beta)
     loss.sum().backward()
-    kept = [0, 2, 3]
-    expected = plain_jsd(logits_s[0, kept].softmax(-1).tolist(), logits_t[0, kept].softmax(-1).tolist(), beta)
+    common = [0, 2, 3]
+    expected = plain_jsd(logits_s[0, common].softmax(-1).tolist(), logits_t[0, common].softmax(-1).tolist(), beta)
     assert loss.item() == pytest.approx(expected, abs=1e-12)
     assert logits_s.grad is not None
     assert logits_s.grad.isfinite().all()
@@ -110,14 +110,14 @@ def test_forward_kl_of_masses_is_kl_of_logs_and_so_is_its_gradient() -> None:
     p[0, 3:] = p[1, 0] = 0.0
     logits[0, 5:] = -math.inf  # where p has no mass, q may have none
     weight = torch.arange(1.0, 6.0, dtype=torch.float64)
-    found, gradients = [], []
+    values, gradients = [], []
     for divergence in (forward_kl, lambda p, logq: kl(p.log(), logq)):
         leaf = logits.clone().requires_grad_()
         value = divergence(p, leaf.log_softmax(-1))
         (gradient,) = torch.autograd.grad((weight * value).sum(), leaf)
-        found.append(value.detach())
+        values.append(value.detach())
         gradients.append(gradient)
-    torch.testing.assert_close(*found, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(*values, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-13)
     logits[0, 2] = -math.inf
     assert forward_kl(p, logits.log_softmax(-1))[0] == math.inf  # where p has mass, it may not
@@ -147,11 +147,11 @@ def test_both_sides_have_a_derivative_whatever_their_entries_sum_to(beta: float)
         lambda a, b: generalized_jsd(a, b, beta), (s.requires_grad_(), t.requires_grad_()), rtol=1e-6
     )
     one_row = random_logps(1, 6, 7).requires_grad_()  # a row for all
-    (found,) = torch.autograd.grad(generalized_jsd(s.detach(), one_row, beta).sum(), one_row)
+    (gradient,) = torch.autograd.grad(generalized_jsd(s.detach(), one_row, beta).sum(), one_row)
     (every,) = torch.autograd.grad(
         generalized_jsd(s.detach(), whole := one_row.detach().repeat(3, 1).requires_grad_(), beta).sum(), whole
     )
-    torch.testing.assert_close(found, every.sum(0, keepdim=True))
+    torch.testing.assert_close(gradient, every.sum(0, keepdim=True))
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
@@ -160,13 +160,13 @@ def test_the_gradient_near_the_teacher_is_no_rounding_noise(beta: float, distanc
     """Of rows of 4,000 columns in float32, from the same log-probs as in float64."""
     teacher = random_logps(4, 4000, 20, torch.float32)
     student = teacher + distance * torch.randn(teacher.shape, generator=torch.Generator().manual_seed(21))
-    found = []
+    gradients = []
     for dtype in (torch.float32, torch.float64):
         leaf = student.to(dtype).requires_grad_()
         value = generalized_jsd(leaf, teacher.to(dtype), beta)
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        found.append(gradient.double())
-    assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-6
+        gradients.append(gradient.double())
+    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-6
 
 
 def test_padding_columns_of_the_wider_table_are_removed_before_the_softmax() -> None:
@@ -188,10 +188,10 @@ def test_kd_temperature_divides_both_logits_and_nothing_else() -> None:
     torch.testing.assert_close(values.loss, expected)
 
 
-@pytest.mark.parametrize("given", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", ["jsd", "strict"])
-def test_low_precision_logits_are_compared_in_float32(name: str, given: torch.dtype) -> None:
-    s, t = random_logps(3, 40, 11, given), random_logps(3, 40, 12, given)
+def test_low_precision_logits_are_compared_in_float32(name: str, dtype: torch.dtype) -> None:
+    s, t = random_logps(3, 40, 11, dtype), random_logps(3, 40, 12, dtype)
     objective = make_objective(name, pair(40, 40))
     assert objective(s, t).loss.dtype == torch.float32
     torch.testing.assert_close(objective(s, t).loss, objective(s.float(), t.float()).loss, rtol=0, atol=0)

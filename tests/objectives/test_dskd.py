@@ -29,14 +29,20 @@ def labels(problem: Problem, objective: DSKD) -> torch.Tensor:
 def parts(problem: Problem, objective: DSKD) -> dict[str, Any]:
     heads = {"student": problem.head_s, "frozen_student": problem.head_s.as_frozen(), "teacher": problem.head_t}
     problem.head_t.module.requires_grad_(False)
-    found = {}
+    reduced = {}
     known = Rows(ROWS_S, ROWS_T, {"label": labels(problem, objective)})
     for part in objective.parts(known, problem.hidden_s, problem.hidden_t):
         rows = (part.rows_left, part.rows_right, torch.ones(len(LABEL), dtype=torch.float64), 4)
-        found[part.name] = reduce_rows(
-            part.compare, part.left, heads[part.left_head], part.right, heads[part.right_head], *rows, given=part.given
+        reduced[part.name] = reduce_rows(
+            part.compare,
+            part.left,
+            heads[part.left_head],
+            part.right,
+            heads[part.right_head],
+            *rows,
+            inputs=part.inputs,
         )
-    return found
+    return reduced
 
 
 @pytest.fixture
@@ -51,7 +57,7 @@ def prepared() -> tuple[Problem, DSKD]:
 
 def test_the_three_parts_are_those_of_the_paper(prepared: tuple[Problem, DSKD]) -> None:
     problem, objective = prepared
-    found = parts(problem, objective)
+    reduced = parts(problem, objective)
     t_to_s, s_to_t = objective.projectors["t_to_s"], objective.projectors["s_to_t"]
     h_s, h_t = problem.hidden_s[ROWS_S], problem.hidden_t[ROWS_T]
     logq = problem.head_s(h_t @ t_to_s).log_softmax(-1)
@@ -64,7 +70,7 @@ def test_the_three_parts_are_those_of_the_paper(prepared: tuple[Problem, DSKD]) 
     logq_t, logp_t = problem.head_t(h_t).log_softmax(-1), problem.head_t(h_s @ s_to_t).log_softmax(-1)
     teacher = (logq_t.exp() * (logq_t - logp_t)).sum()
     for name, expected in (("student_space", student), ("projector", surprisal), ("teacher_space", teacher)):
-        torch.testing.assert_close(found[name][0], expected)
+        torch.testing.assert_close(reduced[name][0], expected)
 
 
 def test_each_gradient_goes_where_it_belongs(prepared: tuple[Problem, DSKD]) -> None:
@@ -103,7 +109,7 @@ def test_equal_models_give_zero_in_both_spaces() -> None:
     for part in (of_student, of_teacher):
         rows_of = (part.rows_left, part.rows_right, torch.ones(len(LABEL)), 4)
         total, _ = reduce_rows(
-            part.compare, part.left, problem.head_s, part.right, problem.head_s, *rows_of, given=part.given
+            part.compare, part.left, problem.head_s, part.right, problem.head_s, *rows_of, inputs=part.inputs
         )
         assert total.abs() < 1e-5
 

@@ -109,8 +109,8 @@ def test_uld_is_its_definition_and_pads_the_shorter_side_with_zeros(size_s: int,
     expected = [plain_sorted_l1(a, b) for a, b in zip(p.tolist(), q.tolist(), strict=True)]
     assert sorted_l1(p, q).tolist() == pytest.approx(expected, abs=1e-12)
     if size_s and size_t:
-        found = make_objective("uld", PAIR)(p.log(), q.log())
-        assert found.loss.tolist() == pytest.approx(expected, abs=1e-12)
+        values = make_objective("uld", PAIR)(p.log(), q.log())
+        assert values.loss.tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_equal_spectra_of_disjoint_meaning_have_no_uld() -> None:
@@ -132,8 +132,8 @@ def test_the_gradient_of_uld_is_the_derivative(size_s: int, size_t: int) -> None
 def test_the_backward_pass_of_sorted_l1_keeps_one_byte_per_mass() -> None:
     p, q = logits(4, 50, 5).softmax(-1).requires_grad_(), logits(4, 60, 6).softmax(-1)
     node = sorted_l1(p, q).grad_fn
-    (kept,) = node.saved_tensors  # type: ignore[union-attr]
-    assert kept.dtype == torch.int8 and kept.shape == p.shape
+    (signs,) = node.saved_tensors  # type: ignore[union-attr]
+    assert signs.dtype == torch.int8 and signs.shape == p.shape
 
 
 def test_uld_reads_pairs_or_the_same_index() -> None:
@@ -175,25 +175,27 @@ REST_S, REST_T = rest(0.0, -0.4, -2.0, 0.0, -7.0), rest(0.0, 0.0, -1.5, -3.0, -0
 @pytest.mark.parametrize("beta", BETAS)
 def test_gold_is_its_definition(beta: float, weights: str) -> None:
     s, t = logits(5, 12, 7), logits(5, 9, 8)
-    found = make_objective("gold", PAIR, beta=beta, weights=weights)(s, t, rest_s=REST_S, rest_t=REST_T)
+    values = make_objective("gold", PAIR, beta=beta, weights=weights)(s, t, rest_s=REST_S, rest_t=REST_T)
     parts = [plain_gold(*row, beta) for row in zip(s, t, REST_S.tolist(), REST_T.tolist(), strict=True)]
     matched, unmatched = zip(*parts, strict=True)
-    assert found.metrics["matched"].tolist() == pytest.approx(matched, abs=1e-12)
-    assert found.metrics["unmatched"].tolist() == pytest.approx(unmatched, abs=1e-12)
+    assert values.metrics["matched"].tolist() == pytest.approx(matched, abs=1e-12)
+    assert values.metrics["unmatched"].tolist() == pytest.approx(unmatched, abs=1e-12)
     w_m, w_u = (1.0, 1.0) if weights == "mass" else (6 / 9, 3 / 9)  # five shared ids and one stop id of nine
-    assert found.loss.tolist() == pytest.approx([w_m * m + w_u * u for m, u in parts], abs=1e-12)
-    assert found.metrics["mass_s"].tolist() == pytest.approx(
+    assert values.loss.tolist() == pytest.approx([w_m * m + w_u * u for m, u in parts], abs=1e-12)
+    assert values.metrics["mass_s"].tolist() == pytest.approx(
         s.softmax(-1)[:, [1, 3, 4, 6, 9, 10, 11]].sum(-1).tolist(), abs=1e-12
     )
 
 
 def test_beta_zero_is_forward_and_a_swapped_beta_is_another_number() -> None:
     s, t = logits(1, 12, 9), logits(1, 9, 10)
-    given = {"rest_s": rest(-0.3), "rest_t": rest(0.0)}
-    found = {b: make_objective("gold", PAIR, beta=b)(s, t, **given).metrics["matched"].item() for b in (0, 0.3, 0.7, 1)}
-    assert found[0] == pytest.approx(plain_gold(s[0], t[0], -0.3, 0.0, 0)[0])
+    inputs = {"rest_s": rest(-0.3), "rest_t": rest(0.0)}
+    losses = {
+        b: make_objective("gold", PAIR, beta=b)(s, t, **inputs).metrics["matched"].item() for b in (0, 0.3, 0.7, 1)
+    }
+    assert losses[0] == pytest.approx(plain_gold(s[0], t[0], -0.3, 0.0, 0)[0])
     for beta, swapped in ((0, 1), (0.3, 0.7)):
-        assert abs(found[beta] - found[swapped]) > 1e-3
+        assert abs(losses[beta] - losses[swapped]) > 1e-3
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -201,10 +203,10 @@ def test_gold_equals_jsd_where_everything_is_matched_and_chunks_are_tokens(beta:
     s, t = logits(4, 8, 11).requires_grad_(), logits(4, 8, 12)
     zero = rest(0, 0, 0, 0)
     for weights in ("mass", "count"):
-        found = make_objective("gold", SAME, beta=beta, weights=weights)(s, t, rest_s=zero, rest_t=zero).loss
+        loss = make_objective("gold", SAME, beta=beta, weights=weights)(s, t, rest_s=zero, rest_t=zero).loss
         expected = full_jsd(s, t, beta)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-        one, other = (torch.autograd.grad(x.sum(), s)[0] for x in (found, expected))
+        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+        one, other = (torch.autograd.grad(x.sum(), s)[0] for x in (loss, expected))
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
@@ -212,8 +214,8 @@ def test_gold_equals_jsd_where_everything_is_matched_and_chunks_are_tokens(beta:
 def test_equal_distributions_have_no_gold_and_no_gradient_even_of_merged_chunks(beta: float) -> None:
     partly = Pair(True, 8, 8, torch.arange(4), torch.arange(4), torch.tensor([7]), torch.tensor([7]))
     s, before = logits(4, 8, 13).requires_grad_(), rest(0.0, -1.0, -2.0, -5.0).requires_grad_()
-    given = {"rest_s": before, "rest_t": before.detach()}
-    loss = make_objective("gold", partly, beta=beta)(s, s.detach(), **given).loss
+    inputs = {"rest_s": before, "rest_t": before.detach()}
+    loss = make_objective("gold", partly, beta=beta)(s, s.detach(), **inputs).loss
     assert loss.abs().max() < 1e-12
     for gradient in torch.autograd.grad(loss.sum(), (s, before)):
         assert gradient.abs().max() < 1e-12
@@ -249,8 +251,8 @@ def test_gold_sees_the_distribution_not_the_ids() -> None:
     renumbered[:, order] = t
     renumbered[:, [4, 7]] = t[:, [8]] - math.log(2)
     other = Pair(False, 12, 10, PAIR.shared_s, order[PAIR.shared_t], PAIR.stop_s, torch.tensor([7, 4]))
-    given = {"rest_s": REST_S, "rest_t": REST_T}
-    one, two = make_objective("gold", PAIR)(s, t, **given), make_objective("gold", other)(s, renumbered, **given)
+    inputs = {"rest_s": REST_S, "rest_t": REST_T}
+    one, two = make_objective("gold", PAIR)(s, t, **inputs), make_objective("gold", other)(s, renumbered, **inputs)
     torch.testing.assert_close(one.loss, two.loss)
 
 
@@ -292,13 +294,13 @@ def test_gold_leaves_out_chunks_that_are_not_exact() -> None:
 def test_a_row_read_one_late_is_another_number() -> None:
     scored = Scored.of("chatml", "inst")
     objective: Any = make_objective("gold", scored.pair)
-    rows, given = scored.asked(objective)
-    right = objective(scored.logits_s[rows.student], scored.logits_t[rows.teacher], **given).loss[:-1]
+    rows, inputs = scored.rows_and_inputs(objective)
+    right = objective(scored.logits_s[rows.student], scored.logits_t[rows.teacher], **inputs).loss[:-1]
     for late_s, late_t in ((1, 0), (0, 1), (1, 1)):
         late = objective(
             scored.logits_s[rows.student[:-1] + late_s],
             scored.logits_t[rows.teacher[:-1] + late_t],
-            **{name: value[:-1] for name, value in given.items()},
+            **{name: value[:-1] for name, value in inputs.items()},
         ).loss
         assert (late != right).all() and (late - right).abs().mean() > 0.01
 

@@ -108,7 +108,7 @@ class Case:
         rows = objective.rows(self.written)
         teller = Teller(*self.flat, self.written)
         extra = objective.extra(rows, self.written, teller)
-        loss = objective(self.flat[0][rows.student], self.flat[1][rows.teacher], **rows.given, **extra).loss
+        loss = objective(self.flat[0][rows.student], self.flat[1][rows.teacher], **rows.inputs, **extra).loss
         segment = torch.from_numpy(self.written.student.segment)[rows.student]
         return torch.stack([loss[segment == k].mean() for k in range(len(self.texts))]).mean()
 
@@ -123,9 +123,9 @@ def logits(side: PackedSide, size: int, seed: int) -> Tensor:
 
 
 def labels(side: PackedSide) -> Tensor:
-    found = torch.full_like(side.input_ids, -100).flatten()
-    found[side.rows + 1] = side.targets
-    return found.view_as(side.input_ids)
+    labels = torch.full_like(side.input_ids, -100).flatten()
+    labels[side.rows + 1] = side.targets
+    return labels.view_as(side.input_ids)
 
 
 @dataclass

@@ -79,14 +79,14 @@ def test_no_text_is_longer_than_the_limit_and_none_has_other_letters() -> None:
 
 def test_tokenisations_given_a_text_are_all_of_them_and_sum_to_one() -> None:
     distribution = random_distribution()
-    found = oracle.tokenisations(distribution, b"abca")
-    cuts = {tuple(distribution.toy.pieces[i] for i in tokens) for tokens in found}
+    probabilities = oracle.tokenisations(distribution, b"abca")
+    cuts = {tuple(distribution.toy.pieces[i] for i in tokens) for tokens in probabilities}
     assert cuts == {
         tuple(part.encode() for part in cut.split("|")) for cut in ("a|b|c|a", "ab|c|a", "abc|a", "a|b|ca", "ab|ca")
     }
-    assert sum(found.values()) == pytest.approx(1)
+    assert sum(probabilities.values()) == pytest.approx(1)
     share = oracle.canonical_probability(distribution, b"abca") / oracle.text_probability(distribution, b"abca")
-    assert found[distribution.toy.canonical(b"abca")] == pytest.approx(share)
+    assert probabilities[distribution.toy.canonical(b"abca")] == pytest.approx(share)
 
 
 def test_an_induced_distribution_has_the_text_distribution_that_it_was_made_of_and_never_leaves_canonical_paths() -> (
@@ -115,14 +115,14 @@ def test_noncanonical_mass_is_what_canonical_paths_leave() -> None:
 
 
 def _without_stop(distribution: Distribution, prefix: bytes) -> np.ndarray:
-    found = oracle.next_byte_distribution(distribution, prefix)
-    found[STOP] = 0
-    return found
+    masses = oracle.next_byte_distribution(distribution, prefix)
+    masses[STOP] = 0
+    return masses
 
 
 def _stop_shared_out(distribution: Distribution, prefix: bytes) -> np.ndarray:
-    found = _without_stop(distribution, prefix)
-    return found / found.sum() if found.sum() else found
+    masses = _without_stop(distribution, prefix)
+    return masses / masses.sum() if masses.sum() else masses
 
 
 def _one_byte_late(distribution: Distribution, prefix: bytes) -> np.ndarray:
@@ -161,7 +161,7 @@ def _unstopped(distribution: Distribution, text: bytes) -> float:
 
 
 @pytest.mark.parametrize(
-    ("fault", "found_by"),
+    ("fault", "failing"),
     [
         ({"text_probability": oracle.canonical_probability}, {"mass", "texts", "chain"}),
         ({"text_probability": _unstopped}, {"mass", "texts", "chain"}),
@@ -175,11 +175,11 @@ def _unstopped(distribution: Distribution, text: bytes) -> float:
         ({"next_byte_distribution": _canonical_rows}, {"chain"}),
     ],
 )
-def test_a_planted_fault_is_found(fault: dict[str, Any], found_by: set[str]) -> None:
-    found = oracle.errors(random_distribution(), replace(Answers(), **fault))
-    assert {name for name, error in found.items() if error > FAULT} >= found_by
-    untouched = {"mass", "texts", "cylinders", "distributions", "chain"} - found_by - {"distributions"}
-    assert all(found[name] < ROUNDING for name in untouched)
+def test_a_planted_fault_is_found(fault: dict[str, Any], failing: set[str]) -> None:
+    errors = oracle.errors(random_distribution(), replace(Answers(), **fault))
+    assert {name for name, error in errors.items() if error > FAULT} >= failing
+    untouched = {"mass", "texts", "cylinders", "distributions", "chain"} - failing - {"distributions"}
+    assert all(errors[name] < ROUNDING for name in untouched)
 
 
 # ---- objectives against the truth ------------------------------------------------------------------------------------
@@ -215,8 +215,8 @@ def test_a_gradient_without_the_stop_event_is_found() -> None:
     written = reading.batch.written
     stops = reading.path.logp_t[torch.from_numpy(written.teacher.stop)]
     whole = reading.teacher_logps() - stops - reading.per_path(reading.path.logp_s)
-    found = readings.Learner(reading).credited_gradient(reading.per_token(whole))
-    assert readings.relative(found, gaps.path_kl_gradient(reading)) > FAULT
+    gradient = readings.Learner(reading).credited_gradient(reading.per_token(whole))
+    assert readings.relative(gradient, gaps.path_kl_gradient(reading)) > FAULT
 
 
 def test_sequence_kl_has_the_gradient_of_the_mean_gap_over_tokens_where_all_paths_have_as_many() -> None:
@@ -240,10 +240,10 @@ def test_sequence_kl_is_a_policy_gradient_of_the_gap_over_tokens() -> None:
 def test_chunks_between_breaks_are_text_events_once_both_ends_are_conditioned_on(teacher: Callable[[], Toy]) -> None:
     """With the break at the end alone, or none, a perfect model's chunk is no event of text."""
     reading = readings.perfect_pair(bpe_a, teacher)
-    t, kept = chunks_of(reading, student=False), between_breaks(reading)
-    assert mean_gap(reading, t.said + t.break_after - t.break_before - t.true_between, kept) < ROUNDING
-    assert mean_gap(reading, t.said + t.break_after - t.true_break, kept) > 0.01
-    assert mean_gap(reading, t.said - t.true, kept) > 0.01
+    t, breaks = chunks_of(reading, student=False), between_breaks(reading)
+    assert mean_gap(reading, t.said + t.break_after - t.break_before - t.true_between, breaks) < ROUNDING
+    assert mean_gap(reading, t.said + t.break_after - t.true_break, breaks) > 0.01
+    assert mean_gap(reading, t.said - t.true, breaks) > 0.01
 
 
 def test_a_teacher_whose_tokens_cross_words_has_no_such_events() -> None:

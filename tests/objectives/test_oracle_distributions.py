@@ -10,10 +10,10 @@ from support.oracle_readings import canonical_pair, perfect_pair
 
 
 def test_byte_distributions_are_distributions_and_a_shift_by_one_byte_is_found() -> None:
-    said, true, _ = distributions.byte_distributions(canonical_pair(bpe_a, letters))
-    assert torch.allclose(said.sum(-1), torch.ones(len(said), dtype=said.dtype), atol=1e-9)
-    assert float((said - true.roll(1, 0)).abs().max()) > 0.1
-    stopped = said.clone()
+    distribution, true, _ = distributions.byte_distributions(canonical_pair(bpe_a, letters))
+    assert torch.allclose(distribution.sum(-1), torch.ones(len(distribution), dtype=distribution.dtype), atol=1e-9)
+    assert float((distribution - true.roll(1, 0)).abs().max()) > 0.1
+    stopped = distribution.clone()
     stopped[:, 256] = 0  # stop forgotten
     assert float((stopped - true).abs().max()) > 0.1
 

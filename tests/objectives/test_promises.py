@@ -58,9 +58,9 @@ def test_permuting_the_ids_of_both_vocabularies_changes_nothing(name: str, optio
     scored = Scored.of("chatml", "turns")
     values = scored.values(name, **options)
     permuted, columns = _permuted(scored)
-    found = permuted.values(name, **options)
-    torch.testing.assert_close(found.loss.sum(), values.loss.sum(), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(permuted.gradient(found.loss), scored.gradient(values.loss)[:, columns])
+    renumbered = permuted.values(name, **options)
+    torch.testing.assert_close(renumbered.loss.sum(), values.loss.sum(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(permuted.gradient(renumbered.loss), scored.gradient(values.loss)[:, columns])
 
 
 def _permuted(scored: Scored) -> tuple[Scored, torch.Tensor]:
@@ -112,13 +112,13 @@ def test_each_row_s_value_is_its_own(name: str, options: dict[str, Any]) -> None
     scored = Scored.of("inst", "turns")
     objective = make_objective(name, scored.pair, **options)
     assert isinstance(objective, RowObjective)
-    rows, given = scored.asked(objective)
-    whole = objective(scored.logits_s[rows.student], scored.logits_t[rows.teacher], **dict(given)).loss
+    rows, inputs = scored.rows_and_inputs(objective)
+    whole = objective(scored.logits_s[rows.student], scored.logits_t[rows.teacher], **dict(inputs)).loss
     for part in (slice(0, 1), slice(3, 11)):
-        known = {key: value[part] for key, value in given.items()}
+        known = {key: value[part] for key, value in inputs.items()}
         alone = objective(scored.logits_s[rows.student[part]], scored.logits_t[rows.teacher[part]], **known).loss
         torch.testing.assert_close(alone, whole[part])
-    assert not objective(scored.logits_s[:0], scored.logits_t[:0], **{k: v[:0] for k, v in given.items()}).loss.numel()
+    assert not objective(scored.logits_s[:0], scored.logits_t[:0], **{k: v[:0] for k, v in inputs.items()}).loss.numel()
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=IDS)
@@ -212,10 +212,10 @@ def test_with_equal_vocabularies_the_value_is_the_textbook_jsd(name: str, option
     control[scored.pair.stop_s[:1]] = False
     scored.logits_s = scored.logits_s.detach().masked_fill(control, -300.0).requires_grad_()
     scored.logits_t = scored.logits_t.masked_fill(control, -300.0)
-    found, textbook = scored.values(name, **options).loss, scored.values("jsd", beta=beta).loss
-    assert len(found) == len(textbook)
-    torch.testing.assert_close(found, textbook, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(scored.gradient(found), scored.gradient(textbook), rtol=1e-6, atol=1e-9)
+    loss, textbook = scored.values(name, **options).loss, scored.values("jsd", beta=beta).loss
+    assert len(loss) == len(textbook)
+    torch.testing.assert_close(loss, textbook, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(scored.gradient(loss), scored.gradient(textbook), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("sides", PAIRS, ids="-".join)
@@ -223,10 +223,10 @@ def test_with_equal_vocabularies_the_value_is_the_textbook_jsd(name: str, option
 def test_every_target_of_the_byte_prefix_marginal_sums_to_one(name: str, sides: tuple[str, str]) -> None:
     scored = Scored.of(*sides)
     objective: Any = make_objective(name, scored.pair)
-    rows, given = scored.asked(objective)
+    rows, inputs = scored.rows_and_inputs(objective)
     roots = rows.items
     target, reached, _ = objective.target(
-        scored.logits_t[rows.teacher[:roots]], **{k: v[:roots] for k, v in given.items()}
+        scored.logits_t[rows.teacher[:roots]], **{k: v[:roots] for k, v in inputs.items()}
     )
     torch.testing.assert_close(target.sum(-1), torch.ones(roots, dtype=torch.float64), rtol=0, atol=1e-6)
     assert (target >= 0).all() and (target[~reached] == 0).all()

@@ -20,11 +20,11 @@ Distribution = dict[Any, float]
 
 def pieces(vocabulary: Vocabulary) -> dict[bytes, int]:
     """Bytes -> id; the smallest of several."""
-    found: dict[bytes, int] = {}
+    ids: dict[bytes, int] = {}
     for i in range(len(vocabulary)):
         if vocabulary.lengths[i]:
-            found.setdefault(vocabulary.token(i), i)
-    return found
+            ids.setdefault(vocabulary.token(i), i)
+    return ids
 
 
 def longest(table: dict[bytes, int], text: bytes) -> int | None:
@@ -123,8 +123,8 @@ def test_bpm_is_the_marginal_written_plainly(sides: tuple[str, str], beta: float
         target, cells = plain.marginal(i)
         expected.append(jsd(target, plain.student(i, cells), beta, floor=1e-8))
     assert rows.skipped["blank"] >= 1 or sides[0] == "unigram"
-    found = scored.of_objective(objective).loss
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-9)
+    losses = scored.of_objective(objective).loss
+    torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
@@ -160,8 +160,8 @@ def test_shared_prefix_is_the_jsd_of_the_cells_written_plainly(sides: tuple[str,
         jsd(distribution(plain.vt, plain.q[j], plain.stop_t), distribution(plain.vs, plain.p[i], plain.stop_s), beta)
         for i, j in rows
     ]
-    found = scored.values("shared_prefix", beta=beta).loss
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-9)
+    losses = scored.values("shared_prefix", beta=beta).loss
+    torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-9)
 
 
 class PlainBytes:
@@ -229,8 +229,8 @@ def test_byte_is_the_jsd_of_next_byte_distributions_written_plainly(
                 for distribution in (distribution_s, distribution_t)
             ]
             expected.append(jsd(smooth[1], smooth[0], beta) + anchor * cut)
-    found = scored.values("byte", beta=beta, anchor=anchor).loss
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-9)
+    losses = scored.values("byte", beta=beta, anchor=anchor).loss
+    torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-9)
 
 
 def test_the_byte_distributions_given_the_cut_and_the_cut_itself_make_up_the_surprisal_of_the_tokens() -> None:
@@ -273,9 +273,9 @@ def test_escd_adds_the_completions_written_plainly() -> None:
             if completed > 0:
                 total -= sum(plain.q[j][u] for u in members) * math.log(completed)
         expected.append(total)
-    found = scored.of_objective(objective).loss
-    torch.testing.assert_close(found[: rows.items], scored.values("bpm").loss)
-    torch.testing.assert_close(found[rows.items :], torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-9)
+    losses = scored.of_objective(objective).loss
+    torch.testing.assert_close(losses[: rows.items], scored.values("bpm").loss)
+    torch.testing.assert_close(losses[rows.items :], torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-9)
     assert len(expected) > 5 and sum(expected) > 0
 
 

@@ -70,7 +70,7 @@ def path_logp(of_side: Tensor, text: WrittenSide, stop: Tensor) -> Tensor:
     return torch.where(torch.from_numpy(text.stop), logp[:, stop].logsumexp(-1), of_token)
 
 
-class Asked:
+class PathAlone:
     """A teller that knows the path alone."""
 
     def __init__(self, path: Path) -> None:
@@ -85,8 +85,8 @@ def evaluated(s: Tensor, t: Tensor, written: Written, pair: Pair = PAIR) -> tupl
     objective = simct(pair)
     rows = objective.rows(written)
     path = Path(path_logp(s, written.student, pair.stop_s), path_logp(t, written.teacher, pair.stop_t))
-    given = {**rows.given, **objective.extra(rows, written, Asked(path))}
-    return rows, objective(s[rows.student], t[rows.teacher], **given)
+    inputs = {**rows.inputs, **objective.extra(rows, written, PathAlone(path))}
+    return rows, objective(s[rows.student], t[rows.teacher], **inputs)
 
 
 def plain(
@@ -108,24 +108,24 @@ def test_rows_open_every_exact_chunk_and_know_their_units() -> None:
     rows = simct().rows(problem())
     assert rows.student.tolist() == [0, 3, 4, 6, 8]
     assert rows.teacher.tolist() == [0, 2, 3, 4, 6]
-    assert rows.given["unit"].tolist() == [True, False, False, False, True]
+    assert rows.inputs["unit"].tolist() == [True, False, False, False, True]
     assert rows.items == 5
 
 
 def test_simct_is_its_definition() -> None:
     written = problem()
     s, t = logits(written, 0)
-    rows, found = evaluated(s, t, written)
+    rows, values = evaluated(s, t, written)
     logp_s = path_logp(s, written.student, PAIR.stop_s).tolist()
     logp_t = path_logp(t, written.teacher, PAIR.stop_t).tolist()
     units = [(logp_s[0:3], logp_t[0:2]), None, None, None, (logp_s[8:9], logp_t[6:8])]
     expected = [
         plain(s[i], t[j], unit) for i, j, unit in zip(rows.student.tolist(), rows.teacher.tolist(), units, strict=True)
     ]
-    assert found.loss.tolist() == pytest.approx([e[0] for e in expected], abs=1e-12)
-    assert found.metrics["mass_s"].tolist() == pytest.approx([sum(e[1][:6]) for e in expected])
-    assert found.metrics["mass_t"].tolist() == pytest.approx([sum(e[2][:6]) for e in expected])
-    assert found.metrics["unit"].tolist() == [1, 0, 0, 0, 1]
+    assert values.loss.tolist() == pytest.approx([e[0] for e in expected], abs=1e-12)
+    assert values.metrics["mass_s"].tolist() == pytest.approx([sum(e[1][:6]) for e in expected])
+    assert values.metrics["mass_t"].tolist() == pytest.approx([sum(e[2][:6]) for e in expected])
+    assert values.metrics["unit"].tolist() == [1, 0, 0, 0, 1]
 
 
 def test_the_gradient_is_the_derivative_through_rows_and_units() -> None:
@@ -139,27 +139,27 @@ def test_every_token_of_a_unit_is_taught_and_the_teacher_is_not() -> None:
     written = problem()
     s, t = logits(written, 2)
     s.requires_grad_(), t.requires_grad_()
-    rows, found = evaluated(s, t.detach(), written)
-    found.loss.sum().backward()
+    rows, values = evaluated(s, t.detach(), written)
+    values.loss.sum().backward()
     assert s.grad is not None and s.grad.isfinite().all()
     # Rows 1 and 2 are inside a unit; 5 is inside a chunk that a shared token spells, 7 in an inexact chunk: unread.
     assert (s.grad.abs().sum(-1) > 0).tolist() == [True, True, True, True, True, False, True, False, True]
     path = Path(path_logp(s, written.student, PAIR.stop_s), path_logp(t, written.teacher, PAIR.stop_t))
-    assert not simct().extra(rows, written, Asked(path))["unit_t"].requires_grad
+    assert not simct().extra(rows, written, PathAlone(path))["unit_t"].requires_grad
 
 
 def test_a_unit_that_a_shared_token_spells_is_not_counted_twice() -> None:
     """ "cd" written as c d is the candidate "cd" already; without that token on the student's side it is a unit."""
     without = vocabulary("a", "b", "c", "ab", "zz", "d", stops=2)
     pair = Pair.of(without, TEACHER, [6, 7], [6])
-    assert simct(pair).rows(problem()).given["unit"].tolist() == [True, False, True, False, True]
+    assert simct(pair).rows(problem()).inputs["unit"].tolist() == [True, False, True, False, True]
 
 
 def test_stop_is_no_unit_even_behind_a_token_without_bytes() -> None:
     cut_s, cut_t = side([1, 1, 2], stopped=[0]), side([1, 2], stopped=[0])
     sides = written_side([0, 7, 7], cut_s), written_side([2, 6], cut_t)
     rows = simct().rows(Written(*sides, align(cut_s, cut_t, 1), [b"a"]))
-    assert rows.student.tolist() == [0, 1] and rows.given["unit"].tolist() == [False, False]
+    assert rows.student.tolist() == [0, 1] and rows.inputs["unit"].tolist() == [False, False]
 
 
 def test_equal_vocabularies_and_distributions_give_no_loss() -> None:
@@ -170,9 +170,9 @@ def test_equal_vocabularies_and_distributions_give_no_loss() -> None:
     same = replace(same, teacher=same.student)
     s, _ = logits(same, 3, pair)
     s.requires_grad_()
-    _, found = evaluated(s, s.detach(), same, pair)
-    assert found.loss.abs().max() < 1e-12
-    assert torch.autograd.grad(found.loss.sum(), s)[0].abs().max() < 1e-12
+    _, values = evaluated(s, s.detach(), same, pair)
+    assert values.loss.abs().max() < 1e-12
+    assert torch.autograd.grad(values.loss.sum(), s)[0].abs().max() < 1e-12
 
 
 def test_equal_distributions_over_text_do_not_make_it_zero() -> None:
@@ -207,17 +207,17 @@ def test_planted_faults_change_the_values() -> None:
 def test_bfloat16_logits_are_compared_in_float32() -> None:
     written = problem()
     s, t = logits(written, 5, dtype=torch.bfloat16)
-    found = evaluated(s, t, written)[1].loss
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), evaluated(s.double(), t.double(), written)[1].loss, rtol=0.1, atol=0.02)
+    losses = evaluated(s, t, written)[1].loss
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), evaluated(s.double(), t.double(), written)[1].loss, rtol=0.1, atol=0.02)
 
 
 def test_no_rows_give_no_values() -> None:
     none = side([])
     nothing = WrittenSide(none.end, none.end, none.segment, none.exact, none.stop)
     written = Written(nothing, nothing, align(none, none, 0), [])
-    _, found = evaluated(torch.zeros(0, 8), torch.zeros(0, 7), written)
-    assert len(found.loss) == len(found.metrics["unit"]) == 0
+    _, values = evaluated(torch.zeros(0, 8), torch.zeros(0, 7), written)
+    assert len(values.loss) == len(values.metrics["unit"]) == 0
 
 
 def test_real_texts_have_units_whose_bytes_no_shared_token_has() -> None:
@@ -229,7 +229,7 @@ def test_real_texts_have_units_whose_bytes_no_shared_token_has() -> None:
     tables = [r.vocabulary for r in sides]
     pair = Pair.of(*tables, *[[r.stop_id] for r in sides])
     rows = simct(pair).rows(written)
-    unit = rows.given["unit"]
+    unit = rows.inputs["unit"]
     assert 0 < int(unit.sum()) < len(unit) == int(written.alignment.chunk_exact.sum())
     shared = {tables[0].token(i) for i in pair.shared_s.tolist()}
     for first, has in zip(rows.student.tolist(), unit.tolist(), strict=True):
@@ -242,9 +242,9 @@ def test_real_texts_have_units_whose_bytes_no_shared_token_has() -> None:
             assert spelt == tables[1].bytes_of(written.teacher.ids[members[1]]) and spelt in reply.encode()
             assert has == ((len(members[0]) > 1 or len(members[1]) > 1) and spelt not in shared)
     s, t = logits(written, 6, pair)
-    found = evaluated(s.requires_grad_(), t, written, pair)[1].loss
-    found.sum().backward()
-    assert (found > 0).all() and s.grad is not None and s.grad.isfinite().all()
+    losses = evaluated(s.requires_grad_(), t, written, pair)[1].loss
+    losses.sum().backward()
+    assert (losses > 0).all() and s.grad is not None and s.grad.isfinite().all()
 
 
 def test_kl_ignores_a_candidate_that_neither_side_has() -> None:

@@ -44,15 +44,15 @@ def recursion(rewards: list[float], segment: list[int], gamma: float) -> list[fl
 def test_returns_equal_the_recursion(rewards: list[list[float]], gamma: float) -> None:
     flat = [r for s in rewards for r in s]
     segment = [k for k, s in enumerate(rewards) for _ in s]
-    found = discounted_returns(torch.tensor(flat, dtype=torch.float64), torch.tensor(segment), gamma)
-    assert found.tolist() == pytest.approx(recursion(flat, segment, gamma), abs=1e-9)
+    returns = discounted_returns(torch.tensor(flat, dtype=torch.float64), torch.tensor(segment), gamma)
+    assert returns.tolist() == pytest.approx(recursion(flat, segment, gamma), abs=1e-9)
 
 
 def test_w51_long_texts_keep_their_returns_under_a_discount() -> None:
     """Position 100 of 1,200 at gamma 0.9 has return 10, not 10 * 0.9 ** 100, and nothing is NaN."""
-    found = discounted_returns(torch.ones(1200, dtype=torch.float64), torch.zeros(1200, dtype=torch.int64), 0.9)
-    assert found[100].item() == pytest.approx(10.0, rel=1e-9)
-    assert torch.isfinite(found).all()
+    returns = discounted_returns(torch.ones(1200, dtype=torch.float64), torch.zeros(1200, dtype=torch.int64), 0.9)
+    assert returns[100].item() == pytest.approx(10.0, rel=1e-9)
+    assert torch.isfinite(returns).all()
 
 
 def test_w52_length_normalisation_acts_at_every_gamma() -> None:
@@ -91,8 +91,8 @@ def test_terms_of_earlier_tokens_of_a_chunk_are_dropped() -> None:
     """One teacher token against three student tokens: token i keeps log-probs from i on only."""
     alignment = aligned([[1, 2, 3]], [[3]])
     logp_s = torch.tensor([-1.0, -2.0, -4.0])
-    found = span_advantages(logp_s, torch.tensor([-3.0]), alignment, gamma=1.0, length_normalization=False)
-    assert found.tolist() == [-3 + 7, -3 + 6, -3 + 4]
+    advantages = span_advantages(logp_s, torch.tensor([-3.0]), alignment, gamma=1.0, length_normalization=False)
+    assert advantages.tolist() == [-3 + 7, -3 + 6, -3 + 4]
     assert suffix_in_chunk(logp_s, alignment.chunk_s, 1).tolist() == [-7, -6, -4]
 
 
@@ -101,26 +101,26 @@ def test_what_a_single_step_explains_is_not_rewarded_again() -> None:
     alignment = aligned([[1, 2]], [[1, 2]])
     logp_s, logp_t = torch.tensor([-1.0, -1.0]), torch.tensor([-3.0, -4.0])
     options = dict(gamma=0.5, length_normalization=False)
-    found = span_advantages(logp_s, logp_t, alignment, explained=logp_t - logp_s, **options)  # type: ignore[arg-type]
-    assert found.tolist() == [0.5 * -3.0, 0.0]
+    advantages = span_advantages(logp_s, logp_t, alignment, explained=logp_t - logp_s, **options)  # type: ignore[arg-type]
+    assert advantages.tolist() == [0.5 * -3.0, 0.0]
     logp_s, logp_t = torch.tensor([-1.0, -2.0, -4.0, -1.0]), torch.tensor([-3.0, -3.0])
     steps = torch.tensor([0.5, torch.nan, -1.0, -2.5])
     chunks = aligned([[1, 2, 3, 4]], [[3, 4]])  # chunks of log-ratios 4 and -2, of which 4.5 and 0.5 are unexplained
-    found = span_advantages(logp_s, logp_t, chunks, explained=steps, gamma=1.0, length_normalization=False)
-    assert found.tolist() == [4.5 - 1 - 2, 4.5 - 1 - 2, 4.5 - 2, 4.5 + 0.5]
+    advantages = span_advantages(logp_s, logp_t, chunks, explained=steps, gamma=1.0, length_normalization=False)
+    assert advantages.tolist() == [4.5 - 1 - 2, 4.5 - 1 - 2, 4.5 - 2, 4.5 + 0.5]
 
 
 def test_unaligned_tokens_have_no_advantage() -> None:
     alignment = aligned([[1, 2, 9]], [[1, 2]])
-    found = span_advantages(
+    advantages = span_advantages(
         torch.full((3,), -1.0), torch.full((2,), -2.0), alignment, gamma=1.0, length_normalization=False
     )
-    assert found[2] == 0 and found[0] != 0
+    assert advantages[2] == 0 and advantages[0] != 0
 
 
 def test_rewards_are_clipped_on_both_sides() -> None:
     alignment = aligned([[1, 2]], [[1, 2]])
-    found = span_advantages(
+    advantages = span_advantages(
         torch.tensor([-500.0, 0.0]),
         torch.tensor([0.0, -500.0]),
         alignment,
@@ -128,7 +128,7 @@ def test_rewards_are_clipped_on_both_sides() -> None:
         length_normalization=False,
         reward_clip=100.0,
     )
-    assert found.tolist() == [100.0, -100.0]
+    assert advantages.tolist() == [100.0, -100.0]
 
 
 def test_clipping_stops_the_gradient_beyond_the_range_only() -> None:

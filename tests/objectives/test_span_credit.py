@@ -83,16 +83,16 @@ def plain(
 def test_advantages_are_their_definition(credit: str, options: dict[str, Any], gamma: float, seed: int) -> None:
     alignment = random_alignment(seed)
     path = random_path(alignment, seed)
-    found = advantage(path, alignment, credit=credit, gamma=gamma, **options)
-    assert found.dtype == DOUBLE
-    assert found.tolist() == pytest.approx(plain(path, alignment, credit=credit, gamma=gamma, **options), abs=1e-9)
+    advantages = advantage(path, alignment, credit=credit, gamma=gamma, **options)
+    assert advantages.dtype == DOUBLE
+    assert advantages.tolist() == pytest.approx(plain(path, alignment, credit=credit, gamma=gamma, **options), abs=1e-9)
 
 
 def test_proportional_credit_is_the_published_formula() -> None:
     """DPCA: `(l^T / l^S - 1) log p_i`."""
     path = Path(torch.tensor([-1.0, -3.0], dtype=DOUBLE), torch.tensor([-2.0], dtype=DOUBLE))
-    found = advantage(path, aligned(side([1, 2]), side([2])), credit="proportional", gamma=0.0)
-    assert found.tolist() == pytest.approx([(-2 / -4 - 1) * -1, (-2 / -4 - 1) * -3])
+    advantages = advantage(path, aligned(side([1, 2]), side([2])), credit="proportional", gamma=0.0)
+    assert advantages.tolist() == pytest.approx([(-2 / -4 - 1) * -1, (-2 / -4 - 1) * -3])
 
 
 @pytest.mark.parametrize("credit", ["uniform", "proportional"])
@@ -100,14 +100,14 @@ def test_proportional_credit_is_the_published_formula() -> None:
 def test_uniform_and_proportional_credit_conserve_the_reward_of_a_chunk(credit: str, options: dict[str, Any]) -> None:
     alignment = random_alignment(2)
     path = random_path(alignment, 2)
-    found = advantage(path, alignment, credit=credit, gamma=0.0, **options)
+    advantages = advantage(path, alignment, credit=credit, gamma=0.0, **options)
     shared = advantage(path, alignment, credit="shared", gamma=0.0, **options)
     several = 0
     for k in range(alignment.num_chunks):
         tokens = tokens_of(alignment.chunk_s, k)
         several += len(tokens) > 1
-        assert found[tokens].sum().item() == pytest.approx(shared[tokens[0]].item(), abs=1e-12)
-    assert several and not torch.allclose(found, shared)
+        assert advantages[tokens].sum().item() == pytest.approx(shared[tokens[0]].item(), abs=1e-12)
+    assert several and not torch.allclose(advantages, shared)
 
 
 def test_proportional_credit_of_a_certain_chunk_is_uniform() -> None:
@@ -132,8 +132,8 @@ def test_equal_likelihoods_of_chunks_give_no_credit() -> None:
 
 
 def test_sums_to_the_end_of_a_chunk_do_not_need_negative_values() -> None:
-    found = suffix_in_chunk(torch.tensor([1.0, -2.0, 4.0, 8.0]), torch.tensor([0, 0, 0, -1]), 1)
-    assert found.tolist() == [3.0, 2.0, 4.0, 0.0]
+    sums = suffix_in_chunk(torch.tensor([1.0, -2.0, 4.0, 8.0]), torch.tensor([0, 0, 0, -1]), 1)
+    assert sums.tolist() == [3.0, 2.0, 4.0, 0.0]
 
 
 def test_clipped_rewards_are_what_is_shared() -> None:
@@ -227,8 +227,8 @@ class ToyDistribution:
         for text in TEXTS:
             logp, logp_t = self.logp_s(text), self.logp_t(text)
             alignment = aligned(side(range(1, LENGTH + 1)), side(self.cut(text)))
-            found = of_token(logp.detach(), logp_t, alignment)
-            surrogate = clipped_policy_gradient(logp, logp.detach(), found, 0.2)[0].sum()
+            advantages = of_token(logp.detach(), logp_t, alignment)
+            surrogate = clipped_policy_gradient(logp, logp.detach(), advantages, 0.2)[0].sum()
             total += logp.detach().sum().exp() * torch.autograd.grad(surrogate, self.logits)[0]
         return total
 
@@ -298,8 +298,8 @@ def test_whole_credit_is_the_text_s_ratio_without_what_the_student_wrote_before(
     draw = torch.Generator().manual_seed(seed)
     student, teacher = side([1, 3, 4, 6, 7]), side([3, 4, 5, 7])
     logp_s, logp_t = (-torch.rand(n, generator=draw, dtype=torch.float64) for n in (5, 4))
-    found = advantage(Path(logp_s, logp_t), aligned(student, teacher), credit="whole")
-    torch.testing.assert_close(found, logp_t.sum() - logp_s.flip(0).cumsum(0).flip(0))
+    advantages = advantage(Path(logp_s, logp_t), aligned(student, teacher), credit="whole")
+    torch.testing.assert_close(advantages, logp_t.sum() - logp_s.flip(0).cumsum(0).flip(0))
 
 
 def test_whole_credit_cannot_be_discounted() -> None:
@@ -312,12 +312,12 @@ def test_whole_credit_cannot_be_discounted() -> None:
 
 def by_hand(whole: list[list[float]], ends: list[float], prompts: list[int]) -> list[list[float]]:
     """Each token's worth less the mean of the other replies' at its place; behind its end a reply keeps its last."""
-    found = []
+    rows = []
     for i, row in enumerate(whole):
         others = [j for j, prompt in enumerate(prompts) if prompt == prompts[i] and j != i]
         at = [[whole[j][k] if k < len(whole[j]) else ends[j] for j in others] for k in range(len(row))]
-        found.append([own - sum(rest) / max(len(rest), 1) for own, rest in zip(row, at, strict=True)])
-    return found
+        rows.append([own - sum(rest) / max(len(rest), 1) for own, rest in zip(row, at, strict=True)])
+    return rows
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -336,9 +336,9 @@ def test_other_replies_to_the_prompt_are_the_baseline_of_whole_credit(seed: int)
     of_t = alignment.chunk_segment[alignment.chunk_t.clamp(min=0)]
     ends = [float(path.logp_t[exact_t & (of_t == k)].sum()) for k in range(segments)]
     expected = by_hand([[whole[i] for i in one] for one in tokens], ends, prompts)
-    given = replace(path, prompt=torch.tensor(prompts))
+    prompted = replace(path, prompt=torch.tensor(prompts))
     for options in ({"credit": "whole"}, {}):
-        got = advantage(given, alignment, **options)
+        got = advantage(prompted, alignment, **options)
         for k, one in enumerate(tokens):
             if prompts.count(prompts[k]) > 1 or options:
                 assert got[one].tolist() == pytest.approx(expected[k], abs=1e-9)
@@ -353,8 +353,8 @@ def test_what_a_reply_is_measured_against_does_not_depend_on_the_reply() -> None
     changed = replace(path, logp_s=torch.where(mine, path.logp_s - 1.0, path.logp_s))
     alone = [replace(one, prompt=None) for one in (path, changed)]
     baselines = [
-        advantage(plain, alignment, credit="whole") - advantage(given, alignment, credit="whole")
-        for plain, given in zip(alone, (path, changed), strict=True)
+        advantage(plain, alignment, credit="whole") - advantage(prompted, alignment, credit="whole")
+        for plain, prompted in zip(alone, (path, changed), strict=True)
     ]
     torch.testing.assert_close(baselines[0][mine], baselines[1][mine])
     assert not torch.allclose(baselines[0][~mine], baselines[1][~mine])
@@ -363,5 +363,5 @@ def test_what_a_reply_is_measured_against_does_not_depend_on_the_reply() -> None
 def test_discounted_returns_keep_the_credit_of_chunks() -> None:
     alignment = random_alignment(2)
     path = random_path(alignment, 2)
-    given = replace(path, prompt=torch.zeros(alignment.num_segments, dtype=torch.int64))
-    assert torch.equal(advantage(given, alignment, gamma=0.9), advantage(path, alignment, gamma=0.9))
+    prompted = replace(path, prompt=torch.zeros(alignment.num_segments, dtype=torch.int64))
+    assert torch.equal(advantage(prompted, alignment, gamma=0.9), advantage(path, alignment, gamma=0.9))

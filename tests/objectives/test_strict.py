@@ -58,18 +58,18 @@ def plain(row_s: Tensor, row_t: Tensor, top_k: int, beta: float, residual: bool)
 @pytest.mark.parametrize("top_k", [1, 3, 5])
 def test_strict_is_its_definition(top_k: int, beta: float, residual: bool) -> None:
     s, t = logits(6, 12, 0), logits(6, 9, 1)
-    found = make_objective("strict", PAIR, top_k=top_k, beta=beta, residual=residual)(s, t)
+    values = make_objective("strict", PAIR, top_k=top_k, beta=beta, residual=residual)(s, t)
     expected = [plain(a, b, top_k, beta, residual) for a, b in zip(s, t, strict=True)]
-    assert found.loss.tolist() == pytest.approx([e[0] for e in expected], abs=1e-12)
-    assert found.metrics["mass_s"].tolist() == pytest.approx([e[1] for e in expected], abs=1e-12)
-    assert found.metrics["mass_t"].tolist() == pytest.approx([e[2] for e in expected], abs=1e-12)
+    assert values.loss.tolist() == pytest.approx([e[0] for e in expected], abs=1e-12)
+    assert values.metrics["mass_s"].tolist() == pytest.approx([e[1] for e in expected], abs=1e-12)
+    assert values.metrics["mass_t"].tolist() == pytest.approx([e[2] for e in expected], abs=1e-12)
 
 
 @pytest.mark.parametrize("top_k", [0, None, 5, 99])
 def test_no_top_k_means_all_shared_tokens(top_k: int | None) -> None:
     s, t = logits(4, 12, 2), logits(4, 9, 3)
-    found = strict_divergence(s, t, PAIR, top_k=top_k)
-    assert found.loss.tolist() == pytest.approx([plain(a, b, 5, 1.0, False)[0] for a, b in zip(s, t, strict=True)])
+    values = strict_divergence(s, t, PAIR, top_k=top_k)
+    assert values.loss.tolist() == pytest.approx([plain(a, b, 5, 1.0, False)[0] for a, b in zip(s, t, strict=True)])
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
@@ -77,13 +77,13 @@ def test_no_top_k_means_all_shared_tokens(top_k: int | None) -> None:
 def test_strict_equals_jsd_where_shared_tokens_and_stop_are_the_whole_vocabulary(beta: float, residual: bool) -> None:
     same = Pair(True, 8, 8, torch.arange(7), torch.arange(7), torch.tensor([7]), torch.tensor([7]))
     s, t = logits(5, 8, 4).requires_grad_(), logits(5, 8, 5)
-    found = strict_divergence(s, t, same, top_k=None, beta=beta, residual=residual)
+    values = strict_divergence(s, t, same, top_k=None, beta=beta, residual=residual)
     expected = make_objective("jsd", same, beta=beta)(s, t)
-    torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=1e-12)
-    (one,) = torch.autograd.grad(found.loss.sum(), s)
+    torch.testing.assert_close(values.loss, expected.loss, rtol=0, atol=1e-12)
+    (one,) = torch.autograd.grad(values.loss.sum(), s)
     (other,) = torch.autograd.grad(expected.loss.sum(), s)
     torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-    torch.testing.assert_close(found.metrics["mass_s"], torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(values.metrics["mass_s"], torch.ones(5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -130,14 +130,14 @@ def test_residual_keeps_its_precision_where_almost_all_mass_is_chosen() -> None:
     s[:, 3:5] -= 30.0
     t[:, 3:5] -= 25.0
     exact = strict_divergence(s, t, same, top_k=None, beta=0.0, residual=True).loss
-    found = s.float().requires_grad_()
-    loss = strict_divergence(found, t.float(), same, top_k=None, beta=0.0, residual=True).loss
+    single = s.float().requires_grad_()
+    loss = strict_divergence(single, t.float(), same, top_k=None, beta=0.0, residual=True).loss
     torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=1e-7)
     loss.sum().backward()
     reference = s.clone().requires_grad_()
     strict_divergence(reference, t, same, top_k=None, beta=0.0, residual=True).loss.sum().backward()
-    assert found.grad is not None and reference.grad is not None
-    torch.testing.assert_close(found.grad[:, 3:5].double(), reference.grad[:, 3:5], rtol=1e-3, atol=0)
+    assert single.grad is not None and reference.grad is not None
+    torch.testing.assert_close(single.grad[:, 3:5].double(), reference.grad[:, 3:5], rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -149,14 +149,14 @@ def test_the_gradient_is_the_derivative(beta: float, residual: bool) -> None:
 
 
 def test_no_rows_give_no_values() -> None:
-    found = strict_divergence(torch.zeros(0, 12), torch.zeros(0, 9), PAIR, top_k=2, residual=True)
-    assert found.loss.shape == found.metrics["mass_s"].shape == (0,)
+    values = strict_divergence(torch.zeros(0, 12), torch.zeros(0, 9), PAIR, top_k=2, residual=True)
+    assert values.loss.shape == values.metrics["mass_s"].shape == (0,)
 
 
 def test_metrics_carry_no_gradient() -> None:
-    found = strict_divergence(logits(2, 12, 15).requires_grad_(), logits(2, 9, 16), PAIR)
-    assert found.loss.requires_grad
-    assert not any(value.requires_grad for value in found.metrics.values())
+    values = strict_divergence(logits(2, 12, 15).requires_grad_(), logits(2, 9, 16), PAIR)
+    assert values.loss.requires_grad
+    assert not any(value.requires_grad for value in values.metrics.values())
 
 
 def test_rows_are_the_pairs_and_stop_is_one_of_them() -> None:

@@ -31,7 +31,7 @@ def logits(rows: int, columns: int, seed: int, scale: float = 2.0) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
 
 
-def found(k: int, logits_s: Tensor, logits_t: Tensor, **options: Any) -> Any:
+def values_of(k: int, logits_s: Tensor, logits_t: Tensor, **options: Any) -> Any:
     best = logits_t.log_softmax(-1).topk(k)
     return make_objective("top_k", PAIR, k=k, **options)(logits_s, None, top_ids=best.indices, top_logps=best.values)
 
@@ -64,7 +64,7 @@ def plain(p: list[float], q: list[float], beta: float) -> float:
 def test_values_are_those_of_cells_that_are_added_up_one_by_one(k: int, beta: float) -> None:
     a, b = logits(40, 12, 0), logits(40, 9, 1)
     expected = [plain(*cells(s, t, k), beta) for s, t in zip(a, b, strict=True)]
-    torch.testing.assert_close(found(k, a, b, beta=beta).loss, torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(values_of(k, a, b, beta=beta).loss, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_it_is_zero_at_equal_distributions_and_at_most_the_divergence_of_the_whole_distributions() -> None:
@@ -84,7 +84,7 @@ def test_it_is_zero_at_equal_distributions_and_at_most_the_divergence_of_the_who
 
 def test_the_stop_bound_is_at_least_the_mass_that_the_stop_cell_lacks() -> None:
     b = logits(200, 9, 4)
-    values, q = found(4, logits(200, 12, 5), b), b.softmax(-1)
+    values, q = values_of(4, logits(200, 12, 5), b), b.softmax(-1)
     seen = q.topk(4).indices
     named = torch.stack([(seen == i).any(-1) for i in (7, 8)], -1)
     lacking = (q[:, 7:] * ~named).sum(-1) * named.any(-1)
@@ -103,16 +103,16 @@ def test_rows_of_which_a_server_gave_fewer_ids_are_read_as_far_as_they_go() -> N
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_the_gradient_is_that_of_finite_differences(beta: float) -> None:
     a, b = logits(4, 12, 8).requires_grad_(), logits(4, 9, 9)
-    assert torch.autograd.gradcheck(lambda x: found(5, x, b, beta=beta).loss, (a,))
+    assert torch.autograd.gradcheck(lambda x: values_of(5, x, b, beta=beta).loss, (a,))
 
 
 def test_it_asks_for_no_more_than_a_server_gives_and_no_rows_of_logits() -> None:
     scored = Scored.of("chatml", "turns")
     objective = make_objective("top_k", scored.pair, k=7)
     assert objective.needs == Level.TOP_K
-    rows, given = scored.asked(objective)  # type: ignore[arg-type]
-    assert given["top_ids"].shape == (len(rows.student), 7)
-    assert objective(scored.logits_s[rows.student], None, **given).loss.isfinite().all()  # type: ignore[operator]
+    rows, inputs = scored.rows_and_inputs(objective)  # type: ignore[arg-type]
+    assert inputs["top_ids"].shape == (len(rows.student), 7)
+    assert objective(scored.logits_s[rows.student], None, **inputs).loss.isfinite().all()  # type: ignore[operator]
 
 
 def test_options_that_read_nothing_are_refused() -> None:

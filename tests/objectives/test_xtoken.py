@@ -40,18 +40,18 @@ def logits(rows: int, columns: int, seed: int, scale: float = 2.0) -> Tensor:
 
 
 def make(name: str, pair: Pair = PAIR, **options: Any) -> Any:
-    found = make_objective(name, pair, **options)
-    assert isinstance(found, RowObjective)
-    return found
+    objective = make_objective(name, pair, **options)
+    assert isinstance(objective, RowObjective)
+    return objective
 
 
 def dense(projection: Projection) -> np.ndarray:
-    found = np.zeros((len(projection.ids), projection.size_t))
+    dense = np.zeros((len(projection.ids), projection.size_t))
     for v, (ids, weights) in enumerate(zip(projection.ids, projection.weights, strict=True)):
         for u, weight in zip(ids, weights, strict=True):
             if u >= 0:
-                found[v, u] += weight
-    return found
+                dense[v, u] += weight
+    return dense
 
 
 def distribution(row: Tensor, temperature: float) -> np.ndarray:
@@ -120,11 +120,11 @@ def test_each_is_its_definition(name: str, size: int, temperature: float) -> Non
     s, t = logits(6, 13, 0), logits(6, 13, 1)
     option = {"top_k" if name == "xtoken_p" else "rest": size}
     objective = make(name, kd_temperature=temperature, **option)
-    found = objective(s, t)
+    values = objective(s, t)
     wanted = expected(name, dense(objective.projection), s, t, size, temperature)
-    assert found.loss.tolist() == pytest.approx([e[0] for e in wanted], abs=1e-12)
-    assert found.metrics["mass_s"].tolist() == pytest.approx([e[1] for e in wanted], abs=1e-12)
-    assert found.metrics["mass_t"].tolist() == pytest.approx([e[2] for e in wanted], abs=1e-12)
+    assert values.loss.tolist() == pytest.approx([e[0] for e in wanted], abs=1e-12)
+    assert values.metrics["mass_s"].tolist() == pytest.approx([e[1] for e in wanted], abs=1e-12)
+    assert values.metrics["mass_t"].tolist() == pytest.approx([e[2] for e in wanted], abs=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -148,10 +148,10 @@ def test_a_token_that_stops_one_side_only_counts_once(name: str, stop_s: list[in
     s, t = logits(4, 13, 35), logits(4, 13, 36)
     by_name = Projection.build(STUDENT, TEACHER, speller(TEACHER, SPELLINGS))
     assert dense(by_name)[8, 6] == 1
-    found = make(name, Pair.of(STUDENT, TEACHER, stop_s, stop_t), projection=by_name)(s, t)
+    values = make(name, Pair.of(STUDENT, TEACHER, stop_s, stop_t), projection=by_name)(s, t)
     wanted = expected(name, dense(by_name), s, t, 99, 1.0, stop_s, stop_t)
-    assert found.loss.tolist() == pytest.approx([e[0] for e in wanted], abs=1e-12)
-    assert found.metrics["mass_s"].tolist() == pytest.approx([e[1] for e in wanted], abs=1e-12)
+    assert values.loss.tolist() == pytest.approx([e[0] for e in wanted], abs=1e-12)
+    assert values.metrics["mass_s"].tolist() == pytest.approx([e[1] for e in wanted], abs=1e-12)
 
 
 def test_push_forward_conserves_the_mass_of_the_tokens_that_can_be_written() -> None:
@@ -172,7 +172,7 @@ def same_pair() -> Pair:
 @pytest.mark.parametrize("top_k", [0, 4])
 def test_p_kl_of_equal_vocabularies_is_the_forward_kl_on_the_chosen_columns(top_k: int, temperature: float) -> None:
     s, t = logits(5, 13, 6).requires_grad_(), logits(5, 13, 7)
-    found = make("xtoken_p", same_pair(), top_k=top_k, kd_temperature=temperature)(s, t).loss
+    losses = make("xtoken_p", same_pair(), top_k=top_k, kd_temperature=temperature)(s, t).loss
     text = [i for i in range(12) if i not in STOP_S]  # id 12 is padding
     best = t[:, text].topk(top_k or len(text), dim=-1).indices
     columns = [
@@ -180,8 +180,8 @@ def test_p_kl_of_equal_vocabularies_is_the_forward_kl_on_the_chosen_columns(top_
         for x in (s / temperature, t / temperature)
     ]
     wanted = temperature**2 * generalized_jsd(*(x.log_softmax(-1) for x in columns), 0.0)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
-    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), s)[0] for x in (found, wanted)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(losses, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), s)[0] for x in (losses, wanted)), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -246,13 +246,13 @@ def test_blocks_and_rows_of_weight_zero_leave_the_sum_as_it_is(name: str) -> Non
     head_s, head_t = Head(linear(5, 13, 17)), Head(linear(4, 13, 19))
     rows, weight = torch.arange(7), torch.tensor([1.0, 0.0, 0.5, 2.0, 0.0, 1.0, 0.1], dtype=torch.float64)
     objective = make(name, **FEW[name])
-    found = []
+    runs = []
     for chunk_rows in (1, 3, 64):
         total, _ = reduce_rows(objective, hidden_s, head_s, hidden_t, head_t, rows, rows, weight, chunk_rows)
-        found.append((total, torch.autograd.grad(total, hidden_s)[0]))
-    for total, gradient in found:
-        torch.testing.assert_close(total, found[0][0], rtol=0, atol=1e-12)
-        torch.testing.assert_close(gradient, found[0][1], rtol=0, atol=1e-12)
+        runs.append((total, torch.autograd.grad(total, hidden_s)[0]))
+    for total, gradient in runs:
+        torch.testing.assert_close(total, runs[0][0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(gradient, runs[0][1], rtol=0, atol=1e-12)
         assert (gradient[[1, 4]] == 0).all()
 
 
@@ -288,9 +288,9 @@ def test_dead_columns_give_no_nan(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision_is_computed_in_float32(name: str) -> None:
     s, t = logits(3, 13, 25).bfloat16(), logits(3, 13, 26).bfloat16()
-    found = make(name)(s, t)
-    assert found.loss.dtype == torch.float32
-    torch.testing.assert_close(found.loss.double(), make(name)(s.double(), t.double()).loss, rtol=1e-5, atol=1e-5)
+    values = make(name)(s, t)
+    assert values.loss.dtype == torch.float32
+    torch.testing.assert_close(values.loss.double(), make(name)(s.double(), t.double()).loss, rtol=1e-5, atol=1e-5)
 
 
 def test_h_kl_is_never_negative_though_its_parts_may_be() -> None:
@@ -326,7 +326,7 @@ def test_rows_are_the_last_tokens_of_exact_chunks(name: str) -> None:
     written = Written(mine, theirs, align(side_s, side_t, 1), [b"0123456"])
     rows = make(name).rows(written)
     assert (rows.student.tolist(), rows.teacher.tolist()) == ([1, 3, 4], [1, 4, 5])
-    assert rows.items == 3 and not rows.given
+    assert rows.items == 3 and not rows.inputs
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -337,9 +337,9 @@ def test_a_saved_projection_is_used_and_one_of_another_pair_refused(name: str, t
     flat = replace(built, weights=(used / np.maximum(used.sum(1, keepdims=True), 1)).astype(np.float32))
     flat.save(tmp_path)
     bare = Pair.of(STUDENT, TEACHER, STOP_S, STOP_T)  # no speller: not needed
-    found = make(name, bare, projection=str(tmp_path))(s, t).loss
-    torch.testing.assert_close(found, make(name, bare, projection=flat)(s, t).loss, rtol=0, atol=0)
-    assert (found - make(name)(s, t).loss).abs().min() > 1e-6
+    losses = make(name, bare, projection=str(tmp_path))(s, t).loss
+    torch.testing.assert_close(losses, make(name, bare, projection=flat)(s, t).loss, rtol=0, atol=0)
+    assert (losses - make(name)(s, t).loss).abs().min() > 1e-6
     with pytest.raises(VocabularyError, match="another teacher"):
         make(name, Pair.of(STUDENT, vocabulary(b"a"), STOP_S, [0]), projection=str(tmp_path))
 
@@ -375,6 +375,6 @@ def test_no_rows_give_no_values_and_metrics_carry_no_gradient(name: str) -> None
     empty = make(name)(torch.zeros(0, 13, requires_grad=True), torch.zeros(0, 13))
     assert empty.loss.shape == empty.metrics["mass_s"].shape == (0,)
     empty.loss.sum().backward()
-    found = make(name)(logits(2, 13, 33).requires_grad_(), logits(2, 13, 34))
-    assert found.loss.requires_grad and not any(x.requires_grad for x in found.metrics.values())
+    values = make(name)(logits(2, 13, 33).requires_grad_(), logits(2, 13, 34))
+    assert values.loss.requires_grad and not any(x.requires_grad for x in values.metrics.values())
     assert type(make(name)).depends_on_split

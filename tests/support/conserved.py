@@ -22,9 +22,9 @@ def check_masses(scored: Scored) -> None:
     """Targets of bpm, cells of shared_prefix and distributions of byte sum to one; values and gradients are finite."""
     one = torch.ones((), dtype=scored.logits_s.dtype)
     bpm: Any = make_objective("bpm", scored.pair)
-    rows, given = scored.asked(bpm)
+    rows, inputs = scored.rows_and_inputs(bpm)
     if len(rows.student):
-        target, reached, _ = bpm.target(scored.logits_t[rows.teacher], **given)
+        target, reached, _ = bpm.target(scored.logits_t[rows.teacher], **inputs)
         torch.testing.assert_close(target.sum(-1), one.expand(len(target)), rtol=0, atol=1e-5)
         cells = bpm.cells(scored.logits_s.detach()[rows.student], reached).exp().sum(-1)
         torch.testing.assert_close(cells, one.expand(len(cells)), rtol=0, atol=1e-5)

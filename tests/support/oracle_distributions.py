@@ -31,8 +31,8 @@ def losses(reading: Reading, name: str, **options: Any) -> tuple[Tensor, Tensor]
         return values.loss, reading.mass.repeat_interleave(lengths)
     assert isinstance(objective, RowObjective)
     rows = objective.rows(written)
-    given = {**rows.given, **objective.extra(rows, written, Teller(reading))}
-    values = objective(reading.rows_s[rows.student], reading.rows_t[rows.teacher], **given)
+    inputs = {**rows.inputs, **objective.extra(rows, written, Teller(reading))}
+    values = objective(reading.rows_s[rows.student], reading.rows_t[rows.teacher], **inputs)
     return values.loss, reading.mass[reading.segment_s[rows.student]]
 
 
@@ -113,8 +113,8 @@ def bpm_targets(reading: Reading, first_token: str) -> tuple[Tensor, Tensor, Ten
     assert isinstance(objective, BPM)
     written = reading.batch.written
     rows = objective.rows(written)
-    given = {**rows.given, **objective.extra(rows, written, Teller(reading))}
-    target, reached, _ = objective.target(reading.rows_t[rows.teacher], **given)
+    inputs = {**rows.inputs, **objective.extra(rows, written, Teller(reading))}
+    target, reached, _ = objective.target(reading.rows_t[rows.teacher], **inputs)
     true = objective.cells(reading.rows_s[rows.student], reached).exp()
     return target, true, reading.mass[reading.segment_s[rows.student]]
 

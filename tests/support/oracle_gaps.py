@@ -258,7 +258,7 @@ def row_losses(reading: Reading, name: str, **options: Any) -> tuple[Tensor, Ten
     objective = make_objective(name, reading.pair, **options)
     assert isinstance(objective, RowObjective)
     rows = objective.rows(reading.batch.written)
-    values = objective(reading.rows_s[rows.student], reading.rows_t[rows.teacher], **rows.given)
+    values = objective(reading.rows_s[rows.student], reading.rows_t[rows.teacher], **rows.inputs)
     return values.loss, reading.mass[reading.segment_s[rows.student]]
 
 

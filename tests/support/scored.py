@@ -119,13 +119,13 @@ class Scored:
                 plan,
             )
         assert isinstance(objective, RowObjective)
-        rows, given = self.asked(objective)
-        return objective(self.logits_s[rows.student], self.logits_t[rows.teacher], **given)
+        rows, inputs = self.rows_and_inputs(objective)
+        return objective(self.logits_s[rows.student], self.logits_t[rows.teacher], **inputs)
 
-    def asked(self, objective: RowObjective) -> tuple[Any, dict[str, Tensor]]:
-        """The rows of a row objective and all that it is given of them."""
+    def rows_and_inputs(self, objective: RowObjective) -> tuple[Any, dict[str, Tensor]]:
+        """The rows of a row objective and the inputs that it gets of them."""
         rows = objective.rows(self.batch.written)
-        return rows, {**rows.given, **objective.extra(rows, self.batch.written, self)}
+        return rows, {**rows.inputs, **objective.extra(rows, self.batch.written, self)}
 
     def gradient(self, loss: Tensor) -> Tensor:
         """Of the student's logits."""

@@ -254,7 +254,7 @@ class ModelScores:
         self,
         compare: Compare,
         rows: Rows,
-        given: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor],
         share: float,
         *,
         with_teacher: bool = True,
@@ -273,7 +273,7 @@ class ModelScores:
             self._weights(rows.student, share),
             self.chunk_rows(few),
             temperature=self.temperature if temperature is None else temperature,
-            given=given,
+            inputs=inputs,
         )
 
     def part(self, part: Part, tokens: Tensor, share: float) -> tuple[Tensor, Values]:
@@ -291,7 +291,7 @@ class ModelScores:
             self._weights(tokens, share).to(there),
             self.chunk_rows(False),
             temperature=self.temperature,
-            given={name: value.to(there) for name, value in part.given.items()},
+            inputs={name: value.to(there) for name, value in part.inputs.items()},
         )
         metrics = {name: metric.to(self.device) for name, metric in values.metrics.items()}
         return total.to(self.device), Values(values.loss.to(self.device), metrics)

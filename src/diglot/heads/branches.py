@@ -52,7 +52,7 @@ class TreeReading:
 
     def __init__(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> None:
         self.model, self.input_ids, self.attention_mask, self.rows = model, input_ids, attention_mask, rows
-        self._kept = DynamicCache()
+        self._cache = DynamicCache()
         self._trees = True
 
     def first(self, branches: Branches) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ class TreeReading:
 
     def _text(self) -> Tensor:
         """The batch alone, of which keys and values are kept if branches can see them: the states at `rows`."""
-        options = {cache_argument(self.model): self._kept, "use_cache": True} if self._trees else {}
+        options = {cache_argument(self.model): self._cache, "use_cache": True} if self._trees else {}
         return last_hidden(self.model, self.input_ids, self.attention_mask, **options).flatten(0, 1)[self.rows]
 
     def _behind(self, branches: Branches) -> Tensor:
@@ -97,7 +97,7 @@ class TreeReading:
         whose[row, column] = own
         earlier = torch.tril(torch.ones(shape[1], shape[1], dtype=torch.bool, device=device))
         sees[:, :, width:] = (whose[:, :, None] == whose[:, None, :]) & earlier  # padding sees padding: never nothing
-        cache = Cache(layers=[_TextLayer(layer, seen) for layer in self._kept.layers])
+        cache = Cache(layers=[_TextLayer(layer, seen) for layer in self._cache.layers])
         options = {cache_argument(self.model): cache, "position_ids": positions, "use_cache": True}
         return last_hidden(self.model, ids, sees[:, None], **options)[row, column]
 
@@ -108,13 +108,13 @@ class _TextLayer(DynamicLayer):
     Nothing is kept, so that a pass holds a copy of them for one layer at a time.
     """
 
-    def __init__(self, kept: Any, texts: Tensor) -> None:
+    def __init__(self, layer: Any, texts: Tensor) -> None:
         super().__init__()
-        self._kept, self._texts = (kept.keys, kept.values), texts
-        self.keys, self.values, self.is_initialized = kept.keys, kept.values, True  # their length is asked for
+        self._states, self._texts = (layer.keys, layer.values), texts
+        self.keys, self.values, self.is_initialized = layer.keys, layer.values, True  # their length is asked for
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        (keys, values), texts = self._kept, self._texts.to(key_states.device)
+        (keys, values), texts = self._states, self._texts.to(key_states.device)
         return torch.cat([keys[texts], key_states], dim=-2), torch.cat([values[texts], value_states], dim=-2)
 
 
@@ -140,13 +140,13 @@ def _rows_of(text: Ints, length: Ints, size: int) -> tuple[Ints, Ints]:
     of_text: dict[int, list[int]] = {}
     for i in np.argsort(-length, kind="stable"):
         own = of_text.setdefault(int(text[i]), [])
-        found = next((r for r in own if used[r] + length[i] <= size), None)
-        if found is None:
-            found = len(used)
+        chosen = next((r for r in own if used[r] + length[i] <= size), None)
+        if chosen is None:
+            chosen = len(used)
             used.append(0)
-            own.append(found)
-        row[i], column[i] = found, used[found]
-        used[found] += int(length[i])
+            own.append(chosen)
+        row[i], column[i] = chosen, used[chosen]
+        used[chosen] += int(length[i])
     return row, column
 
 
@@ -155,7 +155,7 @@ def _one_by_one(model: nn.Module, input_ids: Tensor, branches: Branches) -> Tens
     device, width = input_ids.device, input_ids.shape[1]
     starts = np.flatnonzero(branches.depth == 0)
     ends = np.append(starts[1:], len(branches))
-    found: list[Tensor] = []
+    states: list[Tensor] = []
     for at in range(0, len(starts), 8):
         texts = []
         for low, high in zip(starts[at : at + 8], ends[at : at + 8], strict=True):
@@ -168,8 +168,8 @@ def _one_by_one(model: nn.Module, input_ids: Tensor, branches: Branches) -> Tens
         mask = sent(shown.long(), device)
         hidden = last_hidden(model, ids, mask)
         for k, (low, high) in enumerate(zip(starts[at : at + 8], ends[at : at + 8], strict=True)):
-            found.append(hidden[k, lengths[k] - (high - low) : lengths[k]])
-    return torch.cat(found)
+            states.append(hidden[k, lengths[k] - (high - low) : lengths[k]])
+    return torch.cat(states)
 
 
 def _no_window(model: nn.Module, input_ids: Tensor, branches: Branches) -> bool:

@@ -94,8 +94,8 @@ class Head:
         dtype = product_dtype(weight)
         if ids is None:
             raw = _Product.apply(hidden.flatten(0, -2), weight, dtype).unflatten(0, hidden.shape[:-1])
-            found: Tensor = raw if bias is None else raw + bias
-            return found
+            logits: Tensor = raw if bias is None else raw + bias
+            return logits
         with torch.autocast(hidden.device.type, enabled=False):
             exact = result_dtype(dtype)
             chosen = nn.functional.embedding(ids, weight).to(exact)  # [R, k, H]
@@ -105,8 +105,8 @@ class Head:
     def raw_with(self, parameters: Sequence[Tensor], hidden: Tensor) -> Tensor:
         """What the module makes of `hidden`; `parameters`, if any, stand in for `self.parameters`, in this order."""
         own = {f"module.{name}": p for name, p in zip(self._trainable, parameters, strict=bool(parameters))}
-        found: Tensor = functional_call(_Unhooked(self.module), own, (self._as_input(hidden),))
-        return found
+        raw: Tensor = functional_call(_Unhooked(self.module), own, (self._as_input(hidden),))
+        return raw
 
     def raw_rows(self, ids: Tensor | None = None) -> Callable[[Tensor, Tensor | None], Tensor]:
         """Maps `hidden [R, H]` to what `raw` gives of the columns `ids` `[k]`, the same for all rows: `[R, k]`.
@@ -122,8 +122,8 @@ class Head:
         dtype = product_dtype(weight)
 
         def raw(hidden: Tensor, out: Tensor | None) -> Tensor:
-            found = rows_times(hidden, weight, dtype, out)
-            return found if bias is None else found.add_(bias)
+            logits = rows_times(hidden, weight, dtype, out)
+            return logits if bias is None else logits.add_(bias)
 
         return raw
 
@@ -235,8 +235,8 @@ class _Unhooked(nn.Module):
         self.module = module
 
     def forward(self, hidden: Tensor) -> Tensor:
-        found: Tensor = self.module.forward(hidden)
-        return found
+        logits: Tensor = self.module.forward(hidden)
+        return logits
 
 
 def _scale(config: Any) -> float:

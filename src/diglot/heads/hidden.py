@@ -90,8 +90,8 @@ def decoder_of(model: Any) -> nn.Module:
 
 
 def _hidden_of(output: Any) -> Tensor:
-    found: Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
-    return found
+    hidden: Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+    return hidden
 
 
 def is_compiled(model: nn.Module, inner: nn.Module) -> bool:

@@ -44,20 +44,20 @@ def rows_times(hidden: Tensor, weight: Tensor, dtype: torch.dtype, out: Tensor |
     if as_it_is and hidden.device.type != "cpu":
         return times(hidden, weight.T, dtype)
     shape = len(hidden), len(weight)
-    found = torch.empty(shape, dtype=result_dtype(dtype), device=hidden.device) if out is None else out[: len(hidden)]
+    product = torch.empty(shape, dtype=result_dtype(dtype), device=hidden.device) if out is None else out[: len(hidden)]
     for part in _parts(len(weight), _CACHED if as_it_is else _COLUMNS):
-        found[:, part] = times(hidden, weight[part].T, dtype)
-    return found
+        product[:, part] = times(hidden, weight[part].T, dtype)
+    return product
 
 
 def rows_back(of_raw: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`of_raw [R, V] @ weight [V, H]`, as `times`."""
     if _copied_as_it_is(weight, dtype):
         return times(of_raw, weight, dtype)
-    found = torch.zeros(len(of_raw), weight.shape[1], dtype=result_dtype(dtype), device=of_raw.device)
+    product = torch.zeros(len(of_raw), weight.shape[1], dtype=result_dtype(dtype), device=of_raw.device)
     for part in _parts(len(weight)):
-        found += times(of_raw[:, part], weight[part], dtype)
-    return found
+        product += times(of_raw[:, part], weight[part], dtype)
+    return product
 
 
 def add_outer(total: Tensor, of_raw: Tensor, hidden: Tensor, dtype: torch.dtype) -> None:

@@ -42,15 +42,15 @@ class HeadGradient:
         return raw.detach(), lambda of_raw: self._by_autograd(raw, of_raw, leaf)
 
     def _by_autograd(self, raw: Tensor, of_raw: Tensor, leaf: Tensor) -> Tensor | None:
-        of_hidden, *found = torch.autograd.grad(raw, [leaf, *self.leaves], of_raw, allow_unused=True)
-        for so_far, gradient in zip(self.sums, found, strict=True):
+        of_hidden, *of_leaves = torch.autograd.grad(raw, [leaf, *self.leaves], of_raw, allow_unused=True)
+        for so_far, gradient in zip(self.sums, of_leaves, strict=True):
             if gradient is not None:
                 so_far.add_(gradient)
         return of_hidden
 
-    def found(self) -> list[Tensor]:
+    def gradients(self) -> list[Tensor]:
         """One gradient per parameter, in its own number type."""
-        return [found.to(p.dtype) for found, p in zip(self.sums, self.parameters, strict=True)]
+        return [total.to(p.dtype) for total, p in zip(self.sums, self.parameters, strict=True)]
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

@@ -17,8 +17,8 @@ from diglot.objectives.base import ColumnObjective
 from diglot.objectives.scores import Values
 
 RowFunction = Callable[..., Values]
-Given = Mapping[str, Tensor]
-PartFunction = Callable[[Tensor, Given, slice], Values]  # of the student's raw logits of some rows of a block: which
+Inputs = Mapping[str, Tensor]
+PartFunction = Callable[[Tensor, Inputs, slice], Values]  # of the student's raw logits of some rows of a block: which
 
 _CPU_BUDGET = 512 * 2**20
 _MASS_ROWS = 16  # rows of a block on which the teacher's mass of chosen columns is measured
@@ -62,12 +62,12 @@ def reduce_rows(
     weight: Tensor,
     chunk_rows: int,
     temperature: float = 1.0,
-    given: Given | None = None,
+    inputs: Inputs | None = None,
 ) -> tuple[Tensor, Values]:
     """`sum(weight * loss)` over rows, with gradient, and the single rows' values, `[R]`, without.
 
     The gradient is formed block by block together with the value, so that at most `chunk_rows` rows of logits exist at
-    a time; it reaches `hidden_s`, the trainable parameters of `head_s`, and what of `given` requires it. It can be
+    a time; it reaches `hidden_s`, the trainable parameters of `head_s`, and what of `inputs` requires it. It can be
     taken once, not differentiated. Up to rounding the result does not depend on `chunk_rows`. A row of weight 0 has no
     part in sum and gradient.
 
@@ -76,39 +76,39 @@ def reduce_rows(
     rows of each block, since it takes whole rows of logits, and is NaN on the others.
 
     Args:
-        objective: maps logits `[r, V_s]`, `[r, V_t]`, and of each of `given` the same rows, to values `[r]`, each of
+        objective: maps logits `[r, V_s]`, `[r, V_t]`, and of each of `inputs` the same rows, to values `[r]`, each of
             its own row alone.
         hidden_s: `[N_s, H_s]`; `rows_s` `[R]` says which of them each row reads.
         hidden_t: `[N_t, H_t]`; `rows_t` `[R]` likewise. Gets no gradient. None: the objective gets None for its logits.
         weight: `[R]`, the factors of the reduction.
         temperature: divides the logits of both sides.
-        given: more about each row, `[R, ...]`, handed to the objective by name.
+        inputs: more about each row, `[R, ...]`, handed to the objective by name.
 
     Raises `ConfigError` for row arrays of different lengths or `chunk_rows < 1`.
     """
     _check(rows_s, rows_t, weight, chunk_rows)
     parameters = head_s.parameters
-    given = given or {}
-    inputs = (hidden_s, *parameters, *given.values()) if torch.is_grad_enabled() else ()
-    gradients = _Gradients(hidden_s, head_s, given, weight) if any(x.requires_grad for x in inputs) else None
+    inputs = inputs or {}
+    tensors = (hidden_s, *parameters, *inputs.values()) if torch.is_grad_enabled() else ()
+    gradients = _Gradients(hidden_s, head_s, inputs, weight) if any(x.requires_grad for x in tensors) else None
     form: Callable[..., tuple[PartFunction, Tensor | None]] = _whole_rows
     if few := reads_few_columns(objective, head_s, head_t):
         form = _columns
-    found = _FoundValues(len(rows_s))
+    row_values = _RowValues(len(rows_s))
     for at in blocks(len(rows_s), chunk_rows):
         rows, of_teacher = rows_s[at], None if hidden_t is None else hidden_t[rows_t[at].to(hidden_t.device)]
         of_part, ids = form(objective, hidden_s.detach()[rows], head_s, of_teacher, head_t, temperature)
         cuts = [slice(0, len(rows))] if few else list(parts(len(rows), chunk_rows))
-        block = _Block(at, rows, ids, of_part, cuts, {n: value.detach()[at] for n, value in given.items()})
+        block = _Block(at, rows, ids, of_part, cuts, {n: value.detach()[at] for n, value in inputs.items()})
         if gradients:
-            gradients.add(block, found)
+            gradients.add(block, row_values)
         else:
             raw = head_s.raw(hidden_s[rows], ids=ids)
             for part in cuts:
-                found.add(of_part(raw[part], block.known(part), part))
+                row_values.add(of_part(raw[part], block.known(part), part))
             del raw
         del of_part, of_teacher, block
-    values = found.whole()
+    values = row_values.whole()
     # Summed here, not block by block: the rounding of the value then is the same for every block size.
     total = _weighted(values.loss, weight).sum()
     return (total if gradients is None else gradients.attached_to(total)), values
@@ -127,10 +127,10 @@ def _whole_rows(
     """The values of a block as a function of the student's raw logits, in whole rows."""
     raw_t = None if hidden_t is None else head_t.raw(hidden_t).to(hidden_s.device)
 
-    def of_part(raw_s: Tensor, given: Given, part: slice) -> Values:
+    def of_part(raw_s: Tensor, inputs: Inputs, part: slice) -> Values:
         with torch.no_grad():
             logits_t = None if raw_t is None else at_temperature(head_t.finished(raw_t[part]), temperature)
-        return objective(at_temperature(head_s.finished(raw_s), temperature), logits_t, **given)
+        return objective(at_temperature(head_s.finished(raw_s), temperature), logits_t, **inputs)
 
     return of_part, None
 
@@ -153,7 +153,7 @@ def _columns(
     del whole_t
     chosen_t = chosen_t.to(hidden_s.device)
 
-    def of_part(raw: Tensor, given: Given, part: slice) -> Values:
+    def of_part(raw: Tensor, inputs: Inputs, part: slice) -> Values:
         chosen_s = at_temperature(head_s.finished(raw), temperature)
         masses = {"mass_s": mass_s[part], "mass_t": mass_t[part]}
         return Values(objective.compare(chosen_s, chosen_t[part]), masses)
@@ -243,7 +243,7 @@ class Joining:
         return self.joined[: self.length]
 
 
-class _FoundValues:
+class _RowValues:
     """The values of all rows, part by part."""
 
     def __init__(self, rows: int) -> None:
@@ -269,11 +269,11 @@ class _Block:
     ids: Tensor | None  # the student's columns, if not all
     of_part: PartFunction
     parts: Sequence[slice]
-    given: Given  # without gradient
+    inputs: Inputs  # without gradient
 
     def known(self, part: slice) -> dict[str, Tensor]:
         """What is given of the rows of a part."""
-        return {name: value[part] for name, value in self.given.items()}
+        return {name: value[part] for name, value in self.inputs.items()}
 
 
 class _Gradients:
@@ -284,53 +284,53 @@ class _Gradients:
     here, and put in where the gradient is attached; sums are of 32 bits or more.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, given: Given, weight: Tensor) -> None:
+    def __init__(self, hidden: Tensor, head: Head, inputs: Inputs, weight: Tensor) -> None:
         self.hidden, self.head = hidden, HeadGradient(head)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.hidden_sum = torch.zeros_like(hidden, dtype=wide, requires_grad=False) if hidden.requires_grad else None
         largest = weight.abs().amax() if len(weight) else weight.new_ones(())
         self.scale = torch.where(largest > 0, largest, torch.ones_like(largest))
         self.unit = weight / self.scale
-        self.given = {name: value for name, value in given.items() if value.requires_grad}
-        self.of_given = {name: torch.zeros_like(value, requires_grad=False) for name, value in self.given.items()}
+        self.inputs = {name: value for name, value in inputs.items() if value.requires_grad}
+        self.of_inputs = {name: torch.zeros_like(value, requires_grad=False) for name, value in self.inputs.items()}
 
-    def add(self, block: _Block, found: _FoundValues) -> None:
-        """Add the gradient of one block, and the values of its parts to `found`."""
+    def add(self, block: _Block, row_values: _RowValues) -> None:
+        """Add the gradient of one block, and the values of its parts to `row_values`."""
         raw, way_back = self.head.raw(self.hidden.detach()[block.rows], block.ids)
         any_gradient = False
         for part in block.parts:
-            any_gradient |= self._replace(raw, block, part, found)
+            any_gradient |= self._replace(raw, block, part, row_values)
         of_hidden = way_back(raw) if any_gradient else None
         if self.hidden_sum is not None and of_hidden is not None:
             self.hidden_sum.index_add_(0, block.rows, of_hidden.to(self.hidden_sum.dtype))
 
-    def _replace(self, raw: Tensor, block: _Block, part: slice, found: _FoundValues) -> bool:
+    def _replace(self, raw: Tensor, block: _Block, part: slice, row_values: _RowValues) -> bool:
         """Put the gradient of a part in the place of its logits; returns if there is one.
 
         A function of its own, so that nothing of a part outlives it.
         """
         leaf = raw[part].requires_grad_()
-        known = {name: value.requires_grad_(name in self.given) for name, value in block.known(part).items()}
+        known = {name: value.requires_grad_(name in self.inputs) for name, value in block.known(part).items()}
         with torch.enable_grad():
             values = block.of_part(leaf, known, part)
             total = _weighted(values.loss, self.unit[block.at][part]).sum()
         of_leaf: Tensor | None = None
         if total.requires_grad:
-            wanted = [leaf, *(known[name] for name in self.given)]
+            wanted = [leaf, *(known[name] for name in self.inputs)]
             of_leaf, *of_known = torch.autograd.grad(total, wanted, allow_unused=True)
-            for so_far, gradient in zip(self.of_given.values(), of_known, strict=True):
+            for so_far, gradient in zip(self.of_inputs.values(), of_known, strict=True):
                 if gradient is not None:
                     so_far[block.at][part].add_(gradient)
-        found.add(values)
+        row_values.add(values)
         return put(of_leaf, raw[part])
 
     def attached_to(self, total: Tensor) -> Tensor:
         """`total` as a node of the graph with these gradients."""
-        inputs = (self.hidden, *self.head.parameters, *self.given.values())
-        found: Tensor = _Attach.apply(
-            total, [self.hidden_sum, *self.head.sums, *self.of_given.values()], self.scale, *inputs
+        tensors = (self.hidden, *self.head.parameters, *self.inputs.values())
+        attached: Tensor = _Attach.apply(
+            total, [self.hidden_sum, *self.head.sums, *self.of_inputs.values()], self.scale, *tensors
         )
-        return found
+        return attached
 
 
 class _Attach(torch.autograd.Function):
@@ -349,9 +349,9 @@ class _Attach(torch.autograd.Function):
                 "The gradient of a reduced loss was asked for a second time: it is handed over at the first, and kept "
                 "nowhere. Add the losses before `backward`, or compute this one again."
             )
-        found, ctx.gradients = ctx.gradients, None
+        gradients, ctx.gradients = ctx.gradients, None
         factor = ctx.scale * grad_output  # before anything is rounded to 16 bits
-        scaled = (None if g is None else g.mul_(factor.to(g.dtype)) for g in found)
+        scaled = (None if g is None else g.mul_(factor.to(g.dtype)) for g in gradients)
         return None, None, None, *(None if g is None else g.to(x) for g, x in zip(scaled, ctx.dtypes, strict=True))
 
 

@@ -25,10 +25,10 @@ def gathered(*models: nn.Module) -> Iterator[None]:
     Does nothing for a model that is not sharded.
     """
     of_models = [sharded_parts(model) for model in models]
-    parts = [part for found in of_models for part in found]
-    for found in of_models:
-        if found:  # as a first pass would: a process that writes nothing has none
-            found[0]._get_fsdp_state()._lazy_init()
+    parts = [part for of_model in of_models for part in of_model]
+    for of_model in of_models:
+        if of_model:  # as a first pass would: a process that writes nothing has none
+            of_model[0]._get_fsdp_state()._lazy_init()
     groups = [group for part in parts for group in _groups(part)]
     before = [group.post_forward_mesh_info for group in groups]
     for part in parts:
@@ -37,8 +37,8 @@ def gathered(*models: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for group, found in zip(groups, before, strict=True):
-            group.post_forward_mesh_info = found
+        for group, mesh_info in zip(groups, before, strict=True):
+            group.post_forward_mesh_info = mesh_info
             # The order of passes decides what the next backward pass fetches ahead: it must be that of all processes.
             group._post_forward_indices.clear()
             group.comm_ctx.post_forward_order.clear()

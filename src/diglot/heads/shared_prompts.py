@@ -116,13 +116,13 @@ def read_once(model: nn.Module, input_ids: Tensor, plan: SharedPrompts) -> Tenso
     prompt_row, prompt_place, mask, group, at_row, at_place, is_first, which, row, real, source = sent
     positions = mask.cumsum(1).sub(1).clamp(min=0)
     of_prompts = _run(model, input_ids[prompt_row, prompt_place], mask, positions, cache)
-    found = of_prompts[group, -1]
+    hidden = of_prompts[group, -1]
     if not len(plan.row):
-        return found
+        return hidden
     cache.batch_select_indices(which)
     whole = torch.cat([mask[which], real], dim=1)
     of_rest = _run(model, input_ids[row[:, None], source], whole, source, cache)
-    return torch.where(is_first[:, None], found, of_rest[at_row, at_place])
+    return torch.where(is_first[:, None], hidden, of_rest[at_row, at_place])
 
 
 def _left(plan: SharedPrompts) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,8 +27,8 @@ def summaries(summary: Summary, hidden: Tensor, head: Head, chunk_rows: int, tem
     def of_raw(raw: Tensor, block: slice) -> Tensor:
         return summary(at_temperature(head.finished(raw), temperature), block)
 
-    found: Tensor = _Summaries.apply(of_raw, head, chunk_rows, hidden, *head.parameters)
-    return found
+    joined: Tensor = _Summaries.apply(of_raw, head, chunk_rows, hidden, *head.parameters)
+    return joined
 
 
 class _Summaries(torch.autograd.Function):
@@ -40,22 +40,22 @@ class _Summaries(torch.autograd.Function):
         ctx.save_for_backward(hidden)
         device = hidden.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        found, ctx.lengths = Joining(len(hidden)), []
+        joined, ctx.lengths = Joining(len(hidden)), []
         for block in blocks(len(hidden), chunk_rows):
             raw = head.raw(hidden[block])
             for part in parts(len(raw), chunk_rows):
                 of_part = of_raw(raw[part], within(block, part))
-                found.add(of_part)
+                joined.add(of_part)
                 ctx.lengths.append(len(of_part))
             del raw, of_part
-        return found.whole()
+        return joined.whole()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_found: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_joined: Tensor) -> tuple[Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
         gradient, of_hidden = HeadGradient(ctx.head), torch.zeros_like(hidden)
-        of_parts = iter(of_found.split(ctx.lengths))
+        of_parts = iter(of_joined.split(ctx.lengths))
         for block in blocks(len(hidden), ctx.chunk_rows):
             with torch.autocast(*ctx.autocast):  # as in the forward pass
                 raw, way_back = gradient.raw(hidden[block].detach())
@@ -63,15 +63,15 @@ class _Summaries(torch.autograd.Function):
                 for part in parts(len(raw), ctx.chunk_rows):
                     leaf, of_part = raw[part].requires_grad_(), next(of_parts)
                     with torch.enable_grad():
-                        found = ctx.of_raw(leaf, within(block, part))
+                        summary = ctx.of_raw(leaf, within(block, part))
                     of_leaf: Tensor | None = None
-                    if found.requires_grad:
-                        (of_leaf,) = torch.autograd.grad(found, leaf, of_part, allow_unused=True)
+                    if summary.requires_grad:
+                        (of_leaf,) = torch.autograd.grad(summary, leaf, of_part, allow_unused=True)
                     any_gradient |= put(of_leaf, raw[part])
             of_rows = way_back(raw) if any_gradient else None
             if of_rows is not None:
                 of_hidden[block] = of_rows
-        return None, None, None, of_hidden, *gradient.found()
+        return None, None, None, of_hidden, *gradient.gradients()
 
 
 def token_logps(

@@ -83,8 +83,8 @@ class ALM(PathObjective):
             `P omega_T` and `Q omega_S` of every chunk, without merging.
 
     Values stay one per chunk, zero for what is left out, and a merged chunk's value is at the chunk that closes it:
-    the average is per exact minimal chunk, known before any model has run. The metric `kept` is 1 for chunks that take
-    part in a comparison, else 0.
+    the average is per exact minimal chunk, known before any model has run. The metric `compared` is 1 for chunks that
+    take part in a comparison, else 0.
     """
 
     name = "alm"
@@ -127,21 +127,21 @@ class ALM(PathObjective):
         count = alignment.num_chunks
         logp_s = chunk_sums(at_least_float32(path.logp_s), alignment.chunk_s, count)
         logp_t = chunk_sums(at_least_float32(path.logp_t.detach()), alignment.chunk_t, count)
-        kept = usable_chunks(path, alignment, self.noncanonical, self.name)
-        value_at = kept
+        usable = usable_chunks(path, alignment, self.noncanonical, self.name)
+        value_at = usable
         if self.reads_boundaries:
             end_s, end_t = end_masses(path, alignment, self.name)
             if self.chunks == "threshold":
-                kept = value_at = kept & (end_gap(end_s, end_t).abs() <= self.threshold)
+                usable = value_at = usable & (end_gap(end_s, end_t).abs() <= self.threshold)
             if self.chunks == "outcome":
-                value_at = closing_chunks(kept, end_t, self.gamma)
-                logp_s, logp_t = (merged(x, kept, value_at) for x in (logp_s, logp_t))
+                value_at = closing_chunks(usable, end_t, self.gamma)
+                logp_s, logp_t = (merged(x, usable, value_at) for x in (logp_s, logp_t))
             if self.chunks == "outcome" or self.noncanonical == "boundary":
                 logp_s, logp_t = logp_s + end_s, logp_t + end_t
         at = value_at.nonzero().squeeze(-1)
-        found = event_divergence(logp_s[at], logp_t[at], self.tau, self.divergence)
-        loss = torch.zeros_like(logp_s).index_add(0, at, found)
-        return Values(loss, {"kept": kept.to(loss.dtype)}), self.mask(alignment)
+        divergences = event_divergence(logp_s[at], logp_t[at], self.tau, self.divergence)
+        loss = torch.zeros_like(logp_s).index_add(0, at, divergences)
+        return Values(loss, {"compared": usable.to(loss.dtype)}), self.mask(alignment)
 
 
 def closing_chunks(usable: Tensor, end_t: Tensor, gamma: float) -> Tensor:

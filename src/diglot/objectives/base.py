@@ -99,10 +99,10 @@ class RowObjective(PairObjective):
 
     def loss(self, plan: Rows, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
         rows = plan.to(scores.device)
-        given = {**rows.given, **self.extra(rows, scores.written, scores)}
+        inputs = {**rows.inputs, **self.extra(rows, scores.written, scores)}
         # A teacher that gives no more than its likeliest ids has no rows: what is read of it is given.
         with_teacher, temperature = self.needs > Level.TOP_K, 1.0 if self.divides_itself else scores.temperature
-        loss, values = scores.rows(self, rows, given, share, with_teacher=with_teacher, temperature=temperature)
+        loss, values = scores.rows(self, rows, inputs, share, with_teacher=with_teacher, temperature=temperature)
         # One entry for each item: the logged mean is the share in the window, however that was split.
         skipped = {
             f"skipped_{why}": torch.cat([torch.ones(n), torch.zeros(rows.items)]) for why, n in rows.skipped.items()
@@ -110,10 +110,10 @@ class RowObjective(PairObjective):
         return loss, {"loss": values.loss, **values.metrics, **skipped}
 
     @abstractmethod
-    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **inputs: Tensor) -> Values:
         """Values `[R]` of `logits_s [R, V_s]` against `logits_t [R, V_t]`, computed in float32 (float64 if given).
 
-        `given` holds the same rows of what `rows` and `extra` gave.
+        `inputs` holds the same rows of what `rows` and `extra` gave.
         """
 
 
@@ -155,8 +155,8 @@ class ColumnObjective(RowObjective):
         of_student, of_teacher = of_all[:, : widths[0]], of_all[:, widths[0] :]
         token = rows.teacher.repeat_interleave(of_teacher.shape[1])
         logps_t = scores.teacher_logps(token, of_teacher.flatten()).view_as(of_teacher)
-        given = {"columns": of_student, "logps_t": logps_t}
-        loss, values = scores.rows(self._chosen, rows, given, share, with_teacher=False)
+        inputs = {"columns": of_student, "logps_t": logps_t}
+        loss, values = scores.rows(self._chosen, rows, inputs, share, with_teacher=False)
         return loss, {"loss": values.loss, **values.metrics}
 
     def _chosen(self, logits_s: Tensor, logits_t: None, *, columns: Tensor, logps_t: Tensor) -> Values:
@@ -291,8 +291,8 @@ class PathObjective(Objective):
     def loss(self, plan: Mask, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
         values, _ = self(self.path(scores), scores.alignment)
         at = sent(plan.mask.nonzero()[:, 0], scores.device)  # a mask on the device would make the host wait for it
-        found = {name: value[at] for name, value in {"loss": values.loss, **values.metrics}.items()}
-        return share * found["loss"].sum(), found
+        metrics = {name: value[at] for name, value in {"loss": values.loss, **values.metrics}.items()}
+        return share * metrics["loss"].sum(), metrics
 
 
 def at_least_float32(x: Tensor) -> Tensor:

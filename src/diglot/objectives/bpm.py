@@ -110,8 +110,8 @@ class BPM(RowObjective):
         j = j[i]
         inside = s.start[i] - t.start[j]
         low, high = prefix_range(self.teacher, t.ids[j], inside)
-        given = {"inside": inside, "low": low, "high": high}
-        tensors = {name: torch.from_numpy(value) for name, value in given.items()}
+        arrays = {"inside": inside, "low": low, "high": high}
+        tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
         return Rows(torch.from_numpy(i), torch.from_numpy(j), tensors, skipped={"blank": int(blank.sum())})
 
     def extra(self, rows: Rows, written: Written, scores: Scores) -> dict[str, Tensor]:
@@ -121,31 +121,31 @@ class BPM(RowObjective):
         """
         host, device = rows.on_host, rows.student.device
         i, j = host.student.numpy(), host.teacher.numpy()
-        entries = (host.given["high"] - host.given["low"]).clamp(min=0)
-        found = spanning(written, i, j, self.student, self.teacher)
-        width = int(found.place.max(initial=-1)) + 2
+        entries = (host.inputs["high"] - host.inputs["low"]).clamp(min=0)
+        spans = spanning(written, i, j, self.student, self.teacher)
+        width = int(spans.place.max(initial=-1)) + 2
         column = np.full((len(i), width), self.none)
-        column[found.row, found.place + 1] = found.token
+        column[spans.row, spans.place + 1] = spans.token
         column[:, 0] = self._head(written, i, j)
-        at = found.row, found.place, column
+        at = spans.row, spans.place, column
         row, place, columns = sent_together([torch.from_numpy(x) for x in at], device)
         mass = torch.zeros(len(i), width, dtype=torch.float32, device=device)
         if not len(row):
             return {"span_column": columns[:, :0], "span_mass": mass[:, :0], "entries": entries}
         longer = torch.zeros_like(mass)
-        longer[row, place] = self._reach(written, j, found, scores).to(device)  # P_1 >= P_2 >= ..., 0 after the last
+        longer[row, place] = self._reach(written, j, spans, scores).to(device)  # P_1 >= P_2 >= ..., 0 after the last
         mass[:, 1:] = longer[:, :-1] - longer[:, 1:]
         mass[:, 0] = -longer[:, 0]
         return {"span_column": columns, "span_mass": mass, "entries": entries}
 
-    def _reach(self, written: Written, j: Ints, found: Spanning, scores: Scores) -> Tensor:
+    def _reach(self, written: Written, j: Ints, spans: Spanning, scores: Scores) -> Tensor:
         """The teacher's mass on the texts that the candidates cover, from the start of token `j` on, float32 `[Q]`."""
-        whole = found.whole
+        whole = spans.whole
         alone = self._place[written.teacher.ids[whole]]  # a token alone is a range too: one pass finds both
-        low, high = np.concatenate([alone, found.tail[0]]), np.concatenate([alone + 1, found.tail[1]])
-        token = np.concatenate([whole, found.last])
+        low, high = np.concatenate([alone, spans.tail[0]]), np.concatenate([alone + 1, spans.tail[1]])
+        token = np.concatenate([whole, spans.last])
         logp = scores.teacher_ranges(*map(torch.from_numpy, (token, low, high))).double()
-        at = whole + 1, found.last, j[found.row]
+        at = whole + 1, spans.last, j[spans.row]
         known, last, first = sent_together([torch.from_numpy(x) for x in at], logp.device)
         each = logp.new_zeros(len(written.teacher.ids) + 1).index_copy(0, known, logp[: len(whole)])
         before = running_sums(each, overwrite=True)
@@ -159,26 +159,26 @@ class BPM(RowObjective):
 
     # ---- the two distributions ---------------------------------------------------------------------------------
 
-    def target(self, logits_t: Tensor, **given: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def target(self, logits_t: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """`t` over student tokens, stop and none, `[R, V_s + 2]`; which columns can be reached; metrics `[R]`."""
         probs = at_least_float32(logits_t).softmax(-1)
-        whole = given["inside"] == 0
+        whole = inputs["inside"] == 0
         target = gathered(probs, self.column_of, self.none + 1).mul_(whole[:, None])
         reached = torch.cat([self.image.expand(len(probs), -1), whole.new_ones(len(probs), 2)], dim=-1)
         reached[:, :-1] &= whole[:, None]
-        entries = given.get("entries")
-        at, row = ragged(given["low"], given["high"], None if entries is None else int(entries.sum()))
-        token, inside = self.sorted_t[at], given["inside"][row]
+        entries = inputs.get("entries")
+        at, row = ragged(inputs["low"], inputs["high"], None if entries is None else int(entries.sum()))
+        token, inside = self.sorted_t[at], inputs["inside"][row]
         goes_on = self.length_t[token] > inside  # one that ended at the prefix adds nothing to a cell that is reached
         suffix = (self.begin_t[token] + inside).clamp(max=len(self.suffix_column) - 1)
         flat = row * target.shape[1] + torch.where(goes_on, self.suffix_column[suffix], self.none)
         target.view(-1).index_add_(0, flat, probs.view(-1)[row * probs.shape[1] + token] * goes_on)
         reached.view(-1).index_fill_(0, flat, True)
         moved = torch.zeros_like(target[:, 0])
-        if given["span_column"].shape[1]:
-            mass = given["span_mass"].to(target.dtype)
-            target.scatter_add_(1, given["span_column"], mass).clamp_(min=0)
-            reached.scatter_(1, given["span_column"], reached.gather(1, given["span_column"]) | (mass > 0))
+        if inputs["span_column"].shape[1]:
+            mass = inputs["span_mass"].to(target.dtype)
+            target.scatter_add_(1, inputs["span_column"], mass).clamp_(min=0)
+            reached.scatter_(1, inputs["span_column"], reached.gather(1, inputs["span_column"]) | (mass > 0))
             moved = -mass[:, 0]
         total = target.sum(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
         differing = (probs @ self.differ.to(probs.dtype)) * whole
@@ -189,12 +189,12 @@ class BPM(RowObjective):
         logits, tokens = at_least_float32(logits_s), reached[:, :-2]
         if self.stop:
             tokens = tokens.index_fill(-1, self.pair.stop_s, False)
-        found: Tensor = _Cells.apply(logits, tokens, self.pair.stop_s if self.stop else self.pair.stop_s[:0])
-        return found
+        logp: Tensor = _Cells.apply(logits, tokens, self.pair.stop_s if self.stop else self.pair.stop_s[:0])
+        return logp
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **inputs: Tensor) -> Values:
         with torch.no_grad():
-            target, reached, metrics = self.target(logits_t, **given)
+            target, reached, metrics = self.target(logits_t, **inputs)
         logp = self.cells(logits_s, reached)
         if self.beta == 0:
             loss = forward_kl(target, logp)
@@ -252,5 +252,5 @@ def blank_tokens(vocabulary: Vocabulary) -> Bools:
     """Which tokens are spaces and tabs only, `[V]`."""
     blanks = np.isin(vocabulary.data, np.frombuffer(b" \t", dtype=np.uint8))
     count = np.concatenate([[0], np.cumsum(blanks)])
-    found: Bools = (vocabulary.lengths > 0) & (np.diff(count[vocabulary.offsets]) == vocabulary.lengths)
-    return found
+    blank: Bools = (vocabulary.lengths > 0) & (np.diff(count[vocabulary.offsets]) == vocabulary.lengths)
+    return blank

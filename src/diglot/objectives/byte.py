@@ -112,9 +112,9 @@ class ByteDistribution(SummaryObjective):
         position = s.start[token] + offset
         stride = int(max(s.end.max(initial=0), t.end.max(initial=0))) + 1
         other = np.searchsorted(t.segment * stride + t.end, s.segment[token] * stride + position, side="right")
-        kept = other < len(t.ids)
-        kept[kept] &= plain_t[other[kept]] & (t.segment[other[kept]] == s.segment[token[kept]])
-        token, offset, position, other = token[kept], offset[kept], position[kept], other[kept]
+        shared = other < len(t.ids)
+        shared[shared] &= plain_t[other[shared]] & (t.segment[other[shared]] == s.segment[token[shared]])
+        token, offset, position, other = token[shared], offset[shared], position[shared], other[shared]
         student = _side_plan(s, plain_s, at_s, token, offset)
         teacher = _side_plan(t, plain_t, at_t, other, position - t.start[other])
         places = torch.from_numpy(s.segment[token].astype(np.int64)), torch.from_numpy(position.astype(np.int64))
@@ -128,11 +128,11 @@ class ByteDistribution(SummaryObjective):
 
     def loss(self, plan: BytePlan, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
         plan = replace(plan, anchored=not scores.on_policy)
-        kept = scores.kept_distributions(plan.segment, plan.position)
-        if kept is None:
+        distributions_t = scores.kept_distributions(plan.segment, plan.position)
+        if distributions_t is None:
             return super().loss(plan, scores, share)
         plan = plan.to(scores.device)
-        values = self.against(scores.summarised_student(self.summary_s(plan)), kept, plan)
+        values = self.against(scores.summarised_student(self.summary_s(plan)), distributions_t, plan)
         return share * values.loss.sum(), {"loss": values.loss, **values.metrics}
 
     def __call__(self, summary_s: Tensor, summary_t: Tensor, plan: BytePlan) -> Values:
@@ -301,9 +301,9 @@ class _Columns:
 def _side_plan(side: WrittenSide, plain: Bools, vocabulary: Vocabulary, token: Ints, offset: Ints) -> SidePlan:
     """Queries of all plain tokens of a side; `token` and `offset` say where each compared byte lies."""
     written = np.where(side.stop, 0, side.end - side.start)
-    asked = np.where(plain, written + 1, 0)
-    first = np.concatenate([[0], np.cumsum(asked)])
-    owner = np.repeat(np.arange(len(asked)), asked)
+    queries = np.where(plain, written + 1, 0)
+    first = np.concatenate([[0], np.cumsum(queries)])
+    owner = np.repeat(np.arange(len(queries)), queries)
     read = np.arange(len(owner)) - first[owner]
     trie = vocabulary.trie
     at = vocabulary.offsets[side.ids[owner]] + read - 1

@@ -32,8 +32,8 @@ class CrossEntropy(PathObjective):
 
     def loss(self, plan: Mask, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
         values, _ = self(self.path(scores), scores.alignment)
-        found = values.loss[sent(plan.mask.nonzero()[:, 0], values.loss.device)]
-        return share * found.sum(), {"loss": found}
+        losses = values.loss[sent(plan.mask.nonzero()[:, 0], values.loss.device)]
+        return share * losses.sum(), {"loss": losses}
 
     def path(self, scores: Scores) -> Path:
         logp_s = scores.student_text(1.0)

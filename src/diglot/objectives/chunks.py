@@ -36,11 +36,11 @@ def suffix_in_chunk(values: Tensor, chunk: Tensor, num_chunks: int) -> Tensor:
         return torch.zeros_like(values)
     exact = values.double()  # a difference of running sums: float32 would round at the size of the whole batch
     inside = chunk >= 0
-    kept = torch.where(inside, exact, 0.0)
-    total = running_sums(kept)
+    masked = torch.where(inside, exact, 0.0)
+    total = running_sums(masked)
     at, slot = torch.arange(len(chunk), device=chunk.device), _slot(chunk, num_chunks)
     last = chunk.new_zeros(num_chunks + 1).scatter_reduce(0, slot, at, "amax", include_self=False)
-    return torch.where(inside, total[last[chunk.clamp(min=0)]] - (total - kept), 0.0).to(values.dtype)
+    return torch.where(inside, total[last[chunk.clamp(min=0)]] - (total - masked), 0.0).to(values.dtype)
 
 
 def first_in_chunk(chunk: Tensor, num_chunks: int) -> Tensor:

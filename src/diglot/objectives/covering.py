@@ -97,15 +97,15 @@ class Covering(PairObjective):
         """The teacher's side, constant."""
         written = scores.written
         t = written.teacher
-        count, asked = len(t.ids), len(plan.prefixes.row)
+        count, num_prefixes = len(t.ids), len(plan.prefixes.row)
         row = np.concatenate([np.arange(count), plan.branch.row, plan.prefixes.row])
         token = np.concatenate([t.ids, plan.branch.ids, plan.prefixes.token])
         behind = scores.teacher_behind(plan.branch)
         hidden = torch.cat([scores.hidden_t, behind])
         read = read_rows(scores.teacher_log_probs(hidden), row, token, plan.earlier, 0, self.table)
         text = np.where(t.stop, read.stop[:count], read.single[:count])
-        rows = TeacherRows(text, read.single[count : len(row) - asked], read)
-        prefix = read.single[len(row) - asked :]
+        rows = TeacherRows(text, read.single[count : len(row) - num_prefixes], read)
+        prefix = read.single[len(row) - num_prefixes :]
 
         plan, rows = with_inner(plan, rows, prefix, scores, self.teacher, self.spell_t, self.table)
 
@@ -133,17 +133,17 @@ class Covering(PairObjective):
     def explained(self, plan: CoveringPlan, scores: Scores) -> Tensor:
         student, _, values = self._compared(plan, scores, self._known_targets(plan, scores), 0.0)
         gain = values.metrics[_EXPLAINED]
-        found = torch.full((len(scores.written.student.ids),), math.nan, dtype=gain.dtype, device=gain.device)
-        found[student] = gain
-        return found
+        explained = torch.full((len(scores.written.student.ids),), math.nan, dtype=gain.dtype, device=gain.device)
+        explained[student] = gain
+        return explained
 
     def _compared(
         self, plan: CoveringPlan, scores: Scores, targets: Targets, share: float
     ) -> tuple[Tensor, Tensor, Values]:
         device = scores.device
         student = sent(torch.from_numpy(plan.student), device)
-        given = self.given(plan, targets, scores.written, device)
-        return student, *scores.rows(self, Rows(student, student), given, share, with_teacher=False)
+        inputs = self.row_inputs(plan, targets, scores.written, device)
+        return student, *scores.rows(self, Rows(student, student), inputs, share, with_teacher=False)
 
     def loss(self, plan: CoveringPlan, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
         targets = self._known_targets(plan, scores)
@@ -159,7 +159,9 @@ class Covering(PairObjective):
         compared = {name: value for name, value in values.metrics.items() if name != _EXPLAINED}
         return loss, {"loss": values.loss, **compared, **about, **skipped}
 
-    def given(self, plan: CoveringPlan, targets: Targets, written: Written, device: torch.device) -> dict[str, Tensor]:
+    def row_inputs(
+        self, plan: CoveringPlan, targets: Targets, written: Written, device: torch.device
+    ) -> dict[str, Tensor]:
         """What the comparison reads of each row beside the student's logits, `[R, ...]`."""
         ids, stop = written.student.ids[plan.student], written.student.stop[plan.student]
         split = targets.own if self.written_apart else np.full_like(targets.own, -1)
@@ -186,20 +188,20 @@ class Covering(PairObjective):
         place = np.where(self._is_control[written], columns + 2, place)
         return np.where(stop, columns + 1, place)
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor | None, **given: Tensor) -> Values:
+    def __call__(self, logits_s: Tensor, logits_t: Tensor | None, **inputs: Tensor) -> Values:
         """Values `[R]` of the student's logits `[R, V_s]` against what is given of the same rows."""
-        column, split, sets = given["column"], given["split"], (self.pair.stop_s, self.silent_s)
+        column, split, sets = inputs["column"], inputs["split"], (self.pair.stop_s, self.silent_s)
         logits = at_least_float32(logits_s)
-        of_student, single, stop_s, silent_s = CellMasses.apply(logits, self.columns, column, given["written"], *sets)
+        of_student, single, stop_s, silent_s = CellMasses.apply(logits, self.columns, column, inputs["written"], *sets)
         dtype = logits.dtype
-        of_teacher, own_s = given["mass"].to(dtype), single * (split >= 0)
-        own_t = given["split_mass"].to(dtype)
+        of_teacher, own_s = inputs["mass"].to(dtype), single * (split >= 0)
+        own_t = inputs["split_mass"].to(dtype)
         at = split.clamp(min=0)[:, None]
         if column.shape[1]:
             of_student = of_student.scatter_add(1, at, -own_s[:, None])
             of_teacher = of_teacher.scatter_add(1, at, -own_t[:, None])
-        stop_t = given["stop"].to(dtype)
-        silent_t = given["silent"].to(dtype) * bool(len(self.silent_s))  # part of the rest where no token is its
+        stop_t = inputs["stop"].to(dtype)
+        silent_t = inputs["silent"].to(dtype) * bool(len(self.silent_s))  # part of the rest where no token is its
         rest_s = 1 - of_student.sum(-1) - stop_s - own_s - silent_s
         rest_t = 1 - of_teacher.sum(-1) - stop_t - own_t - silent_t
         if not self.written_apart:  # a difference of sums, whose rounding must not tell texts of one past apart
@@ -211,7 +213,7 @@ class Covering(PairObjective):
                 (of_teacher, (own_t, stop_t, silent_t, rest_t)),
             )
         )
-        at_written = given["place"][:, None]
+        at_written = inputs["place"][:, None]
         gain = (cells_t.gather(1, at_written) - cells_s.detach().gather(1, at_written))[:, 0]
         metrics = {"rest_s": rest_s.detach(), "rest_t": rest_t, "control_s": silent_s.detach(), "control_t": silent_t}
         return Values(generalized_jsd(cells_s, cells_t, self.beta), {**metrics, _EXPLAINED: gain})

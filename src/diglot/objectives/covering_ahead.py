@@ -219,9 +219,9 @@ def look_ahead(
         tail, place = branches_behind(todo, branch, len(text.ids))
         more = _continued(todo, place, rows, look(tail) if look is not None and len(tail.ids) else rows)
         texts = [todo[p].text + token(i) if i >= 0 else todo[p].text for p, i, _ in more]
-        found = cuts.seams.begins([(before[todo[p].leaf], one) for (p, *_), one in zip(more, texts, strict=True)])
+        first_cells = cuts.seams.begins([(before[todo[p].leaf], one) for (p, *_), one in zip(more, texts, strict=True)])
         longer: list[_Path] = []
-        for (p, i, mass), one, begins in zip(more, texts, found, strict=True):
+        for (p, i, mass), one, begins in zip(more, texts, first_cells, strict=True):
             if begins is None:
                 continue
             (cell, is_open), path = begins, todo[p]
@@ -241,15 +241,15 @@ def _continued(paths: Sequence[_Path], place: Ints, rows: RowsRead, behind: Rows
     `place` is the row of each path among those `behind`, -1: its own row is among `rows`.
     """
     there, mass = place < 0, np.array([path.mass for path in paths])
-    found = []
+    parts = []
     for read, which, at in (
         (rows, np.flatnonzero(there), np.array([path.row for path in paths], dtype=np.int64)[there]),
         (behind, np.flatnonzero(~there), place[~there]),
     ):
         of_piece = np.exp(read.top[at]) * mass[which, None]
         path, k = np.nonzero(of_piece > _SMALL)
-        found.append((which, np.full(len(which), -1), np.exp(read.stop[at]) * mass[which]))
-        found.append((which[path], read.top_ids[at[path], k], of_piece[path, k]))
-    columns = [np.concatenate(x) for x in zip(*found, strict=True)]
+        parts.append((which, np.full(len(which), -1), np.exp(read.stop[at]) * mass[which]))
+        parts.append((which[path], read.top_ids[at[path], k], of_piece[path, k]))
+    columns = [np.concatenate(x) for x in zip(*parts, strict=True)]
     order = np.argsort(columns[0], kind="stable")
     return list(zip(*(x[order].tolist() for x in columns), strict=True))

@@ -43,8 +43,8 @@ class CellMap:
     def others(self, cell: int) -> list[int]:
         """A few tokens of a cell beside the one that names it."""
         members = self.members[self.begin[cell] : self.begin[cell + 1]]
-        found: list[int] = members[members != cell][:_MEMBERS].tolist()
-        return found
+        others: list[int] = members[members != cell][:_MEMBERS].tolist()
+        return others
 
     def of_leaves(self, token: Ints, consumed: Ints) -> Ints:
         """The cells of teacher tokens of which `consumed` bytes are written already, -1 where no token fits, `[L]`."""
@@ -89,29 +89,29 @@ class Probes:
         rest = [self.cells.teacher.token(i)[consumed:] for i, consumed in keys]
         alone = self.spell_s(rest)
         cuts = self.cells.student.word_cuts
-        found: dict[tuple[int, int], dict[int, int]] = {key: {} for key in keys}
-        asked: list[tuple[tuple[int, int], int, bytes]] = []
+        begins: dict[tuple[int, int], dict[int, int]] = {key: {} for key in keys}
+        to_spell: list[tuple[tuple[int, int], int, bytes]] = []
         for key, text, ids in zip(keys, rest, alone, strict=True):
             ends_in_space = text[-1:].isspace()
             for k, probe in enumerate(self.probes):
                 if ends_in_space or probe[0] not in cuts:
-                    asked.append((key, k, text + probe))
+                    to_spell.append((key, k, text + probe))
                 elif ids:  # the student's tokenizer cuts here, whatever follows
-                    found[key][k] = int(self.cells.cell[ids[0]])
-        for (key, k, _), ids in zip(asked, self.spell_s([text for *_, text in asked]), strict=True):
+                    begins[key][k] = int(self.cells.cell[ids[0]])
+        for (key, k, _), ids in zip(to_spell, self.spell_s([text for *_, text in to_spell]), strict=True):
             if ids:
-                found[key][k] = int(self.cells.cell[ids[0]])
-        return found
+                begins[key][k] = int(self.cells.cell[ids[0]])
+        return begins
 
-    def _written_behind(self, asked: dict[tuple[int, int], list[int]]) -> dict[tuple[int, int], int]:
+    def _written_behind(self, probes: dict[tuple[int, int], list[int]]) -> dict[tuple[int, int], int]:
         """How many of some probes the teacher's tokenizer would write behind each token, as they are."""
         piece = self.cells.teacher.token
-        pairs = [(key, piece(key[0]), self.probes[k]) for key, of_key in asked.items() for k in of_key]
-        found = dict.fromkeys(asked, 0)
+        pairs = [(key, piece(key[0]), self.probes[k]) for key, of_key in probes.items() for k in of_key]
+        counts = dict.fromkeys(probes, 0)
         read = self.spell_t([whole + probe for _, whole, probe in pairs])
         for (key, *pair), ids in zip(pairs, read, strict=True):
-            found[key] += ids is not None and [piece(i) for i in ids] == pair
-        return found
+            counts[key] += ids is not None and [piece(i) for i in ids] == pair
+        return counts
 
 
 def forget_oldest(known: dict[Any, Any], most: int = _REMEMBERED) -> None:
@@ -134,9 +134,9 @@ class Neighbours:
 
     def allowed(self, pairs: list[tuple[int, int]]) -> list[bool]:
         """For each pair of ids. True for what is no text by itself: nothing can be said of it."""
-        found = list(map(self._known.get, pairs))
-        if None not in found:  # nearly always, once a run is under way
-            return cast(list[bool], found)
+        answers = list(map(self._known.get, pairs))
+        if None not in answers:  # nearly always, once a run is under way
+            return cast(list[bool], answers)
         forget_oldest(self._known)
         self._find_out([pair for pair in dict.fromkeys(pairs) if pair not in self._known])
         return [self._known[pair] for pair in pairs]
@@ -158,25 +158,25 @@ class Neighbours:
     def _ask(self, new: Sequence[tuple[int, ...]], known: dict[tuple[int, ...], bool | None]) -> None:
         """Does the tokenizer write the text of these tokens with them? None for what is no text."""
         read = self.spell([b"".join(map(self.student.token, ids)) for ids in new])
-        known |= {ids: None if found is None else found == list(ids) for ids, found in zip(new, read, strict=True)}
+        known |= {ids: None if spelt is None else spelt == list(ids) for ids, spelt in zip(new, read, strict=True)}
 
     def some_allowed(self, before: Ints, cell: Ints, cells: CellMap) -> NDArray[np.bool_]:
         """Does a cell hold a token that is written behind the one `before`, `[n]`? -1: a text starts there."""
-        found, doubtful = self._named(before, cell)
+        allowed, doubtful = self._named(before, cell)
         doubtful = doubtful[cells.size[cell[doubtful]] > 1]
-        found[doubtful] = [any(of_cell) for of_cell in self._others(before[doubtful], cell[doubtful], cells)]
-        return found
+        allowed[doubtful] = [any(of_cell) for of_cell in self._others(before[doubtful], cell[doubtful], cells)]
+        return allowed
 
     def all_allowed(self, before: Ints, cell: Ints, cells: CellMap) -> NDArray[np.bool_]:
         """Is that so of all of them, or of none? `[n]`"""
-        found = np.ones(len(cell), dtype=np.bool_)
+        unanimous = np.ones(len(cell), dtype=np.bool_)
         named, _ = self._named(before, cell)
         looked = np.flatnonzero((before >= 0) & (cells.size[cell] > 1))
         others = self._others(before[looked], cell[looked], cells)
-        found[looked] = [
+        unanimous[looked] = [
             all(one == name for one in of_cell) for name, of_cell in zip(named[looked], others, strict=True)
         ]
-        return found
+        return unanimous
 
     def _others(self, before: Ints, cell: Ints, cells: CellMap) -> list[list[bool]]:
         """Are the other tokens of a cell written behind a token? For each `[n]`; all are asked about in one call."""
@@ -187,9 +187,9 @@ class Neighbours:
 
     def _named(self, before: Ints, cell: Ints) -> tuple[NDArray[np.bool_], Ints]:
         looked = np.flatnonzero(before >= 0)
-        found = np.ones(len(cell), dtype=np.bool_)
-        found[looked] = self.allowed(list(zip(before[looked].tolist(), cell[looked].tolist(), strict=True)))
-        return found, np.flatnonzero(~found)
+        allowed = np.ones(len(cell), dtype=np.bool_)
+        allowed[looked] = self.allowed(list(zip(before[looked].tolist(), cell[looked].tolist(), strict=True)))
+        return allowed, np.flatnonzero(~allowed)
 
 
 class Seams:
@@ -199,11 +199,11 @@ class Seams:
         self.cells, self.spell = cells, spell_s
         self._known: dict[tuple[int, bytes], tuple[int, bool] | None] = {}
 
-    def begins(self, asked: list[tuple[int, bytes]]) -> list[tuple[int, bool] | None]:
+    def begins(self, pairs: list[tuple[int, bytes]]) -> list[tuple[int, bool] | None]:
         """For each pair of a token before (-1: none) and a text: the cell of the first token, -1 if none fits, and if
         more of the text could change that; None if nothing is known."""
         forget_oldest(self._known)
-        new = [one for one in dict.fromkeys(asked) if one not in self._known]
+        new = [one for one in dict.fromkeys(pairs) if one not in self._known]
         before = [self.cells.student.token(i) if i >= 0 else b"" for i, _ in new]
         read = self.spell([one + text for one, (_, text) in zip(before, new, strict=True)])
         for one, ids in zip(new, read, strict=True):
@@ -213,4 +213,4 @@ class Seams:
             ids = ids if one[0] >= 0 else [-1, *ids]
             fits = ids[0] == one[0] and len(ids) > 1
             self._known[one] = (int(self.cells.cell[ids[1]]) if fits else -1), len(ids) <= 2
-        return [self._known[one] for one in asked]
+        return [self._known[one] for one in pairs]

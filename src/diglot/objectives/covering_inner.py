@@ -52,8 +52,8 @@ def _heavy_places(plan: CoveringPlan, rows: TeacherRows, prefix: Floats, log_pre
     places: set[int] = set()
     for one, other in zip(low[heavy].tolist(), high[heavy].tolist(), strict=True):
         places.update(range(one, other))
-    found = np.array(sorted(places), dtype=np.int64)
-    return found[(ground.row_at[found] < 0) & (ground.main_at[found] < 0)]
+    sorted_places = np.array(sorted(places), dtype=np.int64)
+    return sorted_places[(ground.row_at[sorted_places] < 0) & (ground.main_at[sorted_places] < 0)]
 
 
 def with_inner(
@@ -95,8 +95,8 @@ def with_inner(
     hidden = scores.teacher_behind(more)
     if len(places) and hidden.is_cpu and table.sorted_ids.is_cpu:  # elsewhere to wait takes longer than the rows
         some = could_hold_some(hidden)
-        kept = np.flatnonzero(np.isin(np.cumsum(more.depth == 0) - 1, some))
-        places, (more, last), hidden = places[some], more.ending_at(last[some], first), hidden[torch.from_numpy(kept)]
+        tokens = np.flatnonzero(np.isin(np.cumsum(more.depth == 0) - 1, some))
+        places, (more, last), hidden = places[some], more.ending_at(last[some], first), hidden[torch.from_numpy(tokens)]
     if len(places):
         pairs = _new_pairs(plan, places, last, more, first, teacher)
         deeper = np.flatnonzero(more.depth)
@@ -144,10 +144,10 @@ def _at_most(pairs: EarlierRows, hidden: Tensor, first: int, scores: Scores, tab
     shared out among them as if there were no others.
     """
     order = table.sorted_ids
-    asked = np.zeros(len(order) + 1, dtype=np.int64)
-    np.add.at(asked, pairs.low, 1)
-    np.add.at(asked, pairs.high, -1)
-    chosen = np.flatnonzero((np.cumsum(asked)[:-1] > 0) | (order.numpy() < _FREQUENT))
+    covered = np.zeros(len(order) + 1, dtype=np.int64)
+    np.add.at(covered, pairs.low, 1)
+    np.add.at(covered, pairs.high, -1)
+    chosen = np.flatnonzero((np.cumsum(covered)[:-1] > 0) | (order.numpy() < _FREQUENT))
     low = np.searchsorted(chosen, pairs.low)
     within = replace(pairs, low=low, high=low + pairs.high - pairs.low)
     ids = order[torch.from_numpy(chosen)]
@@ -160,7 +160,7 @@ def _run_past(
 ) -> NDArray[np.bool_]:
     """Where the teacher's tokenizer would write a token that runs past the next boundary, behind the one before."""
     trie = teacher.trie
-    asked: list[tuple[int, int, int]] = []
+    candidates: list[tuple[int, int, int]] = []
     begin, end = ground.span(places)
     for on, depth, node in trie.walk(ground.data, begin, end):
         hit = (ground.row_at[places[on] + depth] >= 0) & (last[on] >= 0)
@@ -168,8 +168,8 @@ def _run_past(
             ids = trie.sorted_ids[trie.low[n] : trie.high[n]]
             ids = ids[teacher.lengths[ids] > depth]
             some = ids[np.unique(np.linspace(0, len(ids) - 1, min(len(ids), _TRIED)).astype(np.int64))]
-            asked += [(k, int(branch.ids[last[k]]), i) for i in some.tolist()]
-    read = spell_t([teacher.token(one) + teacher.token(other) for _, one, other in asked])
-    found = np.zeros(len(places), dtype=np.bool_)
-    found[[k for (k, *pair), ids in zip(asked, read, strict=True) if ids == pair]] = True
-    return found
+            candidates += [(k, int(branch.ids[last[k]]), i) for i in some.tolist()]
+    read = spell_t([teacher.token(one) + teacher.token(other) for _, one, other in candidates])
+    runs_past = np.zeros(len(places), dtype=np.bool_)
+    runs_past[[k for (k, *pair), ids in zip(candidates, read, strict=True) if ids == pair]] = True
+    return runs_past

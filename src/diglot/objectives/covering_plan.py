@@ -45,9 +45,9 @@ class EarlierRows:
         """Some of them, by numbers or by a mask."""
         return EarlierRows(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
 
-    def where(self, kept: NDArray[np.bool_], extra: NDArray[np.bool_]) -> EarlierRows:
-        """Those that are kept, marked anew."""
-        return replace(self, extra=extra).at(kept)
+    def where(self, mask: NDArray[np.bool_], extra: NDArray[np.bool_]) -> EarlierRows:
+        """Those of a mask, marked anew."""
+        return replace(self, extra=extra).at(mask)
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ class CoveringPlan(Boundaries):
 
 def plan_covering(written: Written, student: Vocabulary, teacher: Vocabulary, spell_t: Speller) -> CoveringPlan:
     """All boundaries of a batch, the teacher's branches, and the earlier rows whose tokens run past each."""
-    found, ends = find_boundaries(written, student, teacher, spell_t)
-    earlier, prefixes = _earlier(written, found, ends, teacher), _prefixes(found.ground, teacher)
-    return CoveringPlan(**vars(found), earlier=earlier, prefixes=prefixes)
+    boundaries, ends = find_boundaries(written, student, teacher, spell_t)
+    earlier, prefixes = _earlier(written, boundaries, ends, teacher), _prefixes(boundaries.ground, teacher)
+    return CoveringPlan(**vars(boundaries), earlier=earlier, prefixes=prefixes)
 
 
 def find_boundaries(
@@ -125,11 +125,11 @@ def find_boundaries(
     good_t = np.flatnonzero(t.exact & plain_tokens(t, teacher) & (t.start <= _at(lengths, t.segment)))[::-1]
     main_at[offset[t.segment[good_t]] + t.start[good_t]] = good_t
     inside = np.flatnonzero(main_at[key] < 0)
-    branch, found, ends = branches_to(written, s.segment[wanted[inside]], s.start[wanted[inside]], spell_t, teacher)
+    branch, final, ends = branches_to(written, s.segment[wanted[inside]], s.start[wanted[inside]], spell_t, teacher)
     comparable = main_at[key] >= 0
-    comparable[inside[found >= 0]] = True
+    comparable[inside[final >= 0]] = True
     last = np.full(len(wanted), -1, dtype=np.int64)
-    last[inside] = found
+    last[inside] = final
     wanted, key, last = wanted[comparable], key[comparable], last[comparable]
     main = np.where(last >= 0, branch.before[last] if len(branch.ids) else 0, main_at[key])
     own = np.where(last >= 0, len(t.ids) + last, main)
@@ -144,7 +144,7 @@ def find_boundaries(
     previous = np.where(same, wanted - 1, -1)
 
     ground = Ground(data, lengths, offset, main_at, row_at)
-    skipped = {"unreadable": int((found < 0).sum())}
+    skipped = {"unreadable": int((final < 0).sum())}
     return Boundaries(wanted, previous, following, own, branch, last, main, key, skipped, ground), ends
 
 
@@ -180,7 +180,7 @@ def branches_to(
     depth: list[int] = []
     row: list[int] = []
     ends: list[int] = []
-    found = np.full(len(position), -1, dtype=np.int64)
+    last = np.full(len(position), -1, dtype=np.int64)
     for (k, first, spelt), whole, written_as in zip(jobs, texts, spell_t(texts), strict=True):
         if written_as is None or not (reading := [*written_as, *spelt]):
             continue
@@ -195,9 +195,9 @@ def branches_to(
             before.append(first + common)
             ends.append(int(at_end[common + d]))
             depth.append(d)
-        found[k] = len(ids) - 1
+        last[k] = len(ids) - 1
     arrays = (np.array(x, dtype=np.int64) for x in (ids, before, depth, row))
-    return TailTokens(*arrays), found, np.array(ends, dtype=np.int64)
+    return TailTokens(*arrays), last, np.array(ends, dtype=np.int64)
 
 
 def _whole_characters(text: bytes) -> tuple[bytes | None, bytes]:
@@ -211,14 +211,14 @@ def _whole_characters(text: bytes) -> tuple[bytes | None, bytes]:
 
 def _spelt(half: bytes, teacher: Vocabulary) -> list[int] | None:
     """The longest tokens that spell some bytes, from the left; None if there are none."""
-    data, found, at = np.frombuffer(half, dtype=np.uint8), list[int](), 0
+    data, ids, at = np.frombuffer(half, dtype=np.uint8), list[int](), 0
     while at < len(half):
         token = int(teacher.trie.longest(data, np.array([at]), np.array([len(half)]))[0])
         if token < 0:
             return None
-        found.append(token)
+        ids.append(token)
         at += int(teacher.lengths[token])
-    return found
+    return ids
 
 
 def _word_start(written: Written, j: int, text: bytes, cuts: frozenset[int]) -> int:
@@ -236,16 +236,16 @@ def _word_start(written: Written, j: int, text: bytes, cuts: frozenset[int]) -> 
     return j
 
 
-def _earlier(written: Written, found: Boundaries, ends: Ints, teacher: Vocabulary) -> EarlierRows:
+def _earlier(written: Written, boundaries: Boundaries, ends: Ints, teacher: Vocabulary) -> EarlierRows:
     """Pairs of rows that are known from the text: of the student's boundaries, of the teacher's own, and of those
     inside branches."""
-    ground, branch, main, last = found.ground, found.branch, found.main, found.last
+    ground, branch, main, last = boundaries.ground, boundaries.branch, boundaries.main, boundaries.last
     main_at, t = ground.main_at, written.teacher
     alone = np.flatnonzero((main_at >= 0) & (ground.row_at < 0))
     in_branch = ground.offset[t.segment[branch.before]] + ends if len(ends) else ends
     tails = np.flatnonzero(ground.row_at[in_branch] < 0)
     sources = (
-        (found.key, found.own, main, last),
+        (boundaries.key, boundaries.own, main, last),
         (alone, main_at[alone], main_at[alone], np.full(len(alone), -1)),
         (in_branch[tails], len(t.ids) + tails, branch.before[tails], tails),
     )
@@ -290,8 +290,8 @@ def pairs_from(key: Ints, row: Ints, main: Ints, last: Ints, ground: Ground, tea
             )
             low += ends_here
         some = low < high
-        found = row[on], main[on], last[on], to, low, high, np.full(len(on), depth)
-        parts.append(tuple(x[some] for x in found))
+        columns = row[on], main[on], last[on], to, low, high, np.full(len(on), depth)
+        parts.append(tuple(x[some] for x in columns))
     fields: list[Any] = [np.concatenate(x) for x in zip(*parts, strict=True)]
     fields.append(np.ones(len(fields[0]), dtype=np.bool_))
     return EarlierRows(*fields)

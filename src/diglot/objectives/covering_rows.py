@@ -188,10 +188,10 @@ class _Ranges:
         if not self._waiting:
             return
         value, least, ids = map(torch.cat, zip(*self._waiting, strict=True))
-        kept = (value > least).nonzero()[:, 0]
-        self.values.append(value[kept])
-        self.ids.append(ids[kept])
-        self.places.append(kept + self._looked)
+        heavy = (value > least).nonzero()[:, 0]
+        self.values.append(value[heavy])
+        self.ids.append(ids[heavy])
+        self.places.append(heavy + self._looked)
         self._looked, self._size, self._waiting = self._looked + self._size, 0, []
 
 

@@ -115,8 +115,8 @@ def reach_of(plan: CoveringPlan, rows: TeacherRows, segment_t: Ints) -> Callable
         tails[at] += tails[at - 1]
 
     def reach(main: Ints, last: Ints) -> Floats:
-        found = before[main] - before[np.searchsorted(segment_t, segment_t[main])] if len(main) else np.zeros(0)
-        return found + np.where(last >= 0, tails[np.maximum(last, 0)], 0.0) if len(tails) else found
+        log_mass = before[main] - before[np.searchsorted(segment_t, segment_t[main])] if len(main) else np.zeros(0)
+        return log_mass + np.where(last >= 0, tails[np.maximum(last, 0)], 0.0) if len(tails) else log_mass
 
     return reach
 

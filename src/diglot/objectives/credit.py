@@ -138,10 +138,10 @@ def _whole(
     segment = alignment.chunk_segment
     of_teacher = gain.new_zeros(alignment.num_segments).index_add(0, segment[usable], gain[usable])
     token_segment = segment[alignment.chunk_s.clamp(min=0)]
-    kept = torch.where(scored, logp_s, 0.0).double()
-    totals = kept.new_zeros(alignment.num_segments).index_add(0, token_segment, kept)
+    masked = torch.where(scored, logp_s, 0.0).double()
+    totals = masked.new_zeros(alignment.num_segments).index_add(0, token_segment, masked)
     # Tokens are in order of segment, so what lies before a segment is the sum of the segments before.
-    before = running_sums(kept) - kept - (running_sums(totals) - totals)[token_segment]
+    before = running_sums(masked) - masked - (running_sums(totals) - totals)[token_segment]
     whole = of_teacher[token_segment] - (totals[token_segment] - before).to(logp_s.dtype)
     if prompt is None:
         return whole

@@ -16,8 +16,8 @@ def kl(logp: Tensor, logq: Tensor) -> Tensor:
 
     Where p is zero the term is zero, whatever q is; where only q is zero the result is infinite.
     """
-    found: Tensor = _KL.apply(*_alike(logp, logq))
-    return found
+    divergence: Tensor = _KL.apply(*_alike(logp, logq))
+    return divergence
 
 
 def forward_kl(p: Tensor, logq: Tensor) -> Tensor:
@@ -26,8 +26,8 @@ def forward_kl(p: Tensor, logq: Tensor) -> Tensor:
     As `kl`, with two passes over the entries instead of a dozen: its derivative by `logq` is `-p`.
     """
     logp = p.clamp(min=torch.finfo(p.dtype).tiny).log_()
-    found: Tensor = logp.mul_(p).sum(-1) - _Expectation.apply(p, logq)
-    return found
+    divergence: Tensor = logp.mul_(p).sum(-1) - _Expectation.apply(p, logq)
+    return divergence
 
 
 class _Expectation(torch.autograd.Function):
@@ -57,8 +57,8 @@ def generalized_jsd(logp_s: Tensor, logp_t: Tensor, beta: float) -> Tensor:
         return kl(logp_t, logp_s)
     if beta == 1:
         return kl(logp_s, logp_t)
-    found: Tensor = _Mixture.apply(*_alike(logp_s, logp_t), beta)
-    return found
+    divergence: Tensor = _Mixture.apply(*_alike(logp_s, logp_t), beta)
+    return divergence
 
 
 # Autograd would keep ten matrices of the size of the logits and read each of them again. Written out, a divergence and
@@ -73,10 +73,10 @@ class _KL(torch.autograd.Function):
         # The difference is replaced, not the product: no -inf - -inf ever gets into a derivative.
         terms = (logp - logq).masked_fill_(logp == -math.inf, 0.0)
         p = logp.exp()
-        found = terms.mul_(p).sum(-1)
+        divergence = terms.mul_(p).sum(-1)
         by_p, by_q = ctx.needs_input_grad
         ctx.save_for_backward(terms.add_(p) if by_p else None, p if by_q else None)
-        return found
+        return divergence
 
     @staticmethod
     @once_differentiable
@@ -118,5 +118,5 @@ class _Mixture(torch.autograd.Function):
 def _alike(*values: Tensor) -> tuple[Tensor, ...]:
     """In one number type and shape, so that a derivative has those of its argument."""
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in values))
-    found: tuple[Tensor, ...] = torch.broadcast_tensors(*(x.to(dtype) for x in values))
-    return found
+    tensors: tuple[Tensor, ...] = torch.broadcast_tensors(*(x.to(dtype) for x in values))
+    return tensors

@@ -61,11 +61,11 @@ class DSKD(ProjectedObjective):
             raise ConfigError("The projectors are not made yet: call prepare(weight_s, weight_t) first.")
         of_teacher = _projected(hidden_t.to(hidden_s.device), self.projectors["t_to_s"])
         of_student = _projected(hidden_s, self.projectors["s_to_t"])
-        s, t, given = rows.student, rows.teacher, rows.given
+        s, t, inputs = rows.student, rows.teacher, rows.inputs
         return [
-            Part("student_space", student_space, hidden_s, "student", of_teacher.detach(), "student", s, t, given),
-            Part("projector", surprisal, of_teacher, "frozen_student", None, "student", t, t, given),
-            Part("teacher_space", teacher_space, of_student, "teacher", hidden_t, "teacher", s, t, given),
+            Part("student_space", student_space, hidden_s, "student", of_teacher.detach(), "student", s, t, inputs),
+            Part("projector", surprisal, of_teacher, "frozen_student", None, "student", t, t, inputs),
+            Part("teacher_space", teacher_space, of_student, "teacher", hidden_t, "teacher", s, t, inputs),
         ]
 
 
@@ -99,5 +99,5 @@ def least_squares(source: Tensor, target: Tensor, ridge: float) -> Tensor:
     """
     gram = target.T @ target
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    found: Tensor = torch.linalg.solve(gram, target.T @ source).T.float().contiguous()
-    return found
+    projector: Tensor = torch.linalg.solve(gram, target.T @ source).T.float().contiguous()
+    return projector

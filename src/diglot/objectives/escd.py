@@ -65,25 +65,25 @@ class ESCD(BPM):
         s = written.student
         token = s.ids[i]
         child = np.minimum(i + 1, len(s.ids) - 1)
-        has = (root.given["inside"].numpy() == 0) & ~s.stop[i] & (child > i) & (s.segment[child] == s.segment[i])
+        has = (root.inputs["inside"].numpy() == 0) & ~s.stop[i] & (child > i) & (s.segment[child] == s.segment[i])
         has &= written.usable_s[child]
         has &= self._groups_of[token + 1] > self._groups_of[token]
         parents = np.flatnonzero(has)
         low, high = self._groups_of[token[parents]], self._groups_of[token[parents] + 1]
-        given = {name: torch.cat([value, value.new_zeros(len(parents))]) for name, value in root.given.items()}
+        inputs = {name: torch.cat([value, value.new_zeros(len(parents))]) for name, value in root.inputs.items()}
         for name, of_child in (("group_low", low), ("group_high", high)):
-            given[name] = torch.from_numpy(np.concatenate([np.zeros(len(i), np.int64), of_child]))
+            inputs[name] = torch.from_numpy(np.concatenate([np.zeros(len(i), np.int64), of_child]))
         student = torch.from_numpy(np.concatenate([i, child[parents]]))
         teacher = torch.from_numpy(np.concatenate([j, j[parents]]))
-        return Rows(student, teacher, given, count=len(i), skipped=root.skipped)
+        return Rows(student, teacher, inputs, count=len(i), skipped=root.skipped)
 
     def extra(self, rows: Rows, written: Written, scores: Scores) -> dict[str, Tensor]:
         """What `bpm` asks of the roots; of the children, on the host, that they are some and what their groups hold."""
         roots, host = rows.items, rows.on_host
-        found = super().extra(replace(_first(rows, roots), planned=_first(host, roots)), written, scores)
+        of_roots = super().extra(replace(_first(rows, roots), planned=_first(host, roots)), written, scores)
         children = len(rows.student) - roots
-        column, mass, entries = found["span_column"], found["span_mass"], found["entries"]
-        low, high = host.given["group_low"].numpy(), host.given["group_high"].numpy()
+        column, mass, entries = of_roots["span_column"], of_roots["span_mass"], of_roots["entries"]
+        low, high = host.inputs["group_low"].numpy(), host.inputs["group_high"].numpy()
         before = np.pad(np.cumsum(self._sizes, axis=1), ((0, 0), (1, 0)))
         held = np.stack([high - low, *(before[:, high] - before[:, low])], axis=-1)
         return {
@@ -94,11 +94,11 @@ class ESCD(BPM):
             "held": torch.from_numpy(held),
         }
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
-        child, held = given.pop("child"), given.pop("held")
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **inputs: Tensor) -> Values:
+        child, held = inputs.pop("child"), inputs.pop("held")
         roots = len(child) - int(child.sum())  # the children stand behind them
-        root = super().__call__(logits_s[:roots], logits_t[:roots], **{k: v[:roots] for k, v in given.items()})
-        low, high = given["group_low"][roots:], given["group_high"][roots:]
+        root = super().__call__(logits_s[:roots], logits_t[:roots], **{k: v[:roots] for k, v in inputs.items()})
+        low, high = inputs["group_low"][roots:], inputs["group_high"][roots:]
         completion, mass = self.completion(logits_s[roots:], logits_t[roots:], low, high, held[roots:])
         of_root, of_child = (x.new_full((n,), torch.nan) for x, n in ((root.loss.detach(), roots), (mass, len(mass))))
         metrics = {name: torch.cat([value, of_child.to(value)]) for name, value in root.metrics.items()}
@@ -156,8 +156,8 @@ def completion_groups(teacher: Vocabulary, student: Vocabulary, greedy: Ints) ->
     for on, depth, node in student.trie.walk(teacher.data, begin, end):
         whole = begin[on] + depth == end[on]
         low[on[whole]], high[on[whole]] = student.trie.low[node[whole]], student.trie.high[node[whole]]
-    kept = high > low
-    ids, piece, representative, low, high = (x[kept] for x in (ids, piece, representative, low, high))
+    completable = high > low
+    ids, piece, representative, low, high = (x[completable] for x in (ids, piece, representative, low, high))
     order = np.lexsort((ids, representative, piece))
     ids, piece, representative, low, high = (x[order] for x in (ids, piece, representative, low, high))
     opens = np.flatnonzero(np.diff(representative, prepend=-1) | np.diff(piece, prepend=-1))
@@ -170,15 +170,15 @@ def _shortest_prefixes(vocabulary: Vocabulary, ids: Ints, piece: Ints) -> Ints:
     member = np.full(len(vocabulary), -1, dtype=np.int64)
     member[ids] = piece
     best = ids.copy()
-    found = np.zeros(len(ids), dtype=np.bool_)
+    settled = np.zeros(len(ids), dtype=np.bool_)
     trie = vocabulary.trie
     for on, _, node in trie.walk(vocabulary.data, vocabulary.offsets[ids], vocabulary.offsets[ids + 1]):
         token = trie.token[node]
-        hit = (token >= 0) & ~found[on] & (member[token] == piece[on])
-        best[on[hit]], found[on[hit]] = token[hit], True
+        hit = (token >= 0) & ~settled[on] & (member[token] == piece[on])
+        best[on[hit]], settled[on[hit]] = token[hit], True
     return best
 
 
 def _first(rows: Rows, count: int) -> Rows:
-    given = {name: value[:count] for name, value in rows.given.items()}
-    return Rows(rows.student[:count], rows.teacher[:count], given)
+    inputs = {name: value[:count] for name, value in rows.inputs.items()}
+    return Rows(rows.student[:count], rows.teacher[:count], inputs)

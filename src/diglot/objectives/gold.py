@@ -104,8 +104,8 @@ class Gold(RowObjective):
             "rest_t": summed(logp_t.detach(), chunk_t[other_t], chunks, num_chunks),
         }
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
-        rest_s, rest_t = given["rest_s"][:, None], given["rest_t"][:, None]
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **inputs: Tensor) -> Values:
+        rest_s, rest_t = inputs["rest_s"][:, None], inputs["rest_t"][:, None]
         logp_s, logp_t = (at_least_float32(x).log_softmax(-1) for x in (logits_s, logits_t))
         in_s, in_t = with_stop(logp_s, self.matched_s, self.stop_s), with_stop(logp_t, self.matched_t, self.stop_t)
         with torch.no_grad():

@@ -41,8 +41,8 @@ def jsd_with_stop(logits_s: Tensor, logits_t: Tensor, stop_s: Tensor, stop_t: Te
         other = both[~torch.isin(both, stop)]
         floor = logp.new_full((*logp.shape[:-1], 1), math.log(FLOOR))
         strange = torch.logaddexp(logp[..., other].logsumexp(-1, keepdim=True), floor) if len(other) else floor
-        found = torch.cat([logp[..., text], logp[..., stop].logsumexp(-1, keepdim=True), strange], dim=-1)
-        events.append(found.log_softmax(-1))
+        log_masses = torch.cat([logp[..., text], logp[..., stop].logsumexp(-1, keepdim=True), strange], dim=-1)
+        events.append(log_masses.log_softmax(-1))
     return generalized_jsd(events[0], events[1], beta)
 
 
@@ -68,7 +68,7 @@ class JSD(RowObjective):
         self.beta = beta
         self.same_stops = set(pair.stop_s.tolist()) == set(pair.stop_t.tolist())
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **inputs: Tensor) -> Values:
         if self.same_stops:
             return Values(full_jsd(logits_s, logits_t, self.beta))
         return Values(jsd_with_stop(logits_s, logits_t, self.pair.stop_s, self.pair.stop_t, self.beta))
@@ -79,7 +79,7 @@ class JSD(RowObjective):
 
     def explained(self, plan: Rows, scores: Scores) -> Tensor:
         assert scores.rollout is not None
-        found = torch.full_like(scores.rollout.logp_old, math.nan)
-        rows = plan.to(found.device)
-        found[rows.student] = (scores.rollout.logp_t[rows.teacher] - scores.rollout.logp_old[rows.student]).to(found)
-        return found
+        ratio = torch.full_like(scores.rollout.logp_old, math.nan)
+        rows = plan.to(ratio.device)
+        ratio[rows.student] = (scores.rollout.logp_t[rows.teacher] - scores.rollout.logp_old[rows.student]).to(ratio)
+        return ratio

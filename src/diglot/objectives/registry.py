@@ -71,19 +71,19 @@ def make_objective(name: str, pair: Pair, **options: Any) -> Objective:
 def _own_class(place: str) -> type[Objective]:
     module, _, attribute = place.partition(":")
     try:
-        found = getattr(import_module(module), attribute)
+        cls = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"objective {place!r} cannot be imported: {error}. Write package.module:Class, and see that Python finds "
             "the package (installed, or its folder in PYTHONPATH)."
         ) from error
-    if not (isinstance(found, type) and issubclass(found, Objective)):
-        raise ConfigError(f"objective {place!r} is {found!r}: it must be a class that extends diglot.Objective.")
-    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+    if not (isinstance(cls, type) and issubclass(cls, Objective)):
+        raise ConfigError(f"objective {place!r} is {cls!r}: it must be a class that extends diglot.Objective.")
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
         raise ConfigError(f"objective {place!r} lacks {', '.join(missing)}: see docs/own-objective.md.")
-    if not isinstance(getattr(found, "name", None), str):
+    if not isinstance(getattr(cls, "name", None), str):
         raise ConfigError(f'objective {place!r} has no name for the log: write name = "..." into the class.')
-    return found
+    return cls
 
 
 def _instead(wrong: str, known: Iterable[str]) -> str:

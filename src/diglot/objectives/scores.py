@@ -56,7 +56,7 @@ class Rows:
 
     student: Tensor  # int64 [R] token whose predicting row is read, student
     teacher: Tensor  # int64 [R] teacher
-    given: Mapping[str, Tensor] = field(default_factory=dict)  # each [R, ...], handed to the objective by name
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)  # each [R, ...], handed to the objective by name
     count: int | None = None  # over how many items the values are averaged, if not over the rows
     skipped: Mapping[str, int] = field(default_factory=dict)  # reason -> rows that were left out on purpose
     planned: Rows | None = None  # the same on the host, of rows that were sent to a device
@@ -73,9 +73,9 @@ class Rows:
 
     def to(self, device: torch.device | str) -> Rows:
         """The same with its tensors on `device`."""
-        s, t, *given = sent_together([self.student, self.teacher, *self.given.values()], device)
-        named = dict(zip(self.given, given, strict=True))
-        return replace(self, student=s, teacher=t, given=named, planned=self.on_host)
+        s, t, *inputs = sent_together([self.student, self.teacher, *self.inputs.values()], device)
+        named = dict(zip(self.inputs, inputs, strict=True))
+        return replace(self, student=s, teacher=t, inputs=named, planned=self.on_host)
 
 
 class Plan(Protocol):
@@ -181,13 +181,13 @@ class Scores(Protocol):
         self,
         compare: Compare,
         rows: Rows,
-        given: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor],
         share: float,
         *,
         with_teacher: bool = True,
         temperature: float | None = None,
     ) -> tuple[Tensor, Values]:
-        """`share` times the sum of `compare(logits_s, logits_t, **given)` over rows, and their values.
+        """`share` times the sum of `compare(logits_s, logits_t, **inputs)` over rows, and their values.
 
         `rows` are on `device`. Without the teacher's rows `logits_t` is None. `temperature` is that of the scores
         when not given.
@@ -247,4 +247,4 @@ class Part:
     right_head: str
     rows_left: Tensor
     rows_right: Tensor
-    given: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)

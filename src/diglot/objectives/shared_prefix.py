@@ -62,7 +62,7 @@ class SharedPrefix(RowObjective):
         plain &= plain_tokens(written.teacher, self.tables.teacher)[first_t]
         return Rows(torch.from_numpy(first_s[plain]), torch.from_numpy(first_t[plain]))
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **inputs: Tensor) -> Values:
         logp_s, logp_t = (
             log_mass(gathered(at_least_float32(logits).softmax(-1), cells, self.count))
             for logits, cells in ((logits_s, self.cells_s), (logits_t, self.cells_t))

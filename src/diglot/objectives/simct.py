@@ -64,10 +64,10 @@ class SimCT(RowObjective):
         unit_s, unit_t = (_chunk_means(logp, chunk, alignment.num_chunks)[of_row] for logp, chunk in sides)
         return {"unit_s": unit_s, "unit_t": unit_t}
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
-        unit = given["unit"]
-        logp_s, mass_s = _distribution(logits_s, self.pair.shared_s, self.pair.stop_s, given["unit_s"], unit)
-        logp_t, mass_t = _distribution(logits_t, self.pair.shared_t, self.pair.stop_t, given["unit_t"], unit)
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **inputs: Tensor) -> Values:
+        unit = inputs["unit"]
+        logp_s, mass_s = _distribution(logits_s, self.pair.shared_s, self.pair.stop_s, inputs["unit_s"], unit)
+        logp_t, mass_t = _distribution(logits_t, self.pair.shared_t, self.pair.stop_t, inputs["unit_t"], unit)
         return Values(kl(logp_s, logp_t), {"mass_s": mass_s, "mass_t": mass_t, "unit": unit.to(mass_s.dtype)})
 
     def _has_unit(self, written: Written) -> Bools:

@@ -35,13 +35,13 @@ def spanning(written: Written, i: Ints, j: Ints, student: Vocabulary, teacher: V
     begin = np.cumsum(lengths) - lengths
     data = np.frombuffer(b"".join(written.texts), dtype=np.uint8)
     segment, start, until = s.segment[i], s.start[i], t.end[j]
-    found = []
+    hits = []
     end = np.minimum(s.end[i], lengths[segment])
     for on, depth, node in student.trie.walk(data, begin[segment] + start, begin[segment] + end):
         token = student.trie.token[node]
         hit = (token >= 0) & (start[on] + depth > until[on])
-        found.append((on[hit], np.full(int(hit.sum()), depth), token[hit]))
-    row, depth_of, token = (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else (_NONE,) * 3
+        hits.append((on[hit], np.full(int(hit.sum()), depth), token[hit]))
+    row, depth_of, token = (np.concatenate(parts) for parts in zip(*hits, strict=True)) if hits else (_NONE,) * 3
     order = np.lexsort((depth_of, row))
     row, depth_of, token = row[order], depth_of[order], token[order]
 
@@ -49,10 +49,10 @@ def spanning(written: Written, i: Ints, j: Ints, student: Vocabulary, teacher: V
     end = start[row] + depth_of
     last = np.searchsorted(t.segment * stride + t.end, segment[row] * stride + end)
     unusable = np.concatenate([[0], np.cumsum(~written.usable_t)])
-    kept = last < len(t.ids)
-    kept[kept] &= unusable[last[kept] + 1] == unusable[j[row[kept]]]
-    kept[kept] &= t.segment[last[kept]] == segment[row[kept]]
-    row, end, token, last = row[kept], end[kept], token[kept], last[kept]
+    valid = last < len(t.ids)
+    valid[valid] &= unusable[last[valid] + 1] == unusable[j[row[valid]]]
+    valid[valid] &= t.segment[last[valid]] == segment[row[valid]]
+    row, end, token, last = row[valid], end[valid], token[valid], last[valid]
     place = np.arange(len(row)) - np.searchsorted(row, row)
     covered = np.zeros(len(t.ids) + 1, dtype=np.int64)
     np.add.at(covered, j[row], 1)
@@ -79,5 +79,5 @@ def plain_tokens(side: WrittenSide, vocabulary: Vocabulary) -> Bools:
 
     Some tokenizers' first or last token of a text stands for its bytes without a space.
     """
-    found: Bools = side.stop | ((vocabulary.lengths[side.ids] == side.end - side.start) & (side.end > side.start))
-    return found
+    plain: Bools = side.stop | ((vocabulary.lengths[side.ids] == side.end - side.start) & (side.end > side.start))
+    return plain

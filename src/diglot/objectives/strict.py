@@ -121,7 +121,7 @@ class Strict(ColumnObjective):
         if not self.reads_few:
             self.needs = Level.HIDDEN
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **inputs: Tensor) -> Values:
         options: dict[str, Any] = dict(top_k=self.top_k, beta=self.beta, residual=self.residual)
         silent = self.silent_s, self.silent_t
         return strict_divergence(logits_s, logits_t, self.pair, silent=silent, **options)

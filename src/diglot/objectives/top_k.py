@@ -57,8 +57,8 @@ class TopK(RowObjective):
         ids, logps = scores.teacher_top(rows.teacher, self.k)
         return {"top_ids": ids, "top_logps": logps}
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor | None, **given: Tensor) -> Values:
-        ids, logps = given["top_ids"], at_least_float32(given["top_logps"])
+    def __call__(self, logits_s: Tensor, logits_t: Tensor | None, **inputs: Tensor) -> Values:
+        ids, logps = inputs["top_ids"], at_least_float32(inputs["top_logps"])
         named = ids >= 0
         twin = torch.where(named, self.twin[ids.clamp(min=0)], -1)
         stop = named & self.is_stop[ids.clamp(min=0)]

@@ -21,8 +21,8 @@ def sorted_l1(p: Tensor, q: Tensor) -> Tensor:
 
     `q` is a constant. Where two masses of one rank are equal the gradient is 0.
     """
-    found: Tensor = _SortedL1.apply(p, q)
-    return found
+    distance: Tensor = _SortedL1.apply(p, q)
+    return distance
 
 
 class _SortedL1(torch.autograd.Function):
@@ -50,8 +50,8 @@ class _SortedL1(torch.autograd.Function):
 
 def _largest(masses: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest entries of each row, downwards, and their places. Sorting whole rows takes far longer."""
-    found = masses.sort(dim=-1, descending=True) if count == masses.shape[-1] else masses.topk(count, dim=-1)
-    return found[0], found[1]
+    largest = masses.sort(dim=-1, descending=True) if count == masses.shape[-1] else masses.topk(count, dim=-1)
+    return largest[0], largest[1]
 
 
 def _sum_without(masses: Tensor, largest: Tensor) -> Tensor:
@@ -107,5 +107,5 @@ class ULD(RowObjective):
         skipped = {"not_comparable": int((~usable).sum())}
         return Rows(torch.from_numpy(at_s[usable]), torch.from_numpy(at_t[usable]), skipped=skipped)
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **inputs: Tensor) -> Values:
         return Values(sorted_l1(*(at_least_float32(x).softmax(-1) for x in (logits_s, logits_t))))

@@ -68,13 +68,13 @@ class _Projected(RowObjective):
     def _entries_without_stop(self) -> tuple[Tensor, Tensor, Tensor]:
         """Student ids, teacher ids and weights of W, `[E]` each. Stop is a column of its own on both sides."""
         ids_s, ids_t, weights = (torch.from_numpy(x) for x in self.projection.entries())
-        kept = ~(torch.isin(ids_s, self.pair.stop_s.cpu()) | torch.isin(ids_t, self.pair.stop_t.cpu()))
-        if not kept.any():
+        without_stop = ~(torch.isin(ids_s, self.pair.stop_s.cpu()) | torch.isin(ids_t, self.pair.stop_t.cpu()))
+        if not without_stop.any():
             raise ConfigError(
                 f"objective {self.name!r}: W maps none of the student's {self.pair.size_s} tokens to any of the "
                 f"teacher's {self.pair.size_t}, stop tokens aside. Check that both tokenizers are the right ones."
             )
-        return ids_s[kept], ids_t[kept], weights[kept]
+        return ids_s[without_stop], ids_t[without_stop], weights[without_stop]
 
     def _softened(self, logits: Tensor) -> Tensor:
         logits = at_least_float32(logits)
@@ -115,7 +115,7 @@ class XTokenP(_Projected):
         self.columns, self.entry_column = ids_t.unique(return_inverse=True)  # [K] teacher ids that W names
         self.entry_logw = weights.double().log()
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **inputs: Tensor) -> Values:
         logits_s, logits_t = self._softened(logits_s), self._softened(logits_t)
         pushed = push_forward(logits_s, self.entry_s, self.entry_column, self.entry_logw, len(self.columns))
         named = logits_t.index_select(1, self.columns)
@@ -170,7 +170,7 @@ class XTokenH(_Projected):
         self.others_s = _others(pair.size_s, self.common_s, pair.stop_s)
         self.others_t = _others(pair.size_t, self.common_t, pair.stop_t)
 
-    def __call__(self, logits_s: Tensor, logits_t: Tensor, **given: Tensor) -> Values:
+    def __call__(self, logits_s: Tensor, logits_t: Tensor, **inputs: Tensor) -> Values:
         logp_s, logp_t = self._softened(logits_s).log_softmax(-1), self._softened(logits_t).log_softmax(-1)
         common_s = _with_column(logp_s.index_select(1, self.common_s), logp_s, self.pair.stop_s)
         common_t = _with_column(logp_t.index_select(1, self.common_t), logp_t, self.pair.stop_t)
@@ -227,14 +227,14 @@ def common_part(
     return ids_s[first], ids_t[first]
 
 
-def _projection(name: str, pair: Pair, given: str | Projection | None) -> Projection:
+def _projection(name: str, pair: Pair, projection: str | Projection | None) -> Projection:
     """The projection that was given or saved, or one built from the pair's own vocabularies."""
     tables = pair.need_tables(name)
-    if isinstance(given, str):
-        return Projection.load(given, tables.student, tables.teacher)
-    if given is not None:
-        given.check(tables.student, tables.teacher)
-        return given.fitted(len(tables.student), len(tables.teacher))
+    if isinstance(projection, str):
+        return Projection.load(projection, tables.student, tables.teacher)
+    if projection is not None:
+        projection.check(tables.student, tables.teacher)
+        return projection.fitted(len(tables.student), len(tables.teacher))
     if tables.spell_t is None and not pair.same:
         raise ConfigError(
             f"objective {name!r} builds its projection with the teacher's tokenizer, and this pair has no spell_t: "
