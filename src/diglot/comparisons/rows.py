@@ -142,8 +142,8 @@ def rows_named(comparisons: Sequence[Comparison], window: Sequence[Sequence[Samp
             try:
                 read(sample)
             except (DataError, RenderingError) as own:
-                said = str(own) if sample.where in str(own) else f"{sample.where}: {own}"
-                raise DataError(f"{said} {LEAVE_OUT}") from error
+                message = str(own) if sample.where in str(own) else f"{sample.where}: {own}"
+                raise DataError(f"{message} {LEAVE_OUT}") from error
         raise
 
 
