@@ -156,7 +156,7 @@ class Plan:
     @property
     def parts(self) -> dict[str, float]:
         """Name -> bytes of what exists together at the peak of a step."""
-        found = {
+        lasting = {
             "student's weights": self.student_bytes,
             "gradients": self.trained_itemsize * self.trained,
             "optimizer": self.optimizer * self.trained,
@@ -166,7 +166,7 @@ class Plan:
         if self.compute == 2 and self.student_bytes > 3 * self.student.parameters:  # autocast of 32-bit weights
             training["16-bit copies"] = 2 * (self.student.parameters - self.student.embedding)
         writing = {"keys and values while sampling": self.keys_and_values}
-        return found | (training if sum(training.values()) >= self.keys_and_values else writing)
+        return lasting | (training if sum(training.values()) >= self.keys_and_values else writing)
 
     @property
     def total(self) -> float:
@@ -179,10 +179,10 @@ class Plan:
         tokens, s = self.texts * self.length, self.student
         a, b, c, d = _SAVED[self.compute]
         layer = (a + _MORE_NORMS * s.many_norms) * s.hidden + b * s.inner + c * s.queries + d * s.keys
-        kept = layer + 4 * s.hidden * s.layers if self.checkpointing else layer * s.layers
-        kept += _LAST_NORM * s.hidden
+        saved = layer + 4 * s.hidden * s.layers if self.checkpointing else layer * s.layers
+        saved += _LAST_NORM * s.hidden
         passing = max((4 * (2 * t.hidden + 3 * t.inner) for t, _ in self.teachers), default=0)
-        return tokens * (kept + passing)
+        return tokens * (saved + passing)
 
     @property
     def logits(self) -> float:

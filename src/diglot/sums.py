@@ -32,5 +32,5 @@ def running_sums_by_blocks(x: Tensor) -> Tensor:
         return x @ ones[:count, :count]
     inside = nn.functional.pad(x, (0, blocks * _BLOCK - count)).unflatten(-1, (blocks, _BLOCK)) @ ones
     before = nn.functional.pad(running_sums_by_blocks(inside[..., :-1, -1]), (1, 0))
-    found: Tensor = (inside + before[..., None]).flatten(-2)[..., :count]
-    return found
+    sums: Tensor = (inside + before[..., None]).flatten(-2)[..., :count]
+    return sums

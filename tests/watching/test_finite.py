@@ -120,7 +120,7 @@ def test_a_saved_batch_gives_the_loss_that_it_had(kind: str, tmp_path: Path, mon
 
 
 def test_batches_of_skipped_steps_are_bounded_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diglot.watching.finite.KEPT_WINDOWS", 2)
+    monkeypatch.setattr("diglot.watching.finite.SAVED_WINDOWS", 2)
     trainer = make("gkd", tmp_path, on_nonfinite="skip", max_steps=4)
     with torch.no_grad():
         trainer.comparisons[0].teacher.model.lm_head.weight.fill_(float("nan"))

@@ -89,9 +89,9 @@ def _shared_boundaries(ends_s: Ints, ends_t: Ints) -> tuple[Ints, Ints]:
     """Indices into two strictly ascending arrays of the values that both hold, `[C]` each."""
     if not len(ends_s) or not len(ends_t):
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    found = np.searchsorted(ends_t, ends_s)
-    hit = ends_t[np.minimum(found, len(ends_t) - 1)] == ends_s
-    return np.flatnonzero(hit), found[hit].astype(np.int64, copy=False)
+    places = np.searchsorted(ends_t, ends_s)
+    hit = ends_t[np.minimum(places, len(ends_t) - 1)] == ends_s
+    return np.flatnonzero(hit), places[hit].astype(np.int64, copy=False)
 
 
 def _chunk_of_tokens(side: Side, at: Ints, shared: Ints, chunk_segment: Ints) -> Ints:

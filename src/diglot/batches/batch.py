@@ -35,18 +35,18 @@ class AlignedBatch:
     def prompts(self) -> Tensor | None:
         """Which prompt each segment answers, int64 [num_segments]; None where no prompt has several replies."""
         numbers: dict[bytes, int] = {}
-        found: list[int] = []
+        prompt_of_segment: list[int] = []
         for pair in self.pairs:
             key = pair.student.ids[pair.student.roles == Role.PROMPT].tobytes()
             segments = max(len(pair.student.segment_bytes), len(pair.teacher.segment_bytes))
-            found += [numbers.setdefault(key, len(numbers))] * segments
-        return torch.tensor(found, dtype=torch.int64) if len(numbers) < len(found) else None
+            prompt_of_segment += [numbers.setdefault(key, len(numbers))] * segments
+        return torch.tensor(prompt_of_segment, dtype=torch.int64) if len(numbers) < len(prompt_of_segment) else None
 
     def to(self, device: torch.device) -> AlignedBatch:
         """The same with inputs and alignment on `device`, in one copy."""
         own, *parts = sent_records([self, self.student, self.teacher, self.alignment], device)
-        found: AlignedBatch = replace(own, **dict(zip(("student", "teacher", "alignment"), parts, strict=True)))
-        return found
+        moved: AlignedBatch = replace(own, **dict(zip(("student", "teacher", "alignment"), parts, strict=True)))
+        return moved
 
 
 def align_pairs(
@@ -61,10 +61,10 @@ def align_pairs(
 
     Tokens of `unscored_roles` on the student's side count as not comparable: their chunks carry no loss.
     """
-    kept = [pair for pair in pairs if pair is not None]
-    segments = [max(len(p.student.segment_bytes), len(p.teacher.segment_bytes)) for p in kept]
-    student = pack([p.student for p in kept] or [_nothing(pad_s)], segments or [0], pad_s)
-    teacher = pack([p.teacher for p in kept] or [_nothing(pad_t)], segments or [0], pad_t)
+    present = [pair for pair in pairs if pair is not None]
+    segments = [max(len(p.student.segment_bytes), len(p.teacher.segment_bytes)) for p in present]
+    student = pack([p.student for p in present] or [_nothing(pad_s)], segments or [0], pad_s)
+    teacher = pack([p.teacher for p in present] or [_nothing(pad_t)], segments or [0], pad_t)
     excluded = np.isin(student.role, [int(role) for role in unscored_roles])
     side_s, side_t = (
         Side(end=side.end, segment=side.segment, exact=exact, stop=side.stop.numpy())
@@ -78,19 +78,19 @@ def align_pairs(
         "one_to_one": float(len(aligned.pair_s)),
         "dropped": float((aligned.chunk_s < 0).sum()),
         "chunks": float(aligned.chunk_exact.sum()),
-        "written": float(sum(_written(p.student, on_policy) for p in kept)),
+        "written": float(sum(_written(p.student, on_policy) for p in present)),
         "unscored": float(excluded.sum()),
-        "excluded": float(excluded.sum() + sum(p.student.own_markup for p in kept)),
+        "excluded": float(excluded.sum() + sum(p.student.own_markup for p in present)),
     }
     written_s, written_t = (
         WrittenSide(packed.targets.numpy(), side.end, side.segment, side.exact, side.stop)
         for packed, side in ((student, side_s), (teacher, side_t))
     )
-    written = Written(written_s, written_t, aligned, _common_texts(kept, segments), excluded)
-    noncanonical = np.concatenate([p.noncanonical for p in kept] or [np.zeros(0, np.bool_)])
+    written = Written(written_s, written_t, aligned, _common_texts(present, segments), excluded)
+    noncanonical = np.concatenate([p.noncanonical for p in present] or [np.zeros(0, np.bool_)])
     stats["noncanonical"] = float(noncanonical.sum())
     return AlignedBatch(
-        kept,
+        present,
         student,
         teacher,
         aligned.to("cpu"),
@@ -103,10 +103,10 @@ def align_pairs(
 
 def sampler_logps(pairs: Sequence[ReadPair]) -> Tensor | None:
     """What the engine said about the scored tokens that it sampled, float32 `[N_s]`, nats; None if it said nothing."""
-    found = [p.sampler_logps for p in pairs if p.sampler_logps is not None]
-    if not found or len(found) < len(pairs):
+    logps = [p.sampler_logps for p in pairs if p.sampler_logps is not None]
+    if not logps or len(logps) < len(pairs):
         return None
-    return torch.from_numpy(np.concatenate(found)).float()
+    return torch.from_numpy(np.concatenate(logps)).float()
 
 
 def text_sums(pairs: Sequence[ReadPair], on_policy: bool) -> dict[str, float]:

@@ -131,7 +131,7 @@ class PairReader:
 
         A token is canonical if the encoding of the whole text has the same id for the same bytes. Stop always is.
         """
-        found = [np.zeros(0, np.bool_)]
+        flags = [np.zeros(0, np.bool_)]
         texts = self.student.encoder.encode([text.decode("utf-8") for text in sampled.segment_bytes])
         stride = len(self.student.vocabulary) + 1
         for segment, own in enumerate(texts):
@@ -140,8 +140,8 @@ class PairReader:
             starts, own_starts = (np.concatenate([[0], e[:-1]]) if len(e) else e for e in (ends, own.ends))
             # One number for (start, id); the end follows from them where the token is exact.
             same = np.isin(starts * stride + ids, (own_starts * stride + own.ids)[own.exact])
-            found.append(~same & ~stop)
-        return np.concatenate(found)
+            flags.append(~same & ~stop)
+        return np.concatenate(flags)
 
     def written(self, sample: Sample, *, stopped: bool = True) -> ReadPair | None:
         """A completion that somebody else wrote, as text: each side encodes it. None: another teacher is to read it."""
@@ -231,9 +231,9 @@ class PairReader:
 
 def _of_all(values: Bools, written: Rendered) -> Bools:
     """Values of the scored tokens for all tokens of the reply; False for the others."""
-    found = np.zeros(len(written.ids), dtype=np.bool_)
-    found[written.scored] = values
-    return found[written.prompt_length :]
+    of_all = np.zeros(len(written.ids), dtype=np.bool_)
+    of_all[written.scored] = values
+    return of_all[written.prompt_length :]
 
 
 def has_other_markup(side: Renderer, reply: Reply, opened: bool, finished: bool) -> bool:

@@ -39,8 +39,8 @@ def sent_together(tensors: Sequence[Tensor], device: torch.device | str) -> list
 
 def sent_record(record: Record, device: torch.device | str) -> Record:
     """A dataclass with its tensors on `device`, in one copy; what else it holds stays as it is."""
-    found: Record = sent_records([record], device)[0]
-    return found
+    moved: Record = sent_records([record], device)[0]
+    return moved
 
 
 def sent_records(records: Sequence[Any], device: torch.device | str) -> list[Any]:

@@ -43,14 +43,14 @@ class Written:
     @cached_property
     def usable_s(self) -> Bools:
         """Which student tokens lie in an exact chunk, `[N_s]`."""
-        found: Bools = self.alignment.in_exact_chunk(self.alignment.chunk_s)
-        return found
+        usable: Bools = self.alignment.in_exact_chunk(self.alignment.chunk_s)
+        return usable
 
     @cached_property
     def usable_t(self) -> Bools:
         """Which teacher tokens lie in an exact chunk, `[N_t]`."""
-        found: Bools = self.alignment.in_exact_chunk(self.alignment.chunk_t)
-        return found
+        usable: Bools = self.alignment.in_exact_chunk(self.alignment.chunk_t)
+        return usable
 
     @cached_property
     def first_s(self) -> Ints:

@@ -38,9 +38,9 @@ def load_batches(
     folder: str | Path, comparisons: Sequence[Comparison], reference: Sequence[Comparison] = ()
 ) -> list[Batch]:
     """What `save_batches` wrote, aligned again. `reference` is what texts to imitate are compared with."""
-    kept = json.loads((Path(folder) / "batches.json").read_text(encoding="utf-8"))["batches"]
+    entries = json.loads((Path(folder) / "batches.json").read_text(encoding="utf-8"))["batches"]
     tensors = load_file(Path(folder) / "batches.safetensors")
-    return [_batch(one, f"{i}.", tensors, comparisons, reference) for i, one in enumerate(kept)]
+    return [_batch(one, f"{i}.", tensors, comparisons, reference) for i, one in enumerate(entries)]
 
 
 def _plain(batch: Batch, prefix: str, tensors: Tensors) -> dict[str, Any]:
@@ -89,10 +89,10 @@ def _batch(
     device = batch.student.rows.device
     moved = {name: value.to(device) for name, value in tensors.items() if name.startswith(prefix)}
     batch.sampler_weight = moved.get(f"{prefix}sampler_weight")
-    for k, kept in enumerate(plain["views"]):
+    for k, saved in enumerate(plain["views"]):
         facts = {n: moved[f"{prefix}view{k}.{n}"] for n in _ROLLOUT if f"{prefix}view{k}.{n}" in moved}
         rollout = Rollout(**facts) if facts else None
-        batch.views[k] = replace(batch.views[k], rollout=rollout, weight=kept["weight"], counts=kept["counts"])
+        batch.views[k] = replace(batch.views[k], rollout=rollout, weight=saved["weight"], counts=saved["counts"])
     if plain["reference"] is not None:
         batch.reference = _batch(plain["reference"], f"{prefix}reference.", tensors, reference, ())
     return batch

@@ -126,8 +126,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             text = file.read(_LARGEST_MANIFEST + 1)
         if len(text) > _LARGEST_MANIFEST:
             raise ValueError(f"it is larger than {_LARGEST_MANIFEST} bytes")
-        found: dict[str, Any] = json.loads(text)
-        files = found["files"]
+        manifest: dict[str, Any] = json.loads(text)
+        files = manifest["files"]
         sizes = {str(name): int(entry["size"]) for name, entry in files.items()}
     except FileNotFoundError:
         raise CheckpointError(
@@ -137,8 +137,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Resume from another checkpoint.") from error
-    if found.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {found.get('format')!r}, expected {FORMAT}. Use the Diglot it is of.")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {manifest.get('format')!r}, expected {FORMAT}. Use the Diglot it is of."
+        )
     for name, size in sizes.items():
         inside = folder / name
         if Path(name).is_absolute() or not inside.resolve().is_relative_to(folder.resolve()):
@@ -149,21 +151,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"{folder} is not a complete checkpoint: {name} has {'no file' if seen is None else f'{seen} bytes'}, "
                 f"expected {size} bytes. Resume from another one."
             )
-    return found
+    return manifest
 
 
 def verify(folder: Path) -> dict[str, Any]:
     """`read_manifest`, and every file has the content that it had when it was written."""
-    found = read_manifest(folder)
+    manifest = read_manifest(folder)
     with ThreadPoolExecutor(_AT_A_TIME) as threads:
-        digests = list(threads.map(sha256, (folder / name for name in found["files"])))
-    for (name, entry), seen in zip(found["files"].items(), digests, strict=True):
+        digests = list(threads.map(sha256, (folder / name for name in manifest["files"])))
+    for (name, entry), seen in zip(manifest["files"].items(), digests, strict=True):
         if seen != entry.get("sha256"):
             raise CheckpointError(
                 f"{folder / name} is damaged: its SHA-256 is {seen}, expected {entry.get('sha256')}. Resume from "
                 "another checkpoint."
             )
-    return found
+    return manifest
 
 
 def problem(folder: Path) -> str | None:
@@ -186,9 +188,9 @@ def sha256(path: Path) -> str:
 
 def _sealed(path: Path) -> dict[str, Any]:
     """Size and digest of a file that the disk then holds."""
-    found = {"size": path.stat().st_size, "sha256": sha256(path)}
+    entry = {"size": path.stat().st_size, "sha256": sha256(path)}
     _flush(path)
-    return found
+    return entry
 
 
 def _flush(path: Path) -> None:

@@ -55,10 +55,10 @@ def describe_teacher(teacher: Teacher) -> dict[str, Any]:
     """As `describe_model`, as far as it can be known: of the student's own base and of a server, how they read."""
     if has_own_model(teacher):
         return describe_model(teacher.model, teacher.renderer, weights=True)
-    found: dict[str, Any] = {"kind": type(teacher).__name__, **_describe_reading(teacher.renderer)}
+    description: dict[str, Any] = {"kind": type(teacher).__name__, **_describe_reading(teacher.renderer)}
     if isinstance(teacher, ScoredTeacher):
-        found["scores"] = teacher.folder.request
-    return found
+        description["scores"] = teacher.folder.request
+    return description
 
 
 def _describe_reading(renderer: Renderer) -> dict[str, Any]:
@@ -120,15 +120,15 @@ def fingerprint(model: torch.nn.Module) -> str | None:
 
     None where parameters are not whole in this process.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, p in model.named_parameters():
         if type(p.data) is not torch.Tensor or p.device.type == "meta" or not p.numel():
             return None
         flat = p.reshape(-1)
         last, number = flat.numel() - 1, min(_SAMPLE, flat.numel())
         at = torch.linspace(0, last, number, dtype=torch.float64).long().to(p.device)  # float32 rounds up past the end
-        found.update(f"{name}/{tuple(p.shape)}/{flat[at].double().cpu().tolist()}".encode())
-    return found.hexdigest()
+        digest.update(f"{name}/{tuple(p.shape)}/{flat[at].double().cpu().tolist()}".encode())
+    return digest.hexdigest()
 
 
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
@@ -154,22 +154,22 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -
 
 def _differing(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     before, after = (_flat(side.get(where) or {}) for side in (saved, json.loads(json.dumps(now, default=str))))
-    found = []
+    messages = []
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
         unknown = key in ("name", "revision", "weights") and None in (old, new)
         if old == new or unknown or (key == "name" and (_is_local(str(old)) or _is_local(str(new)))):
             continue
-        found.append(f"{where}.{key} is {old!r} in the checkpoint, {new!r} now")
-    return found
+        messages.append(f"{where}.{key} is {old!r} in the checkpoint, {new!r} now")
+    return messages
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dots in the names."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, one in value.items():
-        found |= _flat(one, f"{prefix}{key}.") if isinstance(one, Mapping) and one else {f"{prefix}{key}": one}
-    return found
+        flat |= _flat(one, f"{prefix}{key}.") if isinstance(one, Mapping) and one else {f"{prefix}{key}": one}
+    return flat
 
 
 def _is_local(name: str) -> bool:

@@ -186,8 +186,8 @@ def any_rank(accelerator: Accelerator, flag: bool) -> bool:
     """Is `flag` set on any rank? One small reduction where there are several."""
     if accelerator.num_processes == 1:
         return flag
-    given = torch.tensor(float(flag), device=accelerator.device)
-    return bool(accelerator.reduce(given, "sum").item())
+    local = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(local, "sum").item())
 
 
 def last_whole(run: Path) -> Path:
@@ -210,12 +210,12 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
         return
     whole = [(durable.age(f), step, f) for step, f in _checkpoints(run) if durable.problem(f) is None]
     ordered = [folder for _, _, folder in sorted(whole)]
-    kept = {*ordered[-1:], *(f for f in ordered if best and f == Path(best))}
-    spare = [folder for folder in ordered if folder not in kept]
-    for folder in spare[: max(len(ordered) - max(limit, len(kept)), 0)]:
+    protected = {*ordered[-1:], *(f for f in ordered if best and f == Path(best))}
+    spare = [folder for folder in ordered if folder not in protected]
+    for folder in spare[: max(len(ordered) - max(limit, len(protected)), 0)]:
         durable.remove(folder)
 
 
 def _checkpoints(run: Path) -> list[tuple[int, Path]]:
-    found = run.glob("checkpoint-*") if run.is_dir() else ()
-    return [(int(n), f) for f in found if f.is_dir() and (n := f.name.removeprefix("checkpoint-")).isdigit()]
+    folders = run.glob("checkpoint-*") if run.is_dir() else ()
+    return [(int(n), f) for f in folders if f.is_dir() and (n := f.name.removeprefix("checkpoint-")).isdigit()]

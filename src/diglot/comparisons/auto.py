@@ -49,5 +49,5 @@ def single_step(comparison: Comparison) -> Objective:
 def explained_by(view: View, scores: ModelScores) -> Tensor | None:
     """What the single steps among a view's terms say of each token, nats, `[N_s]`; see `Objective.explained`."""
     steps = [term for term in view.comparison.terms if term.objective.is_single_step]
-    found = [term.weight * term.objective.explained(view.plans[term.name], scores) for term in steps]
-    return torch.stack(found).sum(0) if found else None
+    explained = [term.weight * term.objective.explained(view.plans[term.name], scores) for term in steps]
+    return torch.stack(explained).sum(0) if explained else None

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diglot.batches import PairReader
 from diglot.comparisons.comparison import Comparison
-from diglot.comparisons.connect import connect_teacher, kept_teacher
+from diglot.comparisons.connect import connect_teacher, scored_teacher
 from diglot.comparisons.rows import check_route
 from diglot.comparisons.scores import check_temperature
 from diglot.comparisons.terms import Term, check_level
@@ -91,20 +91,20 @@ def prepare_comparisons(
         raise ConfigError(f"There are {len(named)} teachers and {len(tokenizers)} tokenizers of them: give one each.")
     several = TeacherOptions.of_list(named, args)
     total = sum(one.weight for one in several)
-    found = []
+    comparisons = []
     for options, own in zip(several, tokenizers, strict=True):
         made = _compare(student, renderer, options, own, args)
         made.reader.label = options.label
-        found.append(replace(made, weight=options.weight / total))
-    for one in found:
-        one.reader.others = tuple(other.reader for other in found if other is not one)
-    return found
+        comparisons.append(replace(made, weight=options.weight / total))
+    for one in comparisons:
+        one.reader.others = tuple(other.reader for other in comparisons if other is not one)
+    return comparisons
 
 
 def _compare(
     student: PreTrainedModel, renderer: Renderer, options: TeacherOptions, tokenizer: Any, args: DistillationConfig
 ) -> Comparison:
-    frozen: Teacher | None = connect_teacher(options, tokenizer, args) or kept_teacher(options, tokenizer, args)
+    frozen: Teacher | None = connect_teacher(options, tokenizer, args) or scored_teacher(options, tokenizer, args)
     if frozen is None:
         frozen = _local_teacher(options, tokenizer, args, student, renderer)
     mine, theirs = renderer, frozen.renderer
@@ -242,12 +242,12 @@ def routes(comparisons: Sequence[Comparison], samples: Sequence[Sample]) -> bool
 
 def mean_metrics(measured: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
     """Weighted means of the comparisons' metrics, over those that have one: a route may lead no row to a teacher."""
-    found = {}
+    means = {}
     for name in dict.fromkeys(name for _, one in measured for name in one):
         known = [(weight, one[name]) for weight, one in measured if not math.isnan(one.get(name, math.nan))]
         total = sum(weight for weight, _ in known)
-        found[name] = sum(weight * value for weight, value in known) / total if total else math.nan
-    return found
+        means[name] = sum(weight * value for weight, value in known) / total if total else math.nan
+    return means
 
 
 def _load(name: Any, options: TeacherOptions, args: DistillationConfig) -> PreTrainedModel:
@@ -265,6 +265,6 @@ def _renderer(
     return Renderer.of_model(model, tokenizer, chat_template_kwargs=template_kwargs, **options)
 
 
-def _kwargs(given: dict[str, Any] | str | None) -> dict[str, Any]:
+def _kwargs(kwargs: dict[str, Any] | str | None) -> dict[str, Any]:
     """Options that the configuration has read from JSON, if they came as text."""
-    return given if isinstance(given, dict) else {}
+    return kwargs if isinstance(kwargs, dict) else {}

@@ -23,7 +23,7 @@ from diglot.rollouts.ahead import Row
 from diglot.teachers import CachedTeacher, LocalTeacher, Teacher, WholeRows, gives_rows, scores_chosen, whole_rows
 
 if TYPE_CHECKING:  # it needs packages that not everyone has
-    from diglot.teachers.scored import KeptScores
+    from diglot.teachers.scored import StoredScores
     from diglot.teachers.served import TextScores
 
 T = TypeVar("T")
@@ -112,11 +112,11 @@ class Answers:
         """`make()`, and from then on what it gave."""
         if by not in self._made:
             self._made[by] = make()
-        found: T = self._made[by]
-        return found
+        value: T = self._made[by]
+        return value
 
     @property
-    def text_scores(self) -> TextScores | KeptScores | None:
+    def text_scores(self) -> TextScores | StoredScores | None:
         """What a teacher that gives no hidden states has answered; waits for it."""
         return None if self._pending is None or self._gives_rows else self._pending.result()
 
@@ -246,9 +246,9 @@ def make_batch(
         from_data: are they texts of the data, which come again?
         by_all: is every teacher meant to read every text? What one could not read counts as not covered then.
     """
-    kept = [(place, read) for place, read in zip(places, reads, strict=True) if any(p is not None for p in read)]
-    pairs = [next(pair for pair in read if pair is not None) for _, read in kept]
-    own = [[read[k] for _, read in kept] for k in range(len(comparisons))]
+    placed = [(place, read) for place, read in zip(places, reads, strict=True) if any(p is not None for p in read)]
+    pairs = [next(pair for pair in read if pair is not None) for _, read in placed]
+    own = [[read[k] for _, read in placed] for k in range(len(comparisons))]
     views = [c.view(of_c, on_policy, from_data) for c, of_c in zip(comparisons, own, strict=True)]
     first = comparisons[0]
     whole = next((v.read.student for v, p in zip(views, own, strict=True) if None not in p), None)
@@ -261,7 +261,7 @@ def make_batch(
     return Batch(
         whole,
         pairs,
-        [place for place, _ in kept],
+        [place for place, _ in placed],
         on_policy,
         views,
         float(sum(sizes)),

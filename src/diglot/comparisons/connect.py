@@ -85,7 +85,7 @@ def connect_teacher(
     )
 
 
-def kept_teacher(options: TeacherOptions, tokenizer: Any, args: DistillationConfig) -> ScoredTeacher | None:
+def scored_teacher(options: TeacherOptions, tokenizer: Any, args: DistillationConfig) -> ScoredTeacher | None:
     """The folder of scores that the options name; None if they name none.
 
     Raises:

@@ -50,8 +50,8 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     there = torch.tensor([float(p.grad is not None) for p in parameters], device=grads[0].device)
     whole = torch.cat([there, *(g.float().flatten() for g in grads)])
     dist.all_reduce(whole)
-    found = (whole[len(there) :] / dist.get_world_size()).split([g.numel() for g in grads])  # type: ignore[no-untyped-call]
-    for parameter, grad, count in zip(parameters, found, whole[: len(there)].tolist(), strict=True):
+    means = (whole[len(there) :] / dist.get_world_size()).split([g.numel() for g in grads])  # type: ignore[no-untyped-call]
+    for parameter, grad, count in zip(parameters, means, whole[: len(there)].tolist(), strict=True):
         parameter.grad = grad.view_as(parameter).to(parameter.dtype) if count else None
 
 

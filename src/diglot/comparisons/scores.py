@@ -132,10 +132,10 @@ class ModelScores:
         if key not in self._texts:
             if served is not None:
                 check_temperature(temperature, "the log-probs of the text")
-                found = served.text(self.stop_as_set)
+                logps = served.text(self.stop_as_set)
             else:
-                found = self._logp(self.hidden_t, self.read.teacher, self.teacher, temperature)
-            self._texts[key] = found.to(self.device)
+                logps = self._logp(self.hidden_t, self.read.teacher, self.teacher, temperature)
+            self._texts[key] = logps.to(self.device)
         return self._texts[key]
 
     def _logp(self, hidden: Tensor, side: PackedSide, model: Side, temperature: float) -> Tensor:
@@ -212,10 +212,10 @@ class ModelScores:
             upper, lower = (sums[row, (b - 1).clamp(min=0)] * (b > 0) for b in (high[here], low[here]))
             return (upper - lower).clamp(min=1e-30).log().to(logits.dtype)
 
-        found = summaries(
+        log_masses = summaries(
             masses, self.hidden_t[sent(rows, device)], self.teacher.head, self.chunk_rows(False), self.temperature
         )
-        return found[sent(torch.argsort(by_row), device)].to(self.device)
+        return log_masses[sent(torch.argsort(by_row), device)].to(self.device)
 
     @torch.no_grad()
     def teacher_top(self, token: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -347,14 +347,14 @@ def scores_of(batch: Batch, view: View, hidden: Tensor, head: Head) -> ModelScor
 @torch.no_grad()
 def _reference_texts(view: View) -> tuple[Tensor, Tensor]:
     """Log-probs of the text under the student before training and the reference teacher, nats, `[N_s]` and `[N_t]`."""
-    comparison, read, found = view.comparison, view.read, []
+    comparison, read, logps = view.comparison, view.read, []
     assert comparison.references is not None
     sides = (read.student, comparison.pair.stop_s), (read.teacher, comparison.pair.stop_t)
     for model, (side, stop) in zip(comparison.references, sides, strict=True):
         ends = side.stop if comparison.stop_as_set else torch.zeros_like(side.stop)
         rows = comparison.chunk_rows()
-        found.append(token_logps(model.hidden(side), model.head, side.targets, ends, stop, rows))
-    return found[0], found[1]
+        logps.append(token_logps(model.hidden(side), model.head, side.targets, ends, stop, rows))
+    return logps[0], logps[1]
 
 
 def check_temperature(temperature: float, what: str) -> None:

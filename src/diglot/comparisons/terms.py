@@ -47,13 +47,13 @@ def terms_of(entries: Sequence[Mapping[str, Any]], pair: Pair, defaults: Mapping
     what nobody has set is each objective's own affair."""
     terms: list[Term] = []
     for entry in entries:
-        given = dict(entry)
-        name, weight = str(given.pop("name")), float(given.pop("weight", 1.0))
+        own = dict(entry)
+        name, weight = str(own.pop("name")), float(own.pop("weight", 1.0))
         known = options_of(name)
         options = {k: v for k, v in defaults.items() if k in known and v is not None}
         if name == "strict" and "strict_top_k" in defaults:
             options["top_k"] = defaults["strict_top_k"]
-        made = make_objective(name, pair, **{**options, **given})
+        made = make_objective(name, pair, **{**options, **own})
         shown = made.name if ":" in name else name
         taken = sum(term.name.split("#")[0] == shown for term in terms)
         terms.append(Term(f"{shown}#{taken + 1}" if taken else shown, weight, made))

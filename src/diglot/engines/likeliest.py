@@ -36,9 +36,9 @@ def likeliest_of(row: Ints, name: Ints, mass: Floats, rows: int, most: int) -> t
     order = np.lexsort((-total, row))
     row, name, total = row[order], name[order], total[order]
     rank = np.arange(len(row)) - np.searchsorted(row, row)
-    kept = (rank < most) & (total > 0)
+    best = (rank < most) & (total > 0)
     ids, masses = np.full((rows, most), -1, dtype=np.int64), np.zeros((rows, most))
-    ids[row[kept], rank[kept]], masses[row[kept], rank[kept]] = name[kept], total[kept]
+    ids[row[best], rank[best]], masses[row[best], rank[best]] = name[best], total[best]
     over = np.maximum(masses.sum(-1, keepdims=True), 1.0)  # rounding
     with np.errstate(divide="ignore"):
         return ids, np.log(masses / over), np.clip(1.0 - (masses / over).sum(-1), 0.0, 1.0)

@@ -44,8 +44,8 @@ class Named:
 
     def of_only(self, which: Ints) -> Floats:
         """Mass of some ids in each row, `[N_t]`."""
-        found: Floats = np.exp(np.where(np.isin(self.ids, which), self.logps, -np.inf)).sum(-1)
-        return found
+        mass: Floats = np.exp(np.where(np.isin(self.ids, which), self.logps, -np.inf)).sum(-1)
+        return mass
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ class Beyond:
     def any_behind(self, token: Ints, node: Ints, depth: Ints) -> Bools:
         """For each token and node of the trie, of `depth` bytes: of tokens that are longer, a few are tried, `[n]`."""
         keys = list(zip(token.tolist(), node.tolist(), strict=True))
-        asked = {key: d for key, d in zip(keys, depth.tolist(), strict=True) if key not in self._known}
-        if asked:
-            pairs = {key: [(key[0], i) for i in self._longer(key[1], d)] for key, d in asked.items()}
+        unknown = {key: d for key, d in zip(keys, depth.tolist(), strict=True) if key not in self._known}
+        if unknown:
+            pairs = {key: [(key[0], i) for i in self._longer(key[1], d)] for key, d in unknown.items()}
             answers = iter(self.neighbours.allowed([pair for of_key in pairs.values() for pair in of_key]))
             for key, of_key in pairs.items():
                 self._known[key] = any(list(islice(answers, len(of_key))))
@@ -115,8 +115,8 @@ class Beyond:
         longer = trie.sorted_ids[trie.low[node] : trie.high[node]]
         longer = longer[self.teacher.lengths[longer] > depth]
         which = np.unique(np.linspace(0, len(longer) - 1, min(len(longer), _TRIED)).astype(np.int64))
-        found: list[int] = longer[which].tolist()
-        return found
+        ids: list[int] = longer[which].tolist()
+        return ids
 
 
 def mass_beside(plan: Boundaries, named: Named, pieces: Pieces, whole: Floats, beyond: Beyond) -> Floats:

@@ -229,12 +229,12 @@ def _retry_after(headers: httpx.Headers) -> float | None:
 def _message(text: bytes) -> str:
     """What a server says about an error, if it says so in one of the usual places."""
     try:
-        found = json.loads(text)
-        found = found.get("error", found) if isinstance(found, dict) else found
-        found = found.get("message", found.get("detail", found)) if isinstance(found, dict) else found
+        content = json.loads(text)
+        content = content.get("error", content) if isinstance(content, dict) else content
+        content = content.get("message", content.get("detail", content)) if isinstance(content, dict) else content
     except ValueError:
         return text.decode("utf-8", "replace").strip()
-    return found if isinstance(found, str) else json.dumps(found)
+    return content if isinstance(content, str) else json.dumps(content)
 
 
 def answers_of(requests: Sequence[Future[T]]) -> list[T]:

@@ -81,29 +81,29 @@ class TeacherOptions:
             ConfigError: an unknown key or a value that cannot work, no positive weight, or equal labels.
         """
         common = replace(cls.of(None, args), name=None)
-        found = [cls._of_entry(entry, common, i) for i, entry in enumerate(entries)]
-        labels, weights = [one.label for one in found], [one.weight for one in found]
+        teachers = [cls._of_entry(entry, common, i) for i, entry in enumerate(entries)]
+        labels, weights = [one.label for one in teachers], [one.weight for one in teachers]
         if len(set(labels)) < len(labels):
             raise ConfigError(f"The teachers are called {labels}: give each its own `label`.")
         if sum(weights) <= 0:
             raise ConfigError(f"The teachers' weights are {weights}: at least one must be greater than 0.")
-        return found
+        return teachers
 
     @classmethod
     def _of_entry(cls, entry: Any, common: TeacherOptions, i: int) -> TeacherOptions:
-        given: dict[str, Any] = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
+        own: dict[str, Any] = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
         keys = ["name", "weight", "label", *ENTRY_OPTIONS]
-        if wrong := sorted(given.keys() - set(keys)):
+        if wrong := sorted(own.keys() - set(keys)):
             raise ConfigError(
                 f"{', '.join(wrong)}: no key of a teacher in teacher_model_name_or_path; keys are {', '.join(keys)}."
             )
-        if given.get("name") is None:
+        if own.get("name") is None:
             raise ConfigError(f"Teacher {i + 1} has no `name`. Write {{name: MODEL, weight: 1.0}}.")
-        label = given.pop("label", None) or (given["name"] if isinstance(given["name"], str) else f"teacher{i + 1}")
+        label = own.pop("label", None) or (own["name"] if isinstance(own["name"], str) else f"teacher{i + 1}")
         for name in _MAPPINGS:
-            if isinstance(given.get(name), str):
-                given[name] = as_mapping(ENTRY_OPTIONS[name], given[name])
-        return replace(common, **{**given, "label": label, "several": True})
+            if isinstance(own.get(name), str):
+                own[name] = as_mapping(ENTRY_OPTIONS[name], own[name])
+        return replace(common, **{**own, "label": label, "several": True})
 
     @property
     def name_or_path(self) -> str | None:

@@ -40,19 +40,19 @@ def rows_of(
         longest: tokens of a completion.
         counted: note the prompts that leave no room for it.
     """
-    found: list[list[Row]] = []
+    rows: list[list[Row]] = []
     for batch, own in zip(window, seeds, strict=True):
         each = len(own) // max(len(batch), 1)
         conversations = [sample.conversation for sample in batch for _ in range(each)]
         prompts = [reader.prompt_ids(c, longest, counted=counted) for c in conversations]
-        found.append(list(zip(conversations, prompts, own, strict=True)))
-    return found
+        rows.append(list(zip(conversations, prompts, own, strict=True)))
+    return rows
 
 
 def answered(rows: Sequence[Sequence[Row]]) -> tuple[list[Conversation], list[Ids], list[int]]:
     """Conversations, prompts and seeds of the rows that are written for."""
-    kept = [(c, p, seed) for batch in rows for c, p, seed in batch if p is not None]
-    return [c for c, _, _ in kept], [p for _, p, _ in kept], [seed for _, _, seed in kept]
+    with_prompt = [(c, p, seed) for batch in rows for c, p, seed in batch if p is not None]
+    return [c for c, _, _ in with_prompt], [p for _, p, _ in with_prompt], [seed for _, _, seed in with_prompt]
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,9 @@ class Ahead:
         """
         if turn not in self._waiting:
             return None
-        found = self._waiting[turn]
-        if len(found.prompts) == len(prompts) and all(map(np.array_equal, found.prompts, prompts)):
-            return self._done(turn), found.written_at
+        waiting = self._waiting[turn]
+        if len(waiting.prompts) == len(prompts) and all(map(np.array_equal, waiting.prompts, prompts)):
+            return self._done(turn), waiting.written_at
         self.drop(turn)
         logger.warning(
             "The completions that were written ahead for step %d answer other prompts than the %d that come now: they "
@@ -148,26 +148,26 @@ class Ahead:
 
     def save(self, folder: Path, step: int) -> None:
         """Write what waits for `step` and later ones into a checkpoint; waits until the engine has written it."""
-        found = {}
+        entries = {}
         for turn in [t for t in self._waiting if t >= step]:
             waiting, completions = self._waiting[turn], self._done(turn)
             rows = [
                 [prompt.tolist(), one.ids.tolist(), None if one.logps is None else one.logps.tolist()]
                 for prompt, one in zip(waiting.prompts, completions, strict=True)
             ]
-            found[turn] = {"written_at": waiting.written_at, "rows": rows}
-        if found:
-            (folder / f"ahead-{self.rank}.json").write_text(json.dumps(found), encoding="utf-8")
+            entries[turn] = {"written_at": waiting.written_at, "rows": rows}
+        if entries:
+            (folder / f"ahead-{self.rank}.json").write_text(json.dumps(entries), encoding="utf-8")
 
     def restore(self, checkpoint: Path) -> None:
         """Take up what `save` wrote, if anything and if it is wanted."""
         path = checkpoint / f"ahead-{self.rank}.json"
         if not self.steps or not path.exists():
             return
-        for turn, kept in json.loads(path.read_text(encoding="utf-8")).items():
+        for turn, entry in json.loads(path.read_text(encoding="utf-8")).items():
             done: Future[list[Completion]] = Future()
-            done.set_result([Completion(_ids(ids), _logps(logps)) for _, ids, logps in kept["rows"]])
-            self._waiting[int(turn)] = Waiting([_ids(p) for p, *_ in kept["rows"]], kept["written_at"], done)
+            done.set_result([Completion(_ids(ids), _logps(logps)) for _, ids, logps in entry["rows"]])
+            self._waiting[int(turn)] = Waiting([_ids(p) for p, *_ in entry["rows"]], entry["written_at"], done)
 
 
 def _ids(values: list[int]) -> Ids:

@@ -36,13 +36,13 @@ def with_logps(
         at_a_time: completions in one forward pass.
         chunk_rows: rows of logits that exist at a time.
     """
-    found: list[Completion] = []
+    scored: list[Completion] = []
     for begin in range(0, len(completions), at_a_time):
         some, fronts = completions[begin : begin + at_a_time], prompts[begin : begin + at_a_time]
         logps = _logps(model, head, fronts, [one.ids for one in some], pad_id, chunk_rows).double().cpu().numpy()
         parts = np.split(logps, np.cumsum([len(one.ids) for one in some])[:-1])
-        found += [replace(one, logps=own) for one, own in zip(some, parts, strict=True)]
-    return found
+        scored += [replace(one, logps=own) for one, own in zip(some, parts, strict=True)]
+    return scored
 
 
 def _logps(

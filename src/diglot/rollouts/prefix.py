@@ -57,8 +57,8 @@ def write_prefixes(
     if not chosen:
         return prefixes
     prompts = [renderer_t.prompt_ids(conversations[i], thinking=inside[i]) for i in chosen]
-    found = sampler(teacher, prompts, max_new_tokens=max(lengths), seed=[seeds[i] for i in chosen])
-    for i, prompt, written in zip(chosen, prompts, found, strict=True):
+    completions = sampler(teacher, prompts, max_new_tokens=max(lengths), seed=[seeds[i] for i in chosen])
+    for i, prompt, written in zip(chosen, prompts, completions, strict=True):
         read = renderer_t.from_sampled(conversations[i], written[: lengths[i]], prompt_ids=prompt)
         text = read.segment_bytes[0].decode("utf-8")  # up to the first control token, which the student may not have
         ids = renderer_s.encoder.encode([text])[0].ids if text else np.zeros(0, dtype=np.int64)

@@ -102,14 +102,14 @@ class TransformersSampler:
 
     def _warpers(self) -> list[LogitsProcessor]:
         """Temperature, top-k and nucleus, in this order, where they are on."""
-        found: list[LogitsProcessor] = []
+        warpers: list[LogitsProcessor] = []
         if self.temperature != 1.0:
-            found.append(TemperatureLogitsWarper(float(self.temperature)))
+            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
         if self.top_k:
-            found.append(TopKLogitsWarper(self.top_k))
+            warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:
-            found.append(Nucleus(self.top_p))
-        return found
+            warpers.append(Nucleus(self.top_p))
+        return warpers
 
     own_weights: ClassVar[bool] = False
     elsewhere: ClassVar[bool] = False

@@ -78,9 +78,9 @@ class ColocatedVLLM:
         from vllm import SamplingParams  # type: ignore[import-not-found, unused-ignore]
 
         seeds = seeds_of_rows(seed, len(prompts))
-        asked = [SamplingParams(**self.sampling.parameters(max_new_tokens, s), detokenize=False) for s in seeds]
-        given = [{"prompt_token_ids": [int(i) for i in prompt]} for prompt in prompts]
-        answers = self._llm.generate(given, asked, use_tqdm=False)
+        parameters = [SamplingParams(**self.sampling.parameters(max_new_tokens, s), detokenize=False) for s in seeds]
+        inputs = [{"prompt_token_ids": [int(i) for i in prompt]} for prompt in prompts]
+        answers = self._llm.generate(inputs, parameters, use_tqdm=False)
         return [self._read(one.outputs[0], max_new_tokens) for one in answers]
 
     def _read(self, output: Any, max_new_tokens: int) -> Completion:

@@ -71,14 +71,14 @@ class VLLMServer:
         """
         client = Client(url, connections=_AT_A_TIME, timeout=timeout, budget=timeout, purpose=PURPOSE)
         try:
-            model, window = _served(_asked(client, "GET", "/v1/models"), url)
+            model, window = _served(_send(client, "GET", "/v1/models"), url)
             if max_length is not None and window is not None and window < max_length:
                 raise ConfigError(
                     f"max_length is {max_length} tokens, and the server at {url} takes {window}. Start it with "
                     f"--max-model-len {max_length}, or lower max_length."
                 )
             _check_tokenizer(client, renderer, model, window)
-            _asked(client, "GET", "/is_paused", advice=_START)
+            _send(client, "GET", "/is_paused", advice=_START)
         except BaseException:
             client.close()
             raise
@@ -112,12 +112,12 @@ class VLLMServer:
         self, model: PreTrainedModel, prompts: Sequence[Ids], *, max_new_tokens: int, seed: int | Sequence[int]
     ) -> list[Completion]:
         """As `RolloutEngine.write`. `model` is not used: the server has the weights of the last `sync`."""
-        asked = [
+        requests = [
             self._pool.submit(self._one, prompt, max_new_tokens, own)
             for prompt, own in zip(prompts, seeds_of_rows(seed, len(prompts)), strict=True)
         ]
         try:
-            return answers_of(asked)
+            return answers_of(requests)
         except BaseException:
             self.client.break_off()
             raise
@@ -138,7 +138,7 @@ class VLLMServer:
         return read(self._post("/v1/completions", body, limit=limit), prompt, self.sampling, max_new_tokens)
 
     def _post(self, path: str, body: Any = None, **how: Any) -> Any:
-        return _asked(self.client, "POST", path, body if body is not None else {}, **how)
+        return _send(self.client, "POST", path, body if body is not None else {}, **how)
 
     def _needs_whole_head(self, model: PreTrainedModel) -> bool:
         """On a CPU vLLM computes logits with a packed copy of a tied head, which a reload leaves as it was."""
@@ -155,7 +155,7 @@ class VLLMServer:
         )
 
 
-def _asked(client: Client, method: str, path: str, body: Any = None, advice: str = "", **how: Any) -> Any:
+def _send(client: Client, method: str, path: str, body: Any = None, advice: str = "", **how: Any) -> Any:
     """The server's answer. What is wrong with it is a `RolloutError`, with `advice`."""
     try:
         return client.get(path) if method == "GET" else client.post(path, body, **how)

@@ -49,8 +49,8 @@ class Sampling:
 
 def request(model: str, prompt: Ids, sampling: Sampling, max_new_tokens: int, seed: int) -> dict[str, Any]:
     """The body of a request to `/v1/completions` for one completion of one prompt."""
-    asked = sampling.parameters(max_new_tokens, seed)
-    return {"model": model, "prompt": [int(i) for i in prompt], "return_token_ids": True, **asked}
+    parameters = sampling.parameters(max_new_tokens, seed)
+    return {"model": model, "prompt": [int(i) for i in prompt], "return_token_ids": True, **parameters}
 
 
 def read(answer: Any, prompt: Ids, sampling: Sampling, max_new_tokens: int) -> Completion:
@@ -97,8 +97,8 @@ def checked(
             "--logprobs-mode (raw_logprobs)."
         )
     stops = [k for k, i in enumerate(ids) if i in sampling.stop_ids]
-    as_asked = stops == [len(ids) - 1] if reason == "stop" else not stops and len(ids) == max_new_tokens
-    if reason not in ("stop", "length") or not as_asked:
+    as_expected = stops == [len(ids) - 1] if reason == "stop" else not stops and len(ids) == max_new_tokens
+    if reason not in ("stop", "length") or not as_expected:
         raise RolloutError(
             f"A completion of {len(ids)} ids ends with {ids[-1] if ids else None} for the reason {reason!r}; expected "
             f"a stop id of {list(sampling.stop_ids)}, once and at the end, or {max_new_tokens} ids without one. The "

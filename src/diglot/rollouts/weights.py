@@ -55,7 +55,7 @@ def save_plain(model: PreTrainedModel, folder: Path, whole_head: bool = False) -
     if not hasattr(model, "peft_config"):
         return _save(model, _state(model), folder, whole_head)
     peft: Any = model
-    kept = {name: p.detach().clone() for name, p in peft.named_parameters() if ".base_layer." in name}
+    originals = {name: p.detach().clone() for name, p in peft.named_parameters() if ".base_layer." in name}
     peft.merge_adapter()
     try:
         base = peft.get_base_model()
@@ -63,8 +63,8 @@ def save_plain(model: PreTrainedModel, folder: Path, whole_head: bool = False) -
     finally:
         peft.unmerge_adapter()
         for name, p in peft.named_parameters():  # subtracting what was added leaves rounding behind
-            if name in kept:
-                p.data.copy_(kept[name])
+            if name in originals:
+                p.data.copy_(originals[name])
 
 
 def _save(model: PreTrainedModel, state: dict[str, Any], folder: Path, whole_head: bool) -> None:
@@ -86,8 +86,8 @@ def _state(model: PreTrainedModel) -> dict[str, Any]:
     `state_dict` would free them and hold one process's share."""
     if not any(isinstance(module, FSDPModule) for module in model.modules()):
         return model.state_dict()
-    found = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
-    if apart := [name for name, p in found.items() if isinstance(p, DTensor)]:
+    parameters = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    if apart := [name for name, p in parameters.items() if isinstance(p, DTensor)]:
         raise RuntimeError(f"{apart[0]} is spread over the processes: hand out weights of a gathered model")
     persistent = (
         (f"{prefix}.{name}" if prefix else name, buffer)
@@ -95,15 +95,15 @@ def _state(model: PreTrainedModel) -> dict[str, Any]:
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     )
-    return {**found, **dict(persistent)}
+    return {**parameters, **dict(persistent)}
 
 
 def _plain_names(state: dict[str, Any]) -> dict[str, Any]:
     """The base model's own names, without the adapters' tensors."""
-    found = {}
+    plain = {}
     for name, tensor in state.items():
         if "lora_" in name or ".original_module." in name:
             continue
         parts = name.replace(".base_layer.", ".").split(".modules_to_save.")
-        found[parts[0] if len(parts) == 1 else ".".join([parts[0], *parts[1].split(".")[1:]])] = tensor
-    return found
+        plain[parts[0] if len(parts) == 1 else ".".join([parts[0], *parts[1].split(".")[1:]])] = tensor
+    return plain

@@ -69,27 +69,27 @@ class CachedTeacher:
         batch_of_row = (side.rows // width).cpu()
         counts = torch.bincount(batch_of_row, minlength=len(side.input_ids)).tolist()
         paths = [self._path(key) for key in self._keys(side)]
-        found = [self._read(path, n) if n else None for path, n in zip(paths, counts, strict=True)]
-        asked = [b for b, n in enumerate(counts) if n and found[b] is None]
-        self.hits += sum(answer is not None for answer in found)
-        self.misses += len(asked)
-        if asked:
-            part, at, _ = _part(side, asked, batch_of_row)
+        states = [self._read(path, n) if n else None for path, n in zip(paths, counts, strict=True)]
+        texts = [b for b, n in enumerate(counts) if n and states[b] is None]
+        self.hits += sum(answer is not None for answer in states)
+        self.misses += len(texts)
+        if texts:
+            part, at, _ = _part(side, texts, batch_of_row)
             if self._depends_on_batch(side) or self._shares_prompts(side.input_ids[part], at):
-                asked = [b for b, n in enumerate(counts) if n]
-            for b, answer in zip(asked, self._ask(side, asked, batch_of_row), strict=True):
+                texts = [b for b, n in enumerate(counts) if n]
+            for b, answer in zip(texts, self._ask(side, texts, batch_of_row), strict=True):
                 self._write(paths[b], answer)
-                found[b] = answer
-        answers = [answer.to(device) for answer in found if answer is not None]
+                states[b] = answer
+        answers = [answer.to(device) for answer in states if answer is not None]
         return torch.cat(answers) if answers else self.teacher.hidden(side)
 
     def _ask(self, side: PackedSide, rows: list[int], batch_of_row: Tensor) -> tuple[Tensor, ...]:
         """The teacher's answers about some rows of the batch, at the batch's own width."""
         part, at, counts = _part(side, rows, batch_of_row)
-        found: tuple[Tensor, ...] = self.teacher.at_rows(side.input_ids[part], side.attention_mask[part], at).split(
+        states: tuple[Tensor, ...] = self.teacher.at_rows(side.input_ids[part], side.attention_mask[part], at).split(
             counts
         )
-        return found
+        return states
 
     # ---- keys --------------------------------------------------------------------------------------------------
 

@@ -87,13 +87,13 @@ def _unpacked(packed: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         version = np.lib.format.read_magic(stream)
         if version != (1, 0):
             raise ValueError(f"version {version}")
-        found, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        stored_shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
     except (binascii.Error, ValueError) as error:
         raise TeacherError(f"The server's scores of chosen ids are no whole .npy file: {error}.") from error
     size = len(raw) - stream.tell()
-    if found != shape or fortran or dtype != np.dtype("<f4") or size != 4 * int(np.prod(shape)):
+    if stored_shape != shape or fortran or dtype != np.dtype("<f4") or size != 4 * int(np.prod(shape)):
         raise TeacherError(
-            f"The server's scores of chosen ids are {found} of {dtype} in {size} bytes, expected {shape} of float32 in "
-            f"{4 * int(np.prod(shape))}. Rows are missing, or its version has another form."
+            f"The server's scores of chosen ids are {stored_shape} of {dtype} in {size} bytes, expected {shape} of "
+            f"float32 in {4 * int(np.prod(shape))}. Rows are missing, or its version has another form."
         )
     return np.frombuffer(raw, np.dtype("<f4"), offset=stream.tell()).reshape(shape)

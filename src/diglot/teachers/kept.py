@@ -49,12 +49,12 @@ def text_keys(side: PackedSide) -> list[bytes]:
     ids, mask, at = side.input_ids.cpu().numpy(), side.attention_mask.cpu().numpy(), side.rows.cpu().numpy()
     width = ids.shape[1]
     row, place = np.divmod(at, width)
-    found = []
+    digests = []
     for b in range(len(ids)):
         read = ids[b][mask[b] > 0].astype(np.int64)
         text = f"{len(read)}/".encode() + read.tobytes() + place[row == b].astype(np.int64).tobytes()
-        found.append(hashlib.sha256(text).digest())
-    return found
+        digests.append(hashlib.sha256(text).digest())
+    return digests
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ def write_shard(path: Path, keys: Sequence[bytes], answers: Sequence[Answer]) ->
         "distribution_offset": [len(a.distributions) for a in answers],
         "segment_offset": [len(a.distribution_counts) for a in answers],
     }
-    offsets = {name: np.cumsum([0, *found], dtype=np.int64) for name, found in counts.items()}
+    offsets = {name: np.cumsum([0, *lengths], dtype=np.int64) for name, lengths in counts.items()}
     digests = {
         "key": np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 32),
         "check": np.frombuffer(b"".join(map(_checksum, answers)), dtype=np.uint8).reshape(-1, 8),
@@ -137,8 +137,8 @@ class Shard:
         low, high = self._offsets[unit][i : i + 2]
         column = self._file.get_slice(name)
         empty = 0 in column.get_shape()
-        found: NDArray[Any] = self._file.get_tensor(name) if empty else column[int(low) : int(high)]
-        return found
+        values: NDArray[Any] = self._file.get_tensor(name) if empty else column[int(low) : int(high)]
+        return values
 
 
 @dataclass(frozen=True)
@@ -187,11 +187,11 @@ def is_scores(name: Any) -> bool:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What two requests differ in, in words, with both values."""
-    found = []
+    messages = []
     for name in sorted(old.keys() | new.keys()):
         mine, theirs = old.get(name), new.get(name)
         if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-            found += [f"{name} {one}" for one in differences(mine, theirs)]
+            messages += [f"{name} {one}" for one in differences(mine, theirs)]
         elif mine != theirs:
-            found.append(f"{name}: {mine!r} there, {theirs!r} here")
-    return found
+            messages.append(f"{name}: {mine!r} there, {theirs!r} here")
+    return messages

@@ -56,8 +56,8 @@ def load_language_model(name: str, **options: Any) -> PreTrainedModel:
     pictures = config is not None and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     loader: Any = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
     try:
-        found: PreTrainedModel = loader.from_pretrained(name, **options)
-        return found
+        model: PreTrainedModel = loader.from_pretrained(name, **options)
+        return model
     except (SafetensorError, pickle.UnpicklingError) as error:
         why = str(error).strip().split("\n", 1)[0][:200]
         raise ConfigError(
@@ -100,8 +100,8 @@ def load_teacher_model(
 
 def window_of(model: PreTrainedModel) -> int | None:
     """The longest input of a model in its own tokens, if it has a limit."""
-    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found
+    window: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return window
 
 
 def keeps_its_device(model: PreTrainedModel) -> bool:

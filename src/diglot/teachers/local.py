@@ -41,8 +41,8 @@ class LocalTeacher:
     @property
     def name(self) -> str:
         """Where the weights came from."""
-        found: str = self.model.config._name_or_path
-        return found
+        source: str = self.model.config._name_or_path
+        return source
 
     @property
     def model_name(self) -> str:
@@ -97,8 +97,8 @@ class LocalTeacher:
         """The hidden states at `rows` of the flattened `[B * T]`; inputs are padded on the right."""
         with self.running() as model:
             ids, mask, at = (x.to(model.device) for x in (input_ids, attention_mask, rows))
-            found = hidden_at_rows(model, ids, mask, at, host)
-        return found.to(self.head.device or found.device)  # of a model on several devices they are elsewhere
+            states = hidden_at_rows(model, ids, mask, at, host)
+        return states.to(self.head.device or states.device)  # of a model on several devices they are elsewhere
 
 
 def find_teacher_tokenizer(

@@ -143,8 +143,8 @@ def _distance(a: TokenScores, b: TokenScores) -> float:
     floors = min(one.values()), min(two.values())
     gaps = [max(one[i] - two.get(i, min(floors[1], one[i])), 0.0) for i in one]
     back = [max(two[i] - one.get(i, min(floors[0], two[i])), 0.0) for i in two]
-    found: float = max(sum(gaps), sum(back))
-    return found
+    distance: float = max(sum(gaps), sum(back))
+    return distance
 
 
 def _check_raw(client: Client, wire: Wire, ids: list[int]) -> None:

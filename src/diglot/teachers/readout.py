@@ -38,8 +38,8 @@ class Readout:
     def hidden(self, states: Tensor) -> Tensor:
         """What the head reads, `[N, H]`, from states before the final norm, in their own number type; no gradient."""
         with torch.no_grad():
-            found: Tensor = self.norm(states.to(self.head.device or states.device))
-            return found
+            hidden: Tensor = self.norm(states.to(self.head.device or states.device))
+            return hidden
 
     def to(self, device: torch.device | str) -> None:
         """Move both."""
@@ -77,7 +77,7 @@ def load_readout(place: str, *, revision: str | None = None, trust_remote_code: 
 
 def _fill(module: nn.Module, name: str, source: str, place: str, prefix: str, revision: str | None) -> None:
     """Put the checkpoint's tensors into a module that has none yet, in the checkpoint's number type."""
-    found = {}
+    tensors = {}
     for key, parameter in module.named_parameters():
         full = f"{source}.{key}"
         tensor = _tensor([full, full.removeprefix(prefix)], place, revision)
@@ -86,8 +86,8 @@ def _fill(module: nn.Module, name: str, source: str, place: str, prefix: str, re
                 f"{full} at {place!r} is {tuple(tensor.shape)}, and {name} takes {tuple(parameter.shape)}: its weights "
                 "are stored in another form (quantised?). Name the model's unquantised weights."
             )
-        found[key] = tensor
-    module.load_state_dict(found, strict=False, assign=True)
+        tensors[key] = tensor
+    module.load_state_dict(tensors, strict=False, assign=True)
     module.requires_grad_(False).eval()
 
 
@@ -105,8 +105,8 @@ def _tensor(names: Sequence[str], place: str, revision: str | None) -> Tensor:
         try:
             with safe_open(path, framework="pt") as tensors:
                 if name in tensors.keys():  # noqa: SIM118  (not a dictionary)
-                    found: Tensor = tensors.get_tensor(name)
-                    return found
+                    tensor: Tensor = tensors.get_tensor(name)
+                    return tensor
         except SafetensorError as error:
             raise NoWeights(f"{path} cannot be read: {error}") from error
     raise NoWeights(f"There is no {names[0]} in safetensors files at {place!r}.")

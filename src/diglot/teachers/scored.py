@@ -23,7 +23,7 @@ from diglot.vocabulary import load_tokenizer
 
 
 @dataclass(frozen=True)
-class KeptScores:
+class StoredScores:
     """What was kept about a batch of `N` scored tokens, in nats, on the CPU; constants."""
 
     written: Tensor  # float32 [N]
@@ -33,7 +33,7 @@ class KeptScores:
     distribution_rows: Tensor  # float16 [L, 257]
     distribution_start: Tensor  # int64 [S] the row of each segment's first byte, -1: nothing kept
 
-    def result(self) -> KeptScores:
+    def result(self) -> StoredScores:
         """Itself: there is nothing to wait for."""
         return self
 
@@ -70,13 +70,13 @@ class ScoredTeacher:
     ) -> None:
         self.folder = Folder.open(Path(folder).expanduser())
         request = self.folder.request
-        given = {name: value for name, value in (options or {}).items() if value is not None}
-        self._check({name: request["reading"].get(name) for name in given}, given)
-        kept_kwargs = request["reading"]["template_kwargs"]
+        reading = {name: value for name, value in (options or {}).items() if value is not None}
+        self._check({name: request["reading"].get(name) for name in reading}, reading)
+        template_kwargs = request["reading"]["template_kwargs"]
         if tokenizer is None:
             tokenizer = load_tokenizer(str(self.folder.path / "tokenizer"))
         self.renderer = self._renderer(tokenizer, request["reading"])
-        self._check(request["tokenizer"], tokenizer_of(self.renderer, kept_kwargs))
+        self._check(request["tokenizer"], tokenizer_of(self.renderer, template_kwargs))
         self.max_length: int | None = request["reading"]["max_length"]
         self._place: dict[bytes, tuple[Shard, int]] = {}
         for shard in self.folder.shards():
@@ -131,7 +131,7 @@ class ScoredTeacher:
     def break_off(self) -> None:
         """Nothing is under way."""
 
-    def ask(self, side: PackedSide, stop_as_set: bool = True) -> KeptScores:
+    def ask(self, side: PackedSide, stop_as_set: bool = True) -> StoredScores:
         """The answers about a batch. `TeacherError` if a text is not among those that were scored."""
         wanted = [b for b, _, _ in side.texts()]
         keys = text_keys(side)
@@ -143,22 +143,22 @@ class ScoredTeacher:
             answers.append(shard.read(i))
         return _packed(side, answers)
 
-    def _foreign(self, side: PackedSide, missing: list[int], asked: int) -> str:
+    def _foreign(self, side: PackedSide, missing: list[int], count: int) -> str:
         """What a text that was not scored looks like, and what may be the reason."""
         first = side.input_ids[missing[0]][side.attention_mask[missing[0]] > 0].tolist()
         shown, reading = self.renderer.tokenizer.decode(first), self.folder.request["reading"]
         return (
-            f"{len(missing)} of {asked} texts of a batch are not among the {self.folder.index['texts']} in "
+            f"{len(missing)} of {count} texts of a batch are not among the {self.folder.index['texts']} in "
             f"{self.folder.path}. The first, as the teacher reads it: {shown!r:.200}. They were scored from "
             f"{self.folder.request['data']!r} with score_turns={reading['score_turns']!r}, thinking="
             f"{reading['thinking']}, max_length={reading['max_length']}. Train on those texts, or score these."
         )
 
-    def _check(self, kept: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-        if found := differences(kept, here):
+    def _check(self, stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+        if differing := differences(stored, here):
             raise TeacherError(
-                f"The scores in {self.folder.path} were made otherwise: {'; '.join(found)}. Use what they were made "
-                "with, or score the texts again."
+                f"The scores in {self.folder.path} were made otherwise: {'; '.join(differing)}. Use what they were "
+                "made with, or score the texts again."
             )
 
 
@@ -172,7 +172,7 @@ def tokenizer_of(renderer: Renderer, template_kwargs: Mapping[str, Any] | None) 
     }
 
 
-def _packed(side: PackedSide, answers: list[Answer]) -> KeptScores:
+def _packed(side: PackedSide, answers: list[Answer]) -> StoredScores:
     """Answers about single texts as one batch: rows of a text are neighbours, in order."""
     distribution_start = np.full(int(side.segment.max(initial=-1)) + 1, -1, dtype=np.int64)
     rows = 0
@@ -186,7 +186,7 @@ def _packed(side: PackedSide, answers: list[Answer]) -> KeptScores:
         parts = [getattr(a, name) for a in answers] or [np.zeros((0, *tail))]
         return torch.from_numpy(np.concatenate(parts).astype(dtype))
 
-    return KeptScores(
+    return StoredScores(
         written=joined("written", np.float32),
         logps=joined("logps", np.float32),
         top_ids=joined("top_ids", np.int64, (0,)),

@@ -92,9 +92,9 @@ def score_texts(
     request = _request(teacher, samples, data, reading, manner, generation_eos)
     if (out / REQUEST).exists():
         old = json.loads((out / REQUEST).read_text(encoding="utf-8"))
-        if found := differences(_deciding(old), _deciding(json.loads(json.dumps(request)))):
+        if differing := differences(_deciding(old), _deciding(json.loads(json.dumps(request)))):
             raise TeacherError(
-                f"{out} holds scores of something else: {'; '.join(found)}. Choose another folder, or remove it."
+                f"{out} holds scores of something else: {'; '.join(differing)}. Choose another folder, or remove it."
             )
         if (out / INDEX).exists():
             return Folder.open(out)
@@ -111,10 +111,10 @@ def score_texts(
     for number, start in enumerate(starts):
         path = out / f"shard-{number:05d}.safetensors"
         read = [_read(teacher, sample, reading) for sample in samples[start : start + manner.shard_texts]]
-        kept = [r for r in read if r is not None]
-        skipped += len(read) - len(kept)
+        rendered = [r for r in read if r is not None]
+        skipped += len(read) - len(rendered)
         if not path.exists():
-            for done in _write(path, scorer, kept, manner.batch_size):
+            for done in _write(path, scorer, rendered, manner.batch_size):
                 progress(start + done, len(samples))
         progress(start + len(read), len(samples))
     return _finish(out, len(starts), skipped)
@@ -238,37 +238,37 @@ class _Scorer:
             hidden = self.teacher.hidden(side)
             columns, distributions = self._columns(hidden, side), self._distributions(hidden, side)
         else:
-            asked = self.teacher.ask(side)
-            assert asked is not None
-            said: Any = asked.result()
-            columns = [said.logps, said.written, said.top_ids[:, : self.k], said.top_logps[:, : self.k]]
+            request = self.teacher.ask(side)
+            assert request is not None
+            scores: Any = request.result()
+            columns = [scores.logps, scores.written, scores.top_ids[:, : self.k], scores.top_logps[:, : self.k]]
             distributions = [np.zeros((0, 257), np.float16)] * len(ends)
         row = (side.rows // side.input_ids.shape[1]).cpu().numpy()
         segment_row = row[ends]
         kinds: list[Any] = [np.float32, np.float32, np.int32, np.float32]
         arrays = [x.cpu().numpy().astype(kind) for x, kind in zip(columns, kinds, strict=True)]
-        found = []
+        answers = []
         for b in range(len(side.input_ids)):
             own = [distributions[g] for g in np.flatnonzero(segment_row == b)] if self.distributions is not None else []
             counts = np.array([len(x) for x in own], dtype=np.int64)
             joined = np.concatenate([np.zeros((0, 257), np.float16), *own])
             logps, written, top_ids, top_logps = (x[row == b] for x in arrays)
-            found.append(Answer(logps, written, top_ids, top_logps, joined, counts))
-        return found
+            answers.append(Answer(logps, written, top_ids, top_logps, joined, counts))
+        return answers
 
     def _columns(self, hidden: Tensor, side: PackedSide) -> list[Tensor]:
         """Log-probs of the text and of the written ids, the likeliest ids and theirs: one pass over the head."""
         assert gives_rows(self.teacher)
         size, stop_ids = len(self.teacher.renderer.vocabulary), self.stop.to(hidden.device)
-        found = []
+        blocks = []
         chunk_rows, side = default_chunk_rows(size, size, hidden.device), side.to(hidden.device)
         for rows, logits in logits_by_parts(hidden, self.teacher.head, chunk_rows):
             logps = log_softmax(logits)
             written = logps.gather(-1, side.targets[rows, None])[:, 0]
             text = torch.where(side.stop[rows], logps[:, stop_ids].logsumexp(-1), written)
             best = logps.topk(self.k, dim=-1)
-            found.append((text, written, best.indices, best.values))
-        return [torch.cat(parts) for parts in zip(*found, strict=True)]
+            blocks.append((text, written, best.indices, best.values))
+        return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
 
     def _distributions(self, hidden: Tensor, side: PackedSide) -> list[np.ndarray]:
         """For each segment its distributions, `[l, 257]` float16; NaN at bytes that no plain token holds."""
@@ -281,8 +281,8 @@ class _Scorer:
         size = len(self.teacher.renderer.vocabulary)
         rows = default_chunk_rows(size, size, hidden.device)
         plan = plan.to(hidden.device)
-        found = summaries(self.distributions.summary(plan), hidden, self.teacher.head, rows)
-        distributions = byte_distribution(found, plan)[0].float().cpu().numpy().astype(np.float16)
+        masses = summaries(self.distributions.summary(plan), hidden, self.teacher.head, rows)
+        distributions = byte_distribution(masses, plan)[0].float().cpu().numpy().astype(np.float16)
         dense = []
         for g in segments:
             of_segment = np.full((int(side.end[side.segment == g].max()), 257), np.nan, dtype=np.float16)

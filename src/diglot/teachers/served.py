@@ -51,7 +51,7 @@ class Pending(Generic[T]):
 
     def __init__(self, requests: Sequence[Future[Any]], joined: Callable[[list[Any]], T]) -> None:
         self._requests, self._joined = requests, joined
-        self._found: T | None = None
+        self._result: T | None = None
 
     def result(self) -> T:
         """What was asked for, once all answers have come.
@@ -60,9 +60,9 @@ class Pending(Generic[T]):
             TeacherUnavailable: the server gave no answer within the budget.
             TeacherError: an answer that cannot be used.
         """
-        if self._found is None:
-            self._found = self._joined(answers_of(self._requests))
-        return self._found
+        if self._result is None:
+            self._result = self._joined(answers_of(self._requests))
+        return self._result
 
 
 @dataclass(frozen=True)
@@ -205,12 +205,12 @@ class ServedTeacher:
         count = len(side.rows)
         written, logps = np.zeros(count), np.zeros(count)
         top_ids, top_logps = np.full((count, self.top), -1), np.full((count, self.top), -np.inf)
-        for (_, here, before), found in zip(side.texts(), rows, strict=True):
+        for (_, here, before), row in zip(side.texts(), rows, strict=True):
             at = before + 1
-            written[here] = found.scores.logps[at]
-            logps[here] = [found.stops.get(int(t), found.scores.logps[t]) for t in at]
-            k = found.scores.top_ids.shape[1]
-            top_ids[here, :k], top_logps[here, :k] = found.scores.top_ids[at], found.scores.top_logps[at]
+            written[here] = row.scores.logps[at]
+            logps[here] = [row.stops.get(int(t), row.scores.logps[t]) for t in at]
+            k = row.scores.top_ids.shape[1]
+            top_ids[here, :k], top_logps[here, :k] = row.scores.top_ids[at], row.scores.top_logps[at]
         return TextScores(
             torch.from_numpy(written).float(),
             torch.from_numpy(logps).float(),

@@ -51,10 +51,10 @@ class ServedChosen(ServedTeacher):
         chosen[at - 1 - first, 0] = ids[at]
         for t in stops:
             chosen[t - 1 - first, 1:] = [-1 if i == ids[t] else i for i in others]
-        found = self._asked(ids, first, chosen)
+        scores = self._score_chosen(ids, first, chosen)
         logps = np.full(len(ids), np.nan)
-        logps[at] = found[at - 1 - first, 0]
-        mass = {int(t): float(np.logaddexp.reduce(found[t - 1 - first])) for t in stops}
+        logps[at] = scores[at - 1 - first, 0]
+        mass = {int(t): float(np.logaddexp.reduce(scores[t - 1 - first])) for t in stops}
         nothing = np.zeros((len(ids), 0))
         return Row(TokenScores(logps, nothing.astype(np.int64), nothing), mass)
 
@@ -62,7 +62,7 @@ class ServedChosen(ServedTeacher):
         """Log-probs of `ids` in the rows that predict the scored tokens `token`, `[Q]` nats each, on the CPU."""
         texts, width = side.input_ids.cpu().numpy(), side.input_ids.shape[1]
         place, wanted = side.rows.cpu().numpy()[token.cpu().numpy()], ids.cpu().numpy()
-        found = torch.zeros(len(wanted))
+        logps = torch.zeros(len(wanted))
         places, requests = [], []
         for b in np.unique(place // width):
             here = np.flatnonzero(place // width == b)
@@ -78,14 +78,14 @@ class ServedChosen(ServedTeacher):
             self._check_length(text, int(b))
             places.append(torch.from_numpy(here))
             requests.append(self._pool.submit(self._entries, text, first, chosen, at - first, slot))
-        for own, logps in zip(places, answers_of(requests), strict=True):
-            found[own] = torch.from_numpy(logps).float()
-        return found
+        for own, values in zip(places, answers_of(requests), strict=True):
+            logps[own] = torch.from_numpy(values).float()
+        return logps
 
     def _entries(self, text: Ints, first: int, chosen: Ints, row: Ints, slot: Ints) -> Floats:
-        return self._asked(text, first, chosen)[row, slot]
+        return self._score_chosen(text, first, chosen)[row, slot]
 
-    def _asked(self, ids: Ints, first: int, chosen: Ints) -> Floats:
+    def _score_chosen(self, ids: Ints, first: int, chosen: Ints) -> Floats:
         with self._explained(ids):
             return score_chosen(self.client, self.wire.info.model, ids.tolist(), first, chosen)
 
@@ -100,12 +100,12 @@ def gives_chosen(client: Client, wire: Wire, renderer: Renderer) -> bool:
     rows = np.arange(first, len(ids) - 1)
     chosen = np.stack([own[rows + 1], np.full(len(rows), -1), own[rows]], axis=-1)
     try:
-        found = score_chosen(client, wire.info.model, ids, first, chosen)
+        scores = score_chosen(client, wire.info.model, ids, first, chosen)
     except (Refused, NotGiven) as error:
         logger.info("%s does not score chosen ids: %s", client.url, error)
         return False
     theirs = wire.score(client, ids, Asking(top=1)).logps[rows + 1]
-    gap = float(np.abs(found[:, 0] - theirs).mean())
+    gap = float(np.abs(scores[:, 0] - theirs).mean())
     if not gap <= _TOLERANCE:
         raise TeacherError(
             f"{client.url} scores chosen ids {gap:.2f} nats a token from its own log-probs of the same text, expected "

@@ -79,17 +79,17 @@ def read_states(name: str, ids: Ids, width: int, first: int, seconds: float) -> 
                     f"The hidden states in {name!r} are {shape}, expected ({len(ids)}, layers, {width}): the weights "
                     "beside the teacher's tokenizer are not those of the model that is served."
                 )
-            found: Tensor = states[first:, shape[1] - 1 : shape[1], :][:, 0]
+            hidden: Tensor = states[first:, shape[1] - 1 : shape[1], :][:, 0]
     except (SafetensorError, OSError, ValueError) as error:
         raise NotHere(f"The hidden states in {name!r} are no whole file: {error}.") from error
     _remove(path, lock)
-    if not bool(torch.isfinite(found).all()):
-        at = first + int((~torch.isfinite(found)).any(-1).nonzero()[0])
+    if not bool(torch.isfinite(hidden).all()):
+        at = first + int((~torch.isfinite(hidden)).any(-1).nonzero()[0])
         raise TeacherError(
             f"The server's hidden state at token {at} of {len(ids)} holds numbers that are not finite. Look for NaN in "
             "the model's weights, or serve it in bfloat16 instead of float16."
         )
-    return found
+    return hidden
 
 
 def discard_states(answer: Any, ids: Ids) -> None:

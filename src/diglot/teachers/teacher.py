@@ -15,7 +15,7 @@ from diglot.rendering import Renderer
 from diglot.teachers.local import LocalTeacher
 
 if TYPE_CHECKING:  # it needs packages that not everyone has
-    from diglot.teachers.scored import KeptScores
+    from diglot.teachers.scored import StoredScores
     from diglot.teachers.served import Pending
 
 
@@ -49,7 +49,7 @@ class Teacher(Protocol):
     def want(self, top: int) -> None:
         """From now on the likeliest `top` ids of each row are read. `TeacherError` if it gives fewer."""
 
-    def ask(self, side: PackedSide, stop_as_set: bool = True) -> Pending[Any] | KeptScores | None:
+    def ask(self, side: PackedSide, stop_as_set: bool = True) -> Pending[Any] | StoredScores | None:
         """Begin to score a batch, if that goes on by itself; None for a teacher that is run when it is needed."""
 
     def break_off(self) -> None:

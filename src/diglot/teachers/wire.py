@@ -132,13 +132,13 @@ class SGLang(Wire):
 
     def read(self, answer: Any, ids: Ids, asking: Asking) -> TokenScores:
         meta = answer.get("meta_info") if isinstance(answer, dict) else None
-        given = meta.get("input_token_logprobs") if isinstance(meta, dict) else None
-        if not isinstance(meta, dict) or given is None:
+        token_logps = meta.get("input_token_logprobs") if isinstance(meta, dict) else None
+        if not isinstance(meta, dict) or token_logps is None:
             raise TeacherError(
                 "The server answered 200 and left out meta_info.input_token_logprobs, which the request asked for. "
                 "Look at its version, or serve the model with vLLM."
             )
-        rows = _listed(given)
+        rows = _listed(token_logps)
         tops = _listed(meta["input_top_logprobs"]) if asking.top else [None] * len(rows)
         entries: list[Any] = [None]
         for own, top in zip(rows[1:], tops[1:], strict=False):
@@ -188,8 +188,8 @@ def _tokens(client: Client, body: dict[str, Any]) -> list[int] | None:
         answer = client.post("/tokenize", body)
     except Refused:
         return None
-    found = answer.get("tokens") if isinstance(answer, dict) else None
-    return [int(i) for i in found] if isinstance(found, list) else None
+    ids = answer.get("tokens") if isinstance(answer, dict) else None
+    return [int(i) for i in ids] if isinstance(ids, list) else None
 
 
 def _one_choice(answer: Any) -> dict[str, Any]:

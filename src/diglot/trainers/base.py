@@ -154,7 +154,7 @@ class DistillationTrainer(RefusingTrainer):
 
     def _to_device(self) -> dict[str, torch.nn.Parameter]:
         """Bring what the comparisons hold to where the student is; the objectives' trainable parameters by name."""
-        found: dict[str, torch.nn.Parameter] = {}
+        parameters: dict[str, torch.nn.Parameter] = {}
         self.comparisons = [replace(one, pair=one.pair.to(self.args.device)) for one in self.comparisons]
         for one in self.comparisons:
             for held in (one.teacher, *(one.references or ())):
@@ -162,9 +162,9 @@ class DistillationTrainer(RefusingTrainer):
             for term in one.terms:
                 term.objective.to(self.args.device)
             own = make_projectors(one.terms, self.student_head, getattr(one.teacher, "head", None))
-            found |= {n if one is self.comparisons[0] else f"{one.label}/{n}": p for n, p in own.items()}
-        same_everywhere(found, sharded=self.is_fsdp_enabled)
-        return found
+            parameters |= {n if one is self.comparisons[0] else f"{one.label}/{n}": p for n, p in own.items()}
+        same_everywhere(parameters, sharded=self.is_fsdp_enabled)
+        return parameters
 
     @property
     def student(self) -> PreTrainedModel:

@@ -117,14 +117,14 @@ class Rollouts:
         Raises:
             RolloutError: the two are so far apart that the engine cannot have the student's weights.
         """
-        said = batch.logp_sampler
-        if said is None or batch.sampler_weight is not None or not len(said):
+        logp_sampler = batch.logp_sampler
+        if logp_sampler is None or batch.sampler_weight is not None or not len(logp_sampler):
             return
         side, comparison = batch.student, batch.views[0].comparison
         none = torch.zeros_like(side.stop)  # the very id that was sampled, not the whole stop set
         rows, stop_ids = comparison.chunk_rows(), comparison.pair.stop_s
         own = token_logps(hidden.detach(), self.head, side.targets, none, stop_ids, rows)
-        difference = own.float() - said.to(own.device)
+        difference = own.float() - logp_sampler.to(own.device)
         gap = difference.abs()
         if not torch.isfinite(gap).all():
             return  # of the student's own; the loss is no number then, and that is dealt with there

@@ -41,7 +41,7 @@ class GKDTrainer(DistillationTrainer):
         return terms_of(entries, comparison.pair, defaults_of(args, args.beta))
 
     def _to_device(self) -> dict[str, Any]:
-        found, folder = super()._to_device(), self.args.teacher_cache_dir
+        parameters, folder = super()._to_device(), self.args.teacher_cache_dir
         if folder is not None and self.is_fsdp_enabled:
             raise ConfigError(
                 f"teacher_cache_dir={folder!r} lets each process ask the teacher about other texts, and FSDP spreads "
@@ -49,7 +49,7 @@ class GKDTrainer(DistillationTrainer):
             )
         if folder is not None:
             self.comparisons = [replace(one, cache=cached(one.teacher, folder)) for one in self.comparisons]
-        return found
+        return parameters
 
     def usable_rows(self, train: Any, evaluation: Any) -> tuple[Any, Any]:
         """On steps that are not on-policy the completions of the data are read."""
@@ -79,9 +79,9 @@ class GKDTrainer(DistillationTrainer):
         reads: list[list[Read]] = [[] for _ in window]
         for k, one in enumerate(self.comparisons):
             written = self._written_by(one, window, seeds)
-            for batch, found in zip(window, reads, strict=True):
+            for batch, of_batch in zip(window, reads, strict=True):
                 own = [next(written) for _ in batch]
-                found += [tuple(pair if j == k else None for j in range(len(self.comparisons))) for pair in own]
+                of_batch += [tuple(pair if j == k else None for j in range(len(self.comparisons))) for pair in own]
         return Texts(reads, on_policy=False, by_all=False)
 
     def _written_by(self, one: Comparison, window: Window, seeds: list[list[int]]) -> Iterator[ReadPair | None]:

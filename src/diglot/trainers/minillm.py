@@ -125,23 +125,23 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def terms(self, comparison: Comparison, teachers: int) -> list[Term]:
         """The policy gradient, and the exact single step (`auto`) or what `objective` names beside it."""
-        args, found, named = self.args, [], []
+        args, terms, named = self.args, [], []
         if args.rkl_advantage:
-            found.append(Term("policy_gradient", 1.0, PolicyGradient(epsilon=args.epsilon), "minillm/", True))
+            terms.append(Term("policy_gradient", 1.0, PolicyGradient(epsilon=args.epsilon), "minillm/", True))
         if comparison.teacher.level < Level.HIDDEN:
             check_temperature(args.kd_temperature, "log-probs")
         for entry in entries_of(args.objective):
             if entry["name"] != "auto":
                 named.append(entry)
             elif self._has_single_step(comparison):
-                found.append(Term("single_step", float(entry.get("weight", 1.0)), single_step(comparison)))
-        found += terms_of(named, comparison.pair, defaults_of(args, 1.0))
-        if args.kd_temperature != 1 and args.num_iterations > 1 and any(isinstance(t.objective, Span) for t in found):
+                terms.append(Term("single_step", float(entry.get("weight", 1.0)), single_step(comparison)))
+        terms += terms_of(named, comparison.pair, defaults_of(args, 1.0))
+        if args.kd_temperature != 1 and args.num_iterations > 1 and any(isinstance(t.objective, Span) for t in terms):
             raise ConfigError(
                 f"Objective 'span' reads log-probs at temperature 1, and those of num_iterations={args.num_iterations} "
                 f"steps ago are known at kd_temperature={args.kd_temperature} alone. Set one of both to 1."
             )
-        return found
+        return terms
 
     def _has_single_step(self, comparison: Comparison) -> bool:
         """Is the single step an exact divergence? A teacher without whole rows rewards it instead, which is said."""
@@ -280,21 +280,21 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _set_advantages(self, batches: Sequence[Batch]) -> None:
         """Advantages of the window, whitened for each comparison over all its tokens on all ranks."""
-        found: dict[tuple[int, int], Tensor] = {}
+        advantages: dict[tuple[int, int], Tensor] = {}
         sums: dict[str, float] = {}
         on_device: list[Tensor] = []
         for i, batch in enumerate(batches):
             for k, view in enumerate(batch.views):
-                found[i, k] = values = self.advantages(view)
+                advantages[i, k] = values = self.advantages(view)
                 usable = view.read.written.usable_s
                 sums[f"{k}/count"] = sums.get(f"{k}/count", 0.0) + float(usable.sum())
                 on_device.append(torch.stack([_sum(values, usable), _sum(values.double().square(), usable)]))
         both = torch.stack(on_device).tolist() if on_device else []  # one copy for the window
-        for (_, k), (total, squares) in zip(found, both, strict=True):
+        for (_, k), (total, squares) in zip(advantages, both, strict=True):
             sums[f"{k}/sum"] = sums.get(f"{k}/sum", 0.0) + total
             sums[f"{k}/squares"] = sums.get(f"{k}/squares", 0.0) + squares
         totals = self.count_over_ranks(sums)
-        for (i, k), values in found.items():
+        for (i, k), values in advantages.items():
             count = max(totals[f"{k}/count"], 1.0)
             mean = totals[f"{k}/sum"] / count
             deviation = max(totals[f"{k}/squares"] / count - mean * mean, 0.0) ** 0.5
@@ -382,10 +382,10 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def restore(self, checkpoint: Path) -> None:
         super().restore(checkpoint)
-        kept = [load_held(checkpoint, self._held_name(k)) for k in range(len(self.comparisons))]
-        if None in kept or self.state.global_step % self.args.num_iterations == 0:
+        saved = [load_held(checkpoint, self._held_name(k)) for k in range(len(self.comparisons))]
+        if None in saved or self.state.global_step % self.args.num_iterations == 0:
             return
-        held: list[list[HeldBatch]] = [one for one in kept if one is not None]
+        held: list[list[HeldBatch]] = [one for one in saved if one is not None]
         routed = any(c.route is not None for of_k in held for one in of_k for c in one.conversations)
         routed &= len(self.comparisons) > 1
         batches = [self._restored(of_views, routed) for of_views in zip(*held, strict=True)]

@@ -26,7 +26,7 @@ def replay(trainer: DistillationTrainer, folder: str | Path) -> list[dict[str, A
         For each: `loss` (nats per item of its window), `grad_norm`, and `nonfinite`, the parameters whose gradient is
         no finite number.
     """
-    found = []
+    records = []
     model: Any = trainer.model
     for batch in load_batches(folder, trainer):
         model.zero_grad()
@@ -36,6 +36,6 @@ def replay(trainer: DistillationTrainer, folder: str | Path) -> list[dict[str, A
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         norm = torch.stack([g.double().norm() for g in grads.values()]).norm() if grads else torch.zeros(())
         bad = [n for n, g in grads.items() if not torch.isfinite(g).all()]
-        found.append({"loss": float(loss.detach()), "grad_norm": float(norm), "nonfinite": bad})
+        records.append({"loss": float(loss.detach()), "grad_norm": float(norm), "nonfinite": bad})
         model.zero_grad()
-    return found
+    return records

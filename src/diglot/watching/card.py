@@ -79,10 +79,10 @@ def _vocabulary(one: Vocabulary) -> str:
 def _options(args: DistillationConfig) -> dict[str, object]:
     """Those that were set, or are in force by default; -1 steps and no value say nothing."""
     names = [f.name for f in fields(args)]
-    found = {name: getattr(args, name) for name in SHOWN if name in names}
-    if found["max_steps"] > 0:
-        del found["num_train_epochs"]
-    return {name: value for name, value in found.items() if value is not None and (name, value) != ("max_steps", -1)}
+    options = {name: getattr(args, name) for name in SHOWN if name in names}
+    if options["max_steps"] > 0:
+        del options["num_train_epochs"]
+    return {name: value for name, value in options.items() if value is not None and (name, value) != ("max_steps", -1)}
 
 
 def _run(folder: Path) -> Run | None:

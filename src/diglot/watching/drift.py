@@ -51,16 +51,16 @@ class Drift:
         """Note a step, from sums over its texts: `one_to_one` of `tokens`, `bytes`, `digits` in `digit_runs`."""
         self._sums.update(sums)
         self._bits = self._bits if bits_per_byte is None else bits_per_byte
-        found = self._sums
-        if found["tokens"] < ENOUGH_TOKENS or not found["bytes"]:
+        totals = self._sums
+        if totals["tokens"] < ENOUGH_TOKENS or not totals["bytes"]:
             return
         entry: Entry = {
             "step": float(step),
-            "align/one_to_one": found["one_to_one"] / found["tokens"],
-            "completions/tokens_per_byte": found["tokens"] / found["bytes"],
+            "align/one_to_one": totals["one_to_one"] / totals["tokens"],
+            "completions/tokens_per_byte": totals["tokens"] / totals["bytes"],
         }
-        if found["digit_runs"] >= ENOUGH_RUNS:
-            entry["completions/digit_run"] = found["digits"] / found["digit_runs"]
+        if totals["digit_runs"] >= ENOUGH_RUNS:
+            entry["completions/digit_run"] = totals["digits"] / totals["digit_runs"]
         if self._bits is not None:
             entry["watched/bits_per_byte"] = self._bits
         (self._first if len(self._first) < FIRST else self._last).append(entry)

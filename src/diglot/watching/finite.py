@@ -25,7 +25,7 @@ from diglot.watching.metrics import StepMetrics
 
 logger = logging.getLogger(__name__)
 
-KEPT_WINDOWS = 10  # of skipped steps, their batches on disk
+SAVED_WINDOWS = 10  # of skipped steps, their batches on disk
 
 
 class FiniteSteps:
@@ -75,18 +75,18 @@ class FiniteSteps:
         """Keep the batches, then stop, or say that the step is skipped."""
         what = f"The gradient norm of step {step} is {norm}" if loss is None else f"The loss of step {step} is {loss}"
         place = None
-        if self.skipped < KEPT_WINDOWS:
+        if self.skipped < SAVED_WINDOWS:
             rank = self.args.process_index
             place = Path(str(self.args.output_dir)) / "nonfinite" / f"step-{step}-rank-{rank}"
             about = {"step": step, "rows": self.rows, "losses": [one for _, one in batches], "norm": norm}
             save_batches(place, [batch for batch, _ in batches], {**about, "seed": self.args.seed})
         rows = ", ".join(self.rows)
-        said = f"{what}, expected a finite number (rows: {rows}). The batch is in {place}: see diglot.trainers.replay."
+        text = f"{what}, expected a finite number (rows: {rows}). The batch is in {place}: see diglot.trainers.replay."
         if self.args.on_nonfinite == "stop":
             raise NonFiniteError(
-                f"{said} The optimizer was not run. Lower the learning rate, look at the batch, or go on over such "
+                f"{text} The optimizer was not run. Lower the learning rate, look at the batch, or go on over such "
                 "steps with on_nonfinite='skip'."
             )
         self.skipped += 1
         self.metrics.add_count("nonfinite_steps", 1.0 / self.accelerator.num_processes)
-        logger.warning("%s The step is skipped.", said)
+        logger.warning("%s The step is skipped.", text)

@@ -97,8 +97,8 @@ class StepMetrics:
         logs["align/dropped_samples"] = sums["dropped_samples"]
         logs["num_tokens"] = self.num_tokens
         self._sums.clear()
-        for kept in (self._means, self._counts):
-            kept.update(dict.fromkeys(kept, 0.0))
+        for values in (self._means, self._counts):
+            values.update(dict.fromkeys(values, 0.0))
         return logs
 
 

@@ -37,18 +37,18 @@ class NotebookNumbers(NotebookProgressCallback):
             self._write({"Step": state.global_step, **numbers_that_matter(logs)})
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **_: Any) -> None:
-        found = {"Step": state.global_step}
+        row = {"Step": state.global_step}
         for name, value in (metrics or {}).items():
             column = next((EVALUATED[end] for end in EVALUATED if name.endswith(f"_{end}")), None)
             if column is not None:
-                found[column] = f"{value:.3f}"
+                row[column] = f"{value:.3f}"
         if self.training_tracker is None:
             self.training_tracker = _Tracker(1)
-            self._write(found)
+            self._write(row)
             self.training_tracker.display()
             self.training_tracker = None
         else:
-            self._write(found)
+            self._write(row)
             self.training_tracker.remove_child()
             self._force_next_update = True
         self.prediction_bar = None

@@ -78,12 +78,12 @@ class Observer:
         if not self.can_score:
             return self._print([self._unscored(pair) for pair in pairs[: args.num_completions_to_print]], step)
         batch, facts = self._score(model, pairs, batches[0].on_policy, top=0)
-        found = self._rollouts(batch, facts)
+        rollouts = self._rollouts(batch, facts)
         if logged:
             self._add_means(batch, facts)
-            self._write(found[: args.log_rollouts], "training", step)
+            self._write(rollouts[: args.log_rollouts], "training", step)
         if printed:
-            self._print(_rows(found[: args.num_completions_to_print]), step)
+            self._print(_rows(rollouts[: args.num_completions_to_print]), step)
 
     def drifts(self, batches: Sequence[Batch], step: int, every: float, data: Any, evaluator: Evaluator) -> None:
         """Note how the student writes at this step, and now and then how likely some fixed texts are to it."""
@@ -91,10 +91,12 @@ class Observer:
         if self.args.log_rollouts and is_due(step, self._is_logged(step, every)):
             if self._texts is None:
                 self._texts = fixed_texts(fixed_samples(data))
-            found = evaluator.on_reference(self._texts)
+            report = evaluator.on_reference(self._texts)
             self.comparison.reader.take_dropped()
-            bits = found.bits_per_byte
-            self.metrics.add_mean("watched/bits_per_byte", float(found.nats.sum()) / math.log(2), found.num_bytes.sum())
+            bits = report.bits_per_byte
+            self.metrics.add_mean(
+                "watched/bits_per_byte", float(report.nats.sum()) / math.log(2), report.num_bytes.sum()
+            )
         if batches[0].on_policy:
             sums: dict[str, float] = {**text_sums([p for b in batches for p in b.pairs], True), **text_sums_of(batches)}
             stats = [b.views[self._number].read.stats for b in batches]
@@ -178,9 +180,9 @@ class Observer:
         decode = self.comparison.reader.student.tokenizer.decode
         return CompletionRow(self._prompt(pair), str(decode(pair.student.ids[pair.student.prompt_length :])))
 
-    def _write(self, found: Sequence[Rollout], phase: str, step: int) -> None:
+    def _write(self, rollouts: Sequence[Rollout], phase: str, step: int) -> None:
         if self._is_main:
-            for place, rollout in enumerate(found):
+            for place, rollout in enumerate(rollouts):
                 where = {"step": step, "phase": phase, "place": place}
                 append(self._folder / ROLLOUTS, {**where, **rollout.as_json()})
 
@@ -209,9 +211,9 @@ def in_order_of_data(batches: Sequence[Batch], view: int = 0) -> list[ReadPair]:
     return [pair for _, pair in sorted(placed, key=lambda both: both[0])]
 
 
-def _rows(found: Sequence[Rollout]) -> list[CompletionRow]:
+def _rows(rollouts: Sequence[Rollout]) -> list[CompletionRow]:
     rows = []
-    for one in found:
+    for one in rollouts:
         chunks = [(c.text, c.logp_t - c.logp_s if c.comparable else None) for c in one.chunks]
         rows.append(CompletionRow(one.prompt, one.completion, one.gap, chunks))
     return rows

@@ -55,16 +55,16 @@ class RecordCallback(TrainerCallback):
         self._say(args, advise([entry for entry in state.log_history if "train_runtime" not in entry]))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero and (found := selection(self.steps())) is not None:
-            self._say(args, [found])
+        if state.is_world_process_zero and (advice := selection(self.steps())) is not None:
+            self._say(args, [advice])
 
-    def _say(self, args: Any, found: Sequence[Advice]) -> None:
+    def _say(self, args: Any, advice: Sequence[Advice]) -> None:
         """Each kind once a run: in the terminal and in the log."""
-        for advice in found:
-            if advice.name not in self._warned:
-                self._warned.add(advice.name)
-                logger.warning("Step %d: %s", advice.step, advice.text)
-                line = {"step": advice.step, "warning": advice.name, "text": advice.text}
+        for one in advice:
+            if one.name not in self._warned:
+                self._warned.add(one.name)
+                logger.warning("Step %d: %s", one.step, one.text)
+                line = {"step": one.step, "warning": one.name, "text": one.text}
                 append(Path(args.output_dir) / METRICS, line)
 
     def _take_up(self, folder: Path, step: int) -> None:
