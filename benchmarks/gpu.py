@@ -63,7 +63,7 @@ class Stage:
         cell[: sizes[0] // 4] = np.arange(sizes[0] // 4)
         self.columns = CellColumns.of(cell).to(self.device)
         own = np.stack([chosen.choice(sizes[0] // 4, CELLS, replace=False) for _ in range(rows)])
-        self.given = {"column": torch.from_numpy(own).to(self.device)}
+        self.row_inputs = {"column": torch.from_numpy(own).to(self.device)}
         self.sets = [torch.tensor([sizes[0] - i], device=self.device) for i in (1, 2)]
 
     def jsd(self, logits_s: Tensor, logits_t: Tensor, **_: Tensor) -> Values:
@@ -85,7 +85,7 @@ class Stage:
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             total, _ = reduce_rows(
                 compare, self.hidden_s, self.heads[0], self.hidden_t, self.heads[1], every, every, weight, chunk,
-                given=self.given,
+                given=self.row_inputs,
             )  # fmt: skip
         total.backward()
         self.hidden_s.grad = self.weights[0].weight.grad = None
@@ -98,15 +98,15 @@ class Stage:
 
 def seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """Median of some runs, after one to warm up."""
-    found = []
+    times = []
     for turn in range(repeats + 1):
         _wait(device)
         start = time.perf_counter()
         run()
         _wait(device)
         if turn:
-            found.append(time.perf_counter() - start)
-    return statistics.median(found)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def _wait(device: torch.device) -> None:
@@ -118,7 +118,7 @@ def measured(stage: Stage, repeats: int) -> dict[str, Any]:
     """The card's rate, and each comparison's share of it, seconds and gigabytes."""
     device, (a, b) = stage.device, (stage.hidden_t, stage.weights[0].weight.detach())
     rate = 2.0 * stage.rows * stage.width * stage.sizes[0] / seconds(lambda: a @ b.T, device, repeats)
-    found: dict[str, Any] = {"operations_per_second": rate}
+    measures: dict[str, Any] = {"operations_per_second": rate}
     for name, compare in (("jsd", stage.jsd), ("cells", stage.cells)):
         taken = seconds(functools.partial(stage.run, compare), device, repeats)
         extra = None
@@ -128,8 +128,8 @@ def measured(stage: Stage, repeats: int) -> dict[str, Any]:
             stage.run(compare)
             gradients = stage.hidden_s.nbytes + stage.weights[0].weight.nbytes
             extra = (torch.cuda.max_memory_allocated(device) - before - gradients) / 1e9
-        found[name] = {"seconds": taken, "share": stage.operations / taken / rate, "extra_gb": extra}
-    return found
+        measures[name] = {"seconds": taken, "share": stage.operations / taken / rate, "extra_gb": extra}
+    return measures
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -141,18 +141,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vocabularies", type=int, nargs=2, default=(128_256, 151_936))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=OUT)
-    given = parser.parse_args(arguments)
-    if given.device.startswith("cuda") and not torch.cuda.is_available():
+    options = parser.parse_args(arguments)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
         print("There is no CUDA device here. --device cpu runs the same code.", file=sys.stderr)
         return 1
-    card = torch.cuda.get_device_name() if given.device.startswith("cuda") else "CPU"
-    found = measured(Stage(given.device, given.rows, given.hidden, tuple(given.vocabularies)), given.repeats)
+    card = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
+    measures = measured(
+        Stage(options.device, options.rows, options.hidden, tuple(options.vocabularies)), options.repeats
+    )
     about = {"card": card, "machine": machine(), "command": sys.argv if arguments is None else arguments}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps({**about, "rows": given.rows, "hidden": given.hidden, **found}, indent=1) + "\n")
-    print(f"{card}, {found['operations_per_second'] / 1e12:.1f} Top/s in a product of these sizes")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(
+        json.dumps({**about, "rows": options.rows, "hidden": options.hidden, **measures}, indent=1) + "\n"
+    )
+    print(f"{card}, {measures['operations_per_second'] / 1e12:.1f} Top/s in a product of these sizes")
     lines = [(n, v["seconds"], v["share"], "-" if v["extra_gb"] is None else v["extra_gb"])
-             for n, v in found.items() if isinstance(v, dict)]  # fmt: skip
+             for n, v in measures.items() if isinstance(v, dict)]  # fmt: skip
     print(table(("comparison", "seconds", f"share (goal {SHARE})", f"GB (goal {EXTRA_GB:g})"), lines))
     return 0
 
