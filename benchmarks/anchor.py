@@ -106,16 +106,16 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     options = parser.parse_args()
     print(machine())
-    found = {}
+    rows = {}
     for arm in options.arms:
-        found[arm] = run(arm, options.steps, options.batch)
-        row = found[arm]
+        rows[arm] = run(arm, options.steps, options.batch)
+        row = rows[arm]
         print(
             f"{arm:18s} bits per byte {row['before']:.3f} -> {row['after']:.3f}   own loss {row['loss_first']:.3f} -> "
             f"{row['loss_last']:.3f}   {row['seconds']:.0f} s",
             flush=True,
         )
-    print(json.dumps(found))
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":

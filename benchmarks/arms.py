@@ -63,14 +63,14 @@ class Arm:
 
 
 def _values(label: str, text: str) -> dict[str, Any]:
-    found = {}
+    values = {}
     for item in filter(None, text.split(",")):
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"{item!r} in {label!r} should be key=value.")
         number = _number(value)
-        found[key] = yaml.safe_load(value) if number is None else number
-    return found
+        values[key] = yaml.safe_load(value) if number is None else number
+    return values
 
 
 def _number(value: str) -> float | None:
@@ -84,10 +84,10 @@ def _number(value: str) -> float | None:
 def code_digest(*more: Path) -> str:
     """A short name of Diglot's source as it is imported now, and of other files that a result depends on."""
     package = Path(diglot.__file__).parent
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for path in (*sorted(package.rglob("*.py")), *more):
-        found.update(path.name.encode() + path.read_bytes())
-    return found.hexdigest()[:12]
+        hasher.update(path.name.encode() + path.read_bytes())
+    return hasher.hexdigest()[:12]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ TARGETS = {
 def run_loss_stage(repeats: int) -> dict[str, Any]:
     """Both pairs against TRL's GOLD."""
     sizes = {"llama3": 128_256, "qwen3": 151_936}
-    found = {}
+    by_case = {}
     for make in (
         lambda: demo_case(16),
         lambda: random_case(
@@ -52,9 +52,9 @@ def run_loss_stage(repeats: int) -> dict[str, Any]:
     ):
         case: Case = make()
         forms = ["hybrid", "sorted"] + (["hybrid by position"] if case.name == "smollm2-gemma3" else [])
-        found[case.name] = show_loss_stage(case, loss_stage.compare(case, repeats, ["strict", "bpm", "gold"], forms))
+        by_case[case.name] = show_loss_stage(case, loss_stage.compare(case, repeats, ["strict", "bpm", "gold"], forms))
         del case
-    return found
+    return by_case
 
 
 def show_loss_stage(case: Case, result: dict[str, Any]) -> dict[str, Any]:
@@ -76,14 +76,14 @@ def show_loss_stage(case: Case, result: dict[str, Any]) -> dict[str, Any]:
 def run_step(repeats: int) -> dict[str, Any]:
     """The demo pair's whole step."""
     trainer = demo_trainer("strict", 16 * (repeats + 1), log_rollouts=0)
-    found = step.compare(trainer, list(step.OBJECTIVES), repeats)
+    rows = step.compare(trainer, list(step.OBJECTIVES), repeats)
     names = (
         *("scored", "floor_seconds", "step_seconds", "reading_share"),
         *("ratio_low", "ratio_high", "ratio", "cpu_low", "cpu_high", "cpu_ratio"),
     )
     print("\nStep without generation against both models alone, demo pair, 16 rows")
-    print(table(("objective", *names), ((name, *map(row.get, names)) for name, row in found.items())))
-    return found
+    print(table(("objective", *names), ((name, *map(row.get, names)) for name, row in rows.items())))
+    return rows
 
 
 def run_alignment(repeats: int) -> dict[str, Any]:
@@ -93,26 +93,26 @@ def run_alignment(repeats: int) -> dict[str, Any]:
     whole = " ".join(texts)
     long = [whole[at : at + 95_000] for at in (0, 95_000)]  # about 20,000 tokens each
     kinds: dict[str, Sequence[str]] = {"long texts": long, "short texts": texts}
-    found: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     streams = {}
     for kind, of_kind in kinds.items():
         streams[kind] = grouping.stream(renderers[0], of_kind), grouping.stream(renderers[1], of_kind)
-        found[kind] = grouping.compare(streams[kind], len(of_kind), repeats)
+        rows[kind] = grouping.compare(streams[kind], len(of_kind), repeats)
     names = ("texts", "tokens", "tokens_t", "trl_seconds", "seconds", "speedup_low", "speedup_high", "speedup")
     print("\nAlignment against TRL's grouping")
-    print(table(("texts of", *names), ((kind, *map(row.get, names)) for kind, row in found.items())))
+    print(table(("texts of", *names), ((kind, *map(row.get, names)) for kind, row in rows.items())))
     sizes = (10_000, 100_000, 1_000_000, 10_000_000)
     first = [side_of(side, 220) for side in streams["short texts"]]
     growth = grouping.growth((first[0], first[1]), 220, sizes)
     print(table(("student tokens", "seconds per million"), growth.items()))
-    worst = min(row["speedup"] for row in found.values())
-    return {**found, "growth": growth, "speedup": worst, "seconds_per_million": max(growth.values())}
+    worst = min(row["speedup"] for row in rows.values())
+    return {**rows, "growth": growth, "speedup": worst, "seconds_per_million": max(growth.values())}
 
 
 def side_of(side: Any, segments: int) -> Any:
     """The first segments of a stream."""
-    kept = side.segment < segments
-    return type(side)(side.end[kept], side.segment[kept], side.exact[kept], side.stop[kept])
+    inside = side.segment < segments
+    return type(side)(side.end[inside], side.segment[inside], side.exact[inside], side.stop[inside])
 
 
 def run_memory(repeats: int) -> dict[str, Any]:
@@ -120,23 +120,23 @@ def run_memory(repeats: int) -> dict[str, Any]:
     student = AutoTokenizer.from_pretrained(fetch_model("smollm2-135m-instruct"))
     renderers = Renderer(student, num_embeddings=49_152, name="smollm2"), real_renderer("qwen3", 151_936)
     texts, rows = whole_texts(), (256, 1024, 8192)
-    found = memory.flatness(
+    peaks = memory.flatness(
         lambda n: random_case("memory", renderers, texts, n, (256, 256), SEED), rows, ["strict", "bpm", "gold"], 64
     )
     print("\nPeak memory of the loss stage without hidden states, MiB, 64 rows of logits at a time, 49152 x 151936")
-    lines = ((name, *(row["peak_mib"][n] for n in rows), row["flatness"]) for name, row in found.items())
+    lines = ((name, *(row["peak_mib"][n] for n in rows), row["flatness"]) for name, row in peaks.items())
     print(table(("objective", *(f"{n} rows" for n in rows), "flatness"), lines))
-    return found
+    return peaks
 
 
 def run_on_policy(repeats: int) -> dict[str, Any]:
     """Sampling of the demo's student."""
     trainer = demo_trainer("strict", 16, lmbda=1.0, max_completion_length=64)
-    found = on_policy.compare(trainer, repeats)
-    names = list(found)
+    rates = on_policy.compare(trainer, repeats)
+    names = list(rates)
     print("\nSampling against plain generate, demo student, 16 prompts")
-    print(table(("tokens/s", *names), [("sampler", *found.values())]))
-    return found
+    print(table(("tokens/s", *names), [("sampler", *rates.values())]))
+    return rates
 
 
 PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -162,13 +162,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only:
         try:
-            found = PARTS[name](options.repeats)
+            result = PARTS[name](options.repeats)
         except BenchError as error:
             print(f"\nbench: {name}: {error}", file=sys.stderr)
             return 1
-        summary[name] = found
+        summary[name] = result
         if name == "memory":
-            summary["memory_flatness"] = max(row["flatness"] for row in found.values())
+            summary["memory_flatness"] = max(row["flatness"] for row in result.values())
         if name in TARGETS:
             print(f"target: {TARGETS[name]}")
         summary["machine"] = machine()

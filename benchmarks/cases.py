@@ -78,16 +78,16 @@ def read_texts(renderers: Sequence[Renderer], rows: Sequence[dict[str, str]], sc
     """As many of the rows as give at least `scored` student tokens."""
     reader = PairReader(*renderers, same_vocabulary=False)
     pairs: list[ReadPair] = []
-    found = 0
+    tokens = 0
     for row in rows:
-        if found >= scored:
+        if tokens >= scored:
             break
         pair = reader.written(to_sample(row, where="benchmark row"))
         if pair is not None:
             pairs.append(pair)
-            found += int((pair.student.segment >= 0).sum())
-    if found < scored:
-        raise BenchError(f"{len(rows)} rows of text give {found} scored tokens, not {scored}: give more text.")
+            tokens += int((pair.student.segment >= 0).sum())
+    if tokens < scored:
+        raise BenchError(f"{len(rows)} rows of text give {tokens} scored tokens, not {scored}: give more text.")
     return pairs
 
 
@@ -175,8 +175,8 @@ class TRLSide:
     def scored(self) -> list[tuple[list[int], list[list[int]]]]:
         """Ids and offsets of every text, without the stop token."""
         return [
-            (ids[kept][:-1].tolist(), offsets[kept][:-1].tolist())
-            for ids, kept, offsets in zip(self.input_ids, self.labels >= 0, self.offsets, strict=True)
+            (ids[mask][:-1].tolist(), offsets[mask][:-1].tolist())
+            for ids, mask, offsets in zip(self.input_ids, self.labels >= 0, self.offsets, strict=True)
         ]
 
 

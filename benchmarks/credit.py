@@ -71,20 +71,20 @@ def steps() -> None:
         case = Case(student, teacher, min(length, 3))  # every path has a backward pass of its own
         size = case.exact.norm()
         for form, options in FORMS.items():
-            found: list[Tensor] = []
+            per_path: list[Tensor] = []
 
-            def each(batch: Batch, form: str = form, found: list[Tensor] = found, case: Case = case) -> None:
+            def each(batch: Batch, form: str = form, per_path: list[Tensor] = per_path, case: Case = case) -> None:
                 view = batch.views[0]
                 for path in range(len(case.paths)):
                     batch.views[0] = view
                     PerPath(form, path)(batch)
                     case.student.zero_grad()
                     case.trainer.compute_loss(case.student, {"batch": batch}).backward()
-                    found.append(flat(case.student))
+                    per_path.append(flat(case.student))
 
             with tempfile.TemporaryDirectory() as out:
                 case.expected(Path(out), each, **options)
-            gradients = torch.stack(found)
+            gradients = torch.stack(per_path)
             mean = (case.mass[:, None] * gradients).sum(0)
             deviation = (case.mass * (gradients - mean).square().sum(-1)).sum().sqrt()
             bias = (mean - case.exact).norm() / size
@@ -125,7 +125,7 @@ def lengths(sizes: list[int], count: int = REPLIES[-1]) -> None:
             hidden, rows = per_text[0]
             whose = torch.div(batch.student.rows, batch.student.input_ids.shape[1], rounding_mode="floor")
             score = torch.nn.functional.one_hot(batch.student.targets, rows.shape[1]).double() - rows.exp()
-            found = {}
+            by_credit = {}
             options: Any = dict(gamma=1.0, length_normalization=False, reward_clip=1e9)
             values = {
                 credit: span_advantages(logp[0], logp[1], batch.alignment, credit=credit, **options)
@@ -139,10 +139,10 @@ def lengths(sizes: list[int], count: int = REPLIES[-1]) -> None:
             for name, value in values.items():
                 of_text = torch.zeros(count, rows.shape[1], hidden.shape[1]).double()
                 of_text.index_add_(0, whose, -(value[:, None] * score)[:, :, None] * hidden[:, None, :])
-                found[name] = of_text.flatten(1)
-            base = found[_less(count)]
+                by_credit[name] = of_text.flatten(1)
+            base = by_credit[_less(count)]
             true = _squared_mean(base).clamp(min=0).sqrt()
-            for name, gradients in found.items():
+            for name, gradients in by_credit.items():
                 bias = _squared_mean(gradients - base).clamp(min=0).sqrt() / true
                 deviation = gradients.var(0).sum().sqrt() / true
                 print(f"| {s.name} <- {t.name} | {size} | {name} | {bias:.2f} | {deviation:.1f} |", flush=True)

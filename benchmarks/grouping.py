@@ -73,7 +73,7 @@ def _ignore(_: Alignment[Any] | list[Any]) -> None:
 
 def growth(streams: tuple[Side, Side], segments: int, sizes: Sequence[int], repeats: int = 3) -> dict[int, float]:
     """Seconds per million student tokens at each size, the best of a few runs."""
-    found = {}
+    per_million = {}
     for size in sizes:
         times = -(-size // len(streams[0].end))
         (s, count), (t, _) = (repeated(side, segments, times * len(side.end)) for side in streams)
@@ -82,5 +82,5 @@ def growth(streams: tuple[Side, Side], segments: int, sizes: Sequence[int], repe
             start = time.perf_counter()
             align(s, t, count)
             best = min(best, time.perf_counter() - start)
-        found[len(s.end)] = best / len(s.end) * 1e6
-    return found
+        per_million[len(s.end)] = best / len(s.end) * 1e6
+    return per_million

@@ -134,16 +134,16 @@ class Worker:
 
     def _answer(self) -> Any:
         try:
-            found = self.connection.recv()
+            answer = self.connection.recv()
         except EOFError:
             self.process.join()
             raise BenchError(
                 f"The process of {self.name!r} ended with code {self.process.exitcode}; -9 means that memory ran out: "
                 "lower the rows of both sides."
             ) from None
-        if isinstance(found, BenchError):
-            raise found
-        return found
+        if isinstance(answer, BenchError):
+            raise answer
+        return answer
 
 
 def _serve(connection: Any, path: Path, side: str, what: str, chunk_rows: int | None) -> None:
@@ -165,17 +165,17 @@ def _serve(connection: Any, path: Path, side: str, what: str, chunk_rows: int | 
 def compare(case: Case, repeats: int, objectives: Sequence[str], forms: Sequence[str]) -> dict[str, Any]:
     """TRL's first form and our objectives in turn; then TRL's other forms against the first, once, for context."""
     notes = check_trl_reading(case)
-    found: dict[str, Any] = {}
+    sides: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         torch.save(case, path := Path(folder) / "case.pt")
         reference = Worker(path, "trl", forms[0])
         try:
-            found |= _against(reference, path, [("ours", name) for name in objectives], repeats, warm_up=True)
+            sides |= _against(reference, path, [("ours", name) for name in objectives], repeats, warm_up=True)
             for form in forms[1:]:  # one by one: each process holds the case, and TRL's forms take gigabytes more
-                found |= _against(reference, path, [("trl", form)], 1, warm_up=False)
+                sides |= _against(reference, path, [("trl", form)], 1, warm_up=False)
         finally:
             reference.close()
-    return {"sides": found, "notes": notes, "texts": len(case.texts)}
+    return {"sides": sides, "notes": notes, "texts": len(case.texts)}
 
 
 def _against(
@@ -190,10 +190,10 @@ def _against(
     finally:
         for worker in workers[1:]:
             worker.close()
-    found = {}
+    costs = {}
     for worker in workers[0 if warm_up else 1 :]:
         low, high = timing.spread(reference.name, worker.name)
-        found[worker.name] = {
+        costs[worker.name] = {
             "seconds": timing.median(worker.name),
             "peak_mib": worker.peak / 2**20,
             "value": worker.value,
@@ -203,4 +203,4 @@ def _against(
             "speedup_high": high,
             "memory_ratio": worker.peak / reference.peak,
         }
-    return found
+    return costs

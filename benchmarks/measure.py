@@ -48,10 +48,10 @@ def check_same(what: str, **sides: Any) -> None:
 
 def digest(*parts: Any) -> str:
     """A short name of what is in arrays, texts and numbers."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for part in parts:
-        found.update(repr(part.tolist() if hasattr(part, "tolist") else part).encode())
-    return found.hexdigest()[:16]
+        hasher.update(repr(part.tolist() if hasattr(part, "tolist") else part).encode())
+    return hasher.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

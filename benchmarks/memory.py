@@ -39,13 +39,13 @@ def flatness(
 ) -> dict[str, Any]:
     """Peak at every number of rows, less the hidden states; last over first."""
     cases = {n: make(n) for n in rows}
-    found: dict[str, Any] = {}
+    by_objective: dict[str, Any] = {}
     for name in objectives:
         peaks = {n: peak(case, name, chunk_rows) for n, case in cases.items()}
         above = {n: (whole - hidden) / 2**20 for n, (whole, hidden) in peaks.items()}
-        found[name] = {
+        by_objective[name] = {
             "peak_mib": above,
             "hidden_mib": {n: hidden / 2**20 for n, (_, hidden) in peaks.items()},
             "flatness": above[rows[-1]] / above[rows[0]],
         }
-    return found
+    return by_objective

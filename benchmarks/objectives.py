@@ -53,7 +53,7 @@ def costs(rows: int, repeats: int, names: list[str]) -> dict[str, dict[str, floa
     terms = {name: term_for(trainer, name) for name in names if name != "jsd"}
     print(f"{machine()}\n{rows} rows of text, {len(hidden)} student and {len(states)} teacher tokens scored")
     seconds: dict[str, list[float]] = {name: [] for name in terms}
-    found: dict[str, dict[str, float]] = {}
+    by_objective: dict[str, dict[str, float]] = {}
     for turn in range(repeats + 1):
         for name in list(terms)[:: 1 if turn % 2 else -1]:
             start = time.perf_counter()
@@ -61,14 +61,14 @@ def costs(rows: int, repeats: int, names: list[str]) -> dict[str, dict[str, floa
                 value, _ = loss_stage(trainer, terms[name], hidden, batch)
             if turn:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
-            found[name] = {
+            by_objective[name] = {
                 "loss": value,
                 "items": float(terms[name].objective.plan(view.read.written).items),
                 "peak_mib": memory.bytes / 2**20,
             }
     for name, values in seconds.items():
-        found[name]["seconds"] = statistics.median(values)
-    return found
+        by_objective[name]["seconds"] = statistics.median(values)
+    return by_objective
 
 
 def noisy_pair(rows: int) -> GKDTrainer:
@@ -99,15 +99,15 @@ def directions(rows: int, names: list[str]) -> dict[str, float]:
     with torch.no_grad():
         hidden = trainer.hidden_at_rows(trainer.model, batch.student)
     references: dict[float, Tensor] = {}
-    found = {}
+    cosines = {}
     for name in names:
         term = term_for(trainer, name)
         beta = float(getattr(term.objective, "beta", 1.0))
         if beta not in references:
             _, references[beta] = loss_stage(trainer, term_for(trainer, "jsd", beta=beta), hidden, batch)
         gradient = loss_stage(trainer, term, hidden, batch)[1]
-        found[name] = float(torch.nn.functional.cosine_similarity(gradient.ravel(), references[beta].ravel(), dim=0))
-    return found
+        cosines[name] = float(torch.nn.functional.cosine_similarity(gradient.ravel(), references[beta].ravel(), dim=0))
+    return cosines
 
 
 def main() -> None:
@@ -117,16 +117,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=sorted(OBJECTIVES), choices=sorted(OBJECTIVES))
     options = parser.parse_args()
-    found = costs(options.rows, options.repeats, options.only)
+    rows = costs(options.rows, options.repeats, options.only)
     cosines = directions(min(options.rows, 4), options.only)
     print(f"{'objective':14s} {'items':>7s} {'loss':>10s} {'seconds':>8s} {'peak MiB':>9s} {'cosine':>7s}")
-    for name in sorted({*found, *cosines}, key=lambda n: found.get(n, {}).get("seconds", 0.0)):
-        row = found.get(name)
+    for name in sorted({*rows, *cosines}, key=lambda n: rows.get(n, {}).get("seconds", 0.0)):
+        row = rows.get(name)
         of_pair = (
             f"{row['items']:7.0f} {row['loss']:10.4f} {row['seconds']:8.3f} {row['peak_mib']:9.0f}" if row else " " * 37
         )
         print(f"{name:14s} {of_pair} {cosines[name]:7.3f}")
-    print(json.dumps({"objectives": found, "cosines": cosines}))
+    print(json.dumps({"objectives": rows, "cosines": cosines}))
 
 
 if __name__ == "__main__":

@@ -45,27 +45,27 @@ class Traffic(TorchDispatchMode):
         self.bytes, self.kernels = Counter[tuple[str, str]](), 0
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = op(*args, **(kwargs or {}))
+        outputs = op(*args, **(kwargs or {}))
         name = op._schema.name.split("::")[1]
         if op.is_view or name.rstrip("_") in PRODUCTS or name in FREE:
-            return found
-        tensors = ({id(x): x for x in tree_leaves(some) if isinstance(x, Tensor)} for some in ((args, kwargs), found))
+            return outputs
+        tensors = ({id(x): x for x in tree_leaves(some) if isinstance(x, Tensor)} for some in ((args, kwargs), outputs))
         if size := self._size(name, *(list(some.values()) for some in tensors)):
             self.bytes[name.rstrip("_"), _line()] += size
             self.kernels += 1
-        return found
+        return outputs
 
-    def _size(self, name: str, given: list[Tensor], found: list[Tensor]) -> int:
+    def _size(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
         plain, in_place = name.rstrip("_"), name.endswith("_")
         if plain in PICKED:
-            return 2 * sum(map(self._bytes, found))
+            return 2 * sum(map(self._bytes, outputs))
         if plain in FILLED:
-            return sum(map(self._bytes, found))
+            return sum(map(self._bytes, outputs))
         if plain in PUT:
-            own, *others = given
+            own, *others = inputs
             whole = 0 if in_place else 2 * self._bytes(own)  # in place touches no more than what is named
             return whole + 2 * sum(map(self._bytes, others))
-        return sum(map(self._bytes, given)) + sum(map(self._bytes, found))
+        return sum(map(self._bytes, inputs)) + sum(map(self._bytes, outputs))
 
     def _bytes(self, x: Tensor) -> int:
         if not x.dim() or x.shape[-1] < self.width:
@@ -109,15 +109,15 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=0, help="of each objective, those that read and write most")
     options = parser.parse_args()
     print(machine())
-    found = {}
+    rows = {}
     pair = demo_trainer("strict", options.rows) if set(options.only) - {"jsd"} else None
     for name in options.only:
         total, kernels, lines = passes(noisy_pair(options.rows) if name == "jsd" or pair is None else pair, name)
-        found[name] = {"passes": total, "kernels": kernels}
+        rows[name] = {"passes": total, "kernels": kernels}
         print(f"{name:14s} {total:6.1f} passes {kernels:6d} kernels", flush=True)
         for line, size in lines[: options.lines]:
             print(f"    {size:6.2f} {line}")
-    print(json.dumps(found))
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -30,12 +30,12 @@ _LONGEST = 2000  # letters of a text
 
 def texts(count: int) -> list[str]:
     """Texts of every kind in turn."""
-    found: list[str] = []
+    all_texts: list[str] = []
     for rows in zip(*(fetch_texts(kind, "heldout") for kind in KINDS), strict=False):
-        found += [
+        all_texts += [
             "\n".join(row[name] for name in KINDS[kind])[:_LONGEST] for kind, row in zip(KINDS, rows, strict=True)
         ]
-    return found[:count]
+    return all_texts[:count]
 
 
 def scored(projector: Projector, model: Any, text: str, top: int) -> tuple[Reading, TeacherScores]:
@@ -44,8 +44,8 @@ def scored(projector: Projector, model: Any, text: str, top: int) -> tuple[Readi
     ids = [*student.tokenizer(text, add_special_tokens=False)["input_ids"], student.stop_id]
     reading = projector.read(Transcript.of_completion([{"role": "user", "content": "Write."}], ids))
     with torch.no_grad():
-        asked = torch.from_numpy(reading.teacher_ids)[None]
-        states = model(asked, output_hidden_states=True).hidden_states[-1][0]
+        input_ids = torch.from_numpy(reading.teacher_ids)[None]
+        states = model(input_ids, output_hidden_states=True).hidden_states[-1][0]
     return reading, score_hidden(states, model.get_output_embeddings(), reading.teacher_ids, top=top)
 
 
@@ -83,7 +83,7 @@ def main() -> None:
         return round(1e6 * min(seconds(work) for _ in range(args.repeats)) / count, 1)
 
     first = seconds(lambda: project(jobs[:half]))
-    found = {
+    row = {
         "pair": f"{args.teacher} for {args.student}",
         "named": args.top,
         "tokens": sum(tokens),
@@ -92,7 +92,7 @@ def main() -> None:
         "again": each(lambda: project(jobs), sum(tokens)),
         "log-probs alone": each(lambda: project(jobs, bare=True), sum(tokens)),
     }
-    print(json.dumps({"µs a student token": found, "machine": machine()}, ensure_ascii=False, indent=1))
+    print(json.dumps({"µs a student token": row, "machine": machine()}, ensure_ascii=False, indent=1))
 
 
 if __name__ == "__main__":

@@ -209,13 +209,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--student_gpus", type=int, default=8)
     parser.add_argument("--teacher_gpus", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=Plan.tokens, help="in a micro-batch of one GPU")
-    given = parser.parse_args(arguments)
-    if (given.student is None) != (given.teacher is None) or min(given.student_gpus, given.teacher_gpus) < 1:
+    options = parser.parse_args(arguments)
+    if (options.student is None) != (options.teacher is None) or min(options.student_gpus, options.teacher_gpus) < 1:
         parser.error("give both --student and --teacher, and at least one GPU for each")
     plans = PLANS
-    if given.student is not None:
-        models = load_model(given.student), load_model(given.teacher)
-        plans = (Plan(*models, given.student_gpus, given.teacher_gpus, given.tokens),)
+    if options.student is not None:
+        models = load_model(options.student), load_model(options.teacher)
+        plans = (Plan(*models, options.student_gpus, options.teacher_gpus, options.tokens),)
     print(memory_table(plans), wire_table(plans), sep="\n\n")
 
 

@@ -97,10 +97,10 @@ def compare(trainer: GKDTrainer, objectives: Sequence[str], repeats: int) -> dic
                 processor[name].append(cpu)
                 shares.get(name, []).append(aligned / wall)
     timing, busy = Timing(seconds), Timing(processor)
-    return {name: _found(timing, busy, name, statistics.median(shares[name]), scored / repeats) for name in terms}
+    return {name: _row(timing, busy, name, statistics.median(shares[name]), scored / repeats) for name in terms}
 
 
-def _found(timing: Timing, busy: Timing, name: str, share: float, scored: float) -> dict[str, float]:
+def _row(timing: Timing, busy: Timing, name: str, share: float, scored: float) -> dict[str, float]:
     low, high = timing.spread(name, FLOOR)
     cpu_low, cpu_high = busy.spread(name, FLOOR)
     return {

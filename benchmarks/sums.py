@@ -102,8 +102,11 @@ def write(model: Any, tokenizer: Any, prompts: Sequence[str], sample: bool) -> l
 
 def accuracy(model: Any, tokenizer: Any, rows: Sequence[tuple[str, str]]) -> float:
     """Share of rows that greedy decoding completes exactly."""
-    said = write(model, tokenizer, [prompt for prompt, _ in rows], sample=False)
-    right = [tokenizer.decode(ids, skip_special_tokens=True) == text for ids, (_, text) in zip(said, rows, strict=True)]
+    completions = write(model, tokenizer, [prompt for prompt, _ in rows], sample=False)
+    right = [
+        tokenizer.decode(ids, skip_special_tokens=True) == text
+        for ids, (_, text) in zip(completions, rows, strict=True)
+    ]
     return sum(right) / len(rows)
 
 
@@ -119,13 +122,13 @@ def bits_per_byte(model: Any, tokenizer: Any, rows: Sequence[tuple[str, str]]) -
 def divergence(student: Any, teacher: Any, tokenizers: Sequence[Any], prompts: Sequence[str]) -> dict[str, Any]:
     """KL(student || teacher) in nats per byte by the log-ratio of fresh samples. The teacher reads a sample's text as
     its own canonical tokens; texts that did not stop are read without a stop on both sides, and counted."""
-    said = write(student, tokenizers[0], prompts, sample=True)
-    texts = [tokenizers[0].decode(ids, skip_special_tokens=True) for ids in said]
-    stops = [ids[-1:] == [STOP] for ids in said]
+    completions = write(student, tokenizers[0], prompts, sample=True)
+    texts = [tokenizers[0].decode(ids, skip_special_tokens=True) for ids in completions]
+    stops = [ids[-1:] == [STOP] for ids in completions]
     read = [ids_of(tokenizers[1], text) + [STOP] * stop for text, stop in zip(texts, stops, strict=True)]
     own, other = (
         written_log_probs(model, [ids_of(tokenizer, prompt) for prompt in prompts], rest).sum()
-        for model, tokenizer, rest in ((student, tokenizers[0], said), (teacher, tokenizers[1], read))
+        for model, tokenizer, rest in ((student, tokenizers[0], completions), (teacher, tokenizers[1], read))
     )
     return {
         "reverse_kl": float(own - other) / max(1, sum(len(text.encode()) for text in texts)),
@@ -312,9 +315,9 @@ def show(results: Sequence[dict[str, Any]]) -> str:
             rows.append([name, *shown, "-", f"“{start['samples'][0].strip()}”", "-"])
         values = [mean_of([r["after"][key] for r in ran], 3) for key in measures]
         shares = [f"{share:.2f}" for share in ran[0]["one_to_one"] if share is not None]
-        said = f"“{ran[0]['after']['samples'][0].strip()}”"
+        sample = f"“{ran[0]['after']['samples'][0].strip()}”"
         seconds = sum(r["seconds"] for r in ran) / len(ran)
-        rows.append([title, *values, " ".join(shares) or "-", said, f"{seconds:.0f}"])
+        rows.append([title, *values, " ".join(shares) or "-", sample, f"{seconds:.0f}"])
     return markdown(head, rows)
 
 

@@ -83,8 +83,8 @@ class Words:
             if part == "all" or _is_held(a, b) == (part == "held"):
                 break
         off = [0 if right else draw.randint(-self.off_by, self.off_by) for _ in range(2)]
-        said = [self.meanings[(i + by) % count][1] for i, by in zip((a, b), off, strict=True)]
-        return f"{self.meanings[a][0]}, {self.meanings[b][0]}:", f" {said[0]}, {said[1]}."
+        words = [self.meanings[(i + by) % count][1] for i, by in zip((a, b), off, strict=True)]
+        return f"{self.meanings[a][0]}, {self.meanings[b][0]}:", f" {words[0]}, {words[1]}."
 
     def rows(self, seed: int, count: int, part: str, right: bool = True) -> list[Row]:
         draw = random.Random(seed)
@@ -148,10 +148,10 @@ def real_tokenizer(task: Task, folder: Path) -> PreTrainedTokenizerFast:
     inside = {piece[i:j] for piece in pieces for i in range(len(piece)) for j in range(i + 1, len(piece) + 1)}
     content: dict[str, Any] = json.loads(backend.to_str())
     model = content["model"]
-    kept = [token for token in model["vocab"] if token in inside or len(token) == 1]
+    tokens = [token for token in model["vocab"] if token in inside or len(token) == 1]
     merges = [one if isinstance(one, list) else one.split(" ") for one in model["merges"]]
-    known = set(kept)
-    model["vocab"] = {token: i for i, token in enumerate(["<stop>", *kept])}
+    known = set(tokens)
+    model["vocab"] = {token: i for i, token in enumerate(["<stop>", *tokens])}
     model["merges"] = [pair for pair in merges if {*pair, "".join(pair)} <= known]
     stop = {"id": 0, "content": "<stop>", "special": True}
     content["added_tokens"] = [stop | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)]

@@ -117,12 +117,12 @@ def path_log_probs(model: Any, prompts: Sequence[Sequence[int]], trie: Trie) -> 
     place = mask.sum(-1, keepdim=True)
     out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True)
     rows, log_probs, size = out.logits[:, -1:].float().log_softmax(-1), torch.zeros(count, 1), 1
-    found = [rows[..., STOP]]
+    per_level = [rows[..., STOP]]
     for parents, tokens in trie.levels:
         chosen = (torch.arange(count)[:, None] * size + parents).flatten()
         log_probs = log_probs[:, parents] + rows[:, parents, tokens]
-        kept = getattr(out, name)
-        kept.reorder_cache(chosen)
+        cache = getattr(out, name)
+        cache.reorder_cache(chosen)
         mask = torch.cat([mask[chosen], torch.ones(len(chosen), 1, dtype=mask.dtype)], -1)
         place, size = place[chosen], len(parents)
         out = model(
@@ -130,12 +130,12 @@ def path_log_probs(model: Any, prompts: Sequence[Sequence[int]], trie: Trie) -> 
             attention_mask=mask,
             position_ids=place,
             use_cache=True,
-            **{name: kept},
+            **{name: cache},
         )
         place = place + 1
         rows = out.logits[:, -1].float().log_softmax(-1).view(count, size, -1)
-        found.append(log_probs + rows[..., STOP])
-    return torch.cat(found, -1)
+        per_level.append(log_probs + rows[..., STOP])
+    return torch.cat(per_level, -1)
 
 
 class Reader:

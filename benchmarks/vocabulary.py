@@ -45,34 +45,34 @@ def fresh(vocabulary: Vocabulary) -> Vocabulary:
     return copy
 
 
-def of_one(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, kept: str) -> dict[str, float]:
+def of_one(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, folder: str) -> dict[str, float]:
     """Seconds of one round for one tokenizer."""
-    found = {
+    times = {
         "table": _seconds(lambda: Vocabulary.from_tokenizer(tokenizer)),
         "encoder": _seconds(lambda: ByteEncoder(tokenizer, vocabulary)),
         "renderer": _seconds(lambda: Renderer(tokenizer)),
         "to text": _seconds(tokenizer.backend_tokenizer.to_str),
     }
     with mock.patch("diglot.vocabulary.backend._can_share", lambda *_: False):
-        found["copied"] = _seconds(lambda: ByteEncoder(tokenizer, vocabulary))
-    for name, place in (("trie", "off"), ("trie kept", kept)):
+        times["copied"] = _seconds(lambda: ByteEncoder(tokenizer, vocabulary))
+    for name, place in (("trie", "off"), ("trie kept", folder)):
         copy = fresh(vocabulary)
         with tables(place):
-            found[name] = _seconds(lambda copy=copy: copy.trie)
-    return found
+            times[name] = _seconds(lambda copy=copy: copy.trie)
+    return times
 
 
-def of_pair(student: Vocabulary, teacher: Vocabulary, kept: str) -> dict[str, float]:
+def of_pair(student: Vocabulary, teacher: Vocabulary, folder: str) -> dict[str, float]:
     """Seconds of one round for one pair, tries not counted."""
-    found = {}
-    for suffix, place in (("", "off"), (" kept", kept)):
+    times = {}
+    for suffix, place in (("", "off"), (" kept", folder)):
         with tables(place):
             s, t = fresh(student), fresh(teacher)
             _ = s.trie, t.trie
-            found["shared" + suffix] = _seconds(lambda s=s, t=t: s.shared(t))
-            found["greedy" + suffix] = _seconds(lambda s=s, t=t: greedy_tokens(t, s))
-            found["cells" + suffix] = _seconds(lambda s=s, t=t: shared_prefix_cells(s, t))
-    return found
+            times["shared" + suffix] = _seconds(lambda s=s, t=t: s.shared(t))
+            times["greedy" + suffix] = _seconds(lambda s=s, t=t: greedy_tokens(t, s))
+            times["cells" + suffix] = _seconds(lambda s=s, t=t: shared_prefix_cells(s, t))
+    return times
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -81,10 +81,10 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _show(title: str, found: dict[str, dict[str, float]]) -> None:
-    columns = list(next(iter(found.values())))
+def _show(title: str, rows: dict[str, dict[str, float]]) -> None:
+    columns = list(next(iter(rows.values())))
     print(f"{title:20s}" + "".join(f"{name:>12s}" for name in columns))
-    for name, row in found.items():
+    for name, row in rows.items():
         print(f"{name:20s}" + "".join(f"{row[column]:12.3f}" for column in columns))
 
 
@@ -97,18 +97,18 @@ def main() -> None:
     loaded = {name: load_tokenizer(name) for name in NAMES}
     vocabularies = {name: Vocabulary.from_tokenizer(tokenizer) for name, tokenizer in loaded.items()}
     rounds: dict[str, list[dict[str, float]]] = defaultdict(list)
-    with tempfile.TemporaryDirectory() as kept:
+    with tempfile.TemporaryDirectory() as folder:
         for _ in range(repeats + 1):  # the first writes what the others read
             for name in NAMES:
-                rounds[name].append(of_one(loaded[name], vocabularies[name], kept))
+                rounds[name].append(of_one(loaded[name], vocabularies[name], folder))
             for s, t in PAIRS:
-                rounds[f"{s} {t}"].append(of_pair(vocabularies[s], vocabularies[t], kept))
-        size = sum(path.stat().st_size for path in Path(kept).iterdir())
-    found = {name: _medians(rows[1:]) for name, rows in rounds.items()}
-    _show("tokenizer", {name: found[name] for name in NAMES})
-    _show("student teacher", {name: row for name, row in found.items() if name not in NAMES})
+                rounds[f"{s} {t}"].append(of_pair(vocabularies[s], vocabularies[t], folder))
+        size = sum(path.stat().st_size for path in Path(folder).iterdir())
+    medians = {name: _medians(rows[1:]) for name, rows in rounds.items()}
+    _show("tokenizer", {name: medians[name] for name in NAMES})
+    _show("student teacher", {name: row for name, row in medians.items() if name not in NAMES})
     print(f"kept: {size / 2**20:.0f} MiB")
-    print(json.dumps(found))
+    print(json.dumps(medians))
 
 
 def _medians(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -253,14 +253,14 @@ def _wheel(spec: str, folder: Path) -> Path:
     """A wheel from PyPI; the one that is there already, if it is."""
     name, version = spec.split("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
-    if not (found := sorted(folder.glob(pattern))):
+    if not (wheels := sorted(folder.glob(pattern))):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as room:
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
             _run([*pip, "--dest", room, spec], spec, folder)
             (got,) = Path(room).glob(pattern)
-            found = [got.rename(folder / got.name)]
-    return found[0]
+            wheels = [got.rename(folder / got.name)]
+    return wheels[0]
 
 
 def _npm_tarball(package: str, folder: Path) -> Path:

@@ -86,17 +86,17 @@ def read_header(path: Path) -> Header:
             raise ValueError(f"{path} begins with {magic!r}, expected b'GGUF'.")
         _scalar(file, "I")  # version
         num_tensors, num_fields = _scalar(file, "Q", 2)
-        found = {}
+        fields = {}
         for _ in range(num_fields):
             key = _string(file)
-            found[key] = _value(file, _scalar(file, "I")[0])
+            fields[key] = _value(file, _scalar(file, "I")[0])
         tensors = []
         for _ in range(num_tensors):
             name = _string(file)
             shape = _scalar(file, "Q", _scalar(file, "I")[0])
             tensors.append((name, shape[::-1], *_scalar(file, "I"), *_scalar(file, "Q")))
-        unit = found.get("general.alignment", 32)
-        return Header(found, tensors, -(-file.tell() // unit) * unit)
+        unit = fields.get("general.alignment", 32)
+        return Header(fields, tensors, -(-file.tell() // unit) * unit)
 
 
 def read_tensors(path: Path, header: Header) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -146,9 +146,9 @@ def _weight_name(name: str, architecture: str) -> str:
     part, leaf = name.rsplit(".", 1)
     if part in _OUTER:
         return f"{_OUTER[part]}.{leaf}"
-    if found := re.fullmatch(r"blk\.(\d+)\.(\w+)", part):
+    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", part):
         names = _INNER_GEMMA if architecture == "gemma3" else _INNER
-        return f"model.layers.{found[1]}.{names[found[2]]}.{leaf}"
+        return f"model.layers.{match[1]}.{names[match[2]]}.{leaf}"
     raise ValueError(f"The file has a weight {name!r}, which this converter does not know.")
 
 
@@ -213,8 +213,8 @@ def config(header: Header) -> dict[str, Any]:
 def special_ids(header: Header) -> dict[str, int]:
     """`bos_token_id`, `eos_token_id` and `pad_token_id`, those that the file names."""
     names = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-    found = {ours: header.fields.get(f"tokenizer.ggml.{theirs}") for ours, theirs in names.items()}
-    return {name: i for name, i in found.items() if i is not None}
+    ids = {ours: header.fields.get(f"tokenizer.ggml.{theirs}") for ours, theirs in names.items()}
+    return {name: i for name, i in ids.items() if i is not None}
 
 
 def save_model(path: Path, header: Header, folder: Path) -> None:

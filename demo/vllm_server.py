@@ -146,8 +146,8 @@ def _requirements(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as files:
         (name,) = (n for n in files.namelist() if n.endswith(".dist-info/METADATA"))
         lines = files.read(name).decode("utf-8").splitlines()
-    found = [x.removeprefix("Requires-Dist: ") for x in lines if x.startswith("Requires-Dist: ")]
-    return [x for x in found if "extra ==" not in x and not LEFT_OUT.match(x)]
+    requirements = [x.removeprefix("Requires-Dist: ") for x in lines if x.startswith("Requires-Dist: ")]
+    return [x for x in requirements if "extra ==" not in x and not LEFT_OUT.match(x)]
 
 
 def _name_it(place: Path) -> None:

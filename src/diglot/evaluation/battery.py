@@ -50,8 +50,8 @@ class Measure:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; None for what is not a number."""
-        found: dict[str, Any] = finite(asdict(self))
-        return found
+        values: dict[str, Any] = finite(asdict(self))
+        return values
 
 
 @dataclass(frozen=True)
@@ -69,26 +69,26 @@ def measure(side: Side, teacher: Side | None, samples: Sequence[Sample], plan: P
     replies = [sample for sample in samples if sample.reply]
     other = teacher or side
     evaluator = _evaluator(side, other, plan)
-    found: dict[str, tuple[Sums, Sums, str]] = {}
+    sums: dict[str, tuple[Sums, Sums, str]] = {}
     if replies:
         reference = evaluator.on_reference(replies)
-        found["bits_per_byte"] = reference.nats / math.log(2), reference.num_bytes, "bits per byte"
+        sums["bits_per_byte"] = reference.nats / math.log(2), reference.num_bytes, "bits per byte"
         ones = np.ones(len(reference.num_bytes))
-        found["stop/at_end"] = reference.stop_at_end, ones, "probability"
-        found["stop/expected_per_reply"] = reference.stop_expected, ones, "stops; 1 is calibrated"
-        found |= _words(side, teacher, replies, plan)
+        sums["stop/at_end"] = reference.stop_at_end, ones, "probability"
+        sums["stop/expected_per_reply"] = reference.stop_expected, ones, "stops; 1 is calibrated"
+        sums |= _words(side, teacher, replies, plan)
     written = _write(evaluator, side, samples, plan)
-    found |= _written(written, "samples")
+    sums |= _written(written, "samples")
     if teacher is not None:
-        found["kl/student_to_teacher"] = written.gap, written.num_bytes, "nats per byte, on the student's samples"
+        sums["kl/student_to_teacher"] = written.gap, written.num_bytes, "nats per byte, on the student's samples"
         backward = _write(_evaluator(teacher, side, plan), teacher, samples, plan)
-        found["kl/teacher_to_student"] = backward.gap, backward.num_bytes, "nats per byte, on the teacher's samples"
-        found["stop/agreement"] = written.stop_common, written.stop_either, "overlap on the student's samples"
-        found["coverage"] = written.covered, written.tokens, "share of tokens"
+        sums["kl/teacher_to_student"] = backward.gap, backward.num_bytes, "nats per byte, on the teacher's samples"
+        sums["stop/agreement"] = written.stop_common, written.stop_either, "overlap on the student's samples"
+        sums["coverage"] = written.covered, written.tokens, "share of tokens"
         if replies:
             excess = evaluator.reference_gap(replies)
-            found["reference/gap"] = excess[0], excess[1], "nats per byte, teacher's log-likelihood - student's"
-    return {name: Measure(*with_interval(top, low, plan.seed), unit) for name, (top, low, unit) in found.items()}
+            sums["reference/gap"] = excess[0], excess[1], "nats per byte, teacher's log-likelihood - student's"
+    return {name: Measure(*with_interval(top, low, plan.seed), unit) for name, (top, low, unit) in sums.items()}
 
 
 def _evaluator(side: Side, other: Side, plan: Plan) -> Evaluator:
@@ -124,31 +124,31 @@ def _words(
     side: Side, teacher: Side | None, replies: Sequence[Sample], plan: Plan
 ) -> dict[str, tuple[Sums, Sums, str]]:
     """Greedy next words at the same places of the replies, against the text's own word and the teacher's."""
-    asked = [
+    prefixes = [
         (row, sample, k)
         for row, sample in enumerate(replies)
         for k in places(str(sample.reply), plan.words_per_sample, f"{plan.seed}/{row}")
     ]
-    own = _ask(side, asked, plan)
-    truth = [first_word(str(sample.reply)[k:]) for _, sample, k in asked]
-    found = {"next_word/accuracy": _share(asked, own, truth, len(replies), "share; the text's own word")}
+    own = _ask(side, prefixes, plan)
+    truth = [first_word(str(sample.reply)[k:]) for _, sample, k in prefixes]
+    sums = {"next_word/accuracy": _share(prefixes, own, truth, len(replies), "share; the text's own word")}
     if teacher is not None:
-        theirs = _ask(teacher, asked, plan)
-        found["next_word/agreement"] = _share(asked, own, theirs, len(replies), "share; the teacher's word")
-    return found
+        theirs = _ask(teacher, prefixes, plan)
+        sums["next_word/agreement"] = _share(prefixes, own, theirs, len(replies), "share; the teacher's word")
+    return sums
 
 
-def _ask(side: Side, asked: Sequence[tuple[int, Sample, int]], plan: Plan) -> list[str | None]:
-    questions = [(sample, k) for _, sample, k in asked]
+def _ask(side: Side, prefixes: Sequence[tuple[int, Sample, int]], plan: Plan) -> list[str | None]:
+    questions = [(sample, k) for _, sample, k in prefixes]
     return next_words(side.model, side.renderer, questions, max_length=side.max_length, batch_size=4 * plan.batch_size)
 
 
 def _share(
-    asked: Sequence[tuple[int, Sample, int]], left: Sequence[Any], right: Sequence[Any], rows: int, unit: str
+    prefixes: Sequence[tuple[int, Sample, int]], left: Sequence[Any], right: Sequence[Any], rows: int, unit: str
 ) -> tuple[Sums, Sums, str]:
     """How often both are equal, counted by row; places that one side could not read do not count."""
     same, all_of = np.zeros(rows), np.zeros(rows)
-    for (row, _, _), a, b in zip(asked, left, right, strict=True):
+    for (row, _, _), a, b in zip(prefixes, left, right, strict=True):
         if a is not None and b is not None:
             same[row] += a == b
             all_of[row] += 1

@@ -19,8 +19,8 @@ def interval(top: Sums, bottom: Sums, *, seed: int = 0, draws: int = 1000, level
         return math.nan, math.nan
     counts = np.random.default_rng(seed).multinomial(len(top), np.full(len(top), 1 / len(top)), size=draws)
     below = counts @ bottom
-    found = (counts @ top)[below != 0] / below[below != 0]
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    ratios = (counts @ top)[below != 0] / below[below != 0]
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

@@ -61,12 +61,12 @@ class Evaluator:
     @torch.no_grad()
     def reference_gap(self, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
         """log p_teacher - log p_student of each sample's reply, nats, and its bytes, `[M]` each."""
-        found = []
+        parts = []
         with evaluating(self.model):
             for batch in _batches([p for s in samples if (p := self.reader.written(s)) is not None], self.batch_size):
                 columns = self._judge(self._aligned(batch, on_policy=False))
-                found.append((-columns["gap"], columns["num_bytes"]))
-        gaps, sizes = zip(*found, strict=True) if found else ((np.zeros(0),), (np.zeros(0),))
+                parts.append((-columns["gap"], columns["num_bytes"]))
+        gaps, sizes = zip(*parts, strict=True) if parts else ((np.zeros(0),), (np.zeros(0),))
         return np.concatenate(gaps), np.concatenate(sizes)
 
     def _aligned(self, pairs: Sequence[ReadPair], on_policy: bool) -> AlignedBatch:
@@ -78,14 +78,16 @@ class Evaluator:
         self, conversations: Sequence[Conversation], sampler: TransformersSampler, *, max_new_tokens: int, seed: int
     ) -> OnPolicyReport:
         """The student answers each conversation once; the teacher scores what it wrote."""
-        found: list[dict[str, np.ndarray]] = []
+        parts: list[dict[str, np.ndarray]] = []
         texts: list[str] = []
         with evaluating(self.model):
             for i, batch in enumerate(_batches(conversations, self.batch_size)):
                 pairs = self.write(batch, sampler, max_new_tokens, seed + i)
                 texts += [p.student.segment_bytes[-1].decode("utf-8", "replace") for p in pairs]
-                found.append(self._judge(self._aligned(pairs, on_policy=True)))
-        columns = {name: np.concatenate([f[name] for f in found] or [np.zeros(0)]) for name in OnPolicyReport.columns()}
+                parts.append(self._judge(self._aligned(pairs, on_policy=True)))
+        columns = {
+            name: np.concatenate([part[name] for part in parts] or [np.zeros(0)]) for name in OnPolicyReport.columns()
+        }
         return OnPolicyReport(**columns, completions=texts)
 
     def write(
@@ -99,18 +101,18 @@ class Evaluator:
 
     def _judge(self, batch: AlignedBatch) -> dict[str, np.ndarray]:
         """The columns of an `OnPolicyReport` for one batch."""
-        asked = self.teacher.ask(batch.teacher)  # if it answers by itself, then while the student reads
+        pending = self.teacher.ask(batch.teacher)  # if it answers by itself, then while the student reads
         student = self._facts(self._hidden(batch.student), batch.student, self.head, self.pair.stop_s)
-        return compare(batch, student, self._teacher_facts(batch, asked))
+        return compare(batch, student, self._teacher_facts(batch, pending))
 
-    def _teacher_facts(self, batch: AlignedBatch, asked: Any) -> RowFacts:
+    def _teacher_facts(self, batch: AlignedBatch, pending: Any) -> RowFacts:
         """As `_facts`; NaN for stop probabilities that a served teacher does not give."""
         if gives_rows(self.teacher):
-            hidden = self.teacher.hidden(batch.teacher) if asked is None else asked.result()
+            hidden = self.teacher.hidden(batch.teacher) if pending is None else pending.result()
             return self._facts(hidden, batch.teacher, self.teacher.head, self.pair.stop_t)
-        said = asked.result()
-        logps = said.text(stop_as_set=True)
-        return RowFacts(logps, torch.full_like(logps, math.nan), said.top_ids, said.top_logps.exp())
+        scores = pending.result()
+        logps = scores.text(stop_as_set=True)
+        return RowFacts(logps, torch.full_like(logps, math.nan), scores.top_ids, scores.top_logps.exp())
 
     def _hidden(self, side: PackedSide) -> Tensor:
         return last_hidden(self.model, side.input_ids, side.attention_mask).flatten(0, 1)[side.rows]

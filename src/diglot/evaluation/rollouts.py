@@ -86,9 +86,9 @@ def rollouts_of(
             bool(pair.student.stopped[-1]),
             sum(map(len, pair.student.segment_bytes)),
             batch.on_policy,
-            found,
+            sample_chunks,
         )
-        for prompt, pair, found in zip(prompts, batch.pairs, chunks, strict=True)
+        for prompt, pair, sample_chunks in zip(prompts, batch.pairs, chunks, strict=True)
     ]
 
 

@@ -27,17 +27,17 @@ def row_facts(
     hidden: Tensor, side: PackedSide, head: Head, stop_ids: Tensor, chunk_rows: int, top: int = 0
 ) -> RowFacts:
     """Facts of the rows `hidden` `[N, H]` that predict the scored tokens of `side`, in one pass over the head."""
-    found: list[list[Tensor]] = []
+    blocks: list[list[Tensor]] = []
     for rows, logits in logits_by_parts(hidden, head, chunk_rows):
         total, stop = logits.logsumexp(-1), logits[:, stop_ids.to(logits.device)].logsumexp(-1)
         written = logits.gather(-1, side.targets[rows].to(logits.device)[:, None])[:, 0]
         logp = torch.where(side.stop[rows].to(logits.device), stop, written) - total
         best, ids = logits.topk(top, dim=-1)
-        found.append([logp, (stop - total).exp(), ids, (best - total[:, None]).exp()])
-    if not found:
+        blocks.append([logp, (stop - total).exp(), ids, (best - total[:, None]).exp()])
+    if not blocks:
         empty = torch.zeros(0)
         return RowFacts(empty, empty, torch.zeros(0, top, dtype=torch.int64), torch.zeros(0, top))
-    return RowFacts(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
+    return RowFacts(*(torch.cat(parts).cpu() for parts in zip(*blocks, strict=True)))
 
 
 def compare(batch: AlignedBatch, student: RowFacts, teacher: RowFacts) -> dict[str, np.ndarray]:

@@ -19,8 +19,8 @@ WORD_TOKENS = 8  # tokens in which a word has to be written; a longer one counts
 
 def places(text: str, number: int, seed: str) -> list[int]:
     """Up to `number` character offsets at which a word ends and another one follows, drawn by `seed`, ascending."""
-    found = [match.start() for match in _BOUNDARY.finditer(text)]
-    return sorted(random.Random(seed).sample(found, min(number, len(found))))
+    boundaries = [match.start() for match in _BOUNDARY.finditer(text)]
+    return sorted(random.Random(seed).sample(boundaries, min(number, len(boundaries))))
 
 
 def first_word(text: str) -> str:
@@ -32,22 +32,22 @@ def first_word(text: str) -> str:
 def next_words(
     model: PreTrainedModel,
     renderer: Renderer,
-    asked: Sequence[tuple[Sample, int]],
+    prefixes: Sequence[tuple[Sample, int]],
     *,
     max_length: int | None,
     batch_size: int,
 ) -> list[str | None]:
     """The greedy next word after the first `k` characters of each sample's reply; None where the text is too long."""
-    prompts = [_prefix(renderer, sample, k, max_length) for sample, k in asked]
-    kept = [p for p in prompts if p is not None]
+    prompts = [_prefix(renderer, sample, k, max_length) for sample, k in prefixes]
+    fitting = [p for p in prompts if p is not None]
     greedy = TransformersSampler(renderer.stop_ids, renderer.stop_id, top_k=1)
     words: list[str] = []
-    for start in range(0, len(kept), batch_size):
-        batch = kept[start : start + batch_size]
+    for start in range(0, len(fitting), batch_size):
+        batch = fitting[start : start + batch_size]
         for ids in greedy(model, batch, max_new_tokens=WORD_TOKENS, seed=0):
             words.append(first_word(renderer.vocabulary.bytes_of(ids).decode("utf-8", "ignore")))
-    found = iter(words)
-    return [None if p is None else next(found) for p in prompts]
+    answers = iter(words)
+    return [None if p is None else next(answers) for p in prompts]
 
 
 def _prefix(renderer: Renderer, sample: Sample, k: int, max_length: int | None) -> Ints | None:

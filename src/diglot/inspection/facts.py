@@ -194,5 +194,5 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; a number that is not known (NaN) is None."""
-        found: dict[str, Any] = finite(dataclasses.asdict(self))
-        return found
+        values: dict[str, Any] = finite(dataclasses.asdict(self))
+        return values

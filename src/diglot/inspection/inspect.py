@@ -68,11 +68,11 @@ def inspect_pair(
     return inspect_sides(*sides, samples, data=data, offered=offered, min_coverage=min_coverage)
 
 
-def _renderer(given: Input, role: str, rendering: Mapping[str, Any]) -> Renderer:
+def _renderer(model: Input, role: str, rendering: Mapping[str, Any]) -> Renderer:
     return Renderer(
-        given.tokenizer,
-        num_embeddings=given.num_embeddings,
-        generation_config=given.generation_config,
+        model.tokenizer,
+        num_embeddings=model.num_embeddings,
+        generation_config=model.generation_config,
         name=role,
         **rendering,
     )

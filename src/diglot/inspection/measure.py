@@ -112,11 +112,11 @@ def _places_of_cuts(written: Written, tokens: Bools) -> Ints:
     """Some of these student tokens, spread over all texts, in front of which a text can be ended, `[K]`."""
     side = written.student
     near = (side.start > 0) & (side.start <= _FURTHEST_CUT)
-    found = [
+    places = [
         i for i in np.flatnonzero(tokens & near).tolist()
         if _ends_character(written.texts[side.segment[i]], int(side.start[i]))
     ]  # fmt: skip
-    return np.array(found[:: max(1, -(-len(found) // _CUTS_PER_CLASS))], dtype=np.int64)
+    return np.array(places[:: max(1, -(-len(places) // _CUTS_PER_CLASS))], dtype=np.int64)
 
 
 def _compared_at_the_end(written: Written, cuts: Ints, student: Renderer, teacher: Renderer) -> Bools:
@@ -168,23 +168,23 @@ def _touching(side: WrittenSide, spans: Ints) -> Ints:
         return np.full(len(end), -1, dtype=np.int64)
     stride = max(int(end.max()), int(spans[:, 2].max())) + 1
     lows, highs = spans[:, 0] * stride + spans[:, 1], spans[:, 0] * stride + spans[:, 2]
-    found = np.searchsorted(lows, segment * stride + end, side="left") - 1  # the last span that starts before the end
-    inside = (found >= 0) & (highs[np.maximum(found, 0)] > segment * stride + start) & (end > start)
-    return np.where(inside, found, -1)
+    span = np.searchsorted(lows, segment * stride + end, side="left") - 1  # the last span that starts before the end
+    inside = (span >= 0) & (highs[np.maximum(span, 0)] > segment * stride + start) & (end > start)
+    return np.where(inside, span, -1)
 
 
 def _example(written: Written, at_s: Ints, at_t: Ints, num: int) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """Both cuts of the place with the fewest tokens among the first where they are unlike."""
-    found: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    examples: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
     for place in range(num):
         mine, theirs = (
             _cut(written, side, at == place) for side, at in ((written.student, at_s), (written.teacher, at_t))
         )
         if mine != theirs and mine and theirs:
-            found.append((mine, theirs))
-            if len(found) == _EXAMPLES:
+            examples.append((mine, theirs))
+            if len(examples) == _EXAMPLES:
                 break
-    return min(found, key=lambda cuts: len(cuts[0]) + len(cuts[1]), default=None)
+    return min(examples, key=lambda cuts: len(cuts[0]) + len(cuts[1]), default=None)
 
 
 def _cut(written: Written, side: WrittenSide, inside: Bools) -> tuple[str, ...]:

@@ -97,22 +97,22 @@ def _difference_error(student: ReferenceReport, teacher: ReferenceReport) -> flo
 
 def _says(student: ReferenceReport, teacher: ReferenceReport, policy: OnPolicyReport) -> tuple[str, ...]:
     """What the numbers mean, where they are clear."""
-    found = []
+    lines = []
     gap, error = policy.reverse_kl_nats_per_byte, policy.reverse_kl_error
     if gap > 2 * error:
-        found.append(
+        lines.append(
             "The teacher is more surprised by the student's samples than the student: there is something to learn."
         )
     elif not np.isnan(error):
-        found.append("The gap on the student's own samples is within its error: little to learn, or too few samples.")
+        lines.append("The gap on the student's own samples is within its error: little to learn, or too few samples.")
     better = student.bits_per_byte - teacher.bits_per_byte
     if better < -2 * _difference_error(student, teacher):
-        found.append("The student reads these texts better than the teacher does: is it the right teacher for them?")
+        lines.append("The student reads these texts better than the teacher does: is it the right teacher for them?")
     if policy.stop_agreement < 0.1:
-        found.append(
+        lines.append(
             "The two hardly agree on where to stop: look at the stop sets, and at whether the teacher knows turns."
         )
-    return tuple(found)
+    return tuple(lines)
 
 
 class _Cost:

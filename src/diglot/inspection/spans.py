@@ -40,21 +40,21 @@ def spans_of(
     student: Encoded, teacher: Encoded, vocabulary_s: Vocabulary, vocabulary_t: Vocabulary, text: bytes
 ) -> list[Span]:
     """Chunks of two encodings of `text`, in order. Tokens in no chunk make one last span that is not exact."""
-    found = align(_side(student), _side(teacher), 1)
+    alignment = align(_side(student), _side(teacher), 1)
     pieces_s, pieces_t = _pieces(student, vocabulary_s, text), _pieces(teacher, vocabulary_t, text)
     spans: list[Span] = []
     start = 0
-    for chunk in range(found.num_chunks):
-        mine, theirs = np.flatnonzero(found.chunk_s == chunk), np.flatnonzero(found.chunk_t == chunk)
+    for chunk in range(alignment.num_chunks):
+        mine, theirs = np.flatnonzero(alignment.chunk_s == chunk), np.flatnonzero(alignment.chunk_t == chunk)
         end = int(student.ends[mine[-1]])
         spans.append(
             Span(
                 start, end, tuple(pieces_s[i] for i in mine), tuple(pieces_t[i] for i in theirs),
-                bool(found.chunk_exact[chunk]),
+                bool(alignment.chunk_exact[chunk]),
             )
         )  # fmt: skip
         start = end
-    left_s, left_t = np.flatnonzero(found.chunk_s < 0), np.flatnonzero(found.chunk_t < 0)
+    left_s, left_t = np.flatnonzero(alignment.chunk_s < 0), np.flatnonzero(alignment.chunk_t < 0)
     if len(left_s) or len(left_t):
         left = tuple(pieces_s[i] for i in left_s), tuple(pieces_t[i] for i in left_t)
         spans.append(Span(start, -1, *left, exact=False))

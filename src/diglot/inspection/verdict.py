@@ -118,20 +118,20 @@ def verdict(
 def _warnings(
     student: SideFacts, teacher: SideFacts, agreement: Agreement, critical: Sequence[Critical], data: str | None
 ) -> list[str]:
-    found = []
+    warnings = []
     if student.opens_thinking != teacher.opens_thinking:
         opens, other = ("student", "teacher") if student.opens_thinking else ("teacher", "student")
-        found.append(
+        warnings.append(
             f"The {opens}'s template opens a think block and the {other}'s does not; the teacher is made to do as the "
             "student does. chat_template_kwargs may switch it off (enable_thinking: false)."
         )
     for side, name in ((student, "student"), (teacher, "teacher")):
         if not side.has_template and data is None:  # of data that are known, conversations are a problem by themselves
-            found.append(f"The {name} has no chat template: give it plain text (`prompt`, `text`), not messages.")
-        found += side.notes
+            warnings.append(f"The {name} has no chat template: give it plain text (`prompt`, `text`), not messages.")
+        warnings += side.notes
     for share, name in ((agreement.inexact_texts_student, "student"), (agreement.inexact_texts_teacher, "teacher")):
         if share:
-            found.append(
+            warnings.append(
                 f"The {name}'s tokenizer cannot write {share:.0%} of the texts as they are; what it changes is not "
                 "compared."
             )
@@ -139,14 +139,14 @@ def _warnings(
     chosen = chosen_by_outcome(critical)
     if cut:
         shares = ", ".join(f"{one.name} ({one.cut_unlike:.0%} of {one.num_bytes:,} bytes)" for one in cut)
-        found.append(f"These are cut differently: {shares}.{'' if chosen else ' ' + _HARM}")
+        warnings.append(f"These are cut differently: {shares}.{'' if chosen else ' ' + _HARM}")
     if chosen:
         shares = ", ".join(f"{one.name} {one.goes_on:.0%} and {one.ends:.0%} of {one.cuts}" for one in chosen)
-        found.append(
+        warnings.append(
             f"Simulated on these texts, rows that are one-to-one where a text goes on, and where it ends: {shares}. "
             + _HARM
         )
-    return found
+    return warnings
 
 
 def _command(student: str, teacher: str, same: bool, objective: str, data: str | None) -> str:

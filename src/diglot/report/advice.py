@@ -24,17 +24,17 @@ class Advice:
 
 def advise(history: History) -> list[Advice]:
     """What the last logs say, at most one advice of each kind. `history` holds one mapping per log, oldest first."""
-    return [found for rule in RULES if (found := rule(history)) is not None]
+    return [advice for rule in RULES if (advice := rule(history)) is not None]
 
 
 def all_advice(history: History) -> list[Advice]:
     """What was said over a whole run: each kind once, at the log where it was first true, or where the run said it."""
-    said = [Advice(e["warning"], int(e["step"]), str(e["text"])) for e in history if "warning" in e]
-    found: dict[str, Advice] = {one.name: one for one in reversed(said)}
+    logged = [Advice(e["warning"], int(e["step"]), str(e["text"])) for e in history if "warning" in e]
+    by_name: dict[str, Advice] = {one.name: one for one in reversed(logged)}
     for end in range(1, len(history) + 1):
         for one in advise(history[:end]):
-            found.setdefault(one.name, one)
-    return list(found.values())
+            by_name.setdefault(one.name, one)
+    return list(by_name.values())
 
 
 def rule(text_of: Callable[[History], str | None]) -> Callable[[History], Advice | None]:

@@ -109,7 +109,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         tags=["diglot", facts.method.lower(), "on-policy-distillation", *facts.tags],
         teacher=teachers or None,
     )
-    found: ModelCard = ModelCard.from_template(
+    card: ModelCard = ModelCard.from_template(
         data,
         template_str=_TEMPLATE,
         model_name=facts.model_name,
@@ -122,15 +122,15 @@ def model_card(facts: CardFacts) -> ModelCard:
         results=_results(facts.run),
         papers=_papers(facts),
     )
-    return found
+    return card
 
 
 def _link(name: str, site: str) -> str:
     """A link to a repository; of a path its last part, of nothing that it has no name."""
     if not name:
         return "a model without a name"
-    found = hub_name(name)
-    return f"[{found}]({site}{found})" if found else f"`{shown_name(name)}` (not on the hub)"
+    repository = hub_name(name)
+    return f"[{repository}]({site}{repository})" if repository else f"`{shown_name(name)}` (not on the hub)"
 
 
 def _term(name: str, weight: float) -> str:

@@ -26,44 +26,44 @@ ROLE_STYLES = {
 OUTCOME_STYLES = {"works": "green", "weak": "yellow", "fails": "red"}
 
 
-def print_inspection(found: Inspection, console: Console | None = None, details: bool = True) -> None:
+def print_inspection(inspection: Inspection, console: Console | None = None, details: bool = True) -> None:
     """Print the verdict and the command to start with, then what it rests on: all of it, or one line.
 
     Text of the models is shown as it is, never read as markup.
     """
     console = console or Console()
-    for line in _verdict(found.verdict):
+    for line in _verdict(inspection.verdict):
         console.print(line, highlight=False, soft_wrap=line.no_wrap is True)
-    for part in _parts(found) if details else _short(found):
+    for part in _parts(inspection) if details else _short(inspection):
         console.print(part)
 
 
-def _short(found: Inspection) -> Iterable[RenderableType]:
-    if found.agreement is not None:
-        one = found.agreement
+def _short(inspection: Inspection) -> Iterable[RenderableType]:
+    if inspection.agreement is not None:
+        one = inspection.agreement
         yield Text(
-            f"On {found.texts}: {one.one_to_one:.0%} of the student's tokens are one token on both sides, "
+            f"On {inspection.texts}: {one.one_to_one:.0%} of the student's tokens are one token on both sides, "
             f"{one.in_chunks:.0%} lie in chunks of several, {one.unalignable:.0%} cannot be aligned."
         )
-    if found.models is not None:
-        yield _models(found.models)
+    if inspection.models is not None:
+        yield _models(inspection.models)
     yield Text("Tokenizers, templates, alignment and every objective: --details.", style="dim")
 
 
-def _parts(found: Inspection) -> Iterable[RenderableType]:
-    if found.student is not None and found.teacher is not None:
-        yield _sides(found.student, found.teacher)
-        yield _relation(found)
-    if found.rendering is not None:
-        yield _rendering(found.rendering, "One conversation" if found.texts == BUILT_IN else "The first row")
-    if found.agreement is not None:
-        yield _numbers(found)
-    if found.critical:
-        yield _critical(found.critical)
-    if found.models is not None:
-        yield _models(found.models)
-    if found.verdict.objectives:
-        yield _objectives(found.verdict.objectives)
+def _parts(inspection: Inspection) -> Iterable[RenderableType]:
+    if inspection.student is not None and inspection.teacher is not None:
+        yield _sides(inspection.student, inspection.teacher)
+        yield _relation(inspection)
+    if inspection.rendering is not None:
+        yield _rendering(inspection.rendering, "One conversation" if inspection.texts == BUILT_IN else "The first row")
+    if inspection.agreement is not None:
+        yield _numbers(inspection)
+    if inspection.critical:
+        yield _critical(inspection.critical)
+    if inspection.models is not None:
+        yield _models(inspection.models)
+    if inspection.verdict.objectives:
+        yield _objectives(inspection.verdict.objectives)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -102,9 +102,9 @@ def _bos(side: SideFacts) -> str:
     return f"{side.bos}, {'put before ' + ' and '.join(where) if where else 'not put before anything'}"
 
 
-def _relation(found: Inspection) -> Text:
-    same = "The vocabularies are the same." if found.same else f"The vocabularies differ: {found.difference}."
-    return Text(f"{same} {found.difference}\n" if found.same else f"{same}\n")
+def _relation(inspection: Inspection) -> Text:
+    same = "The vocabularies are the same." if inspection.same else f"The vocabularies differ: {inspection.difference}."
+    return Text(f"{same} {inspection.difference}\n" if inspection.same else f"{same}\n")
 
 
 def _rendering(rendering: Rendering, what: str) -> RenderableType:
@@ -123,10 +123,10 @@ def _tokens(tokens: Sequence[Token]) -> Text:
     return shown
 
 
-def _numbers(found: Inspection) -> Table:
-    agreed, shared, again = found.agreement, found.overlap, found.reencoding
+def _numbers(inspection: Inspection) -> Table:
+    agreed, shared, again = inspection.agreement, inspection.overlap, inspection.reencoding
     assert agreed is not None and shared is not None and again is not None
-    table = _table(f"On {found.texts}: {agreed.texts} texts, {agreed.num_bytes:,} bytes", "", "student", "teacher")
+    table = _table(f"On {inspection.texts}: {agreed.texts} texts, {agreed.num_bytes:,} bytes", "", "student", "teacher")
 
     def row(name: str, student: str, teacher: str = "") -> None:
         table.add_row(name, student, teacher)
@@ -175,35 +175,35 @@ def _cuts(one: Critical) -> str:
     return "  /  ".join(sides)
 
 
-def _models(found: ModelFacts) -> RenderableType:
+def _models(facts: ModelFacts) -> RenderableType:
     table = _table("With weights", "", "student", "teacher")
 
     def row(name: str, student: str, teacher: str = "") -> None:
         table.add_row(name, student, teacher)
 
-    row("parameters", f"{found.parameters_student / 1e6:,.1f} M", f"{found.parameters_teacher / 1e6:,.1f} M")
-    row("bits per byte of the texts", _number(found.bits_per_byte_student), _number(found.bits_per_byte_teacher))
-    row("  error of the difference", _number(found.bits_per_byte_error))
+    row("parameters", f"{facts.parameters_student / 1e6:,.1f} M", f"{facts.parameters_teacher / 1e6:,.1f} M")
+    row("bits per byte of the texts", _number(facts.bits_per_byte_student), _number(facts.bits_per_byte_teacher))
+    row("  error of the difference", _number(facts.bits_per_byte_error))
     row(
         "reverse KL of the student's samples, nats per byte",
-        _with_error(found.headroom_nats_per_byte, found.headroom_error),
+        _with_error(facts.headroom_nats_per_byte, facts.headroom_error),
     )
-    row("  the student's own surprisal", _number(found.surprisal_nats_per_byte))
-    row("stop agreement", _number(found.stop_agreement))
-    row("alignment coverage of the samples", _number(found.sample_coverage))
-    row(f"memory of a step of {found.batch_size} texts of {found.tokens_per_text} tokens", f"{found.gib_total:.2f} GiB")
+    row("  the student's own surprisal", _number(facts.surprisal_nats_per_byte))
+    row("stop agreement", _number(facts.stop_agreement))
+    row("alignment coverage of the samples", _number(facts.sample_coverage))
+    row(f"memory of a step of {facts.batch_size} texts of {facts.tokens_per_text} tokens", f"{facts.gib_total:.2f} GiB")
     row(
         "  weights, optimizer, activations, logits",
         " + ".join(
-            f"{x:.2f}" for x in (found.gib_weights, found.gib_optimizer, found.gib_activations, found.gib_logits)
+            f"{x:.2f}" for x in (facts.gib_weights, facts.gib_optimizer, facts.gib_activations, facts.gib_logits)
         ),
     )
-    row("time of it, here", f"{found.seconds_total:.1f} s")
+    row("time of it, here", f"{facts.seconds_total:.1f} s")
     row(
         "  sampling, student, teacher",
-        " + ".join(f"{x:.1f}" for x in (found.seconds_sampling, found.seconds_student, found.seconds_teacher)),
+        " + ".join(f"{x:.1f}" for x in (facts.seconds_sampling, facts.seconds_student, facts.seconds_teacher)),
     )
-    return Group(table, *(Text(f"- {line}") for line in found.says))
+    return Group(table, *(Text(f"- {line}") for line in facts.says))
 
 
 def _number(value: float) -> str:

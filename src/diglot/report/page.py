@@ -75,8 +75,8 @@ def page(runs: Sequence[Run]) -> str:
 
 def models(run: Run) -> str:
     """Student and teachers by name, without a folder or an address; empty where the configuration has none."""
-    student, given = (run.config.get(f"{side}model_name_or_path") for side in ("", "teacher_"))
-    names = [_teacher(one, run) for one in (given if isinstance(given, list) else [given])]
+    student, teachers = (run.config.get(f"{side}model_name_or_path") for side in ("", "teacher_"))
+    names = [_teacher(one, run) for one in (teachers if isinstance(teachers, list) else [teachers])]
     return f"{shown_name(str(student))} ← {', '.join(names)}" if student else ""
 
 
@@ -105,11 +105,11 @@ def _pictures(runs: Sequence[Run]) -> list[tuple[Curve, Sequence[Run]]]:
     """What is drawn with what: losses of different objectives have an axis each."""
     defining = ("trainer", "objective", "beta")
     same = all([run.config.get(n) for n in defining] == [runs[0].config.get(n) for n in defining] for run in runs)
-    found: list[tuple[Curve, Sequence[Run]]] = []
+    pictures: list[tuple[Curve, Sequence[Run]]] = []
     for curve in CURVES:
         groups = [runs] if same or not curve.of_objective else [[run] for run in runs]
-        found += [(curve, group) for group in groups if drawn(curve, group)]
-    return found
+        pictures += [(curve, group) for group in groups if drawn(curve, group)]
+    return pictures
 
 
 def _columns(number: int) -> int:
@@ -138,8 +138,8 @@ def _digits(values: Sequence[float | None]) -> int:
 def _differing(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     """Options that two runs do not share, with the value of each."""
     names = sorted({name for run in runs for name in run.config})
-    found = [(name, [run.config.get(name) for run in runs]) for name in names]
-    return [(name, values) for name, values in found if any(value != values[0] for value in values)]
+    options = [(name, [run.config.get(name) for run in runs]) for name in names]
+    return [(name, values) for name, values in options if any(value != values[0] for value in values)]
 
 
 def _number(value: float | None, digits: int) -> str:

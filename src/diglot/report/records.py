@@ -32,7 +32,7 @@ def read(path: Path) -> list[Record]:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    found = []
+    records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line) if line.strip() else None
@@ -43,8 +43,8 @@ def read(path: Path) -> list[Record]:
                 ) from None
             continue
         if record is not None:
-            found.append(record)
-    return found
+            records.append(record)
+    return records
 
 
 def keep(path: Path, wanted: Callable[[Record], bool]) -> None:

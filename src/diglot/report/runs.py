@@ -35,22 +35,22 @@ class Run:
     def series(self, *names: str) -> tuple[list[int], list[float]]:
         """Steps and values of the first of `names` that was logged; `*` in front stands for any `eval_...` prefix."""
         for name in names:
-            found = [(r["step"], value) for r in self.logs if (value := _value(r, name)) is not None]
-            if found:
-                steps, values = zip(*found, strict=True)
+            points = [(r["step"], value) for r in self.logs if (value := _value(r, name)) is not None]
+            if points:
+                steps, values = zip(*points, strict=True)
                 return list(steps), list(values)
         return [], []
 
     def before_after(self, name: str) -> tuple[float | None, float | None]:
         """A metric of the fixed prompts before the first step and after the last one."""
-        found = {r["phase"]: r.get(name) for r in self.fixed}
-        return found.get("before"), found.get("after")
+        by_phase = {r["phase"]: r.get(name) for r in self.fixed}
+        return by_phase.get("before"), by_phase.get("after")
 
     def rollouts_in(self, phase: str) -> list[Record]:
         """The rollouts of "before", "training" or "after"; of a run that went on, the last "after"."""
-        found = [r for r in self.rollouts if r["phase"] == phase]
-        last = max((r["step"] for r in found), default=0)
-        return found if phase == "training" else [r for r in found if r["step"] == last]
+        rollouts = [r for r in self.rollouts if r["phase"] == phase]
+        last = max((r["step"] for r in rollouts), default=0)
+        return rollouts if phase == "training" else [r for r in rollouts if r["step"] == last]
 
 
 def load_run(folder: Path) -> Run:

@@ -61,18 +61,18 @@ class BackendEncoder:
     def spans(self, texts: Sequence[str], *, start: bool = False) -> list[Spans]:
         """Encode as text, special tokens spelt out; as a continuation, or as the start of a text."""
         plain = (self._at_start if start else self._inside).plain
-        found = plain.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [Spans(one.ids, partial(_offsets, plain, text)) for text, one in zip(texts, found, strict=True)]
+        encodings = plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [Spans(one.ids, partial(_offsets, plain, text)) for text, one in zip(texts, encodings, strict=True)]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text as a continuation, special tokens spelt out."""
-        found = self._inside.plain.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [one.ids for one in found]
+        encodings = self._inside.plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [one.ids for one in encodings]
 
     def markup(self, text: str, *, start: bool = False) -> Spans:
         """Encode with special tokens recognised and nothing added."""
-        found = (self._at_start if start else self._inside).with_specials.encode(text, add_special_tokens=False)
-        return Spans(found.ids, lambda: found.offsets)
+        encoding = (self._at_start if start else self._inside).with_specials.encode(text, add_special_tokens=False)
+        return Spans(encoding.ids, lambda: encoding.offsets)
 
     def bos_ids(self) -> list[int]:
         """The ids that the tokenizer's own post-processor puts before plain text."""
@@ -100,8 +100,8 @@ class _Copies:
 
 
 def _offsets(tokenizer: tokenizers.Tokenizer, text: str) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = tokenizer.encode(text, add_special_tokens=False).offsets
-    return found
+    offsets: list[tuple[int, int]] = tokenizer.encode(text, add_special_tokens=False).offsets
+    return offsets
 
 
 def _build(spec: Part, model: Any = None) -> tokenizers.Tokenizer:
@@ -211,12 +211,12 @@ def _reachable(model: Part, names: Mapping[int, str]) -> dict[str, str]:
     unk_id = model.get("unk_id")
     unk = model.get("unk_token") if unk_id is None else model["vocab"][unk_id][0]
     own = _ids(model)
-    found = {name for i, name in names.items() if own.get(name) == i and name != unk}
+    reachable = {name for i, name in names.items() if own.get(name) == i and name != unk}
     if model["type"] == "BPE" and not model.get("ignore_merges"):
         skip = len(model.get("continuing_subword_prefix") or "")
         merged = {left + right[skip:] for left, right in model["merges"]}
-        found = {name for name in found if name in merged or len(name) == 1}
-    return {name: f"\U0010fffe{own[name]}\U0010ffff" for name in found}
+        reachable = {name for name in reachable if name in merged or len(name) == 1}
+    return {name: f"\U0010fffe{own[name]}\U0010ffff" for name in reachable}
 
 
 def _ids(model: Part) -> Mapping[str, int]:

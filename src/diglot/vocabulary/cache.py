@@ -61,8 +61,8 @@ def cached(kind: str, vocabularies: Sequence[Table], build: Callable[[], Mapping
     about = {"kind": kind, "of": [[v.content_hash, len(v)] for v in vocabularies]}
     path = place / f"{kind}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.safetensors"
     about["code"] = code
-    if (kept := _read(path, about)) is not None:
-        return kept
+    if (stored := _read(path, about)) is not None:
+        return stored
     built = build()
     _write(path, built, about)
     return built

@@ -85,7 +85,7 @@ class ByteEncoder:
         None for bytes that are no text by themselves, and where the tokens' bytes are not those of the text: there
         `encode` says which ones are.
         """
-        found: list[list[int] | None] = [None] * len(texts)
+        ids_of: list[list[int] | None] = [None] * len(texts)
         place, as_text = list[int](), list[str]()
         for k, raw in enumerate(texts):
             try:
@@ -95,8 +95,8 @@ class ByteEncoder:
             place.append(k)
         for k, ids in zip(place, self._encoder.ids(as_text) if as_text else (), strict=True):
             if self._written(ids, texts[k])[1]:
-                found[k] = ids
-        return found
+                ids_of[k] = ids
+        return ids_of
 
     def encode_markup(self, text: str, *, start: bool = False) -> Ints:
         """Ids [n] of a text in which special tokens are recognised. Nothing is added.

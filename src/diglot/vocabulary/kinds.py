@@ -165,19 +165,19 @@ _LITERAL = {"Sequence", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
 def _replacements(decoders: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """What a decoder writes in place of what, in its order. A pattern that is no plain string is none of these."""
-    found = []
+    replacements = []
     for step in decoders:
         if step["type"] == "Metaspace":
-            found.append((step["replacement"], " "))
+            replacements.append((step["replacement"], " "))
         elif step["type"] == "Replace" and "String" in step["pattern"]:
-            found.append((step["pattern"]["String"], step["content"]))
-    return found
+            replacements.append((step["pattern"]["String"], step["content"]))
+    return replacements
 
 
 def _literal_speller(replacements: list[tuple[str, str]], byte_fallback: bool) -> Spell:
     def spell(piece: str) -> bytes:
-        if byte_fallback and piece[:3] == "<0x" and (found := _BYTE_PIECE.match(piece)):
-            return bytes([int(found[1], 16)])
+        if byte_fallback and piece[:3] == "<0x" and (match := _BYTE_PIECE.match(piece)):
+            return bytes([int(match[1], 16)])
         for old, new in replacements:
             piece = piece.replace(old, new)
         return piece.encode()

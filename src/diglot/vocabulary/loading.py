@@ -76,8 +76,8 @@ def _readable(tokenizer: PreTrainedTokenizerBase, place: str, options: Mapping[s
 
 def _as_written(place: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer.json of a place, not rebuilt."""
-    found: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(place, **options)
-    return found
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(place, **options)
+    return tokenizer
 
 
 def of_single_bytes(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast | None:

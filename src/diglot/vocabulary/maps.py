@@ -37,12 +37,12 @@ def first_tokens(source: Vocabulary, target: Vocabulary, spell: Speller) -> Ints
     """
     longest = greedy_tokens(source, target)
     begin = np.minimum(source.offsets[:-1], max(len(longest) - 1, 0))
-    found = np.where(source.lengths > 0, longest[begin] if len(longest) else -1, -1)
-    asked = np.flatnonzero((source.lengths > 0) & (target.lengths[np.maximum(found, 0)] != source.lengths)).tolist()
-    for k, ids in zip(asked, spell(list(map(source.token, asked))), strict=True):
+    first = np.where(source.lengths > 0, longest[begin] if len(longest) else -1, -1)
+    unshared = np.flatnonzero((source.lengths > 0) & (target.lengths[np.maximum(first, 0)] != source.lengths)).tolist()
+    for k, ids in zip(unshared, spell(list(map(source.token, unshared))), strict=True):
         if ids:
-            found[k] = ids[0]
-    return found
+            first[k] = ids[0]
+    return first
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def shared_prefix_cells(student: Vocabulary, teacher: Vocabulary) -> Cells:
     without bytes (controls, padding) are in the last cell, and those whose first byte opens a cell on one side only:
     the other side has nothing but its unknown token for them.
     """
-    found = cached("cells", [student, teacher], lambda: _cells(student, teacher))
-    return Cells(found["student"], found["teacher"], int(found["count"][0]))
+    cells = cached("cells", [student, teacher], lambda: _cells(student, teacher))
+    return Cells(cells["student"], cells["teacher"], int(cells["count"][0]))
 
 
 def _cells(student: Vocabulary, teacher: Vocabulary) -> dict[str, Ints]:
@@ -73,11 +73,11 @@ def _cells(student: Vocabulary, teacher: Vocabulary) -> dict[str, Ints]:
 
     def cells(vocabulary: Vocabulary) -> Ints:
         begin, end = vocabulary.offsets[:-1], vocabulary.offsets[1:]
-        found = trie.longest(vocabulary.data, begin, end)
+        longest = trie.longest(vocabulary.data, begin, end)
         cell = np.full(len(vocabulary), len(shared) + 256, dtype=np.int64)
         texts = end > begin
         cell[texts] = len(shared) + vocabulary.data[begin[texts]].astype(np.int64)
-        return np.where(found >= 0, cell_of[found], cell)
+        return np.where(longest >= 0, cell_of[longest], cell)
 
     cells_s, cells_t, rest = cells(student), cells(teacher), len(shared) + 256
     one_sided = np.setxor1d(cells_s, cells_t)
@@ -88,6 +88,6 @@ def _cells(student: Vocabulary, teacher: Vocabulary) -> dict[str, Ints]:
 
 def _shared_strings(student: Vocabulary, teacher: Vocabulary) -> Ints:
     """One student id for each byte string that is a token on both sides, ascending."""
-    found = teacher.trie.longest(student.data, student.offsets[:-1], student.offsets[1:])
-    whole = (found >= 0) & (teacher.lengths[found] == student.lengths)
+    longest = teacher.trie.longest(student.data, student.offsets[:-1], student.offsets[1:])
+    whole = (longest >= 0) & (teacher.lengths[longest] == student.lengths)
     return np.intersect1d(np.flatnonzero(whole), student.trie.token)

@@ -56,10 +56,10 @@ def differences_from_file(tokenizer: PreTrainedTokenizerBase) -> Iterator[Differ
     stated = _by_file(str(path), path.stat().st_mtime_ns)
     if not stated:
         return
-    for text, (ids, kept) in zip(TEXTS, stated, strict=True):
+    for text, (ids, round_trips) in zip(TEXTS, stated, strict=True):
         loaded = _ids_of(backend, text)
         if loaded != ids:
-            yield Difference(str(path), text, ids, loaded, kept and backend.decode(loaded) != text)
+            yield Difference(str(path), text, ids, loaded, round_trips and backend.decode(loaded) != text)
 
 
 def describe_difference(difference: Difference, name: str) -> str:

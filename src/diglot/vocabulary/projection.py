@@ -97,11 +97,11 @@ class Projection:
 
     def check(self, student: Vocabulary, teacher: Vocabulary) -> None:
         """Raise `VocabularyError` unless W was made for these two vocabularies."""
-        for side, made_for, given in (("student", self.student, student), ("teacher", self.teacher, teacher)):
-            if made_for != given.content_hash:
+        for side, made_for, vocabulary in (("student", self.student, student), ("teacher", self.teacher, teacher)):
+            if made_for != vocabulary.content_hash:
                 raise VocabularyError(
                     f"This projection was made for another {side}: its vocabulary has hash {made_for}, the one given "
-                    f"{given.content_hash}. Build a projection for this pair, or name the folder of the right one."
+                    f"{vocabulary.content_hash}. Build a projection for this pair, or name the folder of the right one."
                 )
 
     def fitted(self, size_s: int, size_t: int) -> Projection:
@@ -145,13 +145,13 @@ class Projection:
         try:
             arrays = safetensors.numpy.load(raw)
             shape, hashes = record["shape"], (record["student"], record["teacher"])
-            found = cls(arrays["ids"], arrays["weights"], int(shape[1]), *hashes, rules=record["rules"])
+            projection = cls(arrays["ids"], arrays["weights"], int(shape[1]), *hashes, rules=record["rules"])
         except (safetensors.SafetensorError, KeyError, TypeError, IndexError, ValueError) as error:
             raise VocabularyError(
                 f"The projection in {folder} is damaged ({error}): build and save it anew."
             ) from error
-        found.check(student, teacher)
-        return found.fitted(len(student), len(teacher))
+        projection.check(student, teacher)
+        return projection.fitted(len(student), len(teacher))
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], bytes]:
@@ -200,26 +200,26 @@ def _problem(ids: NDArray[Any], weights: NDArray[Any], size_t: int) -> str:
 
 def _by_bytes(tokens: list[bytes], spell: Speller) -> dict[bytes, int]:
     """Bytes -> id. Where several ids have the same bytes: the one that the tokenizer writes, else the lowest."""
-    found: dict[bytes, int] = {}
+    id_of: dict[bytes, int] = {}
     ambiguous: set[bytes] = set()
     for i, raw in enumerate(tokens):
-        if raw and found.setdefault(raw, i) != i:
+        if raw and id_of.setdefault(raw, i) != i:
             ambiguous.add(raw)
     for raw, ids in zip(sorted(ambiguous), spell(sorted(ambiguous)), strict=True):
         if ids is not None and len(ids) == 1 and tokens[ids[0]] == raw:
-            found[raw] = ids[0]
-    return found
+            id_of[raw] = ids[0]
+    return id_of
 
 
 def _pieces(wanted: list[bytes], tokens: list[bytes], ids_of: dict[bytes, int], spell: Speller) -> Ints:
     """The first four of the other side's tokens that each of `wanted` is written with, `[n, 4]`, filled up with -1."""
-    found = np.full((len(wanted), SLOTS), -1, dtype=np.int64)
+    pieces = np.full((len(wanted), SLOTS), -1, dtype=np.int64)
     longest = max(map(len, ids_of), default=0)
     for i, (raw, ids) in enumerate(zip(wanted, spell(wanted), strict=True)):
         if ids is None or b"".join([tokens[j] for j in ids]) != raw:  # no text, or changed, be it only at an edge
             ids = _greedy(raw, ids_of, longest)
-        found[i, : min(len(ids), SLOTS)] = ids[:SLOTS]
-    return found
+        pieces[i, : min(len(ids), SLOTS)] = ids[:SLOTS]
+    return pieces
 
 
 def _greedy(raw: bytes, ids_of: dict[bytes, int], longest: int) -> list[int]:

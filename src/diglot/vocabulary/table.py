@@ -47,16 +47,16 @@ class Vocabulary:
             VocabularyError: the kind of tokenizer does not say which bytes its tokens stand for, or an id that text can
                 produce lies beyond the embedding.
         """
-        found = describe(tokenizer)
-        texts = {i: found.spell(piece) for i, piece in found.pieces.items() if i not in found.special}
-        texts.update({i: content.encode() for i, content in found.added.items()})
-        for i in found.special:
+        description = describe(tokenizer)
+        texts = {i: description.spell(piece) for i, piece in description.pieces.items() if i not in description.special}
+        texts.update({i: content.encode() for i, content in description.added.items()})
+        for i in description.special:
             texts.pop(i, None)
-        size = max([*texts, *found.special], default=-1) + 1
+        size = max([*texts, *description.special], default=-1) + 1
         if num_embeddings is not None and size > num_embeddings:
-            _check_beyond(tokenizer, texts, found.special, num_embeddings)
+            _check_beyond(tokenizer, texts, description.special, num_embeddings)
         size = num_embeddings or size
-        names = {i: name for i, name in sorted(found.special.items()) if i < size}
+        names = {i: name for i, name in sorted(description.special.items()) if i < size}
         ids = np.fromiter(texts, dtype=np.int64, count=len(texts))
         lengths = np.zeros(size, dtype=np.int64)
         lengths[ids] = np.fromiter(map(len, texts.values()), dtype=np.int64, count=len(texts))
@@ -64,13 +64,13 @@ class Vocabulary:
         control[ids] = False
         data = np.frombuffer(b"".join([texts[i] for i in np.sort(ids).tolist()]), dtype=np.uint8)
         return cls(
-            found.kind,
+            description.kind,
             data,
             np.concatenate([[0], np.cumsum(lengths)]),
             control,
             names,
-            found.leading_space,
-            found.trailing_space,
+            description.leading_space,
+            description.trailing_space,
         )
 
     def __len__(self) -> int:
@@ -202,8 +202,8 @@ class Vocabulary:
 
         Left out: control tokens, empty tokens, and bytes that two ids of one vocabulary share.
         """
-        found = cached("shared", [self, other], lambda: self._shared(other))
-        return found["mine"], found["theirs"]
+        ids = cached("shared", [self, other], lambda: self._shared(other))
+        return ids["mine"], ids["theirs"]
 
     def _shared(self, other: Vocabulary) -> dict[str, Ints]:
         mine, theirs = self._unambiguous, other._unambiguous
@@ -214,14 +214,14 @@ class Vocabulary:
     @cached_property
     def _unambiguous(self) -> dict[bytes, int]:
         """Bytes -> id, ascending, of the bytes that exactly one id has."""
-        found: dict[bytes, int] = {}
+        id_of: dict[bytes, int] = {}
         ambiguous = {b""}
         for i, raw in enumerate(self.tokens()):
-            if found.setdefault(raw, i) != i:
+            if id_of.setdefault(raw, i) != i:
                 ambiguous.add(raw)
         for raw in ambiguous:
-            found.pop(raw, None)
-        return found
+            id_of.pop(raw, None)
+        return id_of
 
 
 def _check_beyond(

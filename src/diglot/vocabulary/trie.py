@@ -83,8 +83,8 @@ class ByteTrie:
                 return
             key = node * 256 + data[begin[on] + depth]
             at = np.minimum(np.searchsorted(self.edges, key), len(self.edges) - 1)
-            found = self.edges[at] == key
-            on, node, depth = on[found], at[found] + 1, depth + 1
+            matches = self.edges[at] == key
+            on, node, depth = on[matches], at[matches] + 1, depth + 1
             yield on, depth, node
 
     def longest(self, data: NDArray[np.uint8], begin: Ints, end: Ints) -> Ints:
