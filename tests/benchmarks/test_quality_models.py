@@ -15,7 +15,7 @@ from support.stand_in_models import save_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 importlib.import_module("quality")
-from quality import runner, tasks  # noqa: E402
+from quality import answers, runner, tasks  # noqa: E402
 from quality.bench import open_bench  # noqa: E402
 from quality.declaration import Budget, Declaration, DeclarationError, PairDeclaration, load  # noqa: E402
 from quality.plots import draw  # noqa: E402
@@ -143,6 +143,23 @@ def test_training_validation_and_test_share_no_row() -> None:
 )
 def test_the_last_number_counts_however_it_is_written(text: str, number: str | None) -> None:
     assert tasks.last_number(text) == number
+
+
+def test_replies_of_a_batch_are_those_of_each_prompt_alone_and_right_ones_are_counted(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(models["student"])
+    tokenizer = AutoTokenizer.from_pretrained(models["student"])
+    prompts = [[{"role": "user", "content": text}] for text in ("a", "a much longer question", "b c")]
+    alone = [text for prompt in prompts for text in answers.replies(model, tokenizer, [prompt], 6, 1)]
+    assert answers.replies(model, tokenizer, prompts, 6, 3) == alone and len(set(alone)) > 1
+
+    first, second, *_ = tasks.items("gsm8k", "test")
+    (wanted,) = [part["content"] for part in first.row["completion"]]
+    monkeypatch.setattr(answers, "replies", lambda *_: [wanted, "#### 99"])
+    answers.main([models["student"], "--questions", "2"])
+    assert not second.grade("#### 99")
+    assert capsys.readouterr().out == "student: 1 of 2 right, 50.0% ± 35.4%\n"
 
 
 def test_answers_in_boxes_are_compared_without_their_dress() -> None:

@@ -1,0 +1,65 @@
+"""How many held-out questions saved models answer right, decoding greedily.
+
+    python -m benchmarks.quality.answers MODEL [MODEL ...] [--task gsm8k] [--questions 200] [--max_new_tokens 256]
+
+A model is a folder or a name of `demo/assets.py`. With `--task programs` what it writes is run, in a process of its
+own with bounds on time and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from assets import MODELS, fetch_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from .tasks import TASKS, items
+
+
+@torch.no_grad()
+def replies(model: Any, tokenizer: Any, prompts: Sequence[list[dict[str, str]]], length: int, batch: int) -> list[str]:
+    """The likeliest reply to each conversation, cut at `length` tokens."""
+    tokenizer.padding_side = "left"
+    written: list[str] = []
+    for start in range(0, len(prompts), batch):
+        texts = [
+            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            for prompt in prompts[start : start + batch]
+        ]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=length, pad_token_id=tokenizer.pad_token_id)
+        written += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return written
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """A line for each model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--task", choices=[name for name in TASKS if name != "prose"], default="gsm8k")
+    parser.add_argument("--questions", type=int, default=200, help="the first so many held-out ones")
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=25)
+    options = parser.parse_args(arguments)
+
+    transformers_logging.disable_progress_bar()
+    questions = items(options.task, "test")[: options.questions]
+    for name in options.models:
+        folder = str(fetch_model(name)) if name in MODELS else name
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        prompts = [one.row["prompt"] for one in questions]
+        texts = replies(model, AutoTokenizer.from_pretrained(folder), prompts, options.max_new_tokens, options.batch)
+        right = sum(one.grade(text) for one, text in zip(questions, texts, strict=True) if one.grade is not None)
+        share = right / len(questions)
+        error = math.sqrt(share * (1 - share) / len(questions))
+        print(f"{Path(name).name}: {right} of {len(questions)} right, {share:.1%} ± {error:.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
