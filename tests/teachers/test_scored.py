@@ -23,7 +23,7 @@ from diglot.data import to_sample
 from diglot.errors import DataError, TeacherError
 from diglot.rendering import Renderer
 from diglot.teachers import LocalTeacher
-from diglot.teachers.kept import INDEX, REQUEST, is_scores
+from diglot.teachers.score_folder import INDEX, REQUEST, is_scores
 from diglot.teachers.scored import ScoredTeacher
 from diglot.teachers.scoring import Manner, Reading, score_texts
 

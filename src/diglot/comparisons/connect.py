@@ -11,8 +11,8 @@ from diglot.http.address import checked_address, is_address
 from diglot.options import DistillationConfig, TeacherOptions
 from diglot.rendering import Renderer
 from diglot.teachers import Teacher
-from diglot.teachers.kept import is_scores
 from diglot.teachers.readout import Readout, load_readout
+from diglot.teachers.score_folder import is_scores
 from diglot.teachers.scored import ScoredTeacher
 from diglot.vocabulary import load_tokenizer
 

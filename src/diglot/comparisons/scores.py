@@ -313,7 +313,7 @@ class ModelScores:
 
         return summaries(here, self.hidden_t, self.teacher.head, self.chunk_rows(False), self.temperature)
 
-    def kept_distributions(self, segment: Tensor, position: Tensor) -> Tensor | None:
+    def stored_distributions(self, segment: Tensor, position: Tensor) -> Tensor | None:
         served = self.answers.text_scores
         if served is None or not hasattr(served, "distributions"):
             return None

@@ -128,7 +128,7 @@ class ByteDistribution(SummaryObjective):
 
     def loss(self, plan: BytePlan, scores: Scores, share: float) -> tuple[Tensor, Metrics]:
         plan = replace(plan, anchored=not scores.on_policy)
-        distributions_t = scores.kept_distributions(plan.segment, plan.position)
+        distributions_t = scores.stored_distributions(plan.segment, plan.position)
         if distributions_t is None:
             return super().loss(plan, scores, share)
         plan = plan.to(scores.device)

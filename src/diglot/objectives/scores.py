@@ -202,7 +202,7 @@ class Scores(Protocol):
     def summarised_teacher(self, summary: Summary) -> Tensor:
         """The same of the teacher's, constant; its logits come to `device`."""
 
-    def kept_distributions(self, segment: Tensor, position: Tensor) -> Tensor | None:
+    def stored_distributions(self, segment: Tensor, position: Tensor) -> Tensor | None:
         """The teacher's next-byte distributions at these bytes, `[I, 257]`, if that is what was kept of it."""
 
     def teacher_behind(self, tail: TailTokens) -> Tensor:

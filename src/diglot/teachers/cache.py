@@ -25,8 +25,8 @@ from diglot.errors import TeacherError
 from diglot.heads import reads_prompts_once
 from diglot.teachers.adapter import AdapterOff
 from diglot.teachers.fingerprint import tensor_bytes, weights_digest
-from diglot.teachers.kept import text_keys
 from diglot.teachers.local import LocalTeacher
+from diglot.teachers.score_folder import text_keys
 from diglot.teachers.teacher import Teacher, local
 
 logger = logging.getLogger(__name__)

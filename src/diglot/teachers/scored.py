@@ -18,7 +18,7 @@ from diglot.errors import TeacherError, VocabularyError
 from diglot.objectives.levels import Level
 from diglot.rendering import Renderer
 from diglot.teachers.fingerprint import template_digest
-from diglot.teachers.kept import Answer, Folder, Shard, differences, text_keys
+from diglot.teachers.score_folder import Answer, Folder, Shard, differences, text_keys
 from diglot.vocabulary import load_tokenizer
 
 

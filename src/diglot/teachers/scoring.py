@@ -25,7 +25,8 @@ from diglot.heads import default_chunk_rows, log_softmax, logits_by_parts, summa
 from diglot.objectives.byte import OwnDistributions, byte_distribution
 from diglot.rendering import Rendered, truncate
 from diglot.teachers.fingerprint import weights_digest
-from diglot.teachers.kept import (
+from diglot.teachers.local import LocalTeacher
+from diglot.teachers.score_folder import (
     FORMAT,
     INDEX,
     LEVELS,
@@ -38,7 +39,6 @@ from diglot.teachers.kept import (
     write_json,
     write_shard,
 )
-from diglot.teachers.local import LocalTeacher
 from diglot.teachers.scored import tokenizer_of
 from diglot.teachers.teacher import Teacher, gives_rows
 

@@ -1,8 +1,9 @@
 """The folder of `diglot score`: what a teacher said about fixed texts, in shards that are read from memory maps.
 
-    request.json              what was asked: teacher, tokenizer, template, texts, level; written first tokenizer/
-    the teacher's tokenizer shard-00000.safetensors   the answers about some texts, written under another name and
-    then renamed scores.json               the index; written last, so a folder without it is unfinished
+    request.json               what was asked: teacher, tokenizer, template, texts, level; written first
+    tokenizer/                 the teacher's tokenizer
+    shard-00000.safetensors    the answers about some texts, written under another name and then renamed
+    scores.json                the index; written last, so a folder without it is unfinished
 
 Shapes in a shard: `M` texts, `T` scored tokens, `G` segments, `L` bytes and stops of all segments.
 """
