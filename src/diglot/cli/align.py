@@ -18,24 +18,24 @@ EXAMPLE = """example:
 
 def parser() -> Parser:
     """The parser of the command."""
-    found = Parser(
+    parser = Parser(
         prog="diglot align",
         description="Both tokenisations of a text, cut where both have a boundary (|); boundaries of one side only "
         "are ~, bytes that are no text on their own are hex. Plain ASCII when not on a terminal; NO_COLOR takes "
         "the colours alone.",
         epilog=EXAMPLE,
     )
-    found.add_argument("student", metavar="STUDENT", help="a model id or folder; one with a tokenizer alone will do")
-    found.add_argument("teacher", metavar="TEACHER", help="the same")
-    found.add_argument("text", metavar="TEXT", help="the text; - reads standard input")
-    return found
+    parser.add_argument("student", metavar="STUDENT", help="a model id or folder; one with a tokenizer alone will do")
+    parser.add_argument("teacher", metavar="TEACHER", help="the same")
+    parser.add_argument("text", metavar="TEXT", help="the text; - reads standard input")
+    return parser
 
 
 def align(arguments: Sequence[str]) -> int:
     """Print the alignment of a text, read as the continuation of something."""
-    given = parser().parse_args(arguments)
-    check_model_name(given.student, "student", "STUDENT")
-    check_model_name(given.teacher, "teacher", "TEACHER")
+    options = parser().parse_args(arguments)
+    check_model_name(options.student, "student", "STUDENT")
+    check_model_name(options.teacher, "teacher", "TEACHER")
     show_phases()
     encoders = []
     with phase(LOADING):
@@ -44,9 +44,9 @@ def align(arguments: Sequence[str]) -> int:
         from diglot.report.alignment import print_alignment
         from diglot.vocabulary import ByteEncoder, Vocabulary
     with phase("Loading both tokenizers"):
-        for name, role in ((given.student, "student"), (given.teacher, "teacher")):
+        for name, role in ((options.student, "student"), (options.teacher, "teacher")):
             one = load_input(name, role)
             encoders.append(ByteEncoder(one.tokenizer, Vocabulary.from_tokenizer(one.tokenizer, one.num_embeddings)))
-    text = sys.stdin.read() if given.text == "-" else given.text
+    text = sys.stdin.read() if options.text == "-" else options.text
     print_alignment(align_text(encoders[0], encoders[1], text))
     return 0

@@ -214,10 +214,10 @@ def judge_headroom(gaps: np.ndarray, sizes: np.ndarray) -> str:
 def print_end(out: Path, script: TrainArguments, teacher: Any) -> None:
     """Before and after, a verdict in words, and what to do next."""
     try:
-        found = load_run(out)
+        run = load_run(out)
     except DataError:  # a run without logs
-        found = None
-    _print("Done", end_lines(found) if found is not None else [])
+        run = None
+    _print("Done", end_lines(run) if run is not None else [])
     console = Console()
     console.print(Text(f"The student is in {out}. Next:"), highlight=False)
     for command in next_commands(out, script, teacher):
@@ -226,15 +226,15 @@ def print_end(out: Path, script: TrainArguments, teacher: Any) -> None:
         console.print(Text("The report draws with matplotlib, which is missing: pip install 'diglot[report]'"))
 
 
-def end_lines(found: Run) -> list[Line]:
+def end_lines(run: Run) -> list[Line]:
     """(label, text): the distance to the teacher and to the data on the fixed prompts, and what it means."""
     lines = []
-    before, after = found.before_after("fixed/kl_nats_per_byte")
+    before, after = run.before_after("fixed/kl_nats_per_byte")
     if before is not None and after is not None:
-        noise = math.hypot(*(error or 0.0 for error in found.before_after("fixed/kl_error")))
+        noise = math.hypot(*(error or 0.0 for error in run.before_after("fixed/kl_error")))
         lines.append(("to the teacher", f"{before:.3f} -> {after:.3f} nats a byte (noise {noise:.3f}), own answers"))
         lines.append(("verdict", verdict(before, after, noise)))
-    read_before, read_after = found.before_after("fixed/bits_per_byte")
+    read_before, read_after = run.before_after("fixed/bits_per_byte")
     if read_before is not None and read_after is not None:
         lines.append(("to the data", f"{read_before:.3f} -> {read_after:.3f} bits a byte of its replies"))
     return lines

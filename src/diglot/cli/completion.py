@@ -66,16 +66,16 @@ def candidates(words: Sequence[str], modules: Mapping[str, str]) -> list[str]:
     *before, word = words or [""]
     if not before:
         return _fitting(["train", *modules, *(_FIRST if word.startswith("-") else ())], word)
-    command, *given = before
+    command, *arguments = before
     options, actions = _known(command, modules)
     if word == "=":
-        given, word = [*given, "="], ""
-    option = given[-2] if len(given) > 1 and given[-1] == "=" else given[-1] if given else ""
+        arguments, word = [*arguments, "="], ""
+    option = arguments[-2] if len(arguments) > 1 and arguments[-1] == "=" else arguments[-1] if arguments else ""
     if (values := options.get(option)) is not None:
         return _fitting(values, word)
     if word.startswith("-"):
         return _fitting(options, word)
-    return _fitting(actions, word) if not given else []
+    return _fitting(actions, word) if not arguments else []
 
 
 def _fitting(words: Iterable[str], start: str) -> list[str]:
@@ -85,11 +85,11 @@ def _fitting(words: Iterable[str], start: str) -> list[str]:
 def _known(command: str, modules: Mapping[str, str]) -> tuple[dict[str, tuple[str, ...] | None], list[str]]:
     """Option -> its values (none to choose from: empty; it takes none: None), and the command's own actions."""
     if command in ("train", "estimate"):
-        found: dict[str, tuple[str, ...] | None] = {"--config": (), "--help": None}
-        found |= {"--help-all": None} if command == "train" else {}
+        choices: dict[str, tuple[str, ...] | None] = {"--config": (), "--help": None}
+        choices |= {"--help-all": None} if command == "train" else {}
         for one in load_options().values():
-            found[f"--{one.name}"] = one.choices or (("true", "false") if "bool" in one.kinds else ())
-        return found, []
+            choices[f"--{one.name}"] = one.choices or (("true", "false") if "bool" in one.kinds else ())
+        return choices, []
     if command not in modules:
         return {}, []
     parser: argparse.ArgumentParser = import_module(modules[command]).parser()

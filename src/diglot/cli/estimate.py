@@ -45,16 +45,16 @@ _STORED = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2
 
 def estimate(arguments: Sequence[str]) -> int:
     """Print what a run would take, part by part, and what would lower it."""
-    given = list(arguments)
-    if not given or {"-h", "--help"} & set(given):
+    words = list(arguments)
+    if not words or {"-h", "--help"} & set(words):
         print(HELP, end="")
         return 0
     names: list[str] = []
-    while given and not given[0].startswith("-"):
-        names.append(given.pop(0))
+    while words and not words[0].startswith("-"):
+        names.append(words.pop(0))
     if len(names) not in (0, 2):
         raise ConfigError(f"estimate takes a student and a teacher, or neither and a recipe; here: {' '.join(names)}.")
-    values = parse_train(given)
+    values = parse_train(words)
     values |= dict(zip(("model_name_or_path", "teacher_model_name_or_path"), names, strict=False))
     plan = plan_of(values)
     _print(plan)
@@ -98,7 +98,7 @@ def plan_of(values: Mapping[str, Any]) -> Plan:
 def _teachers(value: Mapping[str, Any]) -> tuple[tuple[Shape, float], ...]:
     """Shape and bytes of each teacher that is in this process."""
     named = value["teacher_model_name_or_path"]
-    found = []
+    teachers = []
     for one in named if isinstance(named, list) else [named]:
         own = one if isinstance(one, dict) else {"name": one}
         name, kwargs = own.get("name"), own.get("init_kwargs") or value["teacher_model_init_kwargs"]
@@ -106,17 +106,17 @@ def _teachers(value: Mapping[str, Any]) -> tuple[tuple[Shape, float], ...]:
         if name in (None, "self") or served or (Path(name) / "request.json").exists():
             continue  # it takes no memory here
         shape = shape_of(name, "teacher", "teacher_model_name_or_path")
-        found.append((shape, shape.weights(_dtype(None, kwargs, shape.itemsize, shape), _bits(kwargs))))
-    return tuple(found)
+        teachers.append((shape, shape.weights(_dtype(None, kwargs, shape.itemsize, shape), _bits(kwargs))))
+    return tuple(teachers)
 
 
-def _kwargs(given: Any) -> Mapping[str, Any]:
-    if isinstance(given, str):
+def _kwargs(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, str):
         try:
-            given = json.loads(given)
+            value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{given!r} is no JSON: {error}") from error
-    return given or {}
+            raise ConfigError(f"{value!r} is no JSON: {error}") from error
+    return value or {}
 
 
 def _dtype(option: str | None, kwargs: Any, default: float, shape: Shape) -> float:
@@ -128,8 +128,8 @@ def _dtype(option: str | None, kwargs: Any, default: float, shape: Shape) -> flo
 
 def _bits(kwargs: Any) -> int | None:
     own = _kwargs(kwargs)
-    found = {**own, **own.get("quantization_config", {})}
-    return 4 if found.get("load_in_4bit") else 8 if found.get("load_in_8bit") else None
+    settings = {**own, **own.get("quantization_config", {})}
+    return 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None
 
 
 def shape_of(name: str, side: str, option: str) -> Shape:
@@ -160,10 +160,10 @@ def _config(place: Path | str) -> dict[str, Any] | None:
 
     try:
         path = place / "config.json" if isinstance(place, Path) else Path(hf_hub_download(place, "config.json"))
-        found = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, EntryNotFoundError):
         return None
-    return found if isinstance(found, dict) else None
+    return config if isinstance(config, dict) else None
 
 
 def _weights(place: Path | str) -> tuple[float | None, float | None]:

@@ -40,93 +40,97 @@ EXAMPLE = """example:
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Measure every model on the same rows with the same seed, and print a table or JSON."""
-    given = parser().parse_args(arguments)
-    check_counts(given, "rows", "max_completion_length", "batch_size")
-    if given.lm_eval_tasks and importlib.util.find_spec("lm_eval") is None:
+    options = parser().parse_args(arguments)
+    check_counts(options, "rows", "max_completion_length", "batch_size")
+    if options.lm_eval_tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
-            f"--lm_eval_tasks {given.lm_eval_tasks} needs lm-eval, which is not installed. "
+            f"--lm_eval_tasks {options.lm_eval_tasks} needs lm-eval, which is not installed. "
             "Run: pip install 'lm-eval[hf]'."
         )
-    if given.lm_eval_tasks and given.tokenizer_kwargs:
+    if options.lm_eval_tasks and options.tokenizer_kwargs:
         raise ConfigError(
-            f"--tokenizer_kwargs {json.dumps(given.tokenizer_kwargs)} would not reach --lm_eval_tasks "
-            f"{given.lm_eval_tasks}: lm-eval loads the tokenizer itself. Give them in two commands."
+            f"--tokenizer_kwargs {json.dumps(options.tokenizer_kwargs)} would not reach --lm_eval_tasks "
+            f"{options.lm_eval_tasks}: lm-eval loads the tokenizer itself. Give them in two commands."
         )
-    check_data(given.data, "--data")
-    for name in given.models:
+    check_data(options.data, "--data")
+    for name in options.models:
         check_model_name(name, "model", "MODEL")
-    if given.teacher is not None:
-        check_model_name(given.teacher, "teacher", "--teacher")
+    if options.teacher is not None:
+        check_model_name(options.teacher, "teacher", "--teacher")
     show_phases()
     with phase(LOADING):
         from diglot.evaluation import battery  # noqa: F401
-    check_place(given.device, given.dtype)
-    found = _measure(given)
-    if given.lm_eval_tasks:
-        for name, one in found.items():
-            one["lm_eval"] = lm_eval(name, given.lm_eval_tasks, given.batch_size, given.device)
-    if given.json:
-        print(json.dumps({"data": given.data, "teacher": given.teacher, "models": found}, indent=2))
+    check_place(options.device, options.dtype)
+    by_model = _measure(options)
+    if options.lm_eval_tasks:
+        for name, one in by_model.items():
+            one["lm_eval"] = lm_eval(name, options.lm_eval_tasks, options.batch_size, options.device)
+    if options.json:
+        print(json.dumps({"data": options.data, "teacher": options.teacher, "models": by_model}, indent=2))
     else:
-        _print(found)
+        _print(by_model)
     return 0
 
 
 def parser() -> Parser:
     """The parser of the command."""
-    found = Parser(
+    parser = Parser(
         prog="diglot eval",
         usage="diglot eval MODEL [MODEL ...] --data NAME [--OPTION VALUE ...]",
         description="Numbers that do not depend on a tokenizer, with 95% bootstrap intervals over the rows.",
         epilog=EXAMPLE,
     )
-    found.add_argument("models", nargs="+", metavar="MODEL", help="a model id or a folder; several are compared")
-    found.add_argument("--teacher", help="what to compare each of them with: divergences, agreement, stops")
-    found.add_argument("--data", required=True, help="a hub id, a JSONL, Parquet or CSV file, or a folder")
-    add_data_options(found)
-    add_rendering_options(found)
-    add_tokenizer_options(found, "student", "teacher")
-    found.add_argument("--split", default="train", help="split of the data (default: train, as a single file has)")
-    found.add_argument("--rows", type=int, default=64, help="how many rows are read (default: 64)")
-    found.add_argument("--max_completion_length", type=int, default=128, help="tokens of a sample (default: 128)")
-    found.add_argument("--batch_size", type=int, default=8, help="rows at a time (default: 8)")
-    found.add_argument("--seed", type=int, default=0, help="of samples, places and intervals (default: 0)")
-    found.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
-    found.add_argument("--dtype", default="auto", help="number type of the weights (default: the file's own)")
-    found.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the models")
-    found.add_argument("--lm_eval_tasks", metavar="A,B", help="also run these tasks of lm-eval, if it is installed")
-    found.add_argument("--json", action="store_true", help="JSON instead of a table")
-    return found
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a model id or a folder; several are compared")
+    parser.add_argument("--teacher", help="what to compare each of them with: divergences, agreement, stops")
+    parser.add_argument("--data", required=True, help="a hub id, a JSONL, Parquet or CSV file, or a folder")
+    add_data_options(parser)
+    add_rendering_options(parser)
+    add_tokenizer_options(parser, "student", "teacher")
+    parser.add_argument("--split", default="train", help="split of the data (default: train, as a single file has)")
+    parser.add_argument("--rows", type=int, default=64, help="how many rows are read (default: 64)")
+    parser.add_argument("--max_completion_length", type=int, default=128, help="tokens of a sample (default: 128)")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows at a time (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of samples, places and intervals (default: 0)")
+    parser.add_argument("--device", help="where to run (default: cuda if there is one, else cpu)")
+    parser.add_argument("--dtype", default="auto", help="number type of the weights (default: the file's own)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the models")
+    parser.add_argument("--lm_eval_tasks", metavar="A,B", help="also run these tasks of lm-eval, if it is installed")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    return parser
 
 
-def _measure(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def _measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Model -> measure -> value, interval and unit."""
     from diglot.data import load_dataset, to_sample
     from diglot.evaluation.battery import Plan, measure
 
-    rows = islice(load_dataset(given.data, split=given.split, **data_options(given)), given.rows)
+    rows = islice(load_dataset(options.data, split=options.split, **data_options(options)), options.rows)
     samples = [to_sample(row, where=f"row {i}") for i, row in enumerate(rows)]
-    plan = Plan(given.max_completion_length, given.batch_size, seed=given.seed)
-    teacher = None if given.teacher is None else _load(given.teacher, "teacher", given, given.teacher_tokenizer_kwargs)
-    found = {}
-    for name in given.models:
-        side = _load(name, "student", given, given.tokenizer_kwargs)
+    plan = Plan(options.max_completion_length, options.batch_size, seed=options.seed)
+    teacher = (
+        None
+        if options.teacher is None
+        else _load(options.teacher, "teacher", options, options.teacher_tokenizer_kwargs)
+    )
+    by_model = {}
+    for name in options.models:
+        side = _load(name, "student", options, options.tokenizer_kwargs)
         with phase(f"Measuring {name} on {len(samples)} rows"):
             measures = measure(side, teacher, samples, plan)
-        found[name] = {key: one.as_json() for key, one in measures.items()}
-    return found
+        by_model[name] = {key: one.as_json() for key, one in measures.items()}
+    return by_model
 
 
-def _load(name: str, role: str, given: argparse.Namespace, arguments: Mapping[str, Any]) -> Any:
+def _load(name: str, role: str, options: argparse.Namespace, arguments: Mapping[str, Any]) -> Any:
     """A model in evaluation mode on the device, with its own tokenizer."""
     from diglot.evaluation.battery import Side
     from diglot.rendering import Renderer
     from diglot.vocabulary import load_tokenizer
 
     with phase(f"Loading the {role} {name}"):
-        model = load_model(name, given.device, given.dtype, given.trust_remote_code)
-    tokenizer = load_tokenizer(name, arguments, trust_remote_code=given.trust_remote_code)
-    return Side(name, model, Renderer.of_model(model, tokenizer, name=name, **rendering_options(given)))
+        model = load_model(name, options.device, options.dtype, options.trust_remote_code)
+    tokenizer = load_tokenizer(name, arguments, trust_remote_code=options.trust_remote_code)
+    return Side(name, model, Renderer.of_model(model, tokenizer, name=name, **rendering_options(options)))
 
 
 def lm_eval(model: str, tasks: str, batch_size: int, device: str | None = None) -> dict[str, Any]:
@@ -146,25 +150,25 @@ def lm_eval(model: str, tasks: str, batch_size: int, device: str | None = None) 
                 f"lm-eval ended with code {done.returncode} for {model} and tasks {tasks}: "
                 f"{done.stderr.strip()[-800:]} Try the same alone: {' '.join(command)}"
             )
-        found: dict[str, Any] = json.loads(written[-1].read_text(encoding="utf-8"))["results"]
-        return found
+        results: dict[str, Any] = json.loads(written[-1].read_text(encoding="utf-8"))["results"]
+        return results
 
 
-def _print(found: dict[str, dict[str, Any]]) -> None:
+def _print(by_model: dict[str, dict[str, Any]]) -> None:
     """One column for each model, with units below the names of measures. Names are data, never markup."""
     from rich.text import Text
 
     table = Table(title="95% intervals over rows")
     table.add_column("measure", overflow="fold", width=24)  # its names are never broken
-    for name in _headings(list(found)):
+    for name in _headings(list(by_model)):
         table.add_column(Text(name), justify="right", overflow="fold")
-    names = list(dict.fromkeys(key for one in found.values() for key in one if key != "lm_eval"))
+    names = list(dict.fromkeys(key for one in by_model.values() for key in one if key != "lm_eval"))
     for key in names:
-        units = [one[key]["unit"] for one in found.values() if key in one]
+        units = [one[key]["unit"] for one in by_model.values() if key in one]
         measure = Text.assemble(key, "\n  ", (units[0], "dim"))
-        table.add_row(measure, *(_cell(one.get(key)) for one in found.values()))
+        table.add_row(measure, *(_cell(one.get(key)) for one in by_model.values()))
     Console().print(table)
-    for name, one in found.items():
+    for name, one in by_model.items():
         for task, results in one.get("lm_eval", {}).items():
             shown = {k: v for k, v in results.items() if isinstance(v, float)}
             Console().print(Text(f"{name}  {task}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items())))

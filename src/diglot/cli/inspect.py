@@ -39,26 +39,26 @@ example:
 
 def parser() -> Parser:
     """The parser of the command."""
-    found = Parser(
+    parser = Parser(
         prog="diglot inspect",
         usage="diglot inspect STUDENT TEACHER [--data NAME] [--OPTION VALUE ...]",
         description="Look at a student and a teacher before training: tokenizers, templates, stops, alignment, "
         "objectives. Reads tokenizers only, unless --with-models.",
         epilog=EXAMPLE,
     )
-    found.add_argument("student", metavar="STUDENT", help="a model id or folder; one with a tokenizer alone will do")
-    found.add_argument("teacher", metavar="TEACHER", help="the same")
-    found.add_argument(
+    parser.add_argument("student", metavar="STUDENT", help="a model id or folder; one with a tokenizer alone will do")
+    parser.add_argument("teacher", metavar="TEACHER", help="the same")
+    parser.add_argument(
         "--data", metavar="NAME", help="texts to measure on, as --dataset_name of train; else built-in ones"
     )
-    found.add_argument("--split", default="train", help="split of --data (default: train)")
-    add_data_options(found)
-    add_rendering_options(found)
-    add_tokenizer_options(found, "student", "teacher")
-    found.add_argument("--rows", type=int, default=256, help="rows of --data that are read (default: 256)")
-    found.add_argument("--details", action="store_true", help="show what the verdict rests on: many tables")
-    found.add_argument("--json", action="store_true", help="everything as JSON")
-    weights = found.add_argument_group("with weights")
+    parser.add_argument("--split", default="train", help="split of --data (default: train)")
+    add_data_options(parser)
+    add_rendering_options(parser)
+    add_tokenizer_options(parser, "student", "teacher")
+    parser.add_argument("--rows", type=int, default=256, help="rows of --data that are read (default: 256)")
+    parser.add_argument("--details", action="store_true", help="show what the verdict rests on: many tables")
+    parser.add_argument("--json", action="store_true", help="everything as JSON")
+    weights = parser.add_argument_group("with weights")
     weights.add_argument("--with-models", action="store_true", help="load both models and run them")
     weights.add_argument("--with_models", action="store_true", help=argparse.SUPPRESS)
     weights.add_argument("--model_rows", type=int, default=32, help="rows that the models read (default: 32)")
@@ -66,40 +66,42 @@ def parser() -> Parser:
     weights.add_argument("--max_completion_length", type=int, default=32, help="tokens of a sample (default: 32)")
     weights.add_argument("--dtype", default="auto", help="number type of both models (default: the files' own)")
     weights.add_argument("--device", default=None, help="where they run (default: cuda if there is one)")
-    return found
+    return parser
 
 
 def inspect(arguments: Sequence[str]) -> int:
     """Inspect and print; the exit code says whether the pair can be trained."""
-    given = parser().parse_args(arguments)
-    check_counts(given, "rows", "model_rows", "batch_size", "max_completion_length")
-    check_data(given.data, "--data")
-    check_model_name(given.student, "student", "STUDENT")
-    check_model_name(given.teacher, "teacher", "TEACHER")
+    options = parser().parse_args(arguments)
+    check_counts(options, "rows", "model_rows", "batch_size", "max_completion_length")
+    check_data(options.data, "--data")
+    check_model_name(options.student, "student", "STUDENT")
+    check_model_name(options.teacher, "teacher", "TEACHER")
     show_phases()
     with phase(LOADING):
         from diglot.inspection import inspect_pair
         from diglot.inspection.load import load_input
-    if given.with_models:
-        check_place(given.device, given.dtype)
+    if options.with_models:
+        check_place(options.device, options.dtype)
 
-    samples = _samples(given) if given.data else None
+    samples = _samples(options) if options.data else None
     with phase("Loading both tokenizers"):
-        student = load_input(given.student, "student", given.tokenizer_kwargs)
-        teacher = load_input(given.teacher, "teacher", given.teacher_tokenizer_kwargs)
+        student = load_input(options.student, "student", options.tokenizer_kwargs)
+        teacher = load_input(options.teacher, "teacher", options.teacher_tokenizer_kwargs)
     floor = float(load_options()["min_coverage"].default)
     with phase("Reading texts with both, trying every objective"), _as_verdict():
-        found = inspect_pair(student, teacher, samples, data=given.data, min_coverage=floor, **rendering_options(given))
-    found = dataclasses.replace(found, verdict=_with_data(found, given, samples or []))
-    if given.with_models and found.student is not None:
-        found = dataclasses.replace(found, models=_with_models(given, student, teacher, samples))
-    if given.json:
-        print(json.dumps(found.to_dict(), ensure_ascii=False, indent=1))
+        inspection = inspect_pair(
+            student, teacher, samples, data=options.data, min_coverage=floor, **rendering_options(options)
+        )
+    inspection = dataclasses.replace(inspection, verdict=_with_data(inspection, options, samples or []))
+    if options.with_models and inspection.student is not None:
+        inspection = dataclasses.replace(inspection, models=_with_models(options, student, teacher, samples))
+    if options.json:
+        print(json.dumps(inspection.to_dict(), ensure_ascii=False, indent=1))
     else:
         from diglot.report.inspection import print_inspection
 
-        print_inspection(found, details=given.details)
-    return 0 if found.verdict.trainable else 1
+        print_inspection(inspection, details=options.details)
+    return 0 if inspection.verdict.trainable else 1
 
 
 @contextlib.contextmanager
@@ -141,7 +143,7 @@ def _with_data(inspection: Any, options: Any, samples: list[Any]) -> Any:
     return verdict
 
 
-def _with_models(given: Any, student: Any, teacher: Any, samples: list[Any] | None) -> Any:
+def _with_models(options: Any, student: Any, teacher: Any, samples: list[Any] | None) -> Any:
     from diglot.batches import PairReader
     from diglot.inspection import inspect_models
     from diglot.rendering import Renderer
@@ -150,15 +152,15 @@ def _with_models(given: Any, student: Any, teacher: Any, samples: list[Any] | No
     models: list[Any] = []
     renderers = []
     for one, role in ((student, "student"), (teacher, "teacher")):
-        model = load_model(one.name, given.device, given.dtype)
+        model = load_model(one.name, options.device, options.dtype)
         models.append(model)
-        renderers.append(Renderer.of_model(model, one.tokenizer, name=role, **rendering_options(given)))
+        renderers.append(Renderer.of_model(model, one.tokenizer, name=role, **rendering_options(options)))
     same = renderers[0].vocabulary.same_as(renderers[1].vocabulary)
     return inspect_models(
         models[0],
         LocalTeacher(models[1], renderers[1]),
         PairReader(*renderers, same_vocabulary=same),
-        None if samples is None else samples[: given.model_rows],
-        batch_size=given.batch_size,
-        max_completion_length=given.max_completion_length,
+        None if samples is None else samples[: options.model_rows],
+        batch_size=options.batch_size,
+        max_completion_length=options.max_completion_length,
     )

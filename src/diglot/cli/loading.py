@@ -12,11 +12,11 @@ from diglot.errors import ConfigError
 TOKENIZER_OPTIONS = {"student": "tokenizer_kwargs", "teacher": "teacher_tokenizer_kwargs"}
 
 
-def check_counts(given: argparse.Namespace, *names: str) -> None:
+def check_counts(options: argparse.Namespace, *names: str) -> None:
     """`ConfigError` unless each of these arguments is 1 or more."""
     for name in names:
-        if getattr(given, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(given, name)}, expected 1 or more.")
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(options, name)}, expected 1 or more.")
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -36,25 +36,25 @@ def add_rendering_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fold_system", action="store_true", help="system messages into the first user's, as in train")
 
 
-def rendering_options(given: argparse.Namespace) -> dict[str, Any]:
+def rendering_options(options: argparse.Namespace) -> dict[str, Any]:
     """The same, as arguments of `Renderer`."""
-    return {"markers": given.markers, "fold_system": given.fold_system}
+    return {"markers": options.markers, "fold_system": options.fold_system}
 
 
-def data_options(given: argparse.Namespace) -> dict[str, Any]:
+def data_options(options: argparse.Namespace) -> dict[str, Any]:
     """The same, as arguments of `load_dataset`."""
-    return {"format": given.dataset_format, "columns": given.dataset_columns}
+    return {"format": options.dataset_format, "columns": options.dataset_columns}
 
 
 def json_mapping(text: str) -> dict[str, Any]:
     """The `type` of an option that is a mapping, as JSON."""
     try:
-        found = json.loads(text)
+        mapping = json.loads(text)
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(mapping, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is no mapping")
-    return found
+    return mapping
 
 
 def add_tokenizer_options(parser: argparse.ArgumentParser, *sides: str) -> None:
@@ -64,9 +64,9 @@ def add_tokenizer_options(parser: argparse.ArgumentParser, *sides: str) -> None:
         parser.add_argument(f"--{TOKENIZER_OPTIONS[side]}", type=json_mapping, default={}, metavar="JSON", help=what)
 
 
-def tokenizer_words(given: argparse.Namespace) -> list[str]:
+def tokenizer_words(options: argparse.Namespace) -> list[str]:
     """The same, as they are written for `diglot train`; none where none are given."""
-    values = {option: getattr(given, option) for option in TOKENIZER_OPTIONS.values()}
+    values = {option: getattr(options, option) for option in TOKENIZER_OPTIONS.values()}
     return [f"--{option} {shlex.quote(json.dumps(value))}" for option, value in values.items() if value]
 
 

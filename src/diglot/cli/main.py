@@ -41,18 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     standard error; 3: something failed that Diglot did not expect, with the details in a file; 130 and 143: stopped by
     Ctrl-C or SIGTERM (a run in training has saved a checkpoint).
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    if given[0] == "--version":
+    if words[0] == "--version":
         from diglot import __version__
 
         print(f"diglot {__version__}")
         return 0
     try:
         with ending_on_ctrl_c():
-            return _run(given[0], given[1:])
+            return _run(words[0], words[1:])
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
@@ -93,12 +93,12 @@ def _run(command: str, arguments: list[str]) -> int:
         from diglot.cli.parsing import parse_train
 
         values = parse_train(arguments)
-        from diglot.cli.names import check_given, check_paths
+        from diglot.cli.names import check_paths, check_required
         from diglot.cli.screen import show_phases
         from diglot.phases import LOADING, phase
 
         check_paths(values)
-        check_given(values)
+        check_required(values)
         show_phases()
         with phase(LOADING):
             from diglot.cli.train import train

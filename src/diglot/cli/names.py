@@ -41,7 +41,7 @@ def check_model_name(name: str, side: str, option: str, revision: str | None = N
         _check_hub(name, side, option, revision)
 
 
-def check_given(values: Mapping[str, Any]) -> None:
+def check_required(values: Mapping[str, Any]) -> None:
     """`ConfigError` that names every option which `diglot train` cannot do without and which is not there."""
     needed = ("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir")
     missing = [name for name in needed if values.get(name) is None]

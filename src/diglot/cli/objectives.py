@@ -18,19 +18,19 @@ EXAMPLE = """example:
 
 def parser() -> Parser:
     """The parser of the command."""
-    found = Parser(prog="diglot objectives", description="Which objective for what.", epilog=EXAMPLE)
-    found.add_argument("--markdown", action="store_true", help="the table as markdown")
-    return found
+    parser = Parser(prog="diglot objectives", description="Which objective for what.", epilog=EXAMPLE)
+    parser.add_argument("--markdown", action="store_true", help="the table as markdown")
+    return parser
 
 
 def show(arguments: Sequence[str]) -> int:
     """Print the table for the terminal, or as markdown."""
-    given = parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     show_phases()
     with phase(LOADING):
         from diglot.objectives import guide
 
-    if given.markdown:
+    if options.markdown:
         print(guide.markdown(), end="")
         return 0
     table = Table(title="Objectives: --objective NAME, or a weighted list in a recipe", show_lines=True)

@@ -70,11 +70,11 @@ def _fields_in(source: Path) -> set[str]:
 
 def _as_options(entries: Iterable[dict[str, Any]]) -> dict[str, Option]:
     tuples = ("kinds", "trainers", "choices")
-    found: dict[str, Option] = {}
+    options: dict[str, Option] = {}
     for entry in entries:
         values: dict[str, Any] = {k: tuple(v) if k in tuples and v is not None else v for k, v in entry.items()}
-        found[entry["name"]] = Option(**values)
-    return found
+        options[entry["name"]] = Option(**values)
+    return options
 
 
 def generate() -> list[dict[str, Any]]:
@@ -82,7 +82,7 @@ def generate() -> list[dict[str, Any]]:
     from diglot.cli.script import TrainArguments
     from diglot.options.config import GKDConfig, MiniLLMConfig
 
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     both = ["gkd", "minillm"]
     for cls, trainers in ((TrainArguments, both), (GKDConfig, ["gkd"]), (MiniLLMConfig, ["minillm"])):
         hints = typing.get_type_hints(cls)
@@ -90,11 +90,11 @@ def generate() -> list[dict[str, Any]]:
             if not one.init or one.name in ("local_rank",):
                 continue
             entry = _entry(one, hints[one.name])
-            if one.name in found:
-                found[one.name]["trainers"] = both
+            if one.name in entries:
+                entries[one.name]["trainers"] = both
             else:
-                found[one.name] = {**entry, "trainers": trainers}
-    return sorted(found.values(), key=lambda e: (GROUPS.index(e["group"]), e["name"]))
+                entries[one.name] = {**entry, "trainers": trainers}
+    return sorted(entries.values(), key=lambda e: (GROUPS.index(e["group"]), e["name"]))
 
 
 def _entry(one: Field[Any], hint: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class _Formatter(argparse.HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         blocks = itertools.groupby(text.splitlines(), key=lambda line: not line or line.startswith(" "))
         return "\n".join(
-            line for kept, lines in blocks for line in (lines if kept else textwrap.wrap(" ".join(lines), width))
+            line for literal, lines in blocks for line in (lines if literal else textwrap.wrap(" ".join(lines), width))
         )
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
@@ -159,8 +159,8 @@ def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(_unknown(_keys(unknown) or [unknown[0]], "on the command line"))
     if wrong := [key for key in recipe if key not in options]:
         raise ConfigError(_unknown(wrong, f"in {parsed.config}"))
-    given = {name: value for name, value in vars(parsed).items() if name != "config"}
-    return {name: coerce(options[name], value) for name, value in {**recipe, **given}.items()}
+    command_line = {name: value for name, value in vars(parsed).items() if name != "config"}
+    return {name: coerce(options[name], value) for name, value in {**recipe, **command_line}.items()}
 
 
 def _keys(unknown: Sequence[str]) -> list[str]:
@@ -170,16 +170,16 @@ def _keys(unknown: Sequence[str]) -> list[str]:
 
 def _recipe(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"There is no recipe {path}. Check the path of --config.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"The recipe {path} cannot be read: {error}") from error
-    if found is None:
+    if recipe is None:
         return {}
-    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
-        raise ConfigError(f"The recipe {path} holds {type(found).__name__}, expected one `key: value` a line.")
-    return dict(found)
+    if not isinstance(recipe, Mapping) or not all(isinstance(key, str) for key in recipe):
+        raise ConfigError(f"The recipe {path} holds {type(recipe).__name__}, expected one `key: value` a line.")
+    return dict(recipe)
 
 
 def coerce(option: Option, value: Any) -> Any:

@@ -112,9 +112,9 @@ def _check_packages(config: DistillationConfig) -> None:
             return
 
 
-def check_deepspeed(given: object) -> None:
+def check_deepspeed(value: object) -> None:
     """Before the configuration is made: its parent's own message does not say what to do."""
-    if given and not _installed("deepspeed"):
+    if value and not _installed("deepspeed"):
         raise ConfigError(
             "deepspeed needs the package deepspeed, which is not installed. Run: pip install deepspeed, or use FSDP 2."
         )

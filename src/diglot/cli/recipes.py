@@ -18,21 +18,21 @@ EXAMPLE = """example:
 
 def parser() -> Parser:
     """The parser of the command."""
-    found = Parser(prog="diglot recipes", description="Recipes that come with Diglot.", epilog=EXAMPLE)
-    actions = found.add_subparsers(dest="action", metavar="list|show|copy", required=True)
+    parser = Parser(prog="diglot recipes", description="Recipes that come with Diglot.", epilog=EXAMPLE)
+    actions = parser.add_subparsers(dest="action", metavar="list|show|copy", required=True)
     actions.add_parser("list", help="names, and what each is for")
     show = actions.add_parser("show", help="print one")
     copy = actions.add_parser("copy", help="write one into a file, which must not exist")
     for action in (show, copy):
         action.add_argument("name", metavar="NAME")
     copy.add_argument("target", metavar="FILE", nargs="?", help="default: NAME.yaml here")
-    return found
+    return parser
 
 
 def recipes(arguments: Sequence[str]) -> int:
     """List, show or copy."""
-    given = parser().parse_args(arguments)
-    if given.action == "list":
+    options = parser().parse_args(arguments)
+    if options.action == "list":
         known, launches = load_recipes(), load_launches()
         width = max(map(len, [*known, *launches]))
         for name, text in known.items():
@@ -41,15 +41,15 @@ def recipes(arguments: Sequence[str]) -> int:
         for name, text in launches.items():
             print(f"{name:<{width}}  {title(text)}")
         return 0
-    text = read_recipe(given.name)
-    if given.action == "show":
+    text = read_recipe(options.name)
+    if options.action == "show":
         print(text, end="")
         return 0
-    target = Path(given.target or f"{given.name}.yaml")
+    target = Path(options.target or f"{options.name}.yaml")
     if target.exists():
         raise ConfigError(f"{target} exists already. Choose another name, or remove it.")
     target.write_text(text, encoding="utf-8")
-    start = "diglot train --config" if given.name.removesuffix(".yaml") in load_recipes() else _LAUNCH
+    start = "diglot train --config" if options.name.removesuffix(".yaml") in load_recipes() else _LAUNCH
     print(f"{target}: edit it, then {start} {target}")
     return 0
 
@@ -66,8 +66,8 @@ def load_launches() -> dict[str, str]:
 
 def _texts(folder: str) -> dict[str, str]:
     place = files("diglot").joinpath(folder)
-    found = {f.name: f.read_text(encoding="utf-8") for f in place.iterdir() if f.name.endswith(".yaml")}
-    return {name.removesuffix(".yaml"): found[name] for name in sorted(found)}
+    texts = {f.name: f.read_text(encoding="utf-8") for f in place.iterdir() if f.name.endswith(".yaml")}
+    return {name.removesuffix(".yaml"): texts[name] for name in sorted(texts)}
 
 
 def read_recipe(name: str) -> str:

@@ -104,8 +104,8 @@ def split(values: dict[str, Any]) -> tuple[TrainArguments, DistillationConfig]:
 
 def resolved(script: TrainArguments, config: DistillationConfig) -> dict[str, Any]:
     """Every option with the value in force, as plain values; secrets left out."""
-    found: dict[str, Any] = without_secrets({**vars(script), **config.to_dict()})
-    return found
+    values: dict[str, Any] = without_secrets({**vars(script), **config.to_dict()})
+    return values
 
 
 def build(script: TrainArguments, config: DistillationConfig) -> DistillationTrainer:

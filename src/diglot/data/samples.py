@@ -204,8 +204,10 @@ def _without_none(value: Any) -> Any:
     The content of a message that calls tools stays None: templates tell by it that there is nothing but the call.
     """
     if isinstance(value, Mapping):
-        kept = {k: _without_none(v) for k, v in value.items() if v is not None}
-        return {"role": value["role"], "content": None, **kept} if "role" in kept and kept.get("tool_calls") else kept
+        fields = {k: _without_none(v) for k, v in value.items() if v is not None}
+        if "role" in fields and fields.get("tool_calls"):
+            return {"role": value["role"], "content": None, **fields}
+        return fields
     return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 

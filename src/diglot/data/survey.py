@@ -216,18 +216,18 @@ class StreamedRows:
 
     def __call__(self, row: dict[str, Any]) -> bool:
         """Can this row be used? Names one that cannot, and counts those with an empty reply: 1, 10, 100 ... of them."""
-        found = survey([row], self.read, self.name)
-        if found.bad and not self.skip:
-            raise DataError(f"{found.bad[0]} {LEAVE_OUT}")
-        if found.bad:
-            logger.warning("Left out (on_bad_row): %s", found.bad[0])
+        result = survey([row], self.read, self.name)
+        if result.bad and not self.skip:
+            raise DataError(f"{result.bad[0]} {LEAVE_OUT}")
+        if result.bad:
+            logger.warning("Left out (on_bad_row): %s", result.bad[0])
         self.seen += 1
-        if self.replies and found.empty:
+        if self.replies and result.empty:
             self.empty += 1
-            self.first = [*self.first, *found.empty][:_NAMED]
+            self.first = [*self.first, *result.empty][:_NAMED]
             if str(self.empty).strip("0") == "1":
                 _tell_empty(self.empty, self.seen, self.name, self.first)
-        return not found.bad
+        return not result.bad
 
 
 # ---- kept on disk ------------------------------------------------------------------------------------------------

@@ -126,9 +126,9 @@ def truncate(rendered: Rendered, max_length: int) -> Rendered:
     """
     if len(rendered.ids) <= max_length:
         return rendered
-    had, kept = rendered.segment >= 0, rendered.segment[:max_length] >= 0
-    if had.any() and not kept.any():
-        first = int(np.flatnonzero(had)[0])
+    scored, remaining = rendered.segment >= 0, rendered.segment[:max_length] >= 0
+    if scored.any() and not remaining.any():
+        first = int(np.flatnonzero(scored)[0])
         raise DataError(
             f"The prompt has {first} tokens, which leaves nothing to score within {max_length}. Shorten the prompt or "
             "raise max_length (teacher_max_length for the teacher)."

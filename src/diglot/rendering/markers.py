@@ -32,7 +32,7 @@ class MarkerGuard:
             raise ConfigError(f"markers is {manner!r}, expected one of {get_args(Markers)}.")
         self.encoder, self.manner, self.name = encoder, manner, name
 
-    def found(self, text: str) -> list[str]:
+    def names_in(self, text: str) -> list[str]:
         """The names of control tokens that this side would read in `text`."""
         ids = self.encoder.encode_markup(text)
         names = self.encoder.vocabulary.names
@@ -54,14 +54,14 @@ class MarkerGuard:
             return {k: self._guarded(v) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return [self._guarded(v) for v in value]
-        if not isinstance(value, str) or not (names := self.found(value)):
+        if not isinstance(value, str) or not (names := self.names_in(value)):
             return value
         if self.manner == "refuse":
             raise DataError(
                 f"A message holds {names}, which the {self.name} reads as control tokens, not as text: {value[:80]!r}. "
                 "Leave the row out, or set markers to 'text' (read the letters) or 'read' (as a served model does)."
             )
-        return self._names.sub(lambda found: found[0][0] + CUT + found[0][1:], value)
+        return self._names.sub(lambda match: match[0][0] + CUT + match[0][1:], value)
 
     @cached_property
     def _names(self) -> re.Pattern[str]:

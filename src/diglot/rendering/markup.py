@@ -234,8 +234,8 @@ class Markup:
                 continue
             around, rest = [], text[len(start) :]
             for mark in marks:
-                before, found, rest = rest.partition(mark)
-                if not found:
+                before, separator, rest = rest.partition(mark)
+                if not separator:
                     return None
                 around.append(before)
             closing, stop = self._closing(rest, calls=len(marks) > 1)

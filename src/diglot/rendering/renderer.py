@@ -425,15 +425,17 @@ class Renderer:
         if shape[0] == Role.REASONING and len(shape) > 1 and slots[0][0] == slots[0][1]:
             shape, slots = shape[1:], slots[1:]  # an empty think block
         names, prefixes = self.vocabulary.names, (self._dummy_prefix, self._prefix_behind_controls)
-        found = [_edges(text, *slot, role, names, prefixes) for role, slot in zip(shape, slots, strict=True)]
+        parts = [_edges(text, *slot, role, names, prefixes) for role, slot in zip(shape, slots, strict=True)]
         first = _behind_prefix(text, 0, len(text), prefixes)
-        reply = Reply(tuple(slot for slot, _ in found), None if has_controls else text[first:].decode())
+        reply = Reply(tuple(slot for slot, _ in parts), None if has_controls else text[first:].decode())
         if not split and not has_controls:
             low, high = slots[0] if shape == PLAIN else (0, len(text))
             return reply, [(max(first, low), high)], [Role.CONTENT]
-        segments = [(run, slot.role) for slot, runs in found for run in runs]
-        kept = [(run, role) for k, (run, role) in enumerate(segments) if run[0] < run[1] or k == len(segments) - 1]
-        return reply, [run for run, _ in kept], [role for _, role in kept]
+        all_segments = [(run, slot.role) for slot, runs in parts for run in runs]
+        segments = [
+            (run, role) for k, (run, role) in enumerate(all_segments) if run[0] < run[1] or k == len(all_segments) - 1
+        ]
+        return reply, [run for run, _ in segments], [role for _, role in segments]
 
     def _valid_prefix(self, ids: Ids, marked: bytes, ends: Ids) -> int:
         """How many tokens from the start are text or control tokens: valid UTF-8, cut at the end of a character."""

@@ -29,10 +29,10 @@ _INSIDE = re.compile(r"\A(.*?)\n?</think>\n{0,2}(.*)\Z", re.S)
 
 def text_reply(text: str, *, opened: bool = False) -> Reply:
     """A reply given as text: its reasoning apart, if it starts with a think block or inside one (`opened`)."""
-    found = (_INSIDE if opened and "<think>" not in text else _OPENS).match(text) if "</think>" in text else None
-    if found is None or not found[1].strip():
+    match = (_INSIDE if opened and "<think>" not in text else _OPENS).match(text) if "</think>" in text else None
+    if match is None or not match[1].strip():
         return plain_reply(text)
-    return Reply((Slot(Role.REASONING, (found[1],)), Slot(Role.CONTENT, (found[2],))), text)
+    return Reply((Slot(Role.REASONING, (match[1],)), Slot(Role.CONTENT, (match[2],))), text)
 
 
 def message_reply(message: Mapping[str, Any], where: str) -> Reply:

@@ -20,7 +20,7 @@ def find_stops(
     The template's own end marker goes first, then the generation config's first id, then the tokenizer's. Ids at or
     beyond `num_ids` belong to another model and are left out.
     """
-    found: dict[int, list[str]] = {}
+    stops: dict[int, list[str]] = {}
     for source, ids in (
         ("template", template_stop),
         ("generation config", generation_eos),
@@ -28,13 +28,13 @@ def find_stops(
     ):
         for one in ids if isinstance(ids, (list, tuple)) else [ids]:
             if one is not None and 0 <= one < num_ids:
-                found.setdefault(int(one), []).append(source)
-    if not found:
+                stops.setdefault(int(one), []).append(source)
+    if not stops:
         raise RenderingError(
             f"No token of the {name} ends a turn: the tokenizer has eos {eos_token_id!r}, the generation config "
             f"{generation_eos!r}, and the template writes none. Set tokenizer.eos_token."
         )
-    return next(iter(found)), {one: " + ".join(sources) for one, sources in found.items()}
+    return next(iter(stops)), {one: " + ".join(sources) for one, sources in stops.items()}
 
 
 def probe_template(render: Callable[..., str], encode: Callable[[str], Any], control: Any) -> int | None:
@@ -53,8 +53,8 @@ def probe_template(render: Callable[..., str], encode: Callable[[str], Any], con
     except Exception:
         return None
     before, _, rest = text.partition(user)
-    between, found, after = rest.rpartition(reply)
-    if not found:
+    between, separator, after = rest.rpartition(reply)
+    if not separator:
         return None
     first, middle, last = ([int(i) for i in encode(part) if control[i]] for part in (before, between, after))
     # What opens a conversation also opens its turns, unless it is a BOS: then the next one does.

@@ -134,13 +134,14 @@ class Template:
         self, messages: list[dict[str, Any]], tools: list[Any] | None, generation_prompt: bool, whole: bool = False
     ) -> str:
         """What `apply_chat_template` gives; with `whole`, fields that are None are not left out."""
-        asked: dict[str, Any] = {"tools": tools, "tokenize": False, "add_generation_prompt": generation_prompt}
+        arguments: dict[str, Any] = {"tools": tools, "tokenize": False, "add_generation_prompt": generation_prompt}
         if type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
-            return str(self.tokenizer.apply_chat_template(messages, **asked, **self.kwargs))  # no template, but code
-        asked["tools"] = tools and [get_json_schema(tool) if callable(tool) else tool for tool in tools]
-        asked["chat_template"] = self.tokenizer.get_chat_template(tools=tools)
+            # No template, but code.
+            return str(self.tokenizer.apply_chat_template(messages, **arguments, **self.kwargs))
+        arguments["tools"] = tools and [get_json_schema(tool) if callable(tool) else tool for tool in tools]
+        arguments["chat_template"] = self.tokenizer.get_chat_template(tools=tools)
         names = {**self.tokenizer.special_tokens_map, **self.kwargs}
-        return templates.render({"conversation": messages, **asked, **names}, whole=whole)
+        return templates.render({"conversation": messages, **arguments, **names}, whole=whole)
 
     def _joined(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The message with text parts as one string: many templates would print a list as Python spells it."""
@@ -174,8 +175,8 @@ class Template:
             )
         parts, rest = [], rendered
         for i, sentinel in sentinels.items():
-            before, found, rest = rest.partition(sentinel)
-            if not found:
+            before, separator, rest = rest.partition(sentinel)
+            if not separator:
                 raise RenderingError(
                     f"The {self.name}'s chat template writes assistant turn {i} before an earlier one, expected the "
                     "order of the messages. Use score_turns='last'."
@@ -274,9 +275,9 @@ def _transcript(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | No
     """
     turns = [f"Tools: {json.dumps(list(tools), ensure_ascii=False)}\n\n"] if tools else []
     for message in messages:
-        said = [content_text(message, "transcript")]
-        said += [json.dumps(call, ensure_ascii=False, default=str) for call in message.get("tool_calls") or ()]
+        parts = [content_text(message, "transcript")]
+        parts += [json.dumps(call, ensure_ascii=False, default=str) for call in message.get("tool_calls") or ()]
         speaker = str(message.get("role")).capitalize()
         between = "\n" if message.get("role") == "assistant" else " "
-        turns.append(f"{speaker}:{between}" + "\n".join(part for part in said if part) + "\n\n")
+        turns.append(f"{speaker}:{between}" + "\n".join(part for part in parts if part) + "\n\n")
     return "".join(turns) + ("Assistant:\n" if generation_prompt else "")

@@ -25,15 +25,15 @@ def serve(reads_from: int, writes_to: int, memory: int) -> None:
         answers.send_bytes(b"1")  # ready
         while True:
             try:
-                asked = requests.recv_bytes()
+                request = requests.recv_bytes()
             except EOFError:
                 return
-            answers.send_bytes(_answer(tokenizer, asked, memory))
+            answers.send_bytes(_answer(tokenizer, request, memory))
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, asked: bytes, memory: int) -> bytes:
+def _answer(tokenizer: PreTrainedTokenizerBase, request: bytes, memory: int) -> bytes:
     try:
-        arguments, whole = pickle.loads(asked)
+        arguments, whole = pickle.loads(request)
         text = _whole(**arguments) if whole else tokenizer.apply_chat_template(**arguments)
         return b"1" + str(text).encode("utf-8", "surrogatepass")
     except MemoryError:
