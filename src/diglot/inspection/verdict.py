@@ -49,31 +49,20 @@ def _reads(objective: Objective, batch: AlignedBatch) -> tuple[int, float | None
     return plan.items, int(batch.written.usable_s.sum()) / total if isinstance(objective, PathObjective) else None
 
 
-def choose(
-    same: bool, unlike: float, objectives: Sequence[ObjectiveFacts], chosen: Sequence[Critical] = ()
-) -> str | None:
-    """The objective to start with, of those that work.
+def choose(same: bool, objectives: Sequence[ObjectiveFacts]) -> str | None:
+    """The objective to start with, of those that work: what `auto` takes, if that is among them.
 
-    `unlike` is the share of bytes that the sides cut differently. Where it is small, one-to-one rows are all rows and
-    the cheapest objective says the same as any other; where it is not, they teach what is cut unlike to disappear. So
-    they do where there is little of it, but its rows are `chosen` by how the text went on.
+    An objective of one-to-one rows is no first choice even where the texts are cut alike everywhere: it is the
+    student's own texts that are compared, and nobody has seen these yet.
     """
     works = [one.name for one in objectives if one.outcome == "works"]
-    alike = unlike <= SMALL and not chosen
-    across = ["strict", "covering"] if alike else ["covering", "byte", "span"]
-    return next((name for name in ["jsd"] * same + across + works if name in works), None)
+    first = ["jsd"] if same else ["covering", "byte", "span"]
+    return next((name for name in first + works if name in works), None)
 
 
 def chosen_by_outcome(critical: Sequence[Critical]) -> list[Critical]:
     """The classes of text whose rows objectives of one-to-one pairs compare or not by how the text goes on."""
     return [one for one in critical if one.cuts >= FEW_CUTS and abs(one.ends - one.goes_on) > SELECTED]
-
-
-def unlike_share(agreement: Agreement, critical: Sequence[Critical]) -> float:
-    """The larger share of bytes in no one-to-one token: of all text, or of what carries more meaning than its size."""
-    total = sum(one.num_bytes for one in critical)
-    dense = sum(one.cut_unlike * one.num_bytes for one in critical) / total if total else 0.0
-    return max(agreement.bytes_cut_unlike, dense)
 
 
 def verdict(
@@ -101,8 +90,7 @@ def verdict(
             f"Only {coverage:.0%} of the student's tokens can be aligned; training stops itself below "
             f"{min_coverage:.0%} (min_coverage). Choose a teacher whose tokenizer keeps the text as it is."
         )
-    unlike = unlike_share(agreement, critical)
-    name = choose(same, unlike, objectives, chosen_by_outcome(critical))
+    name = choose(same, objectives)
     if name is None:
         stops.append("No objective finds anything to compare.")
     return Verdict(
