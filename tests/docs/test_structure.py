@@ -88,3 +88,21 @@ def test_files_and_functions_stay_readable() -> None:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 assert (node.end_lineno or 0) - node.lineno <= 120, (path.name, node.name)
+
+
+def names_of_things(tree: ast.AST) -> list[str]:
+    """Of all variables, parameters, attributes, functions and classes of a file, without their outer underscores."""
+    kinds = {ast.Name: "id", ast.arg: "arg", ast.keyword: "arg", ast.Attribute: "attr"}
+    kinds |= dict.fromkeys((ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef), "name")
+    return [(getattr(node, kinds[type(node)]) or "").strip("_") for node in ast.walk(tree) if type(node) in kinds]
+
+
+def test_names_say_what_a_thing_is_and_not_how_it_came_about() -> None:
+    """Whoever reads `found` in the middle of a function has to look up what it holds."""
+    participles = {"found", "told", "asked", "given", "kept", "said"}
+    own = [path for folder in ("benchmarks", "demo") for path in sorted((ROOT / folder).rglob("*.py"))]
+    for path in [*SOURCES, *own]:
+        used = participles.intersection(names_of_things(ast.parse(path.read_text(encoding="utf-8"))))
+        assert not used, (path.name, used)
+    example = "def asked(given, *, _kept=0):\n    told.found = f(said=1)"
+    assert participles <= set(names_of_things(ast.parse(example)))
