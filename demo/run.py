@@ -2,7 +2,7 @@
 
     python demo/run.py                    # GKD, Gemma-3-270M -> SmolLM2-135M, a few minutes on 2 cores
     python demo/run.py --trainer minillm
-    python demo/run.py --pair instruct    # Qwen2.5-Coder-1.5B-Instruct -> SmolLM2-135M-Instruct, up to 90 minutes
+    python demo/run.py --pair instruct    # Qwen2.5-Coder-0.5B-Instruct -> SmolLM2-135M-Instruct, about 50 minutes
 
 Everything here is the public interface: what this script does, yours can do.
 """
@@ -59,12 +59,12 @@ PAIRS = {
     ),
     "instruct": Recipe(
         student="smollm2-135m-instruct",
-        teacher="qwen2.5-coder-1.5b-instruct",
-        max_steps={"gkd": 40, "minillm": 40},
+        teacher="qwen2.5-coder-0.5b-instruct",
+        max_steps={"gkd": 18, "minillm": 18},
         batch=16,
         max_completion_length=96,
         learning_rate=5e-5,
-        eval_prompts=32,
+        eval_prompts=24,
     ),
 }
 
