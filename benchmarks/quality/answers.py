@@ -10,32 +10,19 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from assets import MODELS, fetch_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from diglot.data import to_sample
+from diglot.rendering import Renderer
+from diglot.rollouts import TransformersSampler
+
+from .models_bench import replies
 from .tasks import TASKS, items
-
-
-@torch.no_grad()
-def replies(model: Any, tokenizer: Any, prompts: Sequence[list[dict[str, str]]], length: int, batch: int) -> list[str]:
-    """The likeliest reply to each conversation, cut at `length` tokens."""
-    tokenizer.padding_side = "left"
-    written: list[str] = []
-    for start in range(0, len(prompts), batch):
-        texts = [
-            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            for prompt in prompts[start : start + batch]
-        ]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-        ids = model.generate(**inputs, do_sample=False, max_new_tokens=length, pad_token_id=tokenizer.pad_token_id)
-        written += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return written
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -50,11 +37,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     transformers_logging.disable_progress_bar()
     questions = items(options.task, "test")[: options.questions]
+    conversations = [to_sample(one.row, where=f"question {i}").conversation for i, one in enumerate(questions)]
     for name in options.models:
         folder = str(fetch_model(name)) if name in MODELS else name
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        prompts = [one.row["prompt"] for one in questions]
-        texts = replies(model, AutoTokenizer.from_pretrained(folder), prompts, options.max_new_tokens, options.batch)
+        renderer = Renderer.of_model(model, AutoTokenizer.from_pretrained(folder), name="student")
+        greedy = TransformersSampler(renderer.stop_ids, renderer.stop_id, top_k=1)
+        texts = replies(model, renderer, greedy, conversations, options.max_new_tokens, options.batch, 0)
         right = sum(one.grade(text) for one, text in zip(questions, texts, strict=True) if one.grade is not None)
         share = right / len(questions)
         error = math.sqrt(share * (1 - share) / len(questions))

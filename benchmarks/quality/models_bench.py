@@ -24,7 +24,7 @@ from diglot.evaluation.battery import Side
 from diglot.evaluation.rows import row_facts, sample_of, sample_sums
 from diglot.heads import evaluating, last_hidden
 from diglot.objectives import Pair
-from diglot.rendering import Renderer
+from diglot.rendering import Conversation, Renderer
 from diglot.rollouts import TransformersSampler
 from diglot.teachers import LocalTeacher
 
@@ -176,17 +176,15 @@ class ModelsBench:
         held = self._held(split)
         greedy = dict(top_k=1) if self.samples == 1 else {}
         sampler = TransformersSampler(side.renderer.stop_ids, side.renderer.stop_id, **greedy)
-        prompts = [side.renderer.prompt_ids(sample.conversation) for sample in self._samples(split)]
+        conversations = [sample.conversation for sample in self._samples(split)]
         right = np.zeros(len(held))
         for turn in range(self.samples):
-            for start in range(0, len(held), self.batch):
-                part = prompts[start : start + self.batch]
-                written = sampler(side.model, part, max_new_tokens=self.answer_length, seed=5000 + 97 * turn + start)
-                for i, ids in enumerate(written, start):
-                    text = side.renderer.vocabulary.bytes_of(_unstopped(ids, side.renderer.stop_ids))
-                    grade = held[i].grade
-                    assert grade is not None
-                    right[i] += grade(text.decode("utf-8", "replace"))
+            seed = 5000 + 97 * turn
+            texts = replies(side.model, side.renderer, sampler, conversations, self.answer_length, self.batch, seed)
+            for i, text in enumerate(texts):
+                grade = held[i].grade
+                assert grade is not None
+                right[i] += grade(text)
         return Measure.of(right, float(self.samples), "share")
 
     def _evaluator(self, side: Side, other: Side) -> Evaluator:
@@ -264,6 +262,25 @@ class ModelsBench:
                 beside.replace(path)
             texts += json.loads(path.read_text(encoding="utf-8"))
         return texts
+
+
+def replies(
+    model: PreTrainedModel,
+    renderer: Renderer,
+    sampler: TransformersSampler,
+    conversations: Sequence[Conversation],
+    length: int,
+    batch: int,
+    seed: int,
+) -> list[str]:
+    """What a model writes to each conversation, in `length` tokens at most, without its stop."""
+    prompts = [renderer.prompt_ids(one) for one in conversations]
+    texts: list[str] = []
+    for start in range(0, len(prompts), batch):
+        written = sampler(model, prompts[start : start + batch], max_new_tokens=length, seed=seed + start)
+        own = [renderer.vocabulary.bytes_of(_unstopped(ids, renderer.stop_ids)) for ids in written]
+        texts += [text.decode("utf-8", "replace") for text in own]
+    return texts
 
 
 def _unstopped(ids: np.ndarray, stops: Sequence[int]) -> np.ndarray:

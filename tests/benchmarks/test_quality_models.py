@@ -25,6 +25,10 @@ from quality.runner import Plan, run_all  # noqa: E402
 from quality.table import show  # noqa: E402
 from quality.training import train  # noqa: E402
 
+from diglot.data import to_sample  # noqa: E402
+from diglot.rendering import Renderer  # noqa: E402
+from diglot.rollouts import TransformersSampler  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,10 +153,12 @@ def test_replies_of_a_batch_are_those_of_each_prompt_alone_and_right_ones_are_co
     models: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(models["student"])
-    tokenizer = AutoTokenizer.from_pretrained(models["student"])
-    prompts = [[{"role": "user", "content": text}] for text in ("a", "a much longer question", "b c")]
-    alone = [text for prompt in prompts for text in answers.replies(model, tokenizer, [prompt], 6, 1)]
-    assert answers.replies(model, tokenizer, prompts, 6, 3) == alone and len(set(alone)) > 1
+    renderer = Renderer.of_model(model, AutoTokenizer.from_pretrained(models["student"]), name="student")
+    greedy = TransformersSampler(renderer.stop_ids, renderer.stop_id, top_k=1)
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("a", "a much longer question", "b c")]
+    prompts = [to_sample(row, where="row").conversation for row in rows]
+    alone = [text for one in prompts for text in answers.replies(model, renderer, greedy, [one], 6, 1, 0)]
+    assert answers.replies(model, renderer, greedy, prompts, 6, 3, 0) == alone and len(set(alone)) > 1
 
     first, second, *_ = tasks.items("gsm8k", "test")
     (wanted,) = [part["content"] for part in first.row["completion"]]

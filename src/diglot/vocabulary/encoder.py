@@ -126,10 +126,7 @@ class ByteEncoder:
         """The bytes that each token of a text stands for, and if all of them, one after the other, are the text."""
         pieces = self.vocabulary.pieces(ids)
         is_text = all(pieces)  # control tokens have no bytes
-        if pieces and self.vocabulary.leading_space and not source[:1].isspace():
-            pieces[0] = pieces[0].removeprefix(b" ")
-        if pieces and self.vocabulary.trailing_space and not source[-1:].isspace():
-            pieces[-1] = pieces[-1].removesuffix(b" ")
+        pieces = self.vocabulary.at_edges(pieces, source)
         return pieces, is_text and b"".join(pieces) == source
 
 

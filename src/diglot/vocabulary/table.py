@@ -130,14 +130,20 @@ class Vocabulary:
 
     def bytes_of(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
         """The bytes of `ids`, one after the other. Raises `VocabularyError` for an id outside [0, V)."""
-        return b"".join(self.token(int(i)) for i in ids)
+        return b"".join(self.pieces([int(i) for i in ids]))
+
+    def at_edges(self, pieces: list[bytes], text: bytes) -> list[bytes]:
+        """The pieces of a whole text as they stand in it: a first or last space that the text lacks is left out."""
+        pieces = list(pieces)
+        if pieces and self.leading_space and not text[:1].isspace():
+            pieces[0] = pieces[0].removeprefix(b" ")
+        if pieces and self.trailing_space and not text[-1:].isspace():
+            pieces[-1] = pieces[-1].removesuffix(b" ")
+        return pieces
 
     def ends_in(self, text: bytes, ids: Sequence[int]) -> Ints:
         """The byte of `text` at which each of the tokens that it is written with (`ByteEncoder.spell`) ends, `[n]`."""
-        ends = np.cumsum(self.lengths[np.asarray(ids, dtype=np.int64)])
-        if self.leading_space and len(ids) and self.token(ids[0])[:1] == b" " and not text[:1].isspace():
-            ends -= 1
-        return np.minimum(ends, len(text))
+        return np.cumsum(list(map(len, self.at_edges(self.pieces(ids), text))), dtype=np.int64)
 
     def display(self, token_id: int) -> str:
         """A token for people: its text, hex digits for bytes that are no text, the name of a control token."""
