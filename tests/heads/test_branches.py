@@ -109,6 +109,34 @@ def test_branches_cost_their_own_tokens_however_they_are_spread_over_the_texts()
     assert text == IDS.numel() and behind <= 12
 
 
+def test_many_branches_of_a_long_text_are_read_in_passes_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask over all of them at once grows with their square: two gigabytes for a text of thirty thousand tokens."""
+    monkeypatch.setattr(module, "_MASK", 48)  # 8 tokens of branches beside a text of 6
+    monkeypatch.setattr(module, "_LONGEST", 4)
+    model, seen = models()["llama"], list[tuple[int, ...]]()
+    depth = np.array([0, 1, 0, 0, 1, 2, 0, 1] * 4)
+    after = np.array([0, 0, 2, 3, 3, 3, 8, 8] * 4)
+    many = Branches(np.arange(32) % 40, after, depth)
+    model.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    with torch.no_grad():
+        TreeReading(model, IDS, MASK, ROWS).first(many)
+        seen.clear()
+        _, branches = TreeReading(model, IDS, MASK, ROWS).first(many)
+        passes = seen[1:]
+        torch.testing.assert_close(branches, alone(model, many), rtol=1e-4, atol=1e-5)
+    assert len(passes) == 4 and all(rows * columns <= 12 and columns <= 4 for rows, columns in passes)
+
+
+def test_ten_thousand_branches_of_one_text_are_packed_without_gaps() -> None:
+    """Each row was tried for each branch: twelve seconds for these."""
+    length = np.array([1, 3, 1, 2, 5] * 2000)
+    row, column = module._packed(np.zeros(length.sum(), dtype=int), np.repeat(np.arange(10000), length), 30000)
+    assert (row.max() + 1) * (column.max() + 1) <= 1.1 * length.sum()
+    assert len(np.unique(row * (column.max() + 1) + column)) == length.sum() and column.max() < module._LONGEST
+
+
 def test_a_batch_without_branches_is_the_plain_pass() -> None:
     model, none = models()["llama"], np.zeros(0, dtype=np.int64)
     with torch.no_grad():

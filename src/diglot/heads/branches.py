@@ -11,7 +11,9 @@ Shapes: `B` rows, `T` their length, `N` chosen places, `E` tokens of all branche
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,6 +28,8 @@ from diglot.heads.hidden import cache_argument, is_compiled, last_hidden, unwrap
 
 logger = logging.getLogger(__name__)
 _known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # does the model take a mask of trees?
+_MASK = 2**26  # a pass' mask has about as many places, each a byte or, in some kernels, a number
+_LONGEST = 2048  # tokens of branches in a row of a pass: each is compared with all before it
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class TreeReading:
     def more(self, branches: Branches) -> Tensor:
         """Behind every token of other branches, `[E, H]`; only these tokens are read."""
         if self._trees and _no_window(self.model, self.input_ids, branches):
-            return self._behind(branches)
+            return torch.cat([self._behind(some) for some in _passes(branches, self.input_ids.shape[1])])
         return _one_by_one(self.model, self.input_ids, branches)
 
     def _text(self) -> Tensor:
@@ -118,6 +122,16 @@ class _TextLayer(DynamicLayer):
         return torch.cat([keys[texts], key_states], dim=-2), torch.cat([values[texts], value_states], dim=-2)
 
 
+def _passes(branches: Branches, width: int) -> Iterator[Branches]:
+    """Branches in groups of which one pass stays small: its mask has a place for each token of the text, for each of
+    the branches' tokens."""
+    first = np.flatnonzero(branches.depth == 0)
+    group = first // max(_MASK // width, 1)
+    ends = np.append(first[np.flatnonzero(np.diff(group)) + 1], len(branches))
+    for low, high in pairwise([0, *ends.tolist()]):
+        yield Branches(branches.ids[low:high], branches.after[low:high], branches.depth[low:high])
+
+
 def _packed(text: Ints, branch: Ints, width: int) -> tuple[Ints, Ints]:
     """Row and column of each token, `[E]`, of a pass over branches of texts that are `width` long.
 
@@ -126,7 +140,8 @@ def _packed(text: Ints, branch: Ints, width: int) -> tuple[Ints, Ints]:
     """
     first = np.flatnonzero(np.diff(branch, prepend=-1))
     length = np.diff(first, append=len(branch))
-    sizes = np.unique(np.linspace(length.max(), np.bincount(text[first], weights=length).max(), 8).astype(np.int64))
+    longest = min(int(np.bincount(text[first], weights=length).max()), max(_LONGEST, int(length.max())))
+    sizes = np.unique(np.linspace(length.max(), longest, 8).astype(np.int64))
     rows = [_rows_of(text[first], length, int(size)) for size in sizes]
     cost = [(int(row.max()) + 1) * (int((column + length).max()) + width / 64) for row, column in rows]
     row, column = rows[int(np.argmin(cost))]
@@ -134,19 +149,20 @@ def _packed(text: Ints, branch: Ints, width: int) -> tuple[Ints, Ints]:
 
 
 def _rows_of(text: Ints, length: Ints, size: int) -> tuple[Ints, Ints]:
-    """The row of each branch and where it begins in it: the longest first, each in the first row where it fits."""
+    """The row of each branch and where it begins in it: those of a text one after another, in rows of at most `size`
+    tokens."""
+    order = np.argsort(text, kind="stable")
+    ends = np.cumsum(length[order])
+    last_of_text = np.append(np.flatnonzero(np.diff(text[order])), len(order) - 1)
+    begins: list[int] = []  # the first branch of each row
+    for low, high in pairwise([0, *(last_of_text + 1).tolist()]):
+        while low < high:
+            begins.append(low)
+            low = min(int(np.searchsorted(ends, ends[low] - length[order[low]] + size, side="right")), high)
     row, column = np.zeros_like(length), np.zeros_like(length)
-    used: list[int] = []
-    of_text: dict[int, list[int]] = {}
-    for i in np.argsort(-length, kind="stable"):
-        own = of_text.setdefault(int(text[i]), [])
-        chosen = next((r for r in own if used[r] + length[i] <= size), None)
-        if chosen is None:
-            chosen = len(used)
-            used.append(0)
-            own.append(chosen)
-        row[i], column[i] = chosen, used[chosen]
-        used[chosen] += int(length[i])
+    starts = ends - length[order]
+    row[order] = np.repeat(np.arange(len(begins)), np.diff(begins, append=len(order)))
+    column[order] = starts - np.repeat(starts[begins], np.diff(begins, append=len(order)))
     return row, column
 
 
