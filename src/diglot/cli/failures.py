@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -63,7 +64,8 @@ def explain(error: BaseException) -> tuple[str, int]:
 def ending_on_ctrl_c() -> Iterator[None]:
     """Ctrl-C ends a command inside, also where its exception is lost.
 
-    Python drops those that are raised while an object is deleted or another library's callback runs.
+    Python drops those that are raised while an object is deleted or another library's callback runs, and prints them
+    with their traceback, which says nothing to anybody here.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -76,11 +78,17 @@ def ending_on_ctrl_c() -> Iterator[None]:
         timers[-1].start()
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    def drop(lost: sys.UnraisableHookArgs) -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            print_dropped(lost)
+
+    before, print_dropped = signal.signal(signal.SIGINT, interrupt), sys.unraisablehook
+    sys.unraisablehook = drop
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = print_dropped
         for timer in timers:
             timer.cancel()
 
