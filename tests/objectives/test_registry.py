@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -36,3 +38,22 @@ def test_a_misspelt_option_is_answered_with_the_nearest() -> None:
 
 def test_levels_are_ordered_by_what_they_give() -> None:
     assert Level.TEXT_LOGPROBS < Level.TOP_K < Level.CHOSEN < Level.HIDDEN
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("strict", {"residual": "no"}, "In objective 'strict', residual='no' is not allowed: it must be true or false"),
+        ("strict", {"top_k": 1.5}, "top_k=1.5 is not allowed: it must be a whole number or none"),
+        ("strict", {"beta": True}, "beta=True is not allowed: it must be a finite number"),
+        ("strict", {"beta": None}, "beta=None is not allowed"),
+        ("alm", {"tau": float("nan")}, "tau=nan is not allowed: it must be a finite number or none"),
+        ("alm", {"threshold": "1e-3"}, "threshold='1e-3' is not allowed.*YAML reads 1e-4 as text: write 1.0e-4"),
+        ("span", {"gamma": 1.5}, "gamma=1.5 is out of range"),
+        ("span", {"epsilon": 0}, "epsilon=0 would leave no gradient"),
+        ("span", {"reward_clip": -1.0}, "reward_clip=-1.0 would leave no gradient"),
+    ],
+)
+def test_a_value_that_an_option_cannot_have_is_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_objective(name, PAIR, **options)

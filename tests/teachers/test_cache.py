@@ -121,8 +121,7 @@ def test_prompts_that_are_read_once_keep_their_bits(tmp_path: Path) -> None:
 
 
 def test_samples_are_not_kept(tmp_path: Path) -> None:
-    runs(tmp_path / "a", tmp_path / "cache", lmbda=1.0)
-    runs(tmp_path / "b", tmp_path / "cache", lmbda=0.0, seq_kd=True)
+    runs(tmp_path / "a", tmp_path / "cache", lmbda=0.999)  # no step of these draws the data
     assert not files(tmp_path / "cache")
 
 

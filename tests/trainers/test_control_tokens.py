@@ -12,9 +12,11 @@ from support import tiny
 from support.scored import pair as scored_pair
 from torch import Tensor
 
+from diglot.batches import PairReader
 from diglot.objectives import Pair
 from diglot.objectives.masses import no_text
 from diglot.objectives.strict import strict_divergence
+from diglot.rendering import Conversation, Renderer
 
 ROWS_THAT_SEE_THEM: tuple[Any, ...] = (
     "covering",
@@ -95,3 +97,15 @@ def test_a_side_without_anything_beside_the_chosen_tokens_makes_no_loss_infinite
     loss = strict_divergence(student, teacher, pair, top_k=None, beta=beta, residual=True, silent=silent).loss
     loss.sum().backward()
     assert torch.isfinite(loss).all() and student.grad is not None and torch.isfinite(student.grad).all()
+
+
+def test_ids_that_only_pad_the_students_embedding_are_read_like_control_tokens() -> None:
+    """They have no name: one that stands first, or two in a row, leave no empty text between them on one side."""
+    student = Renderer(zoo.chatml(), name="student", num_embeddings=len(zoo.chatml()) + 2)
+    teacher = Renderer(zoo.inst(), name="teacher")
+    reader, padding = PairReader(student, teacher, same_vocabulary=False), len(zoo.chatml())
+    hello, there = (zoo.chatml()(text, add_special_tokens=False).input_ids for text in ("hello", " there"))
+    written = [padding, *hello, padding, padding + 1, *there, padding, student.stop_id]
+    pair = reader.sampled(Conversation(({"role": "user", "content": "Say hello."},)), written)
+    assert pair is not None
+    assert pair.student.segment_bytes == pair.teacher.segment_bytes == (b"hello", b" there", b"")

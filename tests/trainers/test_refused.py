@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import support.tokenizers_zoo as zoo
+import torch
 from datasets import Dataset, IterableDataset
 from support import tiny
 
@@ -14,6 +15,7 @@ from diglot.errors import ConfigError, DataError
 from diglot.objectives.scores import Path as TextPath
 from diglot.objectives.span import Span
 from diglot.options import GKDConfig, MiniLLMConfig
+from diglot.trainers import GKDTrainer
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,14 @@ from diglot.options import GKDConfig, MiniLLMConfig
         ({"prediction_loss_only": True}, "prediction_loss_only=True.*Leave it at False"),
         ({"eval_do_concat_batches": False}, "eval_do_concat_batches=False.*Leave it at True"),
         ({"seq_kd": True, "lmbda": 1.0}, "seq_kd=True.*lmbda=1.0 leaves none"),
+        ({"bf16_full_eval": True}, "bf16_full_eval=True.*Leave it at False"),
+        ({"temperature": 0.5, "lmbda": 0}, "temperature=0.5.*with lmbda=0 all texts are the data's"),
+        ({"use_vllm": True, "lmbda": 0, "seq_kd": True}, "use_vllm=True.*with lmbda=0 all texts are the teacher's"),
+        ({"teacher_cache_dir": "kept", "lmbda": 1}, "teacher_cache_dir='kept'.*lmbda=1 with seq_kd=False leaves no"),
+        ({"teacher_cache_dir": "kept", "seq_kd": True}, "teacher_cache_dir='kept'.*seq_kd=True leaves no step"),
+        ({"seq_kd": "no"}, "seq_kd='no' is not allowed: it must be true or false"),
+        ({"num_generations": 1.5}, "num_generations=1.5 is not allowed: it must be a whole number"),
+        ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps=1.5 .*a whole number, 1 or more"),
     ],
 )
 def test_options_that_would_do_nothing_or_stop_a_run_late_are_refused(
@@ -33,6 +43,103 @@ def test_options_that_would_do_nothing_or_stop_a_run_late_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         GKDConfig(output_dir=str(tmp_path), **options)
+
+
+OBJECTIVES: list[tuple[Any, str]] = [
+    ([{"name": "strict", "weight": -1}], "weight of objective 'strict' is -1: give a number, 0 or more"),
+    ([{"name": "strict", "weight": "much"}], "weight of objective 'strict' is 'much'"),
+    ([{"name": "strict", "weight": float("nan")}], "weight of objective 'strict' is nan"),
+    ([{"name": "strict", "weight": 0}], "All weights of objective 'strict' are 0"),
+    (None, "objective entry None is neither a name nor a mapping"),
+    ([["strict", 1.0]], r"objective entry \['strict', 1.0\] is neither"),
+    (len, "objective entry <built-in function len> is neither.*package.module:Class"),
+]
+
+
+@pytest.mark.parametrize(("objective", "message"), OBJECTIVES)
+def test_an_objective_without_a_meaning_is_refused(objective: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), objective=objective)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rkl_advantage": False, "gamma": 0.5}, "gamma=0.5 has no part in objective 'single_step'"),
+        ({"rkl_advantage": False, "reward_clip": 9.0}, "reward_clip=9.0 has no part"),
+        ({"lm_coef": 0.5}, "lm_coef=0.5 weighs a loss on texts to imitate, and there are none"),
+        ({"objective": [{"name": "auto", "beta": 0.0}]}, "'auto' of MiniLLM takes a weight alone, not beta"),
+        ({"reference_model_name_or_path": "before"}, "reference_model_name_or_path='before' has no part"),
+    ],
+)
+def test_minillm_refuses_options_that_no_term_uses(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"teacher_model_init_kwargs": {"dtype": "float32"}},
+            "how to load the teacher's model, and a LlamaForCausalLM",
+        ),
+        ({"teacher_tokenizer_name_or_path": "other"}, "='other' says how to load the teacher's tokenizer"),
+        ({"teacher_tokenizer_kwargs": {"use_fast": True}}, "how to load the teacher's tokenizer"),
+        ({"teacher_model_revision": "main"}, "teacher_model_revision='main' says how to load the teacher"),
+    ],
+)
+def test_how_to_load_what_is_loaded_already_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), **options)
+
+
+def test_the_options_of_the_other_trainer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="args is a MiniLLMConfig, and this trainer's options are a GKDConfig"):
+        GKDTrainer("student", "teacher", MiniLLMConfig(output_dir=str(tmp_path)))  # type: ignore[arg-type]
+
+
+def _adapter() -> dict[str, Any]:
+    return {"peft_config": pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj"])}
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_teacher_with_the_students_weights_is_refused(adapter: bool, tmp_path: Path) -> None:
+    """Below an adapter it would follow the student, with a loss of zero in every step."""
+    model = tiny.tiny_model(zoo.chatml())
+    with pytest.raises(ConfigError, match=r"shares weights with the student's.*'self' as the teacher"):
+        keywords = _adapter() if adapter else {}
+        tiny.gkd(tmp_path, zoo.chatml(), zoo.chatml(), models=(model, model), keywords=keywords)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_student_without_trainable_weights_is_refused(tmp_path: Path) -> None:
+    models = tiny.tiny_model(zoo.chatml()).requires_grad_(False), tiny.tiny_model(zoo.inst(), 1)
+    with pytest.raises(ConfigError, match="No weight of the student is trainable"):
+        tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), models=models)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_weights_without_values_are_refused(side: str, tmp_path: Path) -> None:
+    models = {"student": tiny.tiny_model(zoo.chatml()), "teacher": tiny.tiny_model(zoo.inst(), 1)}
+    models[side].to("meta")
+    with pytest.raises(ConfigError, match=f"weights of the {side} are on the device 'meta'"):
+        tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), models=(models["student"], models["teacher"]))
+
+
+def test_weights_that_are_no_numbers_are_named_as_such(tmp_path: Path) -> None:
+    student, teacher = tiny.tiny_model(zoo.chatml()), tiny.tiny_model(zoo.inst(), 1)
+    with torch.no_grad():
+        teacher.lm_head.weight[5] = torch.nan
+    with pytest.raises(ConfigError, match=r"gives logits that are no finite numbers.*NaN or infinite"):
+        tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), models=(student, teacher))
+
+
+def test_minillm_says_that_noise_of_embeddings_is_in_its_ratios(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), neftune_noise_alpha=5.0)
+    assert "neftune_noise_alpha=5.0 adds noise" in caplog.text
 
 
 def test_metrics_of_predictions_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:

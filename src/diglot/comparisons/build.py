@@ -107,6 +107,7 @@ def _compare(
     frozen: Teacher | None = connect_teacher(options, tokenizer, args) or scored_teacher(options, tokenizer, args)
     if frozen is None:
         frozen = _local_teacher(options, tokenizer, args, student, renderer)
+    _check_loaded(options, tokenizer)
     mine, theirs = renderer, frozen.renderer
     with phase("Comparing the vocabularies"):
         pair = Pair.of_renderers(mine, theirs)
@@ -132,6 +133,50 @@ def _compare(
     )
 
 
+def _check_loaded(options: TeacherOptions, tokenizer: Tokenizer | None) -> None:
+    """Raise `ConfigError` for options that say how to load a model or a tokenizer that is loaded already."""
+    model = None if isinstance(options.name, str) else options.name
+    held = [
+        ("teacher_model_init_kwargs", options.init_kwargs, "teacher's model", model),
+        ("teacher_tokenizer_kwargs", options.tokenizer_kwargs, "teacher's tokenizer", tokenizer),
+        *(
+            [
+                ("teacher_tokenizer_name_or_path", options.tokenizer, "teacher's tokenizer", tokenizer),
+                ("teacher_model_revision", options.revision, "teacher", tokenizer),
+            ]
+            if model is not None
+            else []
+        ),
+    ]
+    for option, value, what, loaded in held:
+        if value and loaded is not None:
+            raise ConfigError(
+                f"{option}={value!r} says how to load the {what}, and a {type(loaded).__name__} was passed. Drop one "
+                "of them."
+            )
+
+
+def _check_weights(student: PreTrainedModel, teacher: torch.nn.Module) -> None:
+    """Raise `ConfigError` for a teacher with weights of the student's, and for a model whose weights are nowhere.
+
+    A teacher is frozen, which would freeze the student too; below an adapter it would follow the student, at a loss of
+    zero all the time.
+    """
+    own = {id(p) for p in student.parameters()}
+    if any(id(p) in own for p in teacher.parameters()):
+        raise ConfigError(
+            "The teacher's model shares weights with the student's: it would be frozen, or trained, with it. Pass a "
+            f"model of its own (copy.deepcopy), or {OWN_BASE!r} as the teacher of a student with an adapter."
+        )
+    for side, model in (("student", student), ("teacher", teacher)):
+        nowhere = [name for name, p in model.named_parameters() if p.is_meta]
+        if nowhere and not hasattr(model, "hf_device_map"):  # weights that Accelerate fetches when they are needed
+            raise ConfigError(
+                f"{len(nowhere)} weights of the {side} are on the device 'meta' ({nowhere[0]}), where they have no "
+                "values. Load it with from_pretrained, outside of torch.device('meta') and init_empty_weights."
+            )
+
+
 def _local_teacher(
     options: TeacherOptions, tokenizer: Any, args: DistillationConfig, student: PreTrainedModel, renderer: Renderer
 ) -> LocalTeacher:
@@ -144,6 +189,7 @@ def _local_teacher(
         own = _renderer(student, tokenizer or renderer.tokenizer, kwargs, args, "teacher")
         return AdapterOff(student, own, options.max_length)
     model = _load(options.name, options, args) if options.name is None or name else options.name
+    _check_weights(student, model)
     if tokenizer is None:
         place, init = split_gguf(name, options.init_kwargs or {}) if name else (None, {})
         tokenizer = find_teacher_tokenizer(

@@ -45,7 +45,8 @@ def to_train(student: PreTrainedModel, peft_config: Any | None, args: Distillati
 
 
 def check_trainable(student: nn.Module, args: DistillationConfig, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise `ConfigError` for prompt learning, and for trainable weights of 16 bits without an optimizer for them.
+    """Raise `ConfigError` for prompt learning, a student without trainable weights, and trainable weights of 16 bits
+    without an optimizer for them.
 
     Learned prompts (prompt tuning, P-tuning, prefix tuning) put positions before the text, and PEFT then leaves
     position ids out: rows would be compared with the wrong ones.
@@ -61,6 +62,11 @@ def check_trainable(student: nn.Module, args: DistillationConfig, optimizer: tor
         raise ConfigError(
             f"The student's adapter is {learned[0]}, which puts learned positions before the text, so that its rows "
             "are not those of the tokens. Use an adapter of weights, such as LoRA."
+        )
+    if not any(p.requires_grad for p in student.parameters()):
+        raise ConfigError(
+            "No weight of the student is trainable (requires_grad is False everywhere), so nothing would be learned. "
+            "Unfreeze some of them, or pass peft_config."
         )
     short = {n: p.dtype for n, p in student.named_parameters() if p.requires_grad and p.dtype in _SHORT}
     if not short or args.deepspeed or _makes_up_for_rounding(args, optimizer):  # DeepSpeed keeps a float32 copy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
@@ -30,12 +31,24 @@ class Term:
 
 
 def entries_of(requested: Any) -> list[dict[str, Any]]:
-    """What `objective` asks for as a list of `{name, weight, options}`. `ConfigError` for one without a name."""
+    """What `objective` asks for as a list of `{name, weight, options}`.
+
+    Raises:
+        ConfigError: an entry without a name, or a weight that is no number, or below 0: it would push away.
+    """
     entries: list[dict[str, Any]] = []
     for one in requested if isinstance(requested, (list, tuple)) else [requested]:
+        if not isinstance(one, (str, Mapping)):
+            raise ConfigError(
+                f"objective entry {one!r} is neither a name nor a mapping such as {{name: strict, weight: 1.0}}. "
+                "A class of your own is named by its place, package.module:Class."
+            )
         entry = {"name": one} if isinstance(one, str) else dict(one)
         if not isinstance(entry.get("name"), str):
             raise ConfigError(f"objective entry {one!r} has no name. Write {{name: strict, weight: 1.0}}.")
+        weight = entry.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise ConfigError(f"The weight of objective {entry['name']!r} is {weight!r}: give a number, 0 or more.")
         entries.append(entry)
     if not entries:
         raise ConfigError("objective is an empty list: there would be no loss. Name at least one objective.")
@@ -76,14 +89,24 @@ def check_options(args: DistillationConfig, terms: Sequence[Term]) -> None:
 
     Warns of a cross-entropy of texts that the student has written itself.
     """
+    if not any(term.weight for term in terms):
+        names = ", ".join(repr(term.name) for term in terms)
+        raise ConfigError(f"All weights of objective {names} are 0: there would be no loss. Raise one of them.")
     own = float(getattr(args, "lmbda", 1.0))  # MiniLLM's student writes in every step
     if own and any(term.objective.name == "ce" and term.weight and not term.built_in for term in terms):
         logger.warning(
             "Objective 'ce' imitates the text, and in %.0f%% of the steps that is the student's own sample: its "
-            "expected gradient is then zero, or sharpens what the student does already. Set lmbda=0, or drop it.",
+            "expected gradient is then zero, or sharpens what the student does already. %s.",
             100 * own,
+            "Set lmbda=0, or drop it" if hasattr(args, "lmbda") else "Drop it, or give such texts as lm_dataset",
         )
+    references, rewards = (
+        any(term.objective.reads_references for term in terms),
+        any(term.built_in and term.name == "policy_gradient" for term in terms),
+    )
     used = {
+        **dict.fromkeys(("reference_model_name_or_path", "reference_teacher_model_name_or_path"), references),
+        **dict.fromkeys(("gamma", "length_normalization", "whiten_advantages", "reward_clip", "epsilon"), rewards),
         "beta": any(hasattr(term.objective, "beta") for term in terms),
         "strict_top_k": any(term.objective.name == "strict" for term in terms),
         "kd_temperature": any(term.objective.at_temperature for term in terms),

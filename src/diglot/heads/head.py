@@ -174,6 +174,11 @@ class Head:
         rounding = max(torch.finfo(hidden.dtype).eps, torch.finfo(own.dtype).eps)
         tolerance = 8 * rounding * float(own.abs().max())
         difference = float((logits - own.to(logits)).abs().max()) if logits.shape == own.shape else float("inf")
+        if not bool(torch.isfinite(own).all()):
+            raise ConfigError(
+                f"{self.name} gives logits that are no finite numbers, on its own first tokens: weights of it are NaN "
+                "or infinite, or too large for their number type. Look at its file, or load it in float32."
+            )
         if not difference <= tolerance:
             raise ConfigError(
                 f"The head of {self.name} gives logits {tuple(logits.shape)} (scale {self.scale}, soft cap "

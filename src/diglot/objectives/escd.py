@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diglot.arrays import Ints
 from diglot.batches import Written
+from diglot.errors import ConfigError
 from diglot.objectives.base import at_least_float32
 from diglot.objectives.bpm import BPM
 from diglot.objectives.masses import log_mass, ragged
@@ -48,6 +49,8 @@ class ESCD(BPM):
         stop: bool = True,
     ) -> None:
         super().__init__(pair, beta=beta, first_token=first_token, skip_blank=skip_blank, stop=stop)
+        if not child_weight >= 0:
+            raise ConfigError(f"child_weight={child_weight} is negative: choose 0 (root rows alone) or more.")
         self.child_weight = child_weight
         tables = pair.need_tables(self.name)
         groups = completion_groups(tables.teacher, tables.student, self._greedy)

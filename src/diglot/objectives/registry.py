@@ -29,6 +29,7 @@ from diglot.objectives.strict import Strict
 from diglot.objectives.top_k import TopK
 from diglot.objectives.uld import ULD
 from diglot.objectives.xtoken import XTokenH, XTokenP
+from diglot.values import check_kind
 
 _CLASSES: tuple[type[Objective], ...] = (
     Covering, BPM, ByteDistribution, DSKD, ESCD, SharedPrefix, JSD, Strict, TopK, SequenceKL, Span, ALM, SimCT,
@@ -56,12 +57,19 @@ def options_of(name: str) -> list[str]:
 
 
 def make_objective(name: str, pair: Pair, **options: Any) -> Objective:
-    """The objective called `name` for a pair of vocabularies. `ConfigError` for an unknown name or option."""
+    """The objective called `name` for a pair of vocabularies.
+
+    Raises:
+        ConfigError: an unknown name or option, or a value of another kind than its annotation in the constructor.
+    """
     cls, known = objective_class(name), options_of(name)
-    for option in options:
+    parameters = inspect.signature(cls).parameters
+    for option, value in options.items():
         if option not in known:
             raise ConfigError(f"objective {name!r} has no option {option!r}; {_instead(option, known)}")
-    takes_pair = "pair" in inspect.signature(cls).parameters
+        if parameters[option].annotation is not inspect.Parameter.empty:
+            check_kind(f"In objective {name!r}, {option}", value, parameters[option].annotation)
+    takes_pair = "pair" in parameters
     made: Objective = cls(pair, **options) if takes_pair else cls(**options)  # type: ignore[call-arg]
     if not isinstance(made.needs, Level):
         raise ConfigError(f"objective {name!r} needs {made.needs!r} of the teacher: it must be a diglot.Level.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diglot.alignment import Alignment
 from diglot.errors import ConfigError
-from diglot.objectives.base import PathObjective
+from diglot.objectives.base import PathObjective, check_range
 from diglot.objectives.chunks import (
     NONCANONICAL,
     check_choice,
@@ -95,6 +95,10 @@ class Span(PathObjective):
         if credit is not None:
             check_choice("credit", credit, CREDITS)
         check_choice("noncanonical", noncanonical, NONCANONICAL)
+        check_range("gamma", gamma, 0.0, 1.0)
+        for name, value in (("reward_clip", reward_clip), ("epsilon", epsilon)):
+            if not value > 0:
+                raise ConfigError(f"{name}={value} would leave no gradient: choose a value above 0.")
         if credit == "whole" and gamma != 1:
             raise ConfigError(
                 f"credit='whole' sums the rewards of the whole text, and gamma={gamma} would discount them: "

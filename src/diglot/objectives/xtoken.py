@@ -233,6 +233,11 @@ def _projection(name: str, pair: Pair, projection: str | Projection | None) -> P
     if isinstance(projection, str):
         return Projection.load(projection, tables.student, tables.teacher)
     if projection is not None:
+        if not isinstance(projection, Projection):
+            raise ConfigError(
+                f"projection={projection!r} of objective {name!r} is a {type(projection).__name__}: give a Projection, "
+                "or the folder of one that Projection.save wrote."
+            )
         projection.check(tables.student, tables.teacher)
         return projection.fitted(len(tables.student), len(tables.teacher))
     if tables.spell_t is None and not pair.same:

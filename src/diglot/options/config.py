@@ -16,6 +16,7 @@ from diglot.errors import ConfigError
 from diglot.http.address import checked_address, is_address
 from diglot.options.ranges import as_mapping, check_ranges, check_texts
 from diglot.options.secrets import is_secret, without_secrets
+from diglot.values import check_kind
 
 
 def option(default: Any, text: str, group: str, **metadata: Any) -> Any:
@@ -253,6 +254,9 @@ class DistillationConfig(TrainingArguments):
         return {k: None if is_secret(k) else without_secrets(v) for k, v in vars(self).items()}
 
     def __post_init__(self) -> None:
+        for one in fields(self):
+            if "group" in one.metadata:  # those of Diglot; the Trainer has its own ways with the others
+                check_kind(one.name, getattr(self, one.name), one.type)
         check_ranges(vars(self))
         check_texts(vars(self))
         if self.greater_is_better is None and str(self.metric_for_best_model).endswith("_per_byte"):
@@ -331,6 +335,25 @@ class GKDConfig(DistillationConfig):
             raise ConfigError(
                 f"rollout_ahead={self.rollout_ahead} has the student write ahead, and with lmbda=0 it never writes. "
                 "Raise lmbda, or drop it."
+            )
+        self._check_writers()
+
+    def _check_writers(self) -> None:
+        """Refuse what says how somebody writes, where nobody ever does."""
+        if self.lmbda == 0:
+            idle = ["num_generations", "use_vllm", *(() if self.seq_kd else ("temperature", "top_p", "top_k"))]
+            for one in (one for one in fields(self) if one.name in idle and getattr(self, one.name) != one.default):
+                who, all_are = (
+                    ("the student writes", "the teacher's") if self.seq_kd else ("texts are written", "the data's")
+                )
+                raise ConfigError(
+                    f"{one.name}={getattr(self, one.name)!r} says how {who}, and with lmbda=0 all texts are {all_are}. "
+                    "Raise lmbda, or drop it."
+                )
+        if self.teacher_cache_dir is not None and (self.lmbda == 1 or self.seq_kd):
+            raise ConfigError(
+                f"teacher_cache_dir={self.teacher_cache_dir!r} keeps what the teacher says about completions of the "
+                f"data, and lmbda={self.lmbda} with seq_kd={self.seq_kd} leaves no step that reads one. Drop it."
             )
         if self.seq_kd and self.lmbda == 1:
             raise ConfigError(

@@ -61,6 +61,7 @@ RANGES: Mapping[str, Range] = {
 _OF_THE_LOOP = {
     **dict.fromkeys(("label_names", "include_for_metrics", "eval_accumulation_steps")),
     **dict.fromkeys(("prediction_loss_only", "batch_eval_metrics", "eval_use_gather_object"), False),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), False),
     "eval_do_concat_batches": True,
 }
 
@@ -71,10 +72,12 @@ def check_ranges(values: Mapping[str, object]) -> None:
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name}={value!r} is not allowed: it must be a finite number.")
-        low, high, rule = RANGES.get(name, (None, None, ""))
+        low, high, rule = range_ = RANGES.get(name, (None, None, ""))
         if value is None or not rule:
             continue
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and range_ is _COUNT and not isinstance(value, int):
+            raise ConfigError(f"{name}={value!r} is not allowed: it must be a whole number, {rule}.")
         if not number or (low is not None and value < low) or (high is not None and value > high):  # type: ignore[operator]
             raise ConfigError(f"{name}={value!r} is not allowed: it must be {rule}.")
 

@@ -10,8 +10,13 @@ from transformers import Trainer
 from diglot.errors import ConfigError
 
 
-def check_arguments(compute_metrics: Callable[..., Any] | None) -> None:
-    """Raise `ConfigError` for arguments that nothing would ever use."""
+def check_arguments(args: object, expected: type, compute_metrics: Callable[..., Any] | None) -> None:
+    """Raise `ConfigError` for the options of another trainer, and for arguments that nothing would ever use."""
+    if not isinstance(args, expected):
+        raise ConfigError(
+            f"args is a {type(args).__name__}, and this trainer's options are a {expected.__name__}. Pass one: it "
+            "takes all options of TrainingArguments."
+        )
     if compute_metrics is not None:
         raise ConfigError(
             "compute_metrics is never called: an evaluation has no predictions and labels, it measures bits per byte "

@@ -350,8 +350,9 @@ class Renderer:
         """The parts of a reply and what stands around them."""
         items, roles = [Item(self._around, layout.around[0])], []
         for slot, after in zip(parts.slots, layout.around[1:], strict=True):
-            for text, edge in zip(slot.texts, (*slot.edges, ""), strict=True):
-                if text or (slot is parts.slots[-1] and not edge):  # as in `_parts`
+            for k, (text, edge) in enumerate(zip(slot.texts, (*slot.edges, ""), strict=True)):
+                # As in `_parts`. An edge may have no name: ids behind the tokenizer's, which only pad an embedding.
+                if text or (slot is parts.slots[-1] and k == len(slot.edges)):
                     items.append(Item("segment", text))
                     roles.append(slot.role)
                 items.append(Item("text", edge))

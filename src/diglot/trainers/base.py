@@ -108,7 +108,7 @@ class DistillationTrainer(RefusingTrainer):
     ) -> None:
         # Before the Trainer's own setup, which makes the output folder: what cannot work leaves nothing behind.
         self.args = args = args if args is not None else self.config_class(output_dir="diglot-output")
-        check_arguments(compute_metrics)
+        check_arguments(args, self.config_class, compute_metrics)
         check_devices(args)
         own, self.student_renderer = load_student(model, processing_class, args, frozen=peft_config is not None)
         compared = prepare_comparisons(own, self.student_renderer, teacher_model, teacher_processing_class, args)

@@ -93,6 +93,11 @@ class MiniLLMTrainer(DistillationTrainer):
         lm_dataset: Dataset | None = None,
     ) -> None:
         self.lm_dataset = lm_dataset
+        if lm_dataset is None and args is not None and getattr(args, "lm_coef", 0) not in (0, MiniLLMConfig.lm_coef):
+            raise ConfigError(
+                f"lm_coef={args.lm_coef} weighs a loss on texts to imitate, and there are none. Pass lm_dataset, or "
+                "drop it."
+            )
         super().__init__(
             model, teacher_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
             callbacks, optimizers, peft_config, teacher_processing_class,
@@ -101,6 +106,12 @@ class MiniLLMTrainer(DistillationTrainer):
             logger.warning(
                 "The student has a dropout or jitter of %s: ratios of the policy are noise. Set disable_dropout: true.",
                 dropout,
+            )
+        if self.args.neftune_noise_alpha:
+            logger.warning(
+                "neftune_noise_alpha=%s adds noise to the student's embeddings in training: ratios of the policy are "
+                "noise. Drop it.",
+                self.args.neftune_noise_alpha,
             )
         if (self.args.temperature, self.args.top_p, self.args.top_k) != (1, 1, 0):
             logger.warning(
@@ -133,6 +144,11 @@ class MiniLLMTrainer(DistillationTrainer):
         for entry in entries_of(args.objective):
             if entry["name"] != "auto":
                 named.append(entry)
+            elif options := sorted(entry.keys() - {"name", "weight"}):
+                raise ConfigError(
+                    f"objective 'auto' of MiniLLM takes a weight alone, not {', '.join(options)}: its single step is "
+                    "the reverse KL. Drop the options, or name the objective, such as covering."
+                )
             elif self._has_single_step(comparison):
                 terms.append(Term("single_step", float(entry.get("weight", 1.0)), single_step(comparison)))
         terms += terms_of(named, comparison.pair, defaults_of(args, 1.0))
