@@ -64,6 +64,7 @@ class Case:
             place,
             batch.written,
             sum(map(len, texts)),
+            np.ones(len(batch.written.student.ids), dtype=np.bool_),
         )
         self.scores = TeacherScores(
             np.append(0.0, own), np.pad(order, ((1, 0), (0, 0))), np.pad(named, ((1, 0), (0, 0)))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from support.tiny import tiny_model
 
 from diglot.engines import RULES, Projector, Reading, TeacherScores, Transcript, project_teacher_scores, score_hidden
-from diglot.errors import ConfigError, DataError, RenderingError, TeacherError
+from diglot.errors import ConfigError, DataError, RenderingError, TeacherError, VocabularyError
 from diglot.rendering import Renderer
 
 CHATML, INST, TURNS = (Renderer(make(), name=make.__name__) for make in (zoo.chatml, zoo.inst, zoo.turns))
@@ -191,6 +191,32 @@ def test_what_no_other_model_can_read_is_not_valid_and_never_a_number() -> None:
     )
 
 
+def test_what_follows_a_control_token_is_not_valid_and_counts_as_sampled() -> None:
+    """In the only turn, in an earlier one, and as the first token of a turn: the tokens before it keep their scores."""
+    good, control = sampled(CHATML, "Say hello", stop=False), CHATML.vocabulary.control.nonzero()[0]
+    start = next(i for i in control.tolist() if i not in CHATML.stop_ids)
+    broken = np.concatenate([good, [start], sampled(CHATML, "more")])
+    ask = lambda query: np.full(len(query), -0.5)  # noqa: E731
+    result = project_teacher_scores(CHATML, INST, ASK, broken, ask)
+    assert result.valid.tolist() == [True] * len(good) + [False] * (len(broken) - len(good))
+    assert result.sampled.all() and result.coverage == pytest.approx(len(good) / len(broken))
+    none = project_teacher_scores(CHATML, INST, ASK, [start, *good], ask)
+    assert not none.valid.any() and none.coverage == 0.0
+    between, second = CHATML.prompt_ids(_conversation(ASK)), sampled(CHATML, "Hi there")
+    ids = np.concatenate([broken, between, second])
+    mask = np.repeat([1, 0, 1], [len(broken), len(between), len(second)])
+    messages = [*ASK, {"role": "assistant"}, *ASK, {"role": "assistant"}]
+    both = project_teacher_scores(CHATML, TURNS, messages, ids, ask, sampled=mask)
+    assert both.valid[: len(good)].all() and both.valid[-len(second) :].all()
+    assert int(both.valid.sum()) == len(good) + len(second) and (both.sampled == (mask == 1)).all()
+
+
+def test_padding_behind_a_stop_was_not_sampled_and_may_be_any_number() -> None:
+    ids = np.append(sampled(CHATML, "Say hello"), [0, -100])
+    result = project_teacher_scores(CHATML, INST, ASK, ids, lambda query: np.full(len(query), -0.5))
+    assert result.sampled.tolist() == result.valid.tolist() == [True] * (len(ids) - 2) + [False] * 2
+
+
 def test_a_completion_that_was_cut_has_no_stop_and_all_its_tokens_count() -> None:
     ids = sampled(CHATML, "Say hello", stop=False)
     projector = Projector(CHATML, TURNS)
@@ -289,6 +315,74 @@ def test_a_projector_pickles_and_threads_share_it() -> None:
     assert all(text.encode() in INST.vocabulary.bytes_of(ids) for text, (ids, _) in zip(texts, alone, strict=True))
 
 
+OWN = np.full(len(sampled(CHATML, TEXT)), -1.0)
+
+
+@pytest.mark.parametrize(
+    ("turns", "messages", "message"),
+    [
+        (((0, 99),), (ASK,), r"\[0, 99\) of 4 ids"),
+        (((2, 4), (0, 2)), (ASK, ASK), r"\[0, 2\) of 4 ids, .* \(here from 4\)"),
+        (((0, 2), (2, 4)), (ASK,), "2 sampled turns and 1 runs of messages"),
+        ((), (), "0 sampled turns"),
+        (((0, 4),), (["Hi"],), "Message 0 is 'Hi'"),
+    ],
+)
+def test_a_transcript_whose_parts_do_not_fit_is_refused_when_it_is_made(
+    turns: Any, messages: Any, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        Transcript(np.arange(4), turns, messages)
+
+
+@pytest.mark.parametrize(
+    ("ids", "logps", "message"),
+    [
+        ([50, 60], [-1.0, math.nan], "log-prob of nan"),
+        ([50, 60], [-1.0, 0.5], "log-prob of 0.5, expected numbers of at most 0"),
+        ([50, 60], [-0.1, -0.1], "1.810 of the mass together"),
+        ([50, 50], [-1.0, -1.0], "id 50 twice"),
+        ([50, -5], [-1.0, -1.0], "id -5 with a log-prob of -1.0"),
+        ([50.5, 60.0], [-1.0, -1.0], "float64, expected whole numbers"),
+        (None, [-4.0, -math.inf], "give it -4.0000 and its own log-prob is -0.5000, expected the same"),
+    ],
+)
+def test_likeliest_ids_that_are_no_part_of_one_distribution_are_refused(ids: Any, logps: Any, message: str) -> None:
+    """Rows that stand one place further, the likeliest mistake, give the written id another log-prob."""
+
+    def ask(query: NDArray[np.int64]) -> TeacherScores:
+        rows = np.column_stack([query, np.full(len(query), -1)]) if ids is None else np.tile(ids, (len(query), 1))
+        return TeacherScores.of(np.full(len(query), -0.5), rows, np.tile(logps, (len(query), 1)))
+
+    with pytest.raises(TeacherError, match=message):
+        project_teacher_scores(CHATML, INST, ASK, sampled(CHATML, TEXT), ask)
+
+
+def test_scores_that_are_made_without_of_are_read_as_with_it() -> None:
+    """Lists and tensors in the dataclass itself, and rows of another length."""
+    ids = sampled(CHATML, TEXT)
+    right = project_teacher_scores(CHATML, INST, ASK, ids, lambda query: np.full(len(query), -0.5)).logps.tolist()
+    for make in (list, torch.from_numpy):
+        ask = lambda query: TeacherScores(make(np.full(len(query), -0.5)))  # noqa: E731, B023
+        assert project_teacher_scores(CHATML, INST, ASK, ids, ask).logps.tolist() == right
+    short: Any = lambda query: TeacherScores(np.full(len(query), -0.5), np.zeros((3, 2), int), np.zeros((3, 2)))  # noqa: E731
+    with pytest.raises(TeacherError, match="likeliest ids have shape"):
+        project_teacher_scores(CHATML, INST, ASK, ids, short)
+
+
+@pytest.mark.parametrize("window", [0, -1, True, "12", 20.5])
+def test_a_window_that_is_no_number_of_tokens_is_refused(window: Any) -> None:
+    with pytest.raises(ConfigError, match=r"teacher_max_length is .*, expected a whole number"):
+        Projector(CHATML, INST, teacher_max_length=window)
+
+
+def test_what_fills_places_without_a_score_is_one_number_or_one_each() -> None:
+    result = project_teacher_scores(CHATML, INST, ASK, sampled(CHATML, TEXT), lambda query: np.full(len(query), -0.5))
+    for wrong in ([1.0], np.zeros(len(OWN) + 1)):
+        with pytest.raises(DataError, match="values of shape"):
+            result.filled(wrong)
+
+
 def test_a_long_text_costs_at_most_20_microseconds_a_token() -> None:
     projector = Projector(CHATML, INST)
     transcript = Transcript.of_completion(ASK, sampled(CHATML, TEXT * 200))
@@ -314,7 +408,25 @@ def test_a_long_text_costs_at_most_20_microseconds_a_token() -> None:
         ({"credit": "gap"}, ConfigError, "give the student's log-probs"),
         ({"credit": "gap", "student_logps": [0.0]}, DataError, "student log-probs of shape .1,."),
         ({"ids": [1.5, 2.0]}, DataError, "float64, expected whole numbers"),
-        ({"sampled": [1]}, DataError, "a mask of 1"),
+        ({"ids": [[5, 6], [7, 8]]}, DataError, "shape .2, 2., expected .n.: give the ids of one text"),
+        ({"ids": [[5, 6], [7]]}, DataError, "lists of several lengths"),
+        ({"ids": [5, 420]}, VocabularyError, "Token 1 of a sampled turn has id 420, .* vocabulary of 420"),
+        ({"ids": [-100, 5]}, VocabularyError, "Token 0 of a sampled turn has id -100"),
+        ({"scores": lambda query: [{"1": -0.5}] * len(query)}, TeacherError, "is no list, array or tensor of numbers"),
+        ({"credit": ["shared"]}, ConfigError, "no credit rule"),
+        ({"credit": "gap", "student_logps": OWN * np.nan}, DataError, "log-prob of token 0 .* is nan, expected a fin"),
+        ({"credit": "gap", "student_logps": OWN * np.inf}, DataError, "is -inf, expected a finite number"),
+        ({"credit": "gap", "student_logps": -OWN}, DataError, "is 1.0, expected a finite number of at most 0"),
+        ({"conversation": "Hi"}, DataError, "The conversation is str, expected a list of messages"),
+        ({"conversation": ["Hi"]}, DataError, "Message 0 is 'Hi', expected a mapping with a role"),
+        ({"conversation": [{"content": "Hi"}]}, DataError, "expected a mapping with a role"),
+        ({"conversation": [*ASK, {"role": "assistant", "content": "x"}]}, DataError, "ends with an assistant's mess"),
+        ({"sampled": np.full(len(OWN), -100)}, DataError, "mask of sampled ids holds -100, expected 0 and 1"),
+        ({"sampled": np.full(len(OWN), 0.3)}, DataError, "mask of sampled ids holds 0.3"),
+        ({"sampled": np.full(len(OWN), np.nan)}, DataError, "mask of sampled ids holds nan"),
+        ({"sampled": ["0"] * len(OWN)}, DataError, "mask of sampled ids holds 0, expected 0 and 1"),
+        ({"conversation": Transcript.of_completion(ASK, [5])}, DataError, "ids given beside a Transcript"),
+        ({"sampled": [1]}, DataError, "a mask of shape .1,."),
         ({"sampled": np.zeros(len(sampled(CHATML, TEXT)))}, DataError, "0 sampled runs"),
         ({"sampled": np.ones(len(sampled(CHATML, TEXT)))}, DataError, "1 sampled runs and .* 0 assistant messages"),
         ({"conversation": [{"role": "system", "content": "x"}]}, RenderingError, "no system role"),

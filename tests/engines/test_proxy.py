@@ -148,9 +148,11 @@ DEEP = "[" * 100_000
         ("/v1/completions", b'{"prompt": [1]}', 400, "prompt_logprobs is missing"),
         ("/v1/completions", b'{"prompt": "text", "prompt_logprobs": 0}', 400, "prompt is str, expected a list"),
         ("/v1/completions", b'{"prompt": [], "prompt_logprobs": 0}', 400, "prompt is empty"),
-        ("/v1/completions", b'{"prompt": [[1], 2], "prompt_logprobs": 0}', 400, "A text in prompt is int"),
-        ("/v1/completions", b'{"prompt": [1, true], "prompt_logprobs": 0}', 400, "'True', expected token ids"),
-        ("/v1/completions", b'{"prompt": [1, 2.5], "prompt_logprobs": 0}', 400, "'2.5', expected token ids"),
+        ("/v1/completions", b'{"prompt": [[1], 2], "prompt_logprobs": 0}', 400, "Text 1 of prompt is int"),
+        ("/v1/completions", b'{"prompt": [[1], []], "prompt_logprobs": 0}', 400, "Text 1 of prompt is empty"),
+        ("/v1/completions", b'{"prompt": [[1, 9], [5]], "prompt_logprobs": 0}', 400, "Text .: Position"),
+        ("/v1/completions", b'{"prompt": [1, true], "prompt_logprobs": 0}', 400, "True, expected token ids"),
+        ("/v1/completions", b'{"prompt": [1, 2.5], "prompt_logprobs": 0}', 400, "2.5, expected token ids"),
         ("/v1/completions", b'{"prompt": [1, 99999999999], "prompt_logprobs": 0}', 400, "expected token ids"),
         ("/v1/completions", b'{"prompt": [1, 419000], "prompt_logprobs": 0}', 400, "Position 1: id 419000 is not in"),
         ("/v1/completions", b'{"prompt": [5, 6], "prompt_logprobs": 0}', 400, "Position 0: .* begins a conversation"),
@@ -161,7 +163,32 @@ DEEP = "[" * 100_000
             "prompt_logprobs is 99, expected .* 0 to 20",
         ),
         ("/v1/completions", b'{"prompt": [1], "prompt_logprobs": 0, "lora": 1}', 400, "does not know lora"),
-        ("/v1/completions", b'{"prompt": [1], "prompt_logprobs": 0, "stream": true}', 400, "only scores"),
+        (
+            "/v1/completions",
+            b'{"prompt": [1], "prompt_logprobs": 0, "stream": true}',
+            400,
+            "stream is True.*only scores",
+        ),
+        ("/v1/completions", b'{"prompt": [1], "prompt_logprobs": 0, "n": true}', 400, "n is True.*only scores"),
+        ("/v1/completions", b'{"prompt": [1], "prompt_logprobs": 0, "max_tokens": 1.0}', 400, "max_tokens is 1.0"),
+        ("/v1/completions", b'{"prompt": [1], "prompt_logprobs": "0"}', 400, "prompt_logprobs is '0'"),
+        ("/v1/completions", b'{"\\ud800": 1}', 400, r"does not know .ud800"),
+        ("/v1/completions", b'{"' + b"k" * 100_000 + b'": 1}', 400, "does not know k{40}[.]"),
+        ("/v1/completions", b'{"max_tokens": "\\ud800"}', 400, "max_tokens is '.ud800'"),
+        (
+            "/inference/v1/generate",
+            b'{"token_ids": [1], "sampling_params": {"prompt_logprobs": 0, "prompt": [2]}}',
+            400,
+            "does not know sampling_params.prompt",
+        ),
+        ("/generate", b'{"input_ids": [1], "return_logprob": true, "sampling_params": ""}', 400, "is a str"),
+        (
+            "/generate",
+            b'{"input_ids": [1], "return_logprob": true, "top_logprobs_num": ""}',
+            400,
+            "top_logprobs_num is ''",
+        ),
+        ("/generate", b'{"input_ids": [1], "return_logprob": true, "logprob_start_len": 2}', 400, "from 0 to 1"),
         ("/v1/completions", b'{"model": "x", "prompt": [1], "prompt_logprobs": 0}', 404, "'x' does not exist"),
         ("/generate", b'{"input_ids": [1]}', 400, "return_logprob true"),
         ("/generate", b'{"input_ids": [1], "return_logprob": true, "sampling_params": 3}', 400, "is a int"),
@@ -247,6 +274,63 @@ def test_passing_faults_of_the_teachers_server_are_asked_over_and_its_refusal_is
             assert vllm(url, ids).status_code == 502
             server.manner = "nan"
             assert "nan" in vllm(url, ids).json()["error"]["message"]
+    finally:
+        server.stop()
+
+
+class _Answering:
+    """In the place of the connection to a teacher's server: one answer, or a server that never comes to an end."""
+
+    def __init__(self, body: bytes | None) -> None:
+        self.body = body
+
+    async def post(self, path: str, json: Any) -> httpx.Response:
+        if self.body is None:
+            await asyncio.sleep(60)
+        return httpx.Response(200, content=self.body)
+
+    async def aclose(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"{bad}", 502, "200 to a text of .* 5 bytes that are no JSON: b'{bad}'"),
+        (b'{"a": "\xff"}', 502, "that are no JSON"),
+        (b"[" * 100_000 + b"}", 502, "that are no JSON"),
+        (b"{}", 502, "no choices"),
+        (b"<html>", 503, "a 200 that is cut or no JSON"),
+        (None, 503, "TimeoutError"),
+    ],
+)
+def test_a_teachers_server_that_answers_nonsense_or_never_ends_is_named_as_the_cause(
+    body: bytes | None, status: int, message: str
+) -> None:
+    """A server that sends a byte now and then keeps every read short: an attempt as a whole has its bound."""
+    import re
+
+    server = TeacherServer(MODEL, zoo.inst()).start()
+    upstream = made.served(server.url, budget=0.05)
+    server.stop()
+    upstream.timeout, upstream._http = 0.1, _Answering(body)  # type: ignore[assignment]
+    with listening(made.proxy(upstream)) as url:
+        result = vllm(url, context("hi"))
+    assert result.status_code == status and re.search(message, result.json()["error"]["message"]), result.text
+
+
+def test_when_one_text_of_a_request_is_refused_the_others_are_not_asked_about() -> None:
+    """The request is answered and counts no more: what it left behind would be work that no bound holds."""
+    server = TeacherServer(MODEL, zoo.inst()).start()
+    try:
+        upstream = made.served(server.url)
+        server.held = threading.Event()
+        with listening(made.proxy(upstream, concurrency=1)) as url:
+            asked = len(server.requests)
+            assert vllm(url, [context("hi"), [5, 6], *[context(f"{k}") for k in range(8)]]).status_code == 400
+            server.held.set()
+            assert vllm(url, context("later")).status_code == 200
+            assert len(server.requests) - asked <= 2
     finally:
         server.stop()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -110,6 +111,12 @@ def test_what_was_accepted_is_answered_after_sigterm(folders: dict[str, str], tm
         (["--teacher", "TEACHER", "--host", "0.0.0.0"], "DIGLOT_PROXY_API_KEY"),
         (["--teacher", "TEACHER", "--credit", "best"], "no credit rule 'best'"),
         (["--teacher", "x", "--queue", "0"], "--queue is 0"),
+        (["--teacher", "x", "--credit", "gap"], "--credit gap shares the difference to the student's own log-probs"),
+        (["--teacher", "x", "--port", "70000"], "--port is 70000, expected 0 to 65535"),
+        (["--teacher", "x", "--timeout", "nan"], "--timeout is nan, expected a number of seconds above 0"),
+        (["--teacher", "x", "--retry_seconds", "-1"], "--retry_seconds is -1.0"),
+        (["--teacher", "x", "--served_model_name", ""], "--served_model_name is empty"),
+        (["--teacher", "TEACHER", "--port", "TAKEN"], "cannot be listened on: Address already in use"),
         (["--teacher", "x", "--unscored", "two"], "--unscored"),
         (["--teacher", "./nope"], "The teacher is './nope' (--teacher), and there is no such folder."),
         (["--teacher", "nope/x"], "The teacher is 'nope/x' (--teacher), and there is no folder of this name"),
@@ -123,8 +130,10 @@ def test_what_was_accepted_is_answered_after_sigterm(folders: dict[str, str], tm
 def test_mistakes_are_told_in_one_message(
     arguments: list[str], message: str, folders: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [folders["teacher"] if word == "TEACHER" else word for word in arguments]
-    assert main(["serve-teacher", "--student", folders["student"], *given]) == 2
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        places = {"TEACHER": folders["teacher"], "TAKEN": str(taken.getsockname()[1])}
+        given = [places.get(word, word) for word in arguments]
+        assert main(["serve-teacher", "--student", folders["student"], *given]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -73,6 +74,7 @@ def serve_teacher(arguments: Sequence[str]) -> int:
     check_counts(options, "concurrency", "queue", "max_tokens", "max_logprobs")
     if options.teacher_max_length is not None:
         check_counts(options, "teacher_max_length")
+    _check_values(options)
     _check_names(options)
     _need_packages()
     show_phases()
@@ -80,7 +82,7 @@ def serve_teacher(arguments: Sequence[str]) -> int:
         from diglot.engines.credit import find_rule
         from diglot.engines.serving.app import Proxy, Settings
         from diglot.engines.serving.forms import Limits
-        from diglot.engines.serving.run import check_host, key_for_clients, serve
+        from diglot.engines.serving.run import bind, check_host, key_for_clients, serve
     find_rule(options.credit)
 
     key = key_for_clients()
@@ -92,9 +94,26 @@ def serve_teacher(arguments: Sequence[str]) -> int:
         unscored=0.0 if options.unscored == "zero" else None,
         limits=Limits(tokens=options.max_tokens, top=options.max_logprobs),
     )
-    proxy = Proxy(_scorer(options), settings)
-    serve(proxy, options.host, options.port, lambda url: print(f"listening on {url}", file=sys.stderr, flush=True))
+    with bind(options.host, options.port) as listener:  # before a model is loaded for nothing
+        proxy = Proxy(_scorer(options), settings)
+        serve(proxy, listener, lambda url: print(f"listening on {url}", file=sys.stderr, flush=True))
     return 0
+
+
+def _check_values(options: argparse.Namespace) -> None:
+    """`ConfigError` for values with which no request could be answered."""
+    if options.credit == "gap":
+        raise ConfigError(
+            "--credit gap shares the difference to the student's own log-probs, which requests to a teacher do not "
+            "hold. Choose shared, first, last or pairs, or the function `project_teacher_scores`."
+        )
+    if not 0 <= options.port <= 65535:
+        raise ConfigError(f"--port is {options.port}, expected 0 to 65535.")
+    for name in ("timeout", "retry_seconds"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise ConfigError(f"--{name} is {getattr(options, name)}, expected a number of seconds above 0.")
+    if not options.served_model_name:
+        raise ConfigError("--served_model_name is empty: clients ask for the model by it.")
 
 
 def _check_names(options: argparse.Namespace) -> None:

@@ -67,7 +67,7 @@ RULES: dict[str, Rule] = {one.__name__: one for one in (shared, gap, first, last
 
 def find_rule(name: str) -> Rule:
     """The rule of that name. `ConfigError` with all names if there is none."""
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise ConfigError(f"There is no credit rule {name!r}: choose one of {', '.join(RULES)}.")
     return RULES[name]
 

@@ -15,9 +15,9 @@ from diglot.engines.covering import Covering
 from diglot.engines.credit import find_rule
 from diglot.engines.likeliest import Likeliest
 from diglot.engines.reading import Reading, read
-from diglot.engines.scores import TeacherScores, as_array
+from diglot.engines.scores import ROUNDING, TeacherScores, as_array
 from diglot.engines.transcript import Transcript
-from diglot.errors import DataError
+from diglot.errors import ConfigError, DataError
 from diglot.rendering import Renderer
 
 Side = Renderer | PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ class Projected:
     logps: Floats  # [n] nats: the teacher's, by the credit rule; the sum over a chunk is the teacher's
     valid: Bools  # [n] was it sampled, and does the teacher say something about it?
     chunk: Ints  # [n] the chunk of each valid token, ascending; -1 for the others
-    sampled: Bools  # [n] was it sampled as part of a text that can be scored, stop included?
+    sampled: Bools  # [n] did the student write it? Stops with it, not what stands behind a turn's first stop
     one_to_one: Bools  # [n] is its chunk one token on either side? Then its log-prob is no share
     likeliest: Likeliest | None = None  # of the rows of `at`
     at: Ints | None = None  # [R] the ids before which it is, ascending
@@ -46,7 +46,12 @@ class Projected:
 
         With the student's own a token that the teacher says nothing about has no difference, so no reward.
         """
-        return np.where(self.valid, self.logps, as_array(otherwise, np.float64))
+        values = as_array(otherwise, np.float64)
+        if values.shape not in ((), self.logps.shape):
+            raise DataError(
+                f"There are {len(self.logps)} ids and values of shape {values.shape}: one each, or a number."
+            )
+        return np.where(self.valid, self.logps, values)
 
 
 class Projector:
@@ -56,45 +61,49 @@ class Projector:
         student: its renderer, or its tokenizer.
         teacher: likewise.
         teacher_max_length: longest input of the teacher in its tokens; what is beyond is cut and not valid.
+
+    Raises:
+        ConfigError: a `teacher_max_length` that is no number of tokens.
     """
 
     def __init__(self, student: Side, teacher: Side, *, teacher_max_length: int | None = None) -> None:
         self.student, self.teacher = _renderer(student, "student"), _renderer(teacher, "teacher")
-        self.teacher_max_length = teacher_max_length
+        most = teacher_max_length
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+            raise ConfigError(f"teacher_max_length is {most!r}, expected a whole number of tokens from 1, or None.")
+        self.teacher_max_length = most
 
     def read(self, transcript: Transcript) -> Reading:
         """What the teacher is to score: `teacher_ids` of the result. Errors: see `diglot.engines.reading.read`."""
         return read(transcript, self.student, self.teacher, self.teacher_max_length)
 
     def project(
-        self, reading: Reading, scores: TeacherScores, *, credit: str = "shared", student_logps: Any = None
+        self, reading: Reading, scores: TeacherScores | Any, *, credit: str = "shared", student_logps: Any = None
     ) -> Projected:
         """Scores of `reading.teacher_ids` as scores of `reading.student_ids`.
 
         Args:
+            scores: `TeacherScores`, or log-probs `[T]` alone.
             credit: a name of `diglot.engines.credit.RULES`.
             student_logps: `[n]` nats, the student's own, for credit "gap".
 
         Raises:
-            TeacherError: scores of another number of tokens, or NaN.
+            TeacherError: scores of another number of tokens, NaN, or likeliest ids that are no part of a distribution.
+            DataError: student log-probs of another number of tokens, or none at a token that is scored.
             ConfigError: no such rule, or "gap" without the student's log-probs.
         """
         rule = find_rule(credit)
         aligned = reading.alignment
-        teacher = self._teacher_logps(reading, scores.checked(reading.teacher_ids))
+        if not isinstance(scores, TeacherScores):
+            scores = TeacherScores.of(scores)
+        scores = scores.checked(reading.teacher_ids)
+        teacher = self._teacher_logps(reading, scores)
         inside = aligned.in_exact_chunk(aligned.chunk_s)
         if credit == "pairs":
             inside = np.zeros_like(inside)
             inside[aligned.pair_s] = True
         chunk = aligned.chunk_s[inside]
-        own = None
-        if student_logps is not None:
-            own = as_array(student_logps, np.float64)
-            if own.shape != reading.student_ids.shape:
-                raise DataError(
-                    f"There are {len(reading.student_ids)} ids and student log-probs of shape {own.shape}: one each."
-                )
-            own = own[reading.place_s[inside]]
+        own = None if student_logps is None else _student_logps(student_logps, reading, reading.place_s[inside])
         with_chunk = aligned.chunk_t >= 0
         sums = np.bincount(aligned.chunk_t[with_chunk], teacher[with_chunk], minlength=aligned.num_chunks).astype(float)
         values = rule(sums, chunk, aligned.count_s, own) if len(chunk) else np.zeros(0)
@@ -171,6 +180,8 @@ def project_teacher_scores(
         TeacherError: scores that are not of the teacher's reading.
     """
     if isinstance(conversation, Transcript):
+        if extra := [name for name, one in (("ids", ids), ("sampled", sampled), ("tools", tools)) if one is not None]:
+            raise DataError(f"{' and '.join(extra)} given beside a Transcript, which has its own: leave it out.")
         transcript = conversation
     elif sampled is not None:
         transcript = Transcript.of_mask(conversation, ids, sampled, tools)
@@ -179,8 +190,6 @@ def project_teacher_scores(
     projector = Projector(student, teacher)
     reading = projector.read(transcript)
     result = scores(reading.teacher_ids) if callable(scores) else scores
-    if not isinstance(result, TeacherScores):
-        result = TeacherScores.of(result)
     return projector.project(reading, result, credit=credit, student_logps=student_logps)
 
 
@@ -188,14 +197,31 @@ def _renderer(side: Side, name: str) -> Renderer:
     return side if isinstance(side, Renderer) else Renderer(side, name=name)
 
 
+def _student_logps(values: Any, reading: Reading, places: Ints) -> Floats:
+    """The student's own at the places that are scored. `DataError` unless they are one number each, of at most 0."""
+    own = as_array(values, np.float64)
+    if own.shape != reading.student_ids.shape:
+        raise DataError(
+            f"There are {len(reading.student_ids)} ids and student log-probs of shape {own.shape}: one each."
+        )
+    read = own[places]
+    wrong = np.flatnonzero(~(np.isfinite(read) & (read <= ROUNDING)))
+    if len(wrong):
+        at = int(places[wrong[0]])
+        raise DataError(
+            f"The student's log-prob of token {at} (id {reading.student_ids[at]}) is {own[at]}, expected a finite "
+            "number of at most 0: it was sampled, so its sampler has one."
+        )
+    return read
+
+
 def _spread(reading: Reading, inside: Bools, values: Floats) -> Projected:
     """Values of the packed tokens `inside` at their places among all ids."""
     count = len(reading.student_ids)
     logps, chunk = np.full(count, np.nan), np.full(count, -1, dtype=np.int64)
-    valid, sampled = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
+    valid = np.zeros(count, dtype=bool)
     place = reading.place_s[inside]
     logps[place], valid[place], chunk[place] = values, True, reading.alignment.chunk_s[inside]
-    sampled[reading.place_s] = True
     single = np.zeros(count, dtype=bool)
     single[reading.place_s[reading.alignment.pair_s]] = True
-    return Projected(logps, valid, chunk, sampled, single)
+    return Projected(logps, valid, chunk, reading.sampled, single)

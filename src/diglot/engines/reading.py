@@ -12,7 +12,7 @@ from diglot.alignment import Alignment, Side, align, check_bytes
 from diglot.arrays import Bools, Ints
 from diglot.batches import Written, WrittenSide
 from diglot.engines.transcript import Transcript
-from diglot.errors import RenderingError
+from diglot.errors import RenderingError, VocabularyError
 from diglot.rendering import Conversation, Rendered, Renderer, Role, truncate
 
 _NOTHING = np.empty(0, dtype=np.int64)
@@ -28,6 +28,7 @@ class Reading:
     place_t: Ints  # [N_t] where in `teacher_ids`
     written: Written  # the scored tokens of both sides, the bytes of each turn as far as both hold them
     num_bytes: int  # of the turns that are scored
+    sampled: Bools  # [n] of `student_ids`: was it sampled? What stands behind a turn's first stop was not
 
     @property
     def alignment(self) -> Alignment[NDArray[Any]]:
@@ -55,7 +56,8 @@ def read(
         RenderingError: the teacher's template refuses the conversation, or drops a sampled turn.
         VocabularyError: an id that is not the student's.
     """
-    rendered = [_turn(student, transcript.ids[low:high]) for low, high in transcript.turns]
+    sampled = _sampled(transcript, student)
+    rendered = [_turn(student, transcript.ids[low:high][sampled[low:high]]) for low, high in transcript.turns]
     texts = [r.segment_bytes[0] for r in rendered]
     last = len(rendered) - 1
     segment_of = [k for k, text in enumerate(texts) if text or k == last]  # a turn without text is no segment
@@ -67,12 +69,34 @@ def read(
     for k, text in zip(segment_of, theirs.segment_bytes, strict=True):
         shared = min(len(texts[k]), len(text))
         check_bytes(texts[k][:shared], text[:shared], where=f"turn {k}")
-    return _aligned(transcript, [(k, rendered[k]) for k in segment_of], theirs)
+    return _aligned(transcript, [(k, rendered[k]) for k in segment_of], theirs, sampled)
+
+
+def _sampled(transcript: Transcript, student: Renderer) -> Bools:
+    """Which ids the student wrote, `[n]`: each turn to its first stop. Engines pad behind it."""
+    result = np.zeros(len(transcript.ids), dtype=np.bool_)
+    for low, high in transcript.turns:
+        stops = np.flatnonzero(np.isin(transcript.ids[low:high], student.stop_ids))
+        result[low : low + int(stops[0]) + 1 if len(stops) else high] = True
+    return result
 
 
 def _turn(student: Renderer, ids: Ints) -> Rendered:
-    """A sampled run by itself: one segment, no prompt."""
-    return student.from_sampled(Conversation(None), ids, prompt_ids=_NOTHING, thinking=False)
+    """A sampled run by itself: one segment, no prompt. What follows a control token other than a stop is left out: no
+    text of another model's holds it, and what comes after it was written behind something that nobody else reads."""
+    outside = np.flatnonzero((ids < 0) | (ids >= len(student.vocabulary)))
+    if len(outside):
+        at = int(outside[0])
+        raise VocabularyError(
+            f"Token {at} of a sampled turn has id {ids[at]}, which is not in the student's vocabulary of "
+            f"{len(student.vocabulary)}. It is a mask value such as -100, or the ids are another model's: pass the ids "
+            "that this student sampled."
+        )
+    stopped = len(ids) > 0 and ids[-1] in student.stop_ids
+    controls = np.flatnonzero(student.vocabulary.control[ids[:-1] if stopped else ids])
+    return student.from_sampled(
+        Conversation(None), ids[: controls[0]] if len(controls) else ids, prompt_ids=_NOTHING, thinking=False
+    )
 
 
 def _teacher_side(
@@ -138,7 +162,7 @@ def _cut(rendered: Rendered, at: slice | Ints, segment: int | None = None) -> di
     return result
 
 
-def _aligned(transcript: Transcript, turns: list[tuple[int, Rendered]], theirs: Rendered) -> Reading:
+def _aligned(transcript: Transcript, turns: list[tuple[int, Rendered]], theirs: Rendered, sampled: Bools) -> Reading:
     places, ends, segments, exact, stops = [], [], [], [], []
     for number, (k, own) in enumerate(turns):
         scored = own.scored
@@ -161,4 +185,4 @@ def _aligned(transcript: Transcript, turns: list[tuple[int, Rendered]], theirs: 
         texts,
     )
     num_bytes = sum(len(turn.segment_bytes[0]) for _, turn in turns)
-    return Reading(transcript.ids, theirs.ids, place_s, place_t, written, num_bytes)
+    return Reading(transcript.ids, theirs.ids, place_s, place_t, written, num_bytes, sampled)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diglot.arrays import Ints
 from diglot.errors import DataError
@@ -27,13 +28,30 @@ class Transcript:
     messages: tuple[tuple[Message, ...], ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", as_ids(self.ids))  # the class is frozen
+        _check_turns(self.turns, len(self.ids), len(self.messages))
+        for between in self.messages:
+            _check_messages(between)
+
     @classmethod
     def of_completion(
         cls, prompt: Sequence[Message], completion_ids: Any, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> Transcript:
-        """One sampled turn: `ids` are the completion's alone, which follow the student's own prompt."""
-        ids = as_ids(completion_ids)
-        return cls(ids, ((0, len(ids)),), (tuple(prompt),), _tools(tools))
+        """One sampled turn: `ids` are the completion's alone, which follow the student's own prompt.
+
+        Raises:
+            DataError: a prompt that ends with an assistant's message, which would be read as a turn before the
+                completion.
+        """
+        ids, messages = as_ids(completion_ids), _messages(prompt)
+        if messages and messages[-1]["role"] == "assistant":
+            raise DataError(
+                f"The prompt ends with an assistant's message ({str(messages[-1].get('content'))[:40]!r}): the teacher "
+                "would read it and then the completion as another turn. Give the messages before the completion, or "
+                "the whole context and `sampled`."
+            )
+        return cls(ids, ((0, len(ids)),), (messages,), _tools(tools))
 
     @classmethod
     def of_mask(
@@ -52,11 +70,11 @@ class Transcript:
             sampled: `[n]` bool (or 0 and 1), the ids that the student wrote, stop tokens with them.
 
         Raises:
-            DataError: no sampled id, or fewer assistant messages than sampled runs.
+            DataError: no sampled id, fewer assistant messages than sampled runs, or a mask of other values.
         """
-        ids, mask = as_ids(ids), np.asarray(sampled).astype(bool).reshape(-1)
+        ids, mask, messages = as_ids(ids), _mask(sampled), _messages(messages)
         if mask.shape != ids.shape:
-            raise DataError(f"There are {len(ids)} ids and a mask of {len(mask)}: give one entry for each id.")
+            raise DataError(f"There are {len(ids)} ids and a mask of shape {mask.shape}: give one entry for each id.")
         edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
         turns = tuple((int(low), int(high)) for low, high in edges.reshape(-1, 2))
         own = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
@@ -71,13 +89,71 @@ class Transcript:
 
 
 def as_ids(values: Any) -> Ints:
-    """Ids of a list, an array or a tensor, `[n]`."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu().numpy()
-    result = np.asarray(values)
+    """Ids of one text as a list, an array or a tensor, `[n]`. `DataError` for anything else."""
+    result = _array(values, "Token ids")
     if result.size and not np.issubdtype(result.dtype, np.integer):
         raise DataError(f"Token ids are {result.dtype}, expected whole numbers: give the ids as they were sampled.")
-    return result.astype(np.int64).reshape(-1)
+    if result.ndim != 1:
+        raise DataError(f"Token ids have shape {result.shape}, expected [n]: give the ids of one text at a time.")
+    if result.size and int(result.max()) > np.iinfo(np.int64).max:
+        raise DataError(
+            f"A token id is {int(result.max())}, which no vocabulary has: give the ids as they were sampled."
+        )
+    return result.astype(np.int64)
+
+
+def _mask(values: Any) -> NDArray[np.bool_]:
+    """`[n]` of what is 0 and 1: labels with -100, or weights, are no mask, and any number but 0 would count as true."""
+    result = _array(values, "The mask of sampled ids")
+    known = np.issubdtype(result.dtype, np.bool_) or np.issubdtype(result.dtype, np.number)
+    wrong = result[(result != 0) & (result != 1)] if known else result.reshape(-1)
+    if wrong.size:
+        raise DataError(f"The mask of sampled ids holds {wrong[0]!s:.40}, expected 0 and 1, or False and True, alone.")
+    return result.astype(np.bool_)
+
+
+def _array(values: Any, name: str) -> NDArray[Any]:
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+    try:
+        return np.asarray(values)
+    except ValueError:  # rows of several lengths
+        raise DataError(f"{name} are lists of several lengths, expected [n]: give one text at a time.") from None
+
+
+def _messages(messages: Any) -> tuple[Message, ...]:
+    """Messages as they are kept. `DataError` for what is no conversation."""
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
+        raise DataError(f"The conversation is {type(messages).__name__}, expected a list of messages. {_AS_MESSAGES}")
+    result = tuple(messages)
+    _check_messages(result)
+    return result
+
+
+_AS_MESSAGES = "Give each as {'role': ..., 'content': ...}."
+
+
+def _check_messages(messages: Sequence[Any]) -> None:
+    for at, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise DataError(f"Message {at} is {message!r:.80}, expected a mapping with a role. {_AS_MESSAGES}")
+
+
+def _check_turns(turns: Sequence[tuple[int, int]], count: int, between: int) -> None:
+    """`DataError` unless the turns are runs of the ids, in order, with messages before each."""
+    if not turns or len(turns) != between:
+        raise DataError(
+            f"A transcript has {len(turns)} sampled turns and {between} runs of messages, expected one run before each "
+            "turn, and at least one turn."
+        )
+    edge = 0
+    for low, high in turns:
+        if not edge <= low <= high <= count:
+            raise DataError(
+                f"A sampled turn is [{low}, {high}) of {count} ids, expected turns in order, each behind the one "
+                f"before (here from {edge}) and within the ids."
+            )
+        edge = high
 
 
 def _tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[Mapping[str, Any], ...] | None:

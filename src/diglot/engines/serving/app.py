@@ -37,6 +37,8 @@ from diglot.errors import AlignmentError, DataError, DiglotError, RenderingError
 logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = "1"
+_OF_WHAT_WAS_SENT = (DataError, RenderingError, VocabularyError, AlignmentError)
+_LONGEST_MESSAGE = 2000  # characters of an answer that refuses
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class Proxy:
             began = time.monotonic()
             loop = asyncio.get_running_loop()
             query = await loop.run_in_executor(None, lambda: read(parse_body(body)))
-            result = await asyncio.gather(*(self.scorer.score(ids, query.top) for ids in query.texts))
+            result = await self._scores(query)
             text = await loop.run_in_executor(None, lambda: json.dumps(answer(query, result), allow_nan=False))
             self.metrics.seconds.observe(time.monotonic() - began)
             for one in result:
@@ -184,6 +186,24 @@ class Proxy:
             self.bytes_under_way -= held.count
             self.under_way -= 1
             self.metrics.under_way.set(self.under_way)
+
+    async def _scores(self, query: Query) -> list[Projected]:
+        """Of all its texts. If one is refused the others are given up: their request is answered."""
+
+        async def one(k: int) -> Projected:
+            try:
+                return await self.scorer.score(query.texts[k], query.top)
+            except _OF_WHAT_WAS_SENT as error:
+                if query.single:
+                    raise
+                raise type(error)(f"Text {k}: {error}") from error
+
+        tasks = [asyncio.create_task(one(k)) for k in range(len(query.texts))]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def _body(self, request: Request, held: _Held) -> bytes:
         """The body, counted in `held` as it comes, within the bounds of one and of all."""
@@ -262,8 +282,8 @@ def _error(error: Exception) -> Response:
     retry, message = False, str(error)
     if isinstance(error, _Refusal):
         status, retry = error.status, error.retry
-    elif isinstance(error, (DataError, RenderingError, VocabularyError, AlignmentError)):
-        status = 400  # of what was sent
+    elif isinstance(error, _OF_WHAT_WAS_SENT):
+        status = 400
     elif isinstance(error, TeacherUnavailable):
         status, retry = 503, True
     elif isinstance(error, DiglotError):
@@ -274,4 +294,5 @@ def _error(error: Exception) -> Response:
         logger.error("a request failed", exc_info=error)
         status, message = 500, "An error of this server's own; its log has the trace."
     headers = {"Retry-After": _RETRY_SECONDS} if retry else None
+    message = message[:_LONGEST_MESSAGE].encode(errors="backslashreplace").decode()  # half a character may be quoted
     return JSONResponse({"error": {"message": message, "type": type(error).__name__, "code": status}}, status, headers)

@@ -62,8 +62,8 @@ def read_vllm(body: Mapping[str, Any], limits: Limits) -> Query:
     """A request to `/v1/completions`. Raises `DataError` that names what cannot be done."""
     _only(body, {"model", "prompt", "max_tokens", "prompt_logprobs", "n", "stream", "logprobs", "echo"})
     _scores_only(body.get("max_tokens", 1), "max_tokens")
-    if body.get("n", 1) != 1 or body.get("stream") or body.get("logprobs") is not None or body.get("echo"):
-        raise DataError("n, stream, logprobs and echo are about what is generated, and this server only scores.")
+    for name, nothing in (("n", (1,)), ("stream", (False, None)), ("logprobs", (None,)), ("echo", (False, None))):
+        _nothing_generated(body.get(name, nothing[0]), name, nothing)
     top = body.get("prompt_logprobs")
     if top is None:
         raise DataError("prompt_logprobs is missing: this server scores texts and generates nothing. Send 0 or more.")
@@ -77,6 +77,7 @@ def read_generate(body: Mapping[str, Any], limits: Limits) -> Query:
     sampling = body.get("sampling_params")
     if not isinstance(sampling, dict):
         raise DataError(f"sampling_params is {type(sampling).__name__}, expected an object with prompt_logprobs.")
+    _only(sampling, {"max_tokens", "prompt_logprobs", "n", "logprobs", "echo"}, "sampling_params.")
     query = read_vllm({**sampling, "prompt": body.get("token_ids"), "stream": body.get("stream")}, limits)
     if not query.single:
         raise DataError("token_ids holds lists, expected the ids of one text.")
@@ -89,16 +90,24 @@ def read_sglang(body: Mapping[str, Any], limits: Limits) -> Query:
         body,
         {"model", "input_ids", "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "stream"},
     )
-    sampling = body.get("sampling_params") or {}
+    sampling = body.get("sampling_params")
+    if sampling is None:
+        sampling = {}
     if not isinstance(sampling, dict):
         raise DataError(f"sampling_params is a {type(sampling).__name__}, expected an object.")
     _only(sampling, {"max_new_tokens", "n"}, "sampling_params.")
     _scores_only(sampling.get("max_new_tokens", 1), "sampling_params.max_new_tokens")
-    if body.get("stream") or sampling.get("n", 1) != 1 or body.get("return_logprob") is not True:
-        raise DataError("This server scores texts and generates nothing: send return_logprob true, no stream and n 1.")
+    _nothing_generated(body.get("stream"), "stream", (False, None))
+    _nothing_generated(sampling.get("n", 1), "sampling_params.n", (1,))
+    if body.get("return_logprob") is not True:
+        raise DataError(
+            f"return_logprob is {body.get('return_logprob')!r:.40}: this server scores texts and generates nothing. "
+            "Send return_logprob true."
+        )
     texts, single = _texts(body.get("input_ids"), "input_ids", limits)
-    top = _count(body.get("top_logprobs_num") or 0, "top_logprobs_num", limits.top)
-    start = _count(body.get("logprob_start_len") or 0, "logprob_start_len", limits.tokens)
+    top, start = (0 if body.get(name) is None else body[name] for name in ("top_logprobs_num", "logprob_start_len"))
+    top = _count(top, "top_logprobs_num", limits.top)
+    start = _count(start, "logprob_start_len", min(len(ids) for ids in texts))
     return Query(texts, top, single, start)
 
 
@@ -212,21 +221,26 @@ def _notes(result: Sequence[Projected]) -> dict[str, Any]:
 
 
 def _only(body: Mapping[str, Any], known: set[str], where: str = "") -> None:
-    unknown = [where + str(key) for key in body if key not in known and key not in _IDLE]
+    unknown = [where + key[:40] for key in body if key not in known and key not in _IDLE]
     if unknown:
         raise DataError(f"This server does not know {', '.join(sorted(unknown)[:5])}. Leave it out: it only scores.")
 
 
 def _scores_only(count: Any, name: str) -> None:
-    if isinstance(count, bool) or count not in (0, 1):
+    if type(count) is not int or count not in (0, 1):
+        raise DataError(f"{name} is {count!r:.40}, expected 0 or 1: this server scores texts and generates nothing.")
+
+
+def _nothing_generated(value: Any, name: str, nothing: tuple[Any, ...]) -> None:
+    if not any(value is one or (type(value) is type(one) and value == one) for one in nothing):
         raise DataError(
-            f"{name} is {str(count)[:40]}, expected 0 or 1: this server scores texts and generates nothing."
+            f"{name} is {value!r:.40}, which is about what is generated, and this server only scores. Leave it out."
         )
 
 
 def _count(value: Any, name: str, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
-        raise DataError(f"{name} is {str(value)[:40]}, expected a whole number from 0 to {most}.")
+    if type(value) is not int or not 0 <= value <= most:
+        raise DataError(f"{name} is {value!r:.40}, expected a whole number from 0 to {most}.")
     return value
 
 
@@ -238,11 +252,12 @@ def _texts(value: Any, name: str, limits: Limits) -> tuple[tuple[Ints, ...], boo
     texts = [value] if single else value
     if len(texts) > limits.texts:
         raise DataError(f"{name} holds {len(texts)} texts, at most {limits.texts} are taken. Send several requests.")
-    for ids in texts:
+    for k, ids in enumerate(texts):
         if not isinstance(ids, list) or not ids:
-            raise DataError(f"A text in {name} is {type(ids).__name__} or empty, expected a list of token ids.")
+            what = "empty" if ids == [] else type(ids).__name__
+            raise DataError(f"Text {k} of {name} is {what}, expected a list of token ids.")
         if len(ids) > limits.tokens:
-            raise DataError(f"A text in {name} has {len(ids)} ids, at most {limits.tokens} are taken.")
+            raise DataError(f"Text {k} of {name} has {len(ids)} ids, at most {limits.tokens} are taken.")
         if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**31]:
-            raise DataError(f"{name} holds {str(wrong[0])[:40]!r}, expected token ids: whole numbers from 0.")
+            raise DataError(f"{name} holds {wrong[0]!r:.40}, expected token ids: whole numbers from 0.")
     return tuple(as_ids(ids) for ids in texts), single

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 from collections.abc import Callable
 
 import uvicorn
@@ -13,6 +14,7 @@ from diglot.errors import ConfigError
 
 KEY_VARIABLE = "DIGLOT_PROXY_API_KEY"
 _IDLE_SECONDS = 120
+_BACKLOG = 4096  # connections that wait to be taken
 
 
 def check_host(host: str, key: str | None) -> None:
@@ -49,21 +51,36 @@ def make_server(proxy: Proxy, host: str, port: int) -> uvicorn.Server:
         log_level="warning",
         access_log=False,
         server_header=False,
-        backlog=4096,
+        backlog=_BACKLOG,
         timeout_keep_alive=_IDLE_SECONDS,
     )
     return uvicorn.Server(config)
 
 
-def serve(proxy: Proxy, host: str, port: int, listening: Callable[[str], None]) -> None:
+def bind(host: str, port: int) -> socket.socket:
+    """The address, taken and not yet listened on. `ConfigError` if it cannot be; port 0 takes a free one."""
+    one = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        one.bind((host, port))
+    except OSError as error:
+        one.close()
+        raise ConfigError(
+            f"--host {host} with --port {port} cannot be listened on: {error.strerror}. Choose another port (0 takes a "
+            "free one), or an address of this machine."
+        ) from error
+    return one
+
+
+def serve(proxy: Proxy, listener: socket.socket, listening: Callable[[str], None]) -> None:
     """Answer until SIGTERM or SIGINT, then take nothing new, finish what was accepted, and return.
 
     Args:
-        port: 0 takes a free one.
+        listener: of `bind`.
         listening: called with the address once requests can be sent.
     """
+    host, port = listener.getsockname()[:2]
     server = make_server(proxy, host, port)
-    socket = server.config.bind_socket()
-    shown = f"[{host}]" if ":" in host else host
-    listening(f"http://{shown}:{socket.getsockname()[1]}")
-    server.run(sockets=[socket])
+    listener.listen(_BACKLOG)  # whoever connects before the server runs waits
+    listening(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+    server.run(sockets=[listener])

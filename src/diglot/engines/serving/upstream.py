@@ -103,7 +103,7 @@ class ServedUpstream:
         budget: float,
         max_length: int | None = None,
     ) -> None:
-        self.url, self.wire, self.renderer, self.budget = url, wire, renderer, budget
+        self.url, self.wire, self.renderer, self.timeout, self.budget = url, wire, renderer, timeout, budget
         self.name = wire.info.model
         self.max_length = min((n for n in (max_length, wire.info.longest) if n is not None), default=None)
         self._http = httpx.AsyncClient(
@@ -160,7 +160,14 @@ class ServedUpstream:
         return await loop.run_in_executor(self._readers, self._read, response, ids, asking)
 
     def _read(self, response: httpx.Response, ids: Ints, asking: Any) -> TeacherScores:
-        result = self.wire.read(response.json(), ids.tolist(), asking)
+        try:
+            answer = response.json()
+        except (ValueError, RecursionError):
+            raise TeacherError(
+                f"The teacher's server answered 200 to a text of {len(ids)} tokens with {len(response.content)} bytes "
+                f"that are no JSON: {response.content[:80]!r}."
+            ) from None
+        result = self.wire.read(answer, ids.tolist(), asking)
         return TeacherScores(result.logps, result.top_ids, result.top_logps)
 
     async def _answer(self, path: str, body: dict[str, Any]) -> httpx.Response:
@@ -168,11 +175,12 @@ class ServedUpstream:
         while True:
             why = ""
             try:
-                response = await self._http.post(path, json=body)
+                # httpx bounds each read alone: a server that sends a byte now and then would never end.
+                response = await asyncio.wait_for(self._http.post(path, json=body), self.timeout)
                 if response.status_code not in _AGAIN and _is_whole(response):
                     return response
-                why = f"{response.status_code}"
-            except httpx.TransportError as error:
+                why = f"{response.status_code}" if response.status_code != 200 else "a 200 that is cut or no JSON"
+            except (httpx.RequestError, asyncio.TimeoutError) as error:
                 why = type(error).__name__
             pause = random.uniform(0, min(0.1 * 2**attempt, _LONGEST_PAUSE))
             attempt += 1
