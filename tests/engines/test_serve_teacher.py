@@ -123,8 +123,8 @@ def test_what_was_accepted_is_answered_after_sigterm(folders: dict[str, str], tm
 def test_mistakes_are_told_in_one_message(
     arguments: list[str], message: str, folders: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [folders["teacher"] if word == "TEACHER" else word for word in arguments]
-    assert main(["serve-teacher", "--student", folders["student"], *given]) == 2
+    words = [folders["teacher"] if word == "TEACHER" else word for word in arguments]
+    assert main(["serve-teacher", "--student", folders["student"], *words]) == 2
     assert message in capsys.readouterr().err
 
 
