@@ -42,10 +42,10 @@ def one_side(draw: st.DrawFn, lengths: list[int], stopped: list[bool]) -> Side:
         marks = [False] * len(here)
         if finished:
             here, marks = [*here, length + 1], [*marks, True]
-        kept = draw(st.integers(0, len(here))) if draw(st.integers(0, 3)) == 0 else len(here)  # truncation
-        ends.append(here[:kept])
-        stop += marks[:kept]
-        exact += [draw(st.integers(0, 5)) > 0 for _ in range(kept)]
+        count = draw(st.integers(0, len(here))) if draw(st.integers(0, 3)) == 0 else len(here)  # truncation
+        ends.append(here[:count])
+        stop += marks[:count]
+        exact += [draw(st.integers(0, 5)) > 0 for _ in range(count)]
     made = side(*ends)
     return Side(made.end, made.segment, np.array(exact, dtype=bool), np.array(stop, dtype=bool))
 
@@ -110,40 +110,40 @@ def oracle_teacher_at(case: Case) -> list[int]:
 @checked
 @given(cases())
 def test_alignment_is_what_a_token_by_token_search_finds(case: Case) -> None:
-    found = align(case.student, case.teacher, case.num_segments)
+    alignment = align(case.student, case.teacher, case.num_segments)
     chunk_s, chunk_t, chunks = oracle_chunks(case)
-    assert found.chunk_s.tolist() == chunk_s
-    assert found.chunk_t.tolist() == chunk_t
-    assert found.chunk_segment.tolist() == [number for number, _, _ in chunks]
-    assert found.count_s.tolist() == [len(s) for _, s, _ in chunks]
-    assert found.count_t.tolist() == [len(t) for _, _, t in chunks]
+    assert alignment.chunk_s.tolist() == chunk_s
+    assert alignment.chunk_t.tolist() == chunk_t
+    assert alignment.chunk_segment.tolist() == [number for number, _, _ in chunks]
+    assert alignment.count_s.tolist() == [len(s) for _, s, _ in chunks]
+    assert alignment.count_t.tolist() == [len(t) for _, _, t in chunks]
     exact = [bool(case.student.exact[s].all() and case.teacher.exact[t].all()) for _, s, t in chunks]
-    assert found.chunk_exact.tolist() == exact
-    assert found.chunk_stop.tolist() == [bool(case.student.stop[s].any()) for _, s, _ in chunks]
+    assert alignment.chunk_exact.tolist() == exact
+    assert alignment.chunk_stop.tolist() == [bool(case.student.stop[s].any()) for _, s, _ in chunks]
     pairs = [(s[0], t[0]) for (_, s, t), ok in zip(chunks, exact, strict=True) if ok and len(s) == len(t) == 1]
-    assert list(zip(found.pair_s.tolist(), found.pair_t.tolist(), strict=True)) == pairs
-    assert found.teacher_at.tolist() == oracle_teacher_at(case)
-    assert found.dropped == chunk_s.count(-1) + chunk_t.count(-1)
+    assert list(zip(alignment.pair_s.tolist(), alignment.pair_t.tolist(), strict=True)) == pairs
+    assert alignment.teacher_at.tolist() == oracle_teacher_at(case)
+    assert alignment.dropped == chunk_s.count(-1) + chunk_t.count(-1)
     if chunk_s:
         in_exact = sum(len(s) for (_, s, _), ok in zip(chunks, exact, strict=True) if ok)
-        assert found.coverage == pytest.approx(in_exact / len(chunk_s))
-        assert found.one_to_one == pytest.approx(len(pairs) / len(chunk_s))
+        assert alignment.coverage == pytest.approx(in_exact / len(chunk_s))
+        assert alignment.one_to_one == pytest.approx(len(pairs) / len(chunk_s))
 
 
 @checked
 @given(cases())
 def test_each_chunk_covers_the_same_bytes_on_both_sides_without_a_gap(case: Case) -> None:
-    found = align(case.student, case.teacher, case.num_segments)
+    alignment = align(case.student, case.teacher, case.num_segments)
     spans = []
-    for one, chunk in ((case.student, found.chunk_s), (case.teacher, found.chunk_t)):
+    for one, chunk in ((case.student, alignment.chunk_s), (case.teacher, alignment.chunk_t)):
         start = starts(one)
-        spans.append([(start[chunk == k].min(), one.end[chunk == k].max()) for k in range(found.num_chunks)])
+        spans.append([(start[chunk == k].min(), one.end[chunk == k].max()) for k in range(alignment.num_chunks)])
         for number in range(case.num_segments):
             inside = chunk[(one.segment == number) & (chunk >= 0)]
             assert (np.diff(inside) >= 0).all()
     assert spans[0] == spans[1]
     for k, (start, _) in enumerate(spans[0]):
-        continues = k > 0 and found.chunk_segment[k] == found.chunk_segment[k - 1]
+        continues = k > 0 and alignment.chunk_segment[k] == alignment.chunk_segment[k - 1]
         assert start == (spans[0][k - 1][1] if continues else 0)
 
 
@@ -182,63 +182,63 @@ def test_the_order_of_segments_only_renumbers(case: Case, random: object) -> Non
 
 def test_a_side_aligned_with_itself_is_all_pairs() -> None:
     one = side([2, 5, 6], [], [1, 4, 5], stop=(2, 5))
-    found = align(one, one, 3)
-    assert found.pair_s.tolist() == found.pair_t.tolist() == found.chunk_s.tolist() == list(range(6))
-    assert (found.coverage, found.one_to_one, found.dropped) == (1.0, 1.0, 0)
-    assert np.flatnonzero(found.chunk_stop).tolist() == [2, 5]
+    alignment = align(one, one, 3)
+    assert alignment.pair_s.tolist() == alignment.pair_t.tolist() == alignment.chunk_s.tolist() == list(range(6))
+    assert (alignment.coverage, alignment.one_to_one, alignment.dropped) == (1.0, 1.0, 0)
+    assert np.flatnonzero(alignment.chunk_stop).tolist() == [2, 5]
 
 
 def test_known_example() -> None:
     #          The | cat | s | STOP        against   Th | e | cats | STOP
-    found = align(side([3, 6, 7, 8], stop=(3,)), side([2, 3, 7, 8], stop=(3,)), 1)
-    assert found.chunk_s.tolist() == [0, 1, 1, 2]
-    assert found.chunk_t.tolist() == [0, 0, 1, 2]
-    assert found.chunk_stop.tolist() == [False, False, True]
-    assert (found.pair_s.tolist(), found.pair_t.tolist()) == ([3], [3])
-    assert found.teacher_at.tolist() == [0, 2, 2, 3]
-    assert (found.coverage, found.one_to_one, found.dropped) == (1.0, 0.25, 0)
+    alignment = align(side([3, 6, 7, 8], stop=(3,)), side([2, 3, 7, 8], stop=(3,)), 1)
+    assert alignment.chunk_s.tolist() == [0, 1, 1, 2]
+    assert alignment.chunk_t.tolist() == [0, 0, 1, 2]
+    assert alignment.chunk_stop.tolist() == [False, False, True]
+    assert (alignment.pair_s.tolist(), alignment.pair_t.tolist()) == ([3], [3])
+    assert alignment.teacher_at.tolist() == [0, 2, 2, 3]
+    assert (alignment.coverage, alignment.one_to_one, alignment.dropped) == (1.0, 0.25, 0)
 
 
 def test_tokens_without_bytes_join_the_next_token_and_at_the_end_the_last_chunk() -> None:
-    found = align(side([0, 0, 2, 2, 5, 5, 5]), side([2, 5]), 1)
-    assert found.chunk_s.tolist() == [0, 0, 0, 1, 1, 1, 1]
-    assert found.count_s.tolist() == [3, 4]
-    assert found.pair_s.tolist() == []
+    alignment = align(side([0, 0, 2, 2, 5, 5, 5]), side([2, 5]), 1)
+    assert alignment.chunk_s.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert alignment.count_s.tolist() == [3, 4]
+    assert alignment.pair_s.tolist() == []
 
 
 def test_tokens_without_bytes_before_a_stop_join_the_stop() -> None:
-    found = align(side([2, 2, 3], stop=(2,)), side([2, 3], stop=(1,)), 1)
-    assert found.chunk_s.tolist() == [0, 1, 1]
-    assert found.pair_s.tolist() == [0]
+    alignment = align(side([2, 2, 3], stop=(2,)), side([2, 3], stop=(1,)), 1)
+    assert alignment.chunk_s.tolist() == [0, 1, 1]
+    assert alignment.pair_s.tolist() == [0]
 
 
 def test_tokens_after_the_last_shared_boundary_lie_in_no_chunk() -> None:
-    found = align(side([2, 4]), side([2, 3, 6, 7], stop=(3,)), 1)  # the student's copy was cut after byte 4
-    assert found.chunk_s.tolist() == [0, -1]
-    assert found.chunk_t.tolist() == [0, -1, -1, -1]
-    assert found.dropped == 4
-    assert found.coverage == 0.5
+    alignment = align(side([2, 4]), side([2, 3, 6, 7], stop=(3,)), 1)  # the student's copy was cut after byte 4
+    assert alignment.chunk_s.tolist() == [0, -1]
+    assert alignment.chunk_t.tolist() == [0, -1, -1, -1]
+    assert alignment.dropped == 4
+    assert alignment.coverage == 0.5
 
 
 def test_a_segment_that_one_side_has_not_read_is_dropped_alone() -> None:
-    found = align(side([1], [2, 3], [4]), side([1], [], [4]), 3)
-    assert found.chunk_s.tolist() == [0, -1, -1, 1]
-    assert found.chunk_segment.tolist() == [0, 2]
-    assert found.teacher_at.tolist() == [0, -1, -1, 1]
+    alignment = align(side([1], [2, 3], [4]), side([1], [], [4]), 3)
+    assert alignment.chunk_s.tolist() == [0, -1, -1, 1]
+    assert alignment.chunk_segment.tolist() == [0, 2]
+    assert alignment.teacher_at.tolist() == [0, -1, -1, 1]
 
 
 def test_an_inexact_region_is_a_chunk_but_never_a_pair() -> None:
     # Teacher tokens 1 and 2 spell bytes 2..5 of the text otherwise: the first of them ends where the region starts.
-    found = align(side([2, 5, 7]), side([2, 2, 5, 7], inexact=(1, 2)), 1)
-    assert found.chunk_t.tolist() == [0, 1, 1, 2]
-    assert found.chunk_exact.tolist() == [True, False, True]
-    assert found.pair_s.tolist() == [0, 2]
-    assert found.coverage == pytest.approx(2 / 3)
+    alignment = align(side([2, 5, 7]), side([2, 2, 5, 7], inexact=(1, 2)), 1)
+    assert alignment.chunk_t.tolist() == [0, 1, 1, 2]
+    assert alignment.chunk_exact.tolist() == [True, False, True]
+    assert alignment.pair_s.tolist() == [0, 2]
+    assert alignment.coverage == pytest.approx(2 / 3)
 
 
 def test_nothing_aligns_to_nothing() -> None:
-    found = align(side(), side(), 0)
-    assert (found.num_chunks, found.coverage, found.one_to_one, found.dropped) == (0, 1.0, 1.0, 0)
+    alignment = align(side(), side(), 0)
+    assert (alignment.num_chunks, alignment.coverage, alignment.one_to_one, alignment.dropped) == (0, 1.0, 1.0, 0)
     one_sided = align(side([1, 2]), side(), 1)
     assert (one_sided.chunk_s.tolist(), one_sided.coverage, one_sided.dropped) == ([-1, -1], 0.0, 2)
 
@@ -285,16 +285,16 @@ def test_check_bytes_names_the_first_difference() -> None:
 
 def test_to_gives_the_same_as_tensors() -> None:
     torch = pytest.importorskip("torch")
-    found = align(side([2, 5, 6], stop=(2,)), side([5, 6], stop=(1,)), 1)
-    moved = found.to("cpu").to("cpu")
+    alignment = align(side([2, 5, 6], stop=(2,)), side([5, 6], stop=(1,)), 1)
+    moved = alignment.to("cpu").to("cpu")
     for field in fields(Alignment):
-        before, after = getattr(found, field.name), getattr(moved, field.name)
+        before, after = getattr(alignment, field.name), getattr(moved, field.name)
         if isinstance(before, np.ndarray):
             assert isinstance(after, torch.Tensor)
             assert after.tolist() == before.tolist()
         else:
             assert after == before
-    assert moved.num_chunks == found.num_chunks
+    assert moved.num_chunks == alignment.num_chunks
 
 
 def test_alignment_does_not_import_torch() -> None:

@@ -280,11 +280,11 @@ def test_a_space_that_words_begin_with_behind_a_marker_is_no_part_of_what_was_wr
         ('[TOOL_CALLS]clock[ARGS]{"tz": "UTC"}</s>', {"content": None, "tool_calls": CALL}),
     ):
         row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", **fields}]}
-        given = reader.written(to_sample(row, "row 7"))
+        replies = reader.written(to_sample(row, "row 7"))
         pair = reader.sampled(HI, np.array(r.tokenizer(text, add_special_tokens=False)["input_ids"]))
-        assert pair is not None and given is not None
-        assert pair.student.segment_bytes == pair.teacher.segment_bytes == given.student.segment_bytes
-        for one, other in ((pair.student, given.student), (pair.teacher, given.teacher)):
+        assert pair is not None and replies is not None
+        assert pair.student.segment_bytes == pair.teacher.segment_bytes == replies.student.segment_bytes
+        for one, other in ((pair.student, replies.student), (pair.teacher, replies.teacher)):
             assert one.ids.tolist() == other.ids.tolist() and one.segment.tolist() == other.segment.tolist()
             assert one.end.tolist() == other.end.tolist() and (one.exact | ~other.exact).all()
 

@@ -76,8 +76,8 @@ def test_the_peak_of_a_stage_is_measured_in_a_process_of_its_own() -> None:
 
 def test_step_is_compared_with_the_models_alone(tmp_path: Path) -> None:
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0, log_rollouts=0)
-    found = step.compare(trainer, ["strict", "covering"], 1)
-    assert all(row["ratio"] > 0 and row["cpu_ratio"] > 0 and row["scored"] > 0 for row in found.values())
+    result = step.compare(trainer, ["strict", "covering"], 1)
+    assert all(row["ratio"] > 0 and row["cpu_ratio"] > 0 and row["scored"] > 0 for row in result.values())
 
 
 def test_what_is_watched_now_and_then_is_no_part_of_a_step(tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_what_is_watched_now_and_then_is_no_part_of_a_step(tmp_path: Path) -> No
 
 def test_both_samplers_write_the_same_tokens(tmp_path: Path) -> None:
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), tiny.PROMPT_ROWS, lmbda=1.0)
-    found = on_policy.compare(trainer, 1)
-    assert found["tokens"] > 0 and found["throughput_ratio"] > 0
+    result = on_policy.compare(trainer, 1)
+    assert result["tokens"] > 0 and result["throughput_ratio"] > 0
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="TRL 1.16.0 needs Python 3.11")
@@ -109,8 +109,8 @@ def test_a_comparison_of_unlike_sides_ends_with_an_error(
 
     monkeypatch.setitem(bench.PARTS, "alignment", unlike)
     assert bench.main(["--only", "alignment", "--out", str(tmp_path)]) == 1
-    said = capsys.readouterr().err
-    assert "texts differ" in said and "'abc'" in said and "'abd'" in said
+    output = capsys.readouterr().err
+    assert "texts differ" in output and "'abc'" in output and "'abd'" in output
     assert not (tmp_path / "summary.json").exists()
 
 

@@ -14,24 +14,25 @@ SMALL = ["--rows", "40", "--hidden", "8", "--vocabularies", "300", "320", "--rep
 
 def test_it_measures_both_comparisons_and_keeps_what_was_run(tmp_path: Path) -> None:
     assert gpu.main(["--device", "cpu", *SMALL, "--out", str(tmp_path / "deep" / "gpu.json")]) == 0
-    found = json.loads((tmp_path / "deep" / "gpu.json").read_text())
-    assert found["card"] == "CPU" and found["rows"] == 40 and "--vocabularies" in found["command"]
+    record = json.loads((tmp_path / "deep" / "gpu.json").read_text())
+    assert record["card"] == "CPU" and record["rows"] == 40 and "--vocabularies" in record["command"]
     for name in ("jsd", "cells"):  # without a card the time says nothing, not even that a share is below 1
-        of_stage = 2 * 40 * 8 * (3 * 300 + 320) / found[name]["seconds"]
+        of_stage = 2 * 40 * 8 * (3 * 300 + 320) / record[name]["seconds"]
         assert (
-            found[name]["share"] == pytest.approx(of_stage / found["operations_per_second"], rel=1e-12) and of_stage > 0
+            record[name]["share"] == pytest.approx(of_stage / record["operations_per_second"], rel=1e-12)
+            and of_stage > 0
         )
 
 
 def test_its_stage_gives_both_gradients() -> None:
     stage = gpu.Stage("cpu", 12, 8, (300, 320))
-    found = []
-    stage.hidden_s.register_hook(lambda g: found.append(g.clone()))
-    stage.weights[0].weight.register_hook(lambda g: found.append(g.clone()))
+    results = []
+    stage.hidden_s.register_hook(lambda g: results.append(g.clone()))
+    stage.weights[0].weight.register_hook(lambda g: results.append(g.clone()))
     for compare in (stage.jsd, stage.cells):
-        found.clear()
+        results.clear()
         stage.run(compare)
-        assert len(found) == 2 and all(g.isfinite().all() and g.abs().sum() > 0 for g in found)
+        assert len(results) == 2 and all(g.isfinite().all() and g.abs().sum() > 0 for g in results)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")

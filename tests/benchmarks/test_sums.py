@@ -69,14 +69,14 @@ def test_divergence_is_the_log_ratio_of_what_was_written_and_cut_texts_have_no_s
     models = [sums.llama(tokenizer, 16, 1, seed) for seed, tokenizer in enumerate((student, teacher))]
     (prompt, text), (second, cut) = TASK.rows(0, 2, "all")
     cut = cut[:9]
-    said = [[*sums.ids_of(student, text), sums.STOP], sums.ids_of(student, cut)]
-    monkeypatch.setattr(sums, "write", lambda *_, **__: said)
+    texts = [[*sums.ids_of(student, text), sums.STOP], sums.ids_of(student, cut)]
+    monkeypatch.setattr(sums, "write", lambda *_, **__: texts)
     got = sums.divergence(*models, (student, teacher), [prompt, second])
     read = [[*sums.ids_of(teacher, text), sums.STOP], sums.ids_of(teacher, cut)]
     with torch.no_grad():
         own, other = (
             sums.written_log_probs(model, [sums.ids_of(tokenizer, p) for p in (prompt, second)], rest).sum()
-            for model, tokenizer, rest in zip(models, (student, teacher), (said, read), strict=True)
+            for model, tokenizer, rest in zip(models, (student, teacher), (texts, read), strict=True)
         )
     assert got["reverse_kl"] == pytest.approx(float(own - other) / (len(text) + len(cut)))
     assert (got["stopped"], got["samples"]) == (0.5, [text, cut])
@@ -88,9 +88,9 @@ def test_what_is_written_ends_with_its_first_stop() -> None:
     tokenizer = untaught().tokenizers[0]
     model = sums.llama(tokenizer, 16, 1, 0)
     torch.manual_seed(0)
-    said = sums.write(model, tokenizer, ["70 pears and 32:", "7:"] * 40, sample=True)
-    assert len(said) == 80 and any(ids[-1] == sums.STOP for ids in said)
-    assert all(sums.STOP not in ids[:-1] and len(ids) <= sums.LONGEST for ids in said)
+    completions = sums.write(model, tokenizer, ["70 pears and 32:", "7:"] * 40, sample=True)
+    assert len(completions) == 80 and any(ids[-1] == sums.STOP for ids in completions)
+    assert all(sums.STOP not in ids[:-1] and len(ids) <= sums.LONGEST for ids in completions)
 
 
 def test_no_distillation_from_a_teacher_that_has_not_learnt_the_task(
@@ -111,10 +111,10 @@ def test_no_distillation_from_a_teacher_that_has_not_learnt_the_task(
 def test_cells_are_run_with_both_policies_and_the_control_with_the_students_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, asked = untaught(), []
+    bench, requests = untaught(), []
 
     def teacher(self: Numbers, control: bool) -> tuple[Any, Any]:
-        asked.append(control)
+        requests.append(control)
         tokenizer = self.tokenizers[0 if control else 1]
         return sums.llama(tokenizer, 16, 1, 0), tokenizer
 
@@ -129,7 +129,7 @@ def test_cells_are_run_with_both_policies_and_the_control_with_the_students_toke
         ("jsd", "off", None),
         ("minillm:num_iterations=1", "on", None),
     ]
-    assert asked == [False, False, True, True, False]
+    assert requests == [False, False, True, True, False]
     assert all(r["after"]["bits_per_byte"] != r["before"]["bits_per_byte"] for r in results)
     shown = sums.show(results)
     assert "numbers, finer, `strict`, off-policy" in shown and "before, equal tokenizers" in shown

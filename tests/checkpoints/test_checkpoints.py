@@ -47,15 +47,15 @@ def resume(out: Path, teacher: Any = None, student: Any = None, **options: Any) 
 
 
 def test_a_checkpoint_says_what_it_is_of(run: Path) -> None:
-    said = durable.verify(run / "checkpoint-2")
+    manifest = durable.verify(run / "checkpoint-2")
     files = {str(p.relative_to(run / "checkpoint-2")) for p in (run / "checkpoint-2").rglob("*")}
-    assert set(said["files"]) | {"manifest.json"} == files
+    assert set(manifest["files"]) | {"manifest.json"} == files
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= files
-    assert said["step"] == 2 and set(said["versions"]) == {"diglot", "torch", "transformers"}
+    assert manifest["step"] == 2 and set(manifest["versions"]) == {"diglot", "torch", "transformers"}
     for side, tokenizer in (("student", zoo.chatml()), ("teacher", zoo.inst())):
-        assert len(said[side]["tokenizer"]) >= 32 and len(said[side]["template"]) == 64
-        assert said[side]["config"]["vocab_size"] == len(tokenizer) and "revision" in said[side]
-    assert said["teacher"]["weights"] and said["objective"]["terms"] == [["covering", 1.0]]
+        assert len(manifest[side]["tokenizer"]) >= 32 and len(manifest[side]["template"]) == 64
+        assert manifest[side]["config"]["vocab_size"] == len(tokenizer) and "revision" in manifest[side]
+    assert manifest["teacher"]["weights"] and manifest["objective"]["terms"] == [["covering", 1.0]]
 
 
 def test_a_file_is_hashed_once_when_it_is_saved_and_once_when_it_is_resumed_from(
@@ -75,17 +75,17 @@ def test_a_file_is_hashed_once_when_it_is_saved_and_once_when_it_is_resumed_from
     assert {folder for folder, _ in names} == {"checkpoint-2", "checkpoint-3"}
 
 
-@pytest.mark.parametrize(("options", "said"), [
+@pytest.mark.parametrize(("options", "message"), [
     ({"teacher": zoo.turns}, "teacher.tokenizer is '.*' in the checkpoint, '.*' now"),
     ({"student": zoo.nfc}, "student.tokenizer is"),
     ({"beta": 1.0}, r"objective.beta is \[0.5\] in the checkpoint, \[1.0\] now"),
     ({"objective": "span"}, r"objective.terms is \[\['covering', 1.0\]\] in the checkpoint, \[\['span', 1.0\]\] now"),
 ])  # fmt: skip
 def test_a_checkpoint_of_another_run_is_refused_and_both_values_are_said(
-    options: dict[str, Any], said: str, run: Path
+    options: dict[str, Any], message: str, run: Path
 ) -> None:
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         resume(run, **{k: v() if callable(v) else v for k, v in options.items()})
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
@@ -152,9 +152,9 @@ def test_a_manifest_cannot_point_outside_of_its_folder(where: str, run: Path, tm
     (tmp_path / "outside").write_text("secret")
     folder = run / "checkpoint-2"
     (folder / "link").symlink_to(tmp_path / "outside")
-    said = json.loads((folder / "manifest.json").read_text())
-    said["files"][where] = {"size": 6, "sha256": "0"}
-    (folder / "manifest.json").write_text(json.dumps(said))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][where] = {"size": 6, "sha256": "0"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="outside of its folder"):
         durable.verify(folder)
 
@@ -202,9 +202,9 @@ def test_a_pickle_in_a_checkpoint_does_not_run(name: str, run: Path, tmp_path: P
     """Even in a checkpoint whose manifest agrees with it."""
     folder, mark = run / "checkpoint-2", tmp_path / "ran"
     torch.save({"bomb": _Bomb(mark)}, folder / name)
-    said = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").unlink()
-    durable.seal(folder, {k: v for k, v in said.items() if k not in ("files", "format")})
+    durable.seal(folder, {k: v for k, v in manifest.items() if k not in ("files", "format")})
     with pytest.raises(pickle.UnpicklingError, match="Weights only"):
         resume(run)
     assert not mark.exists()
@@ -261,8 +261,8 @@ def test_a_fingerprint_of_a_large_embedding_stays_inside_of_it() -> None:
 
 def test_fingerprints_tell_weights_apart() -> None:
     models = [tiny.tiny_model(zoo.inst(), seed) for seed in (0, 0, 1)]
-    found = [fingerprint(m) for m in models]
-    assert found[0] == found[1] != found[2]
+    results = [fingerprint(m) for m in models]
+    assert results[0] == results[1] != results[2]
 
 
 def test_a_signal_ends_the_run_with_a_message_that_says_how_to_go_on(tmp_path: Path) -> None:
@@ -289,11 +289,11 @@ def test_a_signal_ends_the_run_with_a_message_that_says_how_to_go_on(tmp_path: P
 def counted(real: Callable[..., Any], nth: int, calls: list[str]) -> Callable[..., Any]:
     """`real`, whose `nth` call of all that are counted fails."""
 
-    def call(*given: Any, **named: Any) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
         calls.append(real.__name__)
         if len(calls) == nth:
             raise OSError("the disk is full")
-        return real(*given, **named)
+        return real(*arguments, **named)
 
     return call
 

@@ -19,8 +19,8 @@ def run(tmp_path: Path, *what: str, limit: float = 280) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def killed_at_every_write(found: dict[str, list[int]]) -> None:
-    for steps in (found["plain"], found["power"]):
+def killed_at_every_write(reached: dict[str, list[int]]) -> None:
+    for steps in (reached["plain"], reached["power"]):
         assert len(steps) > 30  # writes of one save
         assert steps == sorted(steps) and set(steps) == {1, 2}  # the old checkpoint until the new one is whole
 
@@ -33,22 +33,22 @@ def test_a_save_that_ends_at_any_write_leaves_the_last_checkpoint_whole(tmp_path
 
 @pytest.mark.real
 def test_sigterm_saves_and_the_resumed_run_is_exact(tmp_path: Path) -> None:
-    found = run(tmp_path, "minillm", "sigterm")
-    assert found["code"] == 143 and found["exact"] and 2 <= found["step"] < kills.STEPS
+    outcome = run(tmp_path, "minillm", "sigterm")
+    assert outcome["code"] == 143 and outcome["exact"] and 2 <= outcome["step"] < kills.STEPS
 
 
 @pytest.mark.real
 def test_a_few_kills_lose_nothing(tmp_path: Path) -> None:
-    found = run(tmp_path, "gkd", "sigkill", "8")
-    assert len(found["reached"]) >= 8 and found["exact"] and all(found["exact"])
+    outcome = run(tmp_path, "gkd", "sigkill", "8")
+    assert len(outcome["reached"]) >= 8 and outcome["exact"] and all(outcome["exact"])
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["gkd", "minillm"])
 def test_fifty_kills_lose_nothing(kind: str, tmp_path: Path) -> None:
     """At random moments (seed in tests/support/kills.py); some fall into a save."""
-    found = run(tmp_path, kind, "sigkill", "50", limit=3000)
-    assert len(found["reached"]) >= 50 and found["in_a_save"] > 0 and all(found["exact"])
+    outcome = run(tmp_path, kind, "sigkill", "50", limit=3000)
+    assert len(outcome["reached"]) >= 50 and outcome["in_a_save"] > 0 and all(outcome["exact"])
 
 
 @pytest.mark.nightly

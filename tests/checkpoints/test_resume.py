@@ -34,24 +34,24 @@ def run(make: Any, out: Path, teacher: str, resume: Any = None, **options: Any) 
 
 def everything(trainer: Any) -> dict[str, torch.Tensor]:
     """Parameters, projectors, the optimizer's state, and the random numbers that come next."""
-    found = {f"model.{n}": p.detach() for n, p in trainer.model.named_parameters()}
-    found |= {f"projector.{n}": p.detach() for n, p in trainer.projectors.items()}
-    for i, kept in trainer.optimizer.state_dict()["state"].items():
-        found |= {f"optimizer.{i}.{n}": torch.as_tensor(value) for n, value in kept.items()}
-    found["python"] = torch.tensor(random.getstate()[1])
-    found["numpy"] = torch.from_numpy(np.asarray(np.random.get_state()[1]).astype(np.int64))
-    return {**found, "torch": torch.get_rng_state()}
+    results = {f"model.{n}": p.detach() for n, p in trainer.model.named_parameters()}
+    results |= {f"projector.{n}": p.detach() for n, p in trainer.projectors.items()}
+    for i, moments in trainer.optimizer.state_dict()["state"].items():
+        results |= {f"optimizer.{i}.{n}": torch.as_tensor(value) for n, value in moments.items()}
+    results["python"] = torch.tensor(random.getstate()[1])
+    results["numpy"] = torch.from_numpy(np.asarray(np.random.get_state()[1]).astype(np.int64))
+    return {**results, "torch": torch.get_rng_state()}
 
 
 def same_run(make: Any, out: Path, teacher: str, stop: int, **options: Any) -> tuple[Any, Any]:
     """Running through, and from a checkpoint, are equal in all that goes on and in all that was logged."""
     through = run(make, out / "a", teacher, **options)
-    kept = {n: x.clone() for n, x in everything(through).items()}
+    expected = {n: x.clone() for n, x in everything(through).items()}
     resumed = run(make, out / "b", teacher, resume=str(out / "a" / f"checkpoint-{stop}"), **options)
-    found = everything(resumed)
-    assert kept.keys() == found.keys()
-    for name, value in kept.items():
-        assert torch.equal(value, found[name]), name
+    result = everything(resumed)
+    assert expected.keys() == result.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, result[name]), name
     timeless = [
         [
             {k: v for k, v in entry.items() if not k.startswith(("train_", "teacher/cache_"))}
@@ -122,7 +122,7 @@ def test_of_tied_weights_only_those_are_missing_that_a_checkpoint_holds_under_no
     trainer = run(tiny.gkd, tmp_path, "inst", models=models, save_steps=1)
     file = tmp_path / "checkpoint-1" / "model.safetensors"
     save_file({name: value for name, value in load_file(file).items() if name not in absent}, file)
-    said: list[str] = []
-    monkeypatch.setattr(transformers.trainer.logger, "warning", said.append)
+    texts: list[str] = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", texts.append)
     trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
-    assert [sorted(re.findall(r"'(.+?)'", text)) for text in said] == ([named] if named else [])
+    assert [sorted(re.findall(r"'(.+?)'", text)) for text in texts] == ([named] if named else [])

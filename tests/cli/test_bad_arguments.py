@@ -135,7 +135,7 @@ def test_a_wrong_argument_is_refused_in_one_message(
     known = {**paths, "OUT": str(tmp_path / "out")}
     before = sorted(Path(paths["STUDENT"]).parent.rglob("*"))
     code = main([known.get(word, word) for word in line(command, name, value)])
-    said = capsys.readouterr()
-    assert code == 2, said
-    assert said.err.count("diglot: ") == 1 and "Traceback" not in said.err, said.err
+    output = capsys.readouterr()
+    assert code == 2, output
+    assert output.err.count("diglot: ") == 1 and "Traceback" not in output.err, output.err
     assert not list(tmp_path.rglob("*")) and sorted(Path(paths["STUDENT"]).parent.rglob("*")) == before

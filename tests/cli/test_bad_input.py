@@ -97,25 +97,25 @@ def refused(arguments: list[str], out: Path, capsys: pytest.CaptureFixture[str])
     """The one message of a command that cannot work."""
     capsys.readouterr()
     code = main(arguments)
-    said = capsys.readouterr()
-    assert code == 2, said
-    assert said.err.count("diglot: ") == 1 and "Traceback" not in said.err, said.err
+    output = capsys.readouterr()
+    assert code == 2, output
+    assert output.err.count("diglot: ") == 1 and "Traceback" not in output.err, output.err
     assert not out.exists() or not list(out.rglob("*")), list(out.rglob("*"))
-    return said.err
+    return output.err
 
 
 def command(folders: dict[str, str], out: Path, *more: str) -> list[str]:
-    given = {
+    options = {
         "--model_name_or_path": folders["student"], "--teacher_model_name_or_path": folders["teacher"],
         "--dataset_name": folders["data.jsonl"], "--output_dir": str(out), "--max_steps": "1", "--use_cpu": "true",
         "--max_completion_length": "4", "--disable_tqdm": "true", "--lmbda": "0",
     }  # fmt: skip
     if "minillm" in more or any(OPTIONS[m[2:]].trainers == ("minillm",) for m in more if m[2:] in OPTIONS):
-        given |= {"--trainer": "minillm"}
-        del given["--lmbda"]
+        options |= {"--trainer": "minillm"}
+        del options["--lmbda"]
     for name in more:
-        given.pop(name, None)
-    return ["train", *(part for pair in given.items() for part in pair), *more]
+        options.pop(name, None)
+    return ["train", *(part for pair in options.items() for part in pair), *more]
 
 
 def test_every_option_has_a_wrong_value_or_a_reason_why_there_is_none() -> None:
@@ -131,9 +131,9 @@ def test_a_wrong_value_is_refused_in_one_message(
     name: str, value: list[str], folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    given = [folders["file"] if part == "FILE" else part for part in value]
-    said = refused(command(folders, out, f"--{name}", *given), out, capsys)
-    assert name in said or given[0] in said, said
+    arguments = [folders["file"] if part == "FILE" else part for part in value]
+    output = refused(command(folders, out, f"--{name}", *arguments), out, capsys)
+    assert name in output or arguments[0] in output, output
 
 
 ASK, SAY = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two."}
@@ -156,9 +156,9 @@ def test_a_broken_row_is_named_by_its_index_and_its_file(
     good = {"prompt": [ASK]} if column == "prompt" and isinstance(value, list) else {"prompt": "a"}
     good = {"messages": [ASK, SAY]} if column == "messages" else {"text": "a"} if column == "text" else good
     data.write_text("".join(json.dumps(row) + "\n" for row in (good, {**beside, column: value})))
-    said = refused(command(folders, out, "--dataset_name", str(data)), out, capsys)
-    assert str(data) in said and ("row 1" in said or "line 2" in said or column in said), said
-    assert "on_bad_row: skip" in said or "line 2" in said, said
+    output = refused(command(folders, out, "--dataset_name", str(data)), out, capsys)
+    assert str(data) in output and ("row 1" in output or "line 2" in output or column in output), output
+    assert "on_bad_row: skip" in output or "line 2" in output, output
 
 
 def test_the_table_of_broken_rows_has_every_column() -> None:
@@ -169,14 +169,14 @@ def test_the_table_of_broken_rows_has_every_column() -> None:
     }
 
 
-@pytest.mark.parametrize("given", [
+@pytest.mark.parametrize("arguments", [
     ["trane"], ["train", "stray"], ["train", "--max_stepz", "3"], ["train", "--config", "/nowhere"],
     ["objectives", "--colour"], ["objectives", "stray"], ["eval"],
     ["eval", "--colour"], ["report"], ["report", "/nowhere"],
 ])  # fmt: skip
-def test_a_wrong_command_is_refused_in_one_message(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_command_is_refused_in_one_message(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        code = main(given)
+        code = main(arguments)
     except SystemExit as error:  # argparse's own way
         code = int(str(error.code))
     assert code == 2 and capsys.readouterr().err

@@ -27,14 +27,15 @@ def fixed(before: float, after: float, error: float = 0.01) -> Run:
 
 def test_the_start_says_which_model_is_which_what_is_compared_and_how_long(tmp_path: Path) -> None:
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), max_steps=3, per_device_train_batch_size=4)
-    said = dict(blocks.start_lines(trainer, SCRIPT))
+    lines = dict(blocks.start_lines(trainer, SCRIPT))
     trained = trainer.student.num_parameters()
     assert (
-        said["student"] == f"the/student: {trained / 1e3:.3g} K parameters, float32, cpu, {trained / 1e3:.3g} K trained"
+        lines["student"]
+        == f"the/student: {trained / 1e3:.3g} K parameters, float32, cpu, {trained / 1e3:.3g} K trained"
     )
-    assert "float32" in said["teacher"] and said["objective"].startswith("covering (auto: the vocabularies differ, ")
-    assert said["data"] == "rows.jsonl, 8 rows" and said["steps"].startswith("3 steps of ")
-    assert said["output"] == str(tmp_path)
+    assert "float32" in lines["teacher"] and lines["objective"].startswith("covering (auto: the vocabularies differ, ")
+    assert lines["data"] == "rows.jsonl, 8 rows" and lines["steps"].startswith("3 steps of ")
+    assert lines["output"] == str(tmp_path)
 
 
 def test_a_named_objective_needs_no_reason_and_equal_vocabularies_are_one(tmp_path: Path) -> None:
@@ -78,16 +79,16 @@ def test_head_room_is_read_off_the_data_and_leaves_the_run_as_it_was(tmp_path: P
 def test_head_room_is_judged_against_its_noise(bits: float, message: str) -> None:
     sizes = np.full(8, 10.0)
     noise = np.array([1, -1] * 4, dtype=float)
-    said = blocks.judge_headroom(bits * sizes + noise, sizes)
-    assert message in said and f"{abs(bits):.3f} ± 0.038" in said.replace("+", "")  # sqrt(8/7 * 8) / 80
+    sentence = blocks.judge_headroom(bits * sizes + noise, sizes)
+    assert message in sentence and f"{abs(bits):.3f} ± 0.038" in sentence.replace("+", "")  # sqrt(8/7 * 8) / 80
 
 
 @pytest.mark.parametrize(("before", "after", "words"), [
     (0.5, 0.25, "better: 50%"), (0.5, 0.51, "no clear change"), (0.25, 0.5, "worse"),
 ])  # fmt: skip
 def test_the_end_says_in_words_whether_it_worked(before: float, after: float, words: str) -> None:
-    said = dict(blocks.end_lines(fixed(before, after)))
-    assert said["verdict"].startswith(words) and f"{before:.3f} -> {after:.3f}" in said["to the teacher"]
+    lines = dict(blocks.end_lines(fixed(before, after)))
+    assert lines["verdict"].startswith(words) and f"{before:.3f} -> {after:.3f}" in lines["to the teacher"]
 
 
 def test_the_next_commands_are_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -96,8 +97,12 @@ def test_the_next_commands_are_commands(capsys: pytest.CaptureFixture[str], tmp_
 
     report, evaluate = (shlex.split(one) for one in blocks.next_commands(Path("a run"), SCRIPT, "the/teacher"))
     assert report_parser().parse_args(report[2:]).run == Path("a run")
-    given = eval_parser().parse_args(evaluate[2:])
-    assert given.models == ["a run", "the/student"] and given.teacher == "the/teacher" and given.data == "rows.jsonl"
+    arguments = eval_parser().parse_args(evaluate[2:])
+    assert (
+        arguments.models == ["a run", "the/student"]
+        and arguments.teacher == "the/teacher"
+        and arguments.data == "rows.jsonl"
+    )
 
 
 def test_blocks_fit_80_columns_and_commands_are_never_broken(

@@ -94,8 +94,8 @@ def test_help_all_shows_every_option_once_in_one_spelling(
 
 
 def test_both_spellings_are_understood_though_one_is_shown() -> None:
-    given = ["--learning-rate", "1e-3", "--max_steps", "2", "--no-bf16", "--resume_from_checkpoint"]
-    assert parse_train(given) == {
+    arguments = ["--learning-rate", "1e-3", "--max_steps", "2", "--no-bf16", "--resume_from_checkpoint"]
+    assert parse_train(arguments) == {
         "learning_rate": 1e-3, "max_steps": 2, "bf16": False, "resume_from_checkpoint": "true"
     }  # fmt: skip
 
@@ -129,7 +129,7 @@ def test_every_option_of_ours_has_help() -> None:
     assert [o.name for o in load_options().values() if o.group not in ("Training", "Logging") and not o.help] == []
 
 
-@pytest.mark.parametrize(("given", "message"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["--lambda", "1"], "did you mean 'lmbda'"),
     (["--teacher_tokenizer", "x"], "did you mean 'teacher_tokenizer_kwargs' or 'teacher_tokenizer_name_or_path'?"),
     (["--beta", "hello"], "beta is 'hello', expected a number"),
@@ -140,9 +140,9 @@ def test_every_option_of_ours_has_help() -> None:
     (["stray"], "stray"),
 ])  # fmt: skip
 def test_a_wrong_argument_is_one_message_and_exit_code_2(
-    given: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert main(["train", "--output_dir", str(tmp_path / "out"), *given]) == 2
+    assert main(["train", "--output_dir", str(tmp_path / "out"), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -170,8 +170,8 @@ def test_an_option_that_a_newer_transformers_has_is_accepted(monkeypatch: pytest
     load_options.cache_clear()
     try:
         assert "max_steps" not in load_options()
-        given = ["--max-steps", "3", "--config", str(tmp_path / "r.yaml")]
-        assert parse_train(given) == {"max_steps": 3, "bf16": False}
+        arguments = ["--max-steps", "3", "--config", str(tmp_path / "r.yaml")]
+        assert parse_train(arguments) == {"max_steps": 3, "bf16": False}
         with pytest.raises(ConfigError, match="'max_stepz' is no option"):
             parse_train(["--max_stepz", "3"])
     finally:
@@ -191,18 +191,18 @@ def test_secrets_are_left_out_of_the_resolved_config_at_every_depth() -> None:
 
     secret = {"token": "hf_secret", "dtype": "float32"}
     values = {"output_dir": "x", "hub_token": "hf_secret", "model_init_kwargs": secret, "use_cpu": True}
-    found = resolved(*split({**values, "teacher_model_init_kwargs": dict(secret), "max_new_tokens": 5}))
-    assert "hf_secret" not in yaml.safe_dump(found)
-    assert found["model_init_kwargs"] == {"dtype": "float32"}
-    assert found["max_new_tokens"] == 5 and "tokenizer_name_or_path" in found
+    result = resolved(*split({**values, "teacher_model_init_kwargs": dict(secret), "max_new_tokens": 5}))
+    assert "hf_secret" not in yaml.safe_dump(result)
+    assert result["model_init_kwargs"] == {"dtype": "float32"}
+    assert result["max_new_tokens"] == 5 and "tokenizer_name_or_path" in result
 
 
 def test_dashes_negations_and_types() -> None:
-    found = parse_train(
+    options = parse_train(
         ["--learning-rate", "1e-4", "--no_disable_dropout", "--use_cpu", "--max_steps=3", "--report_to", "none",
          "--teacher_model_init_kwargs", '{"a": 1}', "--objective", '[{"name": "strict"}]']
     )  # fmt: skip
-    assert found == {
+    assert options == {
         "learning_rate": 1e-4, "disable_dropout": False, "use_cpu": True, "max_steps": 3, "report_to": "none",
         "teacher_model_init_kwargs": {"a": 1}, "objective": [{"name": "strict"}],
     }  # fmt: skip
@@ -211,8 +211,8 @@ def test_dashes_negations_and_types() -> None:
 def test_a_recipe_has_the_same_keys_and_the_command_line_wins(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("lmbda: 0.25\nbeta: 1\nlearning_rate: 1e-4\nobjective:\n  - {name: strict, weight: 2.0}\n")
-    found = parse_train(["--config", str(recipe), "--lmbda", "0.75"])
-    assert found == {
+    options = parse_train(["--config", str(recipe), "--lmbda", "0.75"])
+    assert options == {
         "lmbda": 0.75,
         "beta": 1.0,
         "learning_rate": 1e-4,

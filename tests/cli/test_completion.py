@@ -67,7 +67,7 @@ def typed(keys: str, home: Path) -> str:
     ) as zsh:
         os.close(slave)
         seen, sent, end = "", False, time.monotonic() + 60
-        while not (found := re.search(r"<(diglot.*?)>", seen)):
+        while not (result := re.search(r"<(diglot.*?)>", seen)):
             assert time.monotonic() < end, seen
             if select.select([terminal], [], [], 1)[0]:
                 seen += os.read(terminal, 4096).decode()
@@ -76,7 +76,7 @@ def typed(keys: str, home: Path) -> str:
                 sent = True
         zsh.kill()
     os.close(terminal)
-    return found[1]
+    return result[1]
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
@@ -135,8 +135,8 @@ def test_it_is_installed_once_and_leaves_what_is_there(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = {"HOME": str(tmp_path), "SHELL": shell, "ZDOTDIR": zdotdir and str(tmp_path / zdotdir)}
-    for variable, value in given.items():
+    environment = {"HOME": str(tmp_path), "SHELL": shell, "ZDOTDIR": zdotdir and str(tmp_path / zdotdir)}
+    for variable, value in environment.items():
         monkeypatch.delenv(variable, raising=False) if value is None else monkeypatch.setenv(variable, value)
     rc = tmp_path / name
     rc.parent.mkdir(exist_ok=True)
@@ -156,6 +156,6 @@ def test_a_shell_that_is_not_known_is_refused_in_one_line(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SHELL", "/usr/bin/fish")
     assert main([how]) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith("diglot: Completion is known for bash and zsh, and SHELL says fish.")
-    assert said.err.count("\n") == 1 and not said.out and not list(tmp_path.iterdir())
+    output = capsys.readouterr()
+    assert output.err.startswith("diglot: Completion is known for bash and zsh, and SHELL says fish.")
+    assert output.err.count("\n") == 1 and not output.out and not list(tmp_path.iterdir())

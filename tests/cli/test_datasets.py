@@ -70,8 +70,8 @@ def test_a_row_cut_in_an_emoji_stops_before_training(
 
 
 def test_several_datasets_with_weights_train(folders: dict[str, str], tmp_path: Path) -> None:
-    given = [{"name": folders["chat"], "weight": 3}, {"name": folders["turns"], "weight": 1, "format": "sharegpt"}]
-    assert train(folders, tmp_path / "out", json.dumps(given)) == 0
+    arguments = [{"name": folders["chat"], "weight": 3}, {"name": folders["turns"], "weight": 1, "format": "sharegpt"}]
+    assert train(folders, tmp_path / "out", json.dumps(arguments)) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(Path(folders[one]).name in card and folders[one] not in card for one in ("chat", "turns"))
 
@@ -83,17 +83,17 @@ def test_rows_of_their_own_are_evaluated_on(how: str, folders: dict[str, str], t
     assert logged(tmp_path / "out", "eval_bits_per_byte")
 
 
-@pytest.mark.parametrize(("more", "said"), [
+@pytest.mark.parametrize(("more", "message"), [
     (["--eval_dataset_name", "chat"], "eval_strategy is 'no': nothing is evaluated"),
     (["--eval_dataset_name", "chat", "--dataset_test_size", "2", "--eval_strategy", "epoch"], "Give one of them"),
     (["--dataset_test_size", "2", "--eval_strategy", "epoch", "--dataset_streaming"], "they are streamed"),
     (["--label_smoothing_factor", "0.1"], "no labels to smooth"),
 ])  # fmt: skip
 def test_options_that_would_do_nothing_are_refused(
-    more: list[str], said: str, folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str], message: str, folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(folders, tmp_path / "out", folders["chat"], *(folders.get(part, part) for part in more)) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -126,10 +126,10 @@ def test_inspect_reads_as_train_does_and_hands_the_options_on(
 def test_inspect_tells_of_prompts_that_no_template_is_used_for(
     folders: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, told in (("plain", True), ("chat", False)):
+    for name, warned in (("plain", True), ("chat", False)):
         assert main(["inspect", folders["student"], folders["teacher"], "--json", "--data", folders[name]]) == 0
         warnings = json.loads(capsys.readouterr().out)["verdict"]["warnings"]
-        assert any("prompts of plain text" in warning for warning in warnings) is told
+        assert any("prompts of plain text" in warning for warning in warnings) is warned
 
 
 def test_eval_and_score_read_such_rows_too(

@@ -84,11 +84,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def test_the_estimate_is_what_the_start_of_the_run_says(
     folders: tuple[str, str], options: dict[str, Any], tmp_path: Path
 ) -> None:
-    given = {**dict(per_device_train_batch_size=4, max_completion_length=8, max_length=256), **options}
-    before = plan_of({**given, "model_name_or_path": folders[0], "teacher_model_name_or_path": folders[1]})
+    arguments = {**dict(per_device_train_batch_size=4, max_completion_length=8, max_length=256), **options}
+    before = plan_of({**arguments, "model_name_or_path": folders[0], "teacher_model_name_or_path": folders[1]})
     models = tuple(AutoModelForCausalLM.from_pretrained(f, dtype=d) for f, d in zip(folders, ("float32", "auto"),
                                                                                     strict=True))  # fmt: skip
-    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), models=models, **given)
+    trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), models=models, **arguments)
     at_start = blocks.plan_of(trainer)
     assert at_start is not None and at_start.parts == pytest.approx(before.parts)
     assert before.parts["teacher's weights"] == 2 * models[1].num_parameters()
@@ -107,12 +107,12 @@ def test_weights_gradients_and_moments_by_hand() -> None:
 def test_an_adapter_has_gradients_and_its_base_has_none(folders: tuple[str, str]) -> None:
     from peft import LoraConfig, get_peft_model
 
-    given = {"model_name_or_path": folders[0], "teacher_model_name_or_path": "self", "use_peft": True, "lora_r": 4}
+    options = {"model_name_or_path": folders[0], "teacher_model_name_or_path": "self", "use_peft": True, "lora_r": 4}
     for modules, names in (("q_proj,v_proj", ["q_proj", "v_proj"]), ("all-linear", "all-linear")):
         model = tiny.tiny_model(zoo.chatml())
         made = get_peft_model(model, LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM"))
         trained = sum(p.numel() for p in made.parameters() if p.requires_grad)
-        plan = plan_of({**given, "lora_target_modules": modules})
+        plan = plan_of({**options, "lora_target_modules": modules})
         assert (plan.trained, plan.teachers) == (trained, ())
 
 

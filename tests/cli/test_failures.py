@@ -42,7 +42,7 @@ def model(tmp_path: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(("given", "message"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["--report_to", "wandb"], "report_to='wandb' needs the package wandb"),
     (["--use_liger_kernel"], "use_liger_kernel needs the package liger-kernel"),
     (["--optim", "adamw_torch_8bit"], "optim='adamw_torch_8bit' needs the package torchao"),
@@ -51,14 +51,14 @@ def model(tmp_path: Path) -> str:
     (["--deepspeed", "zero.json"], "deepspeed needs the package deepspeed"),
 ])  # fmt: skip
 def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
-    given: list[str], message: str, model: str, tmp_path: Path,
+    arguments: list[str], message: str, model: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(preflight, "_installed", lambda module: False)
     sides = ["--model_name_or_path", model, "--teacher_model_name_or_path", model, "--output_dir", str(tmp_path / "o")]
-    assert main([*TRAIN, *sides, *given]) == 2
-    said = message_of(capsys)
-    assert message in said and "pip install" in said
+    assert main([*TRAIN, *sides, *arguments]) == 2
+    output = message_of(capsys)
+    assert message in output and "pip install" in output
     assert not (tmp_path / "o").exists()
 
 
@@ -71,8 +71,13 @@ def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
 def test_a_path_that_is_not_there_is_said_before_any_library_is_loaded(
     option: str, name: str, message: str, model: str
 ) -> None:
-    given = {"model_name_or_path": model, "teacher_model_name_or_path": model, "dataset_name": "org/rows", option: name}
-    words = [word for key, value in given.items() for word in (f"--{key}", value)]
+    options = {
+        "model_name_or_path": model,
+        "teacher_model_name_or_path": model,
+        "dataset_name": "org/rows",
+        option: name,
+    }
+    words = [word for key, value in options.items() for word in (f"--{key}", value)]
     code = (
         "import sys; from diglot.cli.main import main; code = main(sys.argv[1:]); "
         "assert 'torch' not in sys.modules; sys.exit(code)"
@@ -93,12 +98,12 @@ def test_a_path_that_is_not_there_is_said_before_any_library_is_loaded(
 ])  # fmt: skip
 def test_the_other_commands_say_it_as_soon(words: list[str], message: str, model: str, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
-    given = [{"MODEL": model, "DATA": str(tmp_path / "data.jsonl")}.get(word, word) for word in words]
+    arguments = [{"MODEL": model, "DATA": str(tmp_path / "data.jsonl")}.get(word, word) for word in words]
     code = (
         "import sys; from diglot.cli.main import main; code = main(sys.argv[1:]); "
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"diglot: {message}"), done.stderr
 
 
@@ -212,9 +217,9 @@ def test_an_unexpected_error_is_one_line_and_a_file_with_the_traceback(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(recipes, "recipes", lambda _: fail(error))
     assert main(["recipes"]) == code
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1 and "Traceback" not in said
-    details = re.search(r"Details: (\S+)", said)
+    output = capsys.readouterr().err
+    assert message in output and output.count("\n") == 1 and "Traceback" not in output
+    details = re.search(r"Details: (\S+)", output)
     assert details is not None
     text = Path(details[1]).read_text(encoding="utf-8")
     assert "Traceback" in text and type(error).__name__ in text

@@ -35,8 +35,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_folders_with_a_tokenizer_alone_are_enough(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", folders["chatml"], folders["inst"], "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["verdict"]["trainable"] and found["models"] is None and found["same"] is False
+    record = json.loads(capsys.readouterr().out)
+    assert record["verdict"]["trainable"] and record["models"] is None and record["same"] is False
     assert not list(Path(folders["chatml"]).glob("*.safetensors"))
 
 
@@ -50,18 +50,18 @@ def test_no_weights_are_read_unless_asked_for(
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     assert main(["inspect", folders["student"], folders["teacher"], "--data", folders["chat.jsonl"], "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["student"]["rows"] == len(zoo.chatml()) + 7 and found["student"]["padding_rows"] == 7
-    assert found["agreement"]["texts"] == len(tiny.CHAT_ROWS)
+    record = json.loads(capsys.readouterr().out)
+    assert record["student"]["rows"] == len(zoo.chatml()) + 7 and record["student"]["padding_rows"] == 7
+    assert record["agreement"]["texts"] == len(tiny.CHAT_ROWS)
 
 
 def test_with_models_adds_what_only_weights_say(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["inspect", folders["student"], folders["teacher"], "--data", folders["chat.jsonl"], "--with-models"]
+    arguments = ["inspect", folders["student"], folders["teacher"], "--data", folders["chat.jsonl"], "--with-models"]
     small = ["--model_rows", "3", "--batch_size", "2", "--max_completion_length", "4", "--device", "cpu"]
-    assert main([*given, *small, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["models"]
-    assert found["bits_per_byte_student"] > 0 and found["bits_per_byte_teacher"] > 0 and found["batch_size"] == 2
-    assert main([*given, *small]) == 0
+    assert main([*arguments, *small, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)["models"]
+    assert record["bits_per_byte_student"] > 0 and record["bits_per_byte_teacher"] > 0 and record["batch_size"] == 2
+    assert main([*arguments, *small]) == 0
     assert "reverse KL of the student's samples" in capsys.readouterr().out
 
 
@@ -78,9 +78,9 @@ def test_a_missing_template_is_said_once_where_it_matters(
     main(
         ["inspect", folders["chatml"], folders["unigram"], *(["--data", str(tmp_path / "rows.jsonl")] if rows else [])]
     )
-    said = " ".join(capsys.readouterr().out.split()) + caplog.text
-    assert said.count("has no chat template") == times, said
-    assert "diglot objectives" in said or (times and rows)
+    output = " ".join(capsys.readouterr().out.split()) + caplog.text
+    assert output.count("has no chat template") == times, output
+    assert "diglot objectives" in output or (times and rows)
 
 
 @pytest.mark.parametrize(("student", "teacher", "data", "message"), [
@@ -97,14 +97,14 @@ def test_a_pair_that_cannot_be_trained_is_exit_code_1(
     assert message in " ".join(out.split()) and "cannot be trained" in out and "diglot train" not in out
 
 
-@pytest.mark.parametrize(("given", "message"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["chatml"], "TEACHER"), (["chatml", "/no/where"], "/no/where"), (["chatml", "inst", "--rows", "0"], "--rows is 0"),
     (["chatml", "inst", "--data", "/none.jsonl"], "/none.jsonl"), (["chatml", "inst", "--jsn"], "--jsn"),
 ])  # fmt: skip
 def test_a_wrong_argument_is_exit_code_2(
-    given: list[str], message: str, folders: dict[str, str], capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, folders: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["inspect", *(folders.get(text, text) for text in given)]) == 2
+    assert main(["inspect", *(folders.get(text, text) for text in arguments)]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
 

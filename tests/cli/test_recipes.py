@@ -30,10 +30,10 @@ def validator() -> jsonschema.Draft202012Validator:
 def test_every_recipe_is_valid_and_is_read_as_written(
     name: str, validator: jsonschema.Draft202012Validator, tmp_path: Path
 ) -> None:
-    given = yaml.safe_load(RECIPES[name])
-    assert [error.message for error in validator.iter_errors(given)] == []
+    options = yaml.safe_load(RECIPES[name])
+    assert [error.message for error in validator.iter_errors(options)] == []
     (tmp_path / "r.yaml").write_text(RECIPES[name])
-    assert parse_train(["--config", str(tmp_path / "r.yaml")]) == given
+    assert parse_train(["--config", str(tmp_path / "r.yaml")]) == options
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -42,8 +42,14 @@ def test_every_recipe_says_what_it_needs_and_how_it_is_run(name: str) -> None:
     assert header[0].endswith(".") and any(line.startswith("# Needs: ") for line in header)
     (run,) = (line for line in header if line.startswith("# Run: "))
     assert f"diglot train --config {name}.yaml" in run
-    given = yaml.safe_load(RECIPES[name])
-    assert {"trainer", "model_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir"} <= given.keys()
+    options = yaml.safe_load(RECIPES[name])
+    assert {
+        "trainer",
+        "model_name_or_path",
+        "teacher_model_name_or_path",
+        "dataset_name",
+        "output_dir",
+    } <= options.keys()
 
 
 @pytest.mark.parametrize(("change", "where"), [
@@ -59,14 +65,14 @@ def test_the_schema_refuses_what_the_command_refuses(
     assert errors and where in " ".join(error.message for error in errors)
 
 
-@pytest.mark.parametrize("given", [
+@pytest.mark.parametrize("arguments", [
     {"trainer": "minillm", "gamma": 0.9}, {"lmbda": 0.5}, {"learning_rate": "1e-5"}, {"max_length": None},
     {"objective": [{"name": "strict", "weight": 0.5, "top_k": 4}, "alm"]}, {"report_to": ["tensorboard"]}, {},
 ])  # fmt: skip
 def test_the_schema_accepts_what_the_command_accepts(
-    given: dict[str, Any], validator: jsonschema.Draft202012Validator
+    arguments: dict[str, Any], validator: jsonschema.Draft202012Validator
 ) -> None:
-    assert [error.message for error in validator.iter_errors(given)] == []
+    assert [error.message for error in validator.iter_errors(arguments)] == []
 
 
 def test_the_schema_has_every_option_with_its_default_and_its_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,9 +111,9 @@ def test_show_prints_a_recipe_and_copy_writes_it_once(capsys: pytest.CaptureFixt
     assert "exists already" in capsys.readouterr().err and target.read_text() == "kept"
 
 
-@pytest.mark.parametrize("given", [["show", "nothing"], ["copy", "nothing"], ["lst"], []])
-def test_a_wrong_recipe_or_action_is_exit_code_2(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipes", *given]) == 2
+@pytest.mark.parametrize("arguments", [["show", "nothing"], ["copy", "nothing"], ["lst"], []])
+def test_a_wrong_recipe_or_action_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", *arguments]) == 2
     assert capsys.readouterr().err.startswith("diglot: ")
 
 
@@ -123,6 +129,6 @@ def test_accelerate_reads_every_configuration_that_is_named_for_it(
     assert config.num_processes == 8 * config.num_machines and not config.use_cpu
     if "fsdp" in name:
         assert config.distributed_type.value == "FSDP" and config.fsdp_config["fsdp_version"] == 2
-    said = capsys.readouterr().out
-    assert "accelerate launch" in said and main(["recipes", "list"]) == 0
+    output = capsys.readouterr().out
+    assert "accelerate launch" in output and main(["recipes", "list"]) == 0
     assert name in capsys.readouterr().out

@@ -40,8 +40,8 @@ def on_a_terminal(run: str, **environment: str) -> str:
     """What a terminal is sent on standard error."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
-    given = {**os.environ, "TERM": "xterm", **environment}
-    with subprocess.Popen([sys.executable, "-c", run], stderr=slave, stdout=subprocess.DEVNULL, env=given):
+    variables = {**os.environ, "TERM": "xterm", **environment}
+    with subprocess.Popen([sys.executable, "-c", run], stderr=slave, stdout=subprocess.DEVNULL, env=variables):
         os.close(slave)
         seen, end = b"", time.monotonic() + 60
         while True:
@@ -56,20 +56,20 @@ def on_a_terminal(run: str, **environment: str) -> str:
 
 def lines(sent: str) -> list[str]:
     """What then stands on the terminal, as far as bars use it."""
-    found, row, column = [""], 0, 0
+    result, row, column = [""], 0, 0
     for part in re.findall(r"\x1b\[[\d;]*[A-Za-z]|.", sent, re.S):
         if part in ("\r", "\n"):
             row, column = row + (part == "\n"), 0 if part == "\r" else column
-            found += [""] * (row + 1 - len(found))
+            result += [""] * (row + 1 - len(result))
         elif part == "\x1b[A":
             row -= 1
         elif part == "\x1b[K":
-            found[row] = found[row][:column]
+            result[row] = result[row][:column]
         elif part != "\x1b[0m":
             assert not part.startswith("\x1b"), part
-            found[row] = found[row].ljust(column)[:column] + part + found[row][column + 1 :]
+            result[row] = result[row].ljust(column)[:column] + part + result[row][column + 1 :]
             column += 1
-    return [line.rstrip() for line in found]
+    return [line.rstrip() for line in result]
 
 
 def test_a_long_phase_on_a_terminal_shows_that_it_goes_on() -> None:

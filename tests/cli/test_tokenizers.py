@@ -37,15 +37,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Name of a side and class of its tokenizer, of each renderer that is made."""
-    found: list[tuple[str, str]] = []
+    results: list[tuple[str, str]] = []
     made = Renderer.__init__
 
     def noting(self: Renderer, tokenizer: PreTrainedTokenizerFast, **options: object) -> None:
-        found.append((Path(str(options.get("name"))).name, type(tokenizer).__name__))
+        results.append((Path(str(options.get("name"))).name, type(tokenizer).__name__))
         made(self, tokenizer, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Renderer, "__init__", noting)
-    return found
+    return results
 
 
 @pytest.mark.parametrize("command", ["inspect", "eval", "score", "serve-teacher"])
@@ -53,17 +53,17 @@ def test_arguments_for_a_tokenizer_reach_the_side_that_they_are_of(
     command: str, folders: dict[str, str], loaded: list[tuple[str, str]], tmp_path: Path
 ) -> None:
     student, teacher, data = folders["student"], folders["teacher"], folders["data"]
-    given = ["--teacher_tokenizer_kwargs", json.dumps(FILE)]
+    arguments = ["--teacher_tokenizer_kwargs", json.dumps(FILE)]
     if command == "inspect":
-        assert inspect([student, teacher, "--data", data, *given]) == 0
+        assert inspect([student, teacher, "--data", data, *arguments]) == 0
     elif command == "eval":
         small = ["--max_completion_length", "4", "--rows", "2", "--json"]
-        assert main(["eval", student, "--teacher", teacher, "--data", data, *small, *given]) == 0
+        assert main(["eval", student, "--teacher", teacher, "--data", data, *small, *arguments]) == 0
     elif command == "score":
-        assert main(["score", "--teacher", teacher, "--data", data, "--out", str(tmp_path / "s"), *given]) == 0
+        assert main(["score", "--teacher", teacher, "--data", data, "--out", str(tmp_path / "s"), *arguments]) == 0
         assert type(ScoredTeacher(tmp_path / "s").renderer.tokenizer).__name__ == "TokenizersBackend"
     else:
-        options = serve_teacher.parser().parse_args(["--student", student, "--teacher", teacher, *given])
+        options = serve_teacher.parser().parse_args(["--student", student, "--teacher", teacher, *arguments])
         serve_teacher._scorer(options)
     of_student = set() if command == "score" else {("student", "GPT2Tokenizer")}
     assert set(loaded) == {*of_student, ("teacher", "TokenizersBackend")}

@@ -24,15 +24,15 @@ CONVERSATION = Conversation(tuple(SYSTEM["messages"][:2]))
 UNANSWERED = {"messages": tiny.CHAT_ROWS[0]["messages"][:1]}
 
 
-@pytest.mark.parametrize(("row", "said"), [
+@pytest.mark.parametrize(("row", "message"), [
     (SYSTEM, "train row 3: .*no system role"),  # by the teacher's template alone
     (UNANSWERED, "train row 3 has no completion, and lmbda=0.5 takes the completions of the data in 50%"),
 ])  # fmt: skip
 def test_a_row_that_would_end_a_run_somewhere_is_known_at_its_start(
-    row: dict[str, Any], said: str, tmp_path: Path
+    row: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     rows = [*tiny.CHAT_ROWS[:3], row, *tiny.CHAT_ROWS[3:]]
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         tiny.gkd(tmp_path / "out", zoo.chatml(), zoo.inst(), rows, lmbda=0.5)
     assert not (tmp_path / "out").exists()
     trainer = tiny.gkd(tmp_path / "out", zoo.chatml(), zoo.inst(), rows, lmbda=0.5, on_bad_row="skip")
@@ -66,10 +66,10 @@ def test_a_turn_of_weight_0_is_context_and_never_scored(tmp_path: Path) -> None:
             trainer.comparisons[0].reader.written(to_sample({"messages": one}, "row")) for one in (plain, marked)
         )
         for side in ("student", "teacher"):
-            whole, kept = getattr(both, side), getattr(last, side)
-            assert len(whole.segment_bytes) == 2 and kept.segment_bytes == whole.segment_bytes[1:]
-            assert kept.ids.tolist() == whole.ids.tolist()
-            assert (np.flatnonzero(kept.segment == 0) == np.flatnonzero(whole.segment == 1)).all()
+            whole, rows = getattr(both, side), getattr(last, side)
+            assert len(whole.segment_bytes) == 2 and rows.segment_bytes == whole.segment_bytes[1:]
+            assert rows.ids.tolist() == whole.ids.tolist()
+            assert (np.flatnonzero(rows.segment == 0) == np.flatnonzero(whole.segment == 1)).all()
 
 
 def test_a_row_for_a_teacher_that_there_is_not_is_a_bad_row() -> None:
@@ -86,13 +86,13 @@ def test_rows_without_completion_will_do_where_none_is_read(tmp_path: Path) -> N
     assert len(tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), rows).train_dataset) == 9
 
 
-@pytest.mark.parametrize(("lmbda", "told"), [(0.5, True), (1.0, False)])
+@pytest.mark.parametrize(("lmbda", "warned"), [(0.5, True), (1.0, False)])
 def test_empty_completions_are_told_at_the_start_of_a_run_that_reads_them(
-    lmbda: float, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    lmbda: float, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [{"prompt": "x", "completion": "y"}, *[{"prompt": "x", "completion": ""}] * 3]
     tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), rows, lmbda=lmbda)
-    assert ("3 of 4 rows of train have an empty completion" in caplog.text) is told
+    assert ("3 of 4 rows of train have an empty completion" in caplog.text) is warned
 
 
 def test_rows_to_evaluate_on_and_to_imitate_are_read_too(tmp_path: Path) -> None:

@@ -81,8 +81,8 @@ def test_the_loss_is_the_weighted_mean_of_the_losses_of_each(tmp_path: Path, mak
     runs: list[int] = []
     both.model.model.register_forward_pre_hook(lambda module, *_: runs.append(1) if module.training else None)
     both.model.train()
-    found = loss_and_gradient(both)
-    agree(found, (0.25 * a[0] + 0.75 * b[0], 0.25 * a[1] + 0.75 * b[1]))
+    result = loss_and_gradient(both)
+    agree(result, (0.25 * a[0] + 0.75 * b[0], 0.25 * a[1] + 0.75 * b[1]))
     if make is tiny.gkd:
         assert len(runs) == 2  # one pass for each micro-batch, not for each teacher
 
@@ -130,13 +130,13 @@ def test_routed_rows_use_their_own_teacher_alone(tmp_path: Path, make: Any) -> N
     for k, view in enumerate(inputs["batch"].views):
         own = [p.conversation.messages[-1]["content"] for p in view.read.pairs]
         assert own == [row["messages"][0]["content"] for row in ROUTED[k::2]]
-    found = loss_and_gradient(trainer, ROUTED, 4)
+    result = loss_and_gradient(trainer, ROUTED, 4)
     nan = made(make, tmp_path, [("a", 1, 1.0), ("b", 2, 1.0)], names, ROUTED)
     only_a = [row for row in ROUTED if row["teacher"] == "a"]
     with torch.no_grad():
         for p in nan.comparisons[1].teacher.model.parameters():
             p.fill_(float("nan"))
-    assert np.isfinite(loss_and_gradient(nan, only_a, 2)[0]) and np.isfinite(found[0])
+    assert np.isfinite(loss_and_gradient(nan, only_a, 2)[0]) and np.isfinite(result[0])
 
 
 def test_routed_items_count_alike(tmp_path: Path) -> None:
@@ -185,8 +185,11 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="wait"):
         tiny.gkd(tmp_path, zoo.chatml(), None, models=(tiny.tiny_model(zoo.chatml()), [{"name": "x", "wait": 1}]))
     trainer = made(tiny.gkd, tmp_path, [("a", 1, 1.0), ("b", 2, 1.0)], [zoo.turns()] * 2)
-    for rows, said in (([{**ROWS[0], "teacher": "c"}], "'c'; there are a, b"), ([ROUTED[0], ROWS[1]], "no `teacher`")):
-        with pytest.raises(DataError, match=said):
+    for rows, message in (
+        ([{**ROWS[0], "teacher": "c"}], "'c'; there are a, b"),
+        ([ROUTED[0], ROWS[1]], "no `teacher`"),
+    ):
+        with pytest.raises(DataError, match=message):
             loss_and_gradient(trainer, rows)
 
 
@@ -218,17 +221,17 @@ def test_what_each_teacher_could_read_is_logged_and_tokens_count_once(tmp_path: 
     assert entry["num_tokens"] > 0 and np.isfinite(entry["loss"])
 
 
-@pytest.mark.parametrize(("entry", "said"), [
+@pytest.mark.parametrize(("entry", "message"), [
     ({"max_length": -5}, "teacher 'a'.*teacher_max_length=-5 is not allowed"),
     ({"max_length": "abc"}, "teacher_max_length"), ({"weight": "much"}, "weight is 'much'"),
     ({"weight": float("nan")}, "weight is nan"), ({"revision": 3}, "revision=3"),
     ({"chat_template_kwargs": "{"}, "is not valid JSON"), ({"init_kwargs": [1]}, "must be a mapping"),
 ])  # fmt: skip
 def test_options_of_one_teacher_have_the_checks_of_the_global_ones(
-    tmp_path: Path, entry: dict[str, Any], said: str
+    tmp_path: Path, entry: dict[str, Any], message: str
 ) -> None:
     models = (tiny.tiny_model(zoo.chatml()), [{"name": tiny.tiny_model(zoo.turns(), 1), "label": "a", **entry}])
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         tiny.gkd(tmp_path, zoo.chatml(), [zoo.turns()], models=models)
 
 
@@ -241,7 +244,7 @@ def test_a_served_teacher_beside_a_local_one_trains_the_same_in_either_order(
     server = TeacherServer(tiny.tiny_model(zoo.turns(), 2), zoo.turns()).start()
     try:
         here, there = {"name": tiny.tiny_model(zoo.turns(), 1), "label": "a"}, {"name": server.url, "label": "b"}
-        found = []
+        results = []
         for order in ("ab", "ba"):
             trainer = tiny.minillm(
                 tmp_path, zoo.turns(), [zoo.turns()] * 2, rows, num_iterations=1, min_coverage=0.0,
@@ -250,8 +253,8 @@ def test_a_served_teacher_beside_a_local_one_trains_the_same_in_either_order(
             names = {one.label: [term.name for term in one.terms] for one in trainer.comparisons}
             assert names == {"a": ["policy_gradient", "single_step"], "b": ["policy_gradient"]}
             assert trainer.args.single_step_decomposition and trainer.args.teacher_mixed_alpha == 0.2
-            found.append(loss_and_gradient(trainer, rows, 4))
-        agree(*found)
+            results.append(loss_and_gradient(trainer, rows, 4))
+        agree(*results)
     finally:
         server.stop()
 
@@ -263,12 +266,12 @@ def test_a_row_that_names_no_teacher_among_rows_that_do_is_a_bad_row(
     names = [zoo.turns(), zoo.turns()]
     trainer = made(tiny.gkd, tmp_path, [("a", 1, 1.0), ("b", 1, 1.0)], names, on_bad_row="skip")
     rows = Dataset.from_list([*ROUTED, {**ROWS[0], "teacher": None}, *ROUTED])
-    kept, _ = trainer.usable_rows(rows.to_iterable_dataset() if streamed else rows, None)
-    assert [row["__row__"] for row in kept] == [0, 1, 2, 3, 5, 6, 7, 8]
+    usable, _ = trainer.usable_rows(rows.to_iterable_dataset() if streamed else rows, None)
+    assert [row["__row__"] for row in usable] == [0, 1, 2, 3, 5, 6, 7, 8]
     assert "train row 4 names no `teacher`, as other rows do; there are a, b" in caplog.text
     late = Dataset.from_list([*({**row, "teacher": None} for row in ROWS * 25), ROUTED[0]])
-    kept, _ = trainer.usable_rows(late.to_iterable_dataset(), None)
+    usable, _ = trainer.usable_rows(late.to_iterable_dataset(), None)
     assert (
-        len(list(kept)) == 100
+        len(list(usable)) == 100
         and "train row 100 names the teacher 'a', and the rows before it name none" in caplog.text
     )

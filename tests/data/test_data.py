@@ -90,9 +90,9 @@ USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "cont
      ({"role": "user", "content": [{"type": "text", "text": "Hi"}]},), "", "Hello"),
 ])  # fmt: skip
 def test_every_accepted_shape_of_a_row(row: dict[str, Any], messages: Any, text: str, reply: str | None) -> None:
-    found = to_sample(row, "row 1")
-    assert isinstance(found, Sample) and found.where == "row 1" and found.reply == reply
-    assert found.conversation.messages == messages and found.conversation.text == text
+    result = to_sample(row, "row 1")
+    assert isinstance(result, Sample) and result.where == "row 1" and result.reply == reply
+    assert result.conversation.messages == messages and result.conversation.text == text
 
 
 @pytest.mark.parametrize("row", [

@@ -60,18 +60,18 @@ def test_tables_are_cut_as_their_header_is(name: str, delimiter: str, tmp_path: 
     assert read(tmp_path / name) == ROWS
 
 
-@pytest.mark.parametrize(("name", "encoding", "said"), [
+@pytest.mark.parametrize(("name", "encoding", "message"), [
     ("d.csv", "latin-1", "line 2 is not UTF-8: byte 0xe7. It may be Latin-1"),
     ("d.jsonl", "latin-1", "line 2 is not UTF-8: byte 0xe7"),
     ("d.txt", "latin-1", "line 2 is not UTF-8: byte 0xe7"),
     ("d.jsonl", "utf-16", "line 1 is not UTF-8: byte 0xff. It is UTF-16"),
     ("d.csv", "utf-16", "It is UTF-16.*iconv -f UTF-16 -t UTF-8 d.csv"),
 ])  # fmt: skip
-def test_another_encoding_is_named_with_its_line(name: str, encoding: str, said: str, tmp_path: Path) -> None:
+def test_another_encoding_is_named_with_its_line(name: str, encoding: str, message: str, tmp_path: Path) -> None:
     header = "prompt,completion\n" if name == "d.csv" else '{"prompt": "a", "completion": "b"}\n'
     text = header + ('a,"ça va"\n' if name == "d.csv" else '{"prompt": "a", "completion": "ça va"}\n')
     (tmp_path / name).write_bytes(text.encode(encoding))
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         load_dataset(str(tmp_path / name))
 
 

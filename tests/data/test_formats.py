@@ -67,10 +67,10 @@ def test_a_row_of_another_program_is_refused_with_the_option_that_reads_it(
     name = save(tmp_path, row)
     with pytest.raises(DataError) as caught:
         load_dataset(name)
-    given = str(caught.value).split(": ", 1)[1].split(" Give ")[1].split(", or in Python")[0].split()
-    assert " ".join(given).startswith(option)
+    advice = str(caught.value).split(": ", 1)[1].split(" Give ")[1].split(", or in Python")[0].split()
+    assert " ".join(advice).startswith(option)
     names = {"--dataset_format": "format", "--dataset_columns": "columns"}
-    sample = first(name, **{names[n]: value for n, value in zip(given[::2], given[1::2], strict=True)})
+    sample = first(name, **{names[n]: value for n, value in zip(advice[::2], advice[1::2], strict=True)})
     assert list(sample.conversation.messages or ()) == read
     assert sample.reply == A
 
@@ -95,7 +95,7 @@ def test_an_empty_column_of_pictures_is_no_picture(tmp_path: Path) -> None:
     assert first(save(tmp_path, {"messages": [ASK, SAY], "images": []})).reply == A
 
 
-@pytest.mark.parametrize(("row", "options", "said"), [
+@pytest.mark.parametrize(("row", "options", "message"), [
     ({"conversations": [{"from": "narrator", "value": "x"}]}, {"format": "sharegpt"}, "'narrator'.*human"),
     ({"conversations": []}, {"format": "sharegpt"}, "expected a list of turns"),
     ({"messages": "[{"}, {"format": "json_text"}, "text but not JSON"),
@@ -107,16 +107,16 @@ def test_an_empty_column_of_pictures_is_no_picture(tmp_path: Path) -> None:
     ({"q": "x", "h": ["y"]}, {"columns": "user=q,history=h"}, "pairs of a question and an answer"),
 ])  # fmt: skip
 def test_a_row_that_a_format_cannot_read_is_named_with_what_is_in_it(
-    row: dict[str, Any], options: dict[str, str], said: str, tmp_path: Path
+    row: dict[str, Any], options: dict[str, str], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=f"rows.jsonl .* row 0.*{said}"):
+    with pytest.raises(DataError, match=f"rows.jsonl .* row 0.*{message}"):
         load_dataset(save(tmp_path, row), **options)
 
 
-@pytest.mark.parametrize("given", ["", "user=a,user=b", {"user": 3}, "user=", {"user": ""}])
-def test_a_mapping_that_says_nothing_or_too_much_is_refused(given: Any) -> None:
+@pytest.mark.parametrize("arguments", ["", "user=a,user=b", {"user": 3}, "user=", {"user": ""}])
+def test_a_mapping_that_says_nothing_or_too_much_is_refused(arguments: Any) -> None:
     with pytest.raises(ConfigError, match="dataset_columns"):
-        column_mapping(given)
+        column_mapping(arguments)
 
 
 def test_a_mapping_names_what_is_read_and_what_is_there(tmp_path: Path) -> None:
@@ -129,13 +129,13 @@ def test_a_mapping_names_what_is_read_and_what_is_there(tmp_path: Path) -> None:
         load_dataset(name, format="shargpt")
 
 
-@pytest.mark.parametrize(("row", "said"), [
+@pytest.mark.parametrize(("row", "message"), [
     ({"input_ids": [1, 2], "labels": [1, 2]}, "Token ids belong to one tokenizer"),
     ({"data": [{"prompt": "x"}]}, "seem to be inside of 'data'"),
     ({"x": "y", "z": "w"}, "columns x, z, expected `prompt`"),
 ])  # fmt: skip
-def test_columns_that_look_like_nothing_known_say_what_can_be_done(row: dict[str, Any], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_columns_that_look_like_nothing_known_say_what_can_be_done(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         check_columns(list(row), row, "data")
 
 

@@ -71,7 +71,7 @@ def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('{"prompt": "a"}\n{"prompt": "b"\n', "line 2, column 15: this is not JSON"),
         ('{"prompt": "a"}\n\nplain\n', "line 3, column 1: this is not JSON"),
@@ -80,13 +80,13 @@ def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
         ("", "is empty"),
     ],
 )
-def test_a_broken_line_of_json_is_named(tmp_path: Path, text: str, said: str) -> None:
+def test_a_broken_line_of_json_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "broken.jsonl"
     path.write_text(text)
     with pytest.raises(DataError) as caught:
         load_dataset(str(path))
     assert str(path) in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

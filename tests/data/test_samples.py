@@ -13,7 +13,7 @@ SAY = {"role": "assistant", "content": "Two."}
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"question": "?"}, "nothing in its columns question, expected `prompt`"),
         ({"prompt": ""}, "`prompt` is empty"),
@@ -34,11 +34,11 @@ SAY = {"role": "assistant", "content": "Two."}
         ({"messages": [ASK, {**SAY, "weight": 0.5}, ASK, SAY]}, "a message of weight 0.5, expected 0 or 1"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named(row, said) -> None:
+def test_a_row_that_cannot_be_used_is_named(row, message) -> None:
     with pytest.raises(DataError) as caught:
         to_sample(row, "my.jsonl row 12")
     assert "my.jsonl row 12" in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_fields_that_a_table_filled_with_none_are_gone_at_every_depth() -> None:

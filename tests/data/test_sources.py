@@ -56,14 +56,14 @@ def test_streams_are_drawn_from_by_their_weights(names: tuple[str, str]) -> None
     assert drawn[names[1]] > drawn[names[0]] > 0
 
 
-@pytest.mark.parametrize(("given", "said"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     ([], "list of datasets is empty"), ([{"nam": "x"}], "nam: no key of a dataset"),
     ([{"weight": 1}], "expected a `name`"),
     ([{"name": "x", "weight": 0}], "greater than 0"), ([{"name": "x", "weight": "much"}], "greater than 0"),
 ])  # fmt: skip
-def test_a_list_that_cannot_be_right_is_refused(given: list[Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        load_sources(given, split="train")
+def test_a_list_that_cannot_be_right_is_refused(arguments: list[Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_sources(arguments, split="train")
 
 
 def test_a_part_that_cannot_be_read_is_named(names: tuple[str, str]) -> None:

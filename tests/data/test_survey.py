@@ -34,15 +34,15 @@ def usable(reading: Reading, rows: list[dict[str, Any]] = ROWS, on_bad_row: str 
 
 
 def test_bad_rows_stop_with_their_names_and_number() -> None:
-    said = r"3 of 7 rows of train.*\ntrain row 1: the template refuses it \(and 1 more\)\ntrain row 6: `prompt` is"
-    with pytest.raises(DataError, match=said):
+    message = r"3 of 7 rows of train.*\ntrain row 1: the template refuses it \(and 1 more\)\ntrain row 6: `prompt` is"
+    with pytest.raises(DataError, match=message):
         usable(Reading(bad=("p1", "p4")), [*ROWS, {"prompt": "", "completion": "c"}])
 
 
 def test_bad_rows_are_skipped_and_counted_and_the_others_keep_their_numbers(caplog: pytest.LogCaptureFixture) -> None:
     rows = [*ROWS, {"prompt": ""}]
-    kept = usable(Reading(bad=("p1",)), rows, on_bad_row="skip")
-    assert [(row["prompt"], row["__row__"]) for row in kept] == [("p0", 0), *((f"p{i}", i) for i in range(2, 6))]
+    good = usable(Reading(bad=("p1",)), rows, on_bad_row="skip")
+    assert [(row["prompt"], row["__row__"]) for row in good] == [("p0", 0), *((f"p{i}", i) for i in range(2, 6))]
     assert "2 of 7 rows of train cannot be used and are left out" in caplog.text
     assert "train row 1: the template" in caplog.text and "train row 6: `prompt` is empty" in caplog.text
 
@@ -69,11 +69,11 @@ def test_rows_with_an_empty_completion_are_told_where_completions_are_trained_on
         {"prompt": "", "completion": ""},
     ]
     usable(Reading(), rows, on_bad_row="skip", replies=trained_on)
-    told = [record.getMessage() for record in caplog.records if "empty completion" in record.getMessage()]
-    assert len(told) == trained_on
+    messages = [record.getMessage() for record in caplog.records if "empty completion" in record.getMessage()]
+    assert len(messages) == trained_on
     if trained_on:
-        assert told[0].startswith("8 of 16 rows of train have an empty completion")
-        assert told[0].endswith("The first: row 6, row 8, row 9, row 10, row 11.")
+        assert messages[0].startswith("8 of 16 rows of train have an empty completion")
+        assert messages[0].endswith("The first: row 6, row 8, row 9, row 10, row 11.")
 
 
 def test_rows_that_do_not_fit_are_told_and_stay(caplog: pytest.LogCaptureFixture) -> None:
@@ -81,12 +81,12 @@ def test_rows_that_do_not_fit_are_told_and_stay(caplog: pytest.LogCaptureFixture
     assert "1 of 6 rows of train do not fit" in caplog.text
 
 
-@pytest.mark.parametrize(("templates", "told"), [(True, True), (False, False)])
+@pytest.mark.parametrize(("templates", "warned"), [(True, True), (False, False)])
 def test_plain_prompts_beside_two_templates_are_told(
-    templates: bool, told: bool, caplog: pytest.LogCaptureFixture
+    templates: bool, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     usable(Reading(), templates=templates)
-    assert ("6 of 6 rows of train have prompts of plain text" in caplog.text) is told
+    assert ("6 of 6 rows of train have prompts of plain text" in caplog.text) is warned
 
 
 def test_text_without_a_prompt_asks_for_no_template(caplog: pytest.LogCaptureFixture) -> None:
@@ -137,16 +137,16 @@ def test_a_stream_that_skips_leaves_out_what_a_template_refuses_too(caplog: pyte
     rows = streamed(Reading(bad=("p0", "p2")), [*ROWS, {"prompt": "", "completion": "c"}], "skip")
     rows = pickle.loads(pickle.dumps(rows))  # as data workers get it
     assert [row["__row__"] for row in rows] == [1, 3, 4, 5]
-    for said in ("row 0: the template refuses it", "row 2: the template refuses it", "row 6: `prompt` is empty"):
-        assert f"Left out (on_bad_row): train {said}" in caplog.text
+    for reason in ("row 0: the template refuses it", "row 2: the template refuses it", "row 6: `prompt` is empty"):
+        assert f"Left out (on_bad_row): train {reason}" in caplog.text
 
 
 def test_a_stream_that_stops_is_not_read_twice() -> None:
     reading = Reading()
-    kept = iter(streamed(reading, [*ROWS, {"prompt": "", "completion": "c"}], "stop"))
-    assert [next(kept)["__row__"] for _ in range(6)] == list(range(6)) and reading.seen == 1
+    stream = iter(streamed(reading, [*ROWS, {"prompt": "", "completion": "c"}], "stop"))
+    assert [next(stream)["__row__"] for _ in range(6)] == list(range(6)) and reading.seen == 1
     with pytest.raises(DataError, match=r"train row 6: `prompt` is empty.*on_bad_row: skip"):
-        next(kept)
+        next(stream)
 
 
 @pytest.mark.parametrize("trained_on", [True, False])
@@ -155,9 +155,12 @@ def test_empty_completions_of_a_stream_are_counted_as_they_come(
 ) -> None:
     rows = [{"prompt": f"p{i}", "completion": "" if i % 2 else "c"} for i in range(40)]
     assert len(list(streamed(Reading(), rows, "stop", replies=trained_on))) == 40
-    told = [record.getMessage() for record in caplog.records if "empty completion" in record.getMessage()]
-    assert [one.split(" have")[0] for one in told] == ["1 of 2 rows of train", "10 of 20 rows of train"] * trained_on
-    assert not trained_on or told[1].endswith("The first: row 1, row 3, row 5, row 7, row 9.")
+    messages = [record.getMessage() for record in caplog.records if "empty completion" in record.getMessage()]
+    assert [one.split(" have")[0] for one in messages] == [
+        "1 of 2 rows of train",
+        "10 of 20 rows of train",
+    ] * trained_on
+    assert not trained_on or messages[1].endswith("The first: row 1, row 3, row 5, row 7, row 9.")
 
 
 def test_a_bad_row_of_a_stream_stops_with_the_option_that_leaves_it_out() -> None:

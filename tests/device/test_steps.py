@@ -53,8 +53,8 @@ def done(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, 
     with FileLock(f"{place}.lock"):
         if not place.exists():
             place.write_text(json.dumps(_run()))
-    found: dict[str, dict[str, Any]] = json.loads(place.read_text())
-    return found
+    record: dict[str, dict[str, Any]] = json.loads(place.read_text())
+    return record
 
 
 def _run() -> dict[str, dict[str, Any]]:
@@ -62,9 +62,9 @@ def _run() -> dict[str, dict[str, Any]]:
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "support.standin_run"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
-    found = [json.loads(line[5:]) for line in run.stdout.splitlines() if line.startswith("CASE ")]
-    assert found, run.stderr[-3000:]
-    return {one["case"]: one for one in found}
+    record = [json.loads(line[5:]) for line in run.stdout.splitlines() if line.startswith("CASE ")]
+    assert record, run.stderr[-3000:]
+    return {one["case"]: one for one in record}
 
 
 def test_every_case_is_looked_at(done: dict[str, dict[str, Any]]) -> None:
@@ -210,7 +210,7 @@ def test_the_stand_in_raises_where_cuda_has_no_order() -> None:
 @pytest.mark.parametrize("make", [tiny.gkd, tiny.minillm], ids=["gkd", "minillm"])
 def test_a_gpu_gives_the_losses_of_the_cpu(make: Any, name: str, tmp_path: Path) -> None:
     """The first loss on texts of the data (MiniLLM: a finite one), in float32."""
-    found = []
+    results = []
     for place in ("cpu", "cuda"):
         teacher = zoo.chatml() if name == "jsd" else zoo.inst()
         models = tuple(
@@ -220,7 +220,7 @@ def test_a_gpu_gives_the_losses_of_the_cpu(make: Any, name: str, tmp_path: Path)
         options = {"use_cpu": place == "cpu", "objective": name, "min_coverage": 0.0, "max_steps": 1, **data}
         trainer = make(tmp_path / place, zoo.chatml(), teacher, tiny.CHAT_ROWS, models=models, **options)
         trainer.train()
-        found.append(trainer.state.log_history[0]["loss"])
-    assert torch.isfinite(torch.tensor(found)).all()
+        results.append(trainer.state.log_history[0]["loss"])
+    assert torch.isfinite(torch.tensor(results)).all()
     if make is tiny.gkd:
-        assert found[1] == pytest.approx(found[0], rel=1e-3)
+        assert results[1] == pytest.approx(results[0], rel=1e-3)

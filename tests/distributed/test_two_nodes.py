@@ -57,10 +57,10 @@ def servers(node: Node, folder: Path) -> Iterator[dict[str, str]]:
     log = folder / "servers.log"
     process = started(node, [sys.executable, str(script), node.address, str(folder)], log)
     try:
-        while (said := re.search(r"^(http://\S+) (http://\S+)$", log.read_text("utf-8"), re.M)) is None:
+        while (text := re.search(r"^(http://\S+) (http://\S+)$", log.read_text("utf-8"), re.M)) is None:
             assert process.poll() is None, log.read_text("utf-8")[-4000:]
             time.sleep(0.05)
-        teacher, rollouts = said.groups()
+        teacher, rollouts = text.groups()
         yield {
             "teacher_model_name_or_path": teacher,
             "teacher_tokenizer_name_or_path": str(folder / "teacher"),

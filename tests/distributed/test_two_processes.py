@@ -37,8 +37,8 @@ def run(root: Path, names: dict[str, Any], processes: int, how: str = "ddp") -> 
 
 
 def assert_same_and_trained(root: Path, one: dict[str, Run], two: dict[str, Run]) -> None:
-    found = {name: largest_difference(one[name], two[name]) for name in two}
-    assert all(difference <= TOLERANCE for difference in found.values()), found
+    results = {name: largest_difference(one[name], two[name]) for name in two}
+    assert all(difference <= TOLERANCE for difference in results.values()), results
     for name, result in one.items():
         if "lora" not in name:
             start = Run.of(root / cases.ALL[name][0] / "student")
@@ -101,9 +101,9 @@ def test_plain_launchers_start_the_command_line(root: Path) -> None:
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
 def test_no_rank_steps_where_one_has_a_loss_that_is_no_number(root: Path, on_nonfinite: str, trainer: str) -> None:
     out = root / f"poisoned_{on_nonfinite}_{trainer}"
-    given = pairs.arguments(root / "cross", out, 2, trainer=trainer, on_nonfinite=on_nonfinite)
+    options = pairs.arguments(root / "cross", out, 2, trainer=trainer, on_nonfinite=on_nonfinite)
     done = pairs.start(
-        [*pairs.launcher(2), str(Path(__file__).parents[1] / "support" / "distributed_poisoned.py"), *given]
+        [*pairs.launcher(2), str(Path(__file__).parents[1] / "support" / "distributed_poisoned.py"), *options]
     )
     seen: dict[str, list[str]] = {rank: re.findall(rf"rank {rank} step \d has (\w+)", done.stdout) for rank in "01"}
     assert len(seen["0"]) > 1 and seen["0"] == seen["1"], done.stdout[-8000:]

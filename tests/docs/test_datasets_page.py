@@ -37,8 +37,8 @@ def test_a_row_of_the_page_is_read_with_its_option_and_refused_without(
 
 
 def test_the_page_has_every_format_and_every_kind_of_file() -> None:
-    told = set(re.findall(r"`--dataset_format (\w+)`", PAGE))
-    assert told == set(FORMATS)
+    formats = set(re.findall(r"`--dataset_format (\w+)`", PAGE))
+    assert formats == set(FORMATS)
     assert len(ROWS) == PAGE.count("```json") >= 12
     assert all(f"`{suffix}`" in PAGE for suffix in (*BUILDERS, *COMPRESSED))
     assert all(f"`{key}`" in PAGE.split("Keys of an entry")[1] for key in KEYS)

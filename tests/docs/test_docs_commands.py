@@ -31,8 +31,8 @@ def blocks(language: str) -> list[tuple[str, str]]:
         (f"{page.name}:{i}", text)
         for page in PAGES
         if page.name not in ("tutorial.md", "after.md")
-        for i, (found, text) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
-        if found == language
+        for i, (result, text) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
+        if result == language
     ]
 
 

@@ -75,12 +75,12 @@ def section(heading: str) -> str:
 
 
 def rows(heading: str) -> dict[str, Row]:
-    found: dict[str, Row] = {}
+    results: dict[str, Row] = {}
     for names, status, here in re.findall(r"^\| (`.+?) \| ([a-z ]+) \| ?(.*)\|$", section(heading), re.M):
         for name in re.findall(r"`(\w+)`", names):
-            assert name not in found, f"{name} stands twice under {heading}"
-            found[name] = Row(status, here.strip())
-    return found
+            assert name not in results, f"{name} stands twice under {heading}"
+            results[name] = Row(status, here.strip())
+    return results
 
 
 HEADINGS = [

@@ -16,8 +16,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "notebook.ipynb"
 
 
 def tagged(book: nbformat.NotebookNode, tag: str) -> nbformat.NotebookNode:
-    (found,) = [cell for cell in book.cells if tag in cell.metadata.get("tags", ())]
-    return found
+    (results,) = [cell for cell in book.cells if tag in cell.metadata.get("tags", ())]
+    return results
 
 
 def test_the_notebook_runs_and_ends_with_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,9 +56,9 @@ def _numbers(gap: str) -> list[float]:
 @pytest.mark.parametrize("page", ["docs/objectives.md", "README.md"])
 def test_lists_of_objectives_in_the_documentation_can_be_made(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    found = [line for block in re.findall(r"```yaml\n(.*?)```", text, re.S) for line in _entries(block)]
-    assert found
-    for entry in found:
+    results = [line for block in re.findall(r"```yaml\n(.*?)```", text, re.S) for line in _entries(block)]
+    assert results
+    for entry in results:
         options = {k: v for k, v in entry.items() if k not in ("name", "weight")}
         assert make_objective(entry["name"], pair("chatml", "turns"), **options).name == entry["name"]
 

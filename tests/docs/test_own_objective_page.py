@@ -69,13 +69,13 @@ def test_its_value_is_the_mean_square_of_the_gaps(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("example")
-@pytest.mark.parametrize(("place", "said"), [
+@pytest.mark.parametrize(("place", "message"), [
     ("my_package.my_file:Chunks", "must be a class that extends diglot.Objective"),
     ("my_package.my_file:Half", "lacks loss"), ("my_package.my_file:Nothing", "has no attribute 'Nothing'"),
     ("no_package_of_anybody:Mine", "No module named 'no_package_of_anybody'"),
 ])  # fmt: skip
-def test_what_is_no_objective_is_refused_with_the_reason(place: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_what_is_no_objective_is_refused_with_the_reason(place: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         objective_class(place)
 
 

@@ -128,8 +128,8 @@ def test_a_release_is_refused_until_all_agree(
     for name, text in TREE.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text.replace(before, after) if name == file else text, encoding="utf-8")
-    found = release.problems(tmp_path, "v1.2.0")
-    assert any(problem in one for one in found) if problem else found == []
+    result = release.problems(tmp_path, "v1.2.0")
+    assert any(problem in one for one in result) if problem else result == []
 
 
 def test_the_index_for_language_models_names_every_page_and_no_other() -> None:

@@ -25,8 +25,8 @@ def test_the_test_of_a_promise_is_collected_in_its_tier(file: str, test: str, ti
     path = ROOT / "tests" / file
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert path.name.startswith("test_")
-    (found,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == test)
-    marks = set(_marks(found.decorator_list))
+    (result,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == test)
+    marks = set(_marks(result.decorator_list))
     for node in tree.body:
         if isinstance(node, ast.Assign) and "pytestmark" in ast.unparse(node.targets[0]):
             marks |= set(_marks([node.value]))

@@ -43,8 +43,8 @@ def test_the_commands_for_after_a_run_work(
     Path("heldout.jsonl").write_text("".join(rows), encoding="utf-8")
     assert len(COMMANDS) == 5
     for command in COMMANDS:
-        given = ["teacher" if word == "Qwen/Qwen2.5-1.5B-Instruct" else word for word in command]
-        assert main(given) == 0, (command, capsys.readouterr().err)
+        arguments = ["teacher" if word == "Qwen/Qwen2.5-1.5B-Instruct" else word for word in command]
+        assert main(arguments) == 0, (command, capsys.readouterr().err)
     assert Path("runs/first/report.html").exists() and Path("comparison.html").exists()
     assert [address for address in opened if address.endswith("report.html")] == opened != []
 
@@ -53,10 +53,10 @@ def test_every_name_on_the_screen_is_explained_beside_the_name_in_the_log() -> N
     text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
     table = text.split("| on the screen |")[1].split("\n\n")[0]
     rows = [[re.findall(r"`([^`]+)`", cell) for cell in line.split("|")[1:3]] for line in table.splitlines()[2:]]
-    said = {shown: name for on_screen, in_log in rows for shown, name in zip(on_screen, in_log, strict=True)}
-    assert said == {shown: name for name, shown, _ in SHOWN}
+    names = {shown: name for on_screen, in_log in rows for shown, name in zip(on_screen, in_log, strict=True)}
+    assert names == {shown: name for name, shown, _ in SHOWN}
     explained = text.split("| metric | meaning |")[1].split("### Warnings")[0]
-    assert [name for name in said.values() if f"`{name}`" not in explained] == []
+    assert [name for name in names.values() if f"`{name}`" not in explained] == []
 
 
 def test_every_warning_has_its_row() -> None:

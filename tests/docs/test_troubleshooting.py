@@ -18,14 +18,14 @@ VALUE = "…"
 @lru_cache
 def texts_of_the_sources() -> list[str]:
     """Every string of the program, with `…` where a value is put in, without backticks."""
-    found = []
+    results = []
     for path in (ROOT / "src" / "diglot").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(str(v.value) if isinstance(v, ast.Constant) else VALUE for v in node.values))
+                results.append("".join(str(v.value) if isinstance(v, ast.Constant) else VALUE for v in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return [text.replace("`", "") for text in found]
+                results.append(node.value)
+    return [text.replace("`", "") for text in results]
 
 
 def is_said(message: str) -> bool:

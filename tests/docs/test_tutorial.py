@@ -36,7 +36,7 @@ def test_every_step_of_the_tutorial_works(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    said: dict[str, str] = {}
+    outputs: dict[str, str] = {}
     names: dict[str, str] = {}
     for language, text in steps():
         text = text.replace("~/.cache/diglot", str(cache))
@@ -47,11 +47,11 @@ def test_every_step_of_the_tutorial_works(
         for line in re.findall(r"^diglot .*$", text.replace("\\\n", " "), re.M):
             words = shlex.split(Template(line).substitute(names))
             assert main(words[1:]) == 0, (line, capsys.readouterr().err)
-            said[words[1]] = capsys.readouterr().out
-    assert said.keys() == {"align", "inspect", "train", "report", "eval"}
-    assert "this pair can be trained" in said["inspect"] and "one to one" in said["align"]
-    assert "kl/student_to_teacher" in said["eval"]
-    assert "nats/byte" in said["train"] and "coverage 100.0%" in said["train"]
+            outputs[words[1]] = capsys.readouterr().out
+    assert outputs.keys() == {"align", "inspect", "train", "report", "eval"}
+    assert "this pair can be trained" in outputs["inspect"] and "one to one" in outputs["align"]
+    assert "kl/student_to_teacher" in outputs["eval"]
+    assert "nats/byte" in outputs["train"] and "coverage 100.0%" in outputs["train"]
     assert (tmp_path / "runs/tutorial/report.html").exists()
     rows = [json.loads(line) for line in Path("prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 8 and all(row.keys() == {"prompt", "completion"} for row in rows)

@@ -86,29 +86,29 @@ class Case:
 
     def differences(self) -> np.ndarray:
         """Total variation of each row to the truth, all that is not named taken as one."""
-        said, found = self.result.likeliest, []
-        assert said is not None
-        for k, residual in enumerate(said.residual.tolist()):
-            truth, ids = self.truth(k), said.ids[k][said.ids[k] >= 0]
-            masses = np.exp(said.logps[k][: len(ids)])
+        top, gaps = self.result.likeliest, []
+        assert top is not None
+        for k, residual in enumerate(top.residual.tolist()):
+            truth, ids = self.truth(k), top.ids[k][top.ids[k] >= 0]
+            masses = np.exp(top.logps[k][: len(ids)])
             assert len(set(ids.tolist())) == len(ids) and masses.sum() + residual == pytest.approx(1)
-            found.append(np.abs(truth[ids] - masses).sum() / 2 + abs(1 - truth[ids].sum() - residual) / 2)
-        return np.array(found)
+            gaps.append(np.abs(truth[ids] - masses).sum() / 2 + abs(1 - truth[ids].sum() - residual) / 2)
+        return np.array(gaps)
 
 
 @pytest.mark.parametrize(("pair", "exact"), [("finer", 0.6), ("coarser", 0.15), ("overlapping", 0.12)])
 def test_with_whole_rows_a_named_token_has_its_own_mass_or_at_most_the_unknown_more(pair: str, exact: float) -> None:
     """And where nothing is unknown it is the exact distribution."""
     case = Case(pair, top=100)
-    said = case.result.likeliest
-    assert said is not None and case.result.at is not None
+    answer = case.result.likeliest
+    assert answer is not None and case.result.at is not None
     assert len(case.result.at) == len(case.written.student.ids)
-    for k, unknown in enumerate(said.unknown.tolist()):
-        truth, ids = case.truth(k), said.ids[k][said.ids[k] >= 0]
-        masses = np.exp(said.logps[k][: len(ids)])
+    for k, unknown in enumerate(answer.unknown.tolist()):
+        truth, ids = case.truth(k), answer.ids[k][answer.ids[k] >= 0]
+        masses = np.exp(answer.logps[k][: len(ids)])
         assert (masses - truth[ids]).max() < 0.03  # what cannot be that much of the mass is not looked for
         assert (truth[ids] - masses - unknown).max() < 0.03
-    settled = said.unknown < 1e-9
+    settled = answer.unknown < 1e-9
     assert settled.mean() > exact
     assert case.differences()[settled].max() < 0.05
 
@@ -118,10 +118,10 @@ def test_a_number_that_goes_on_has_its_mass_where_the_teachers_token_could_have_
     with it the text would have been its "ab". What the student should expect there are both."""
     text = next(t for t in TEXTS if toys.encode(toys.bpe(MERGES["finer"][1]), t)[:1] == (1,) and len(t) == 1)
     case = Case("finer", top=100, texts=[text])
-    said = case.result.likeliest
-    assert said is not None and case.written.alignment.count_s.tolist() == [1, 1]
+    answer = case.result.likeliest
+    assert answer is not None and case.written.alignment.count_s.tolist() == [1, 1]
     own = np.exp(case.scores.top_logps[2])  # the teacher's row behind its "a"
-    letters = [case.student.vocabulary.token(i).decode() for i in said.ids[1].tolist() if i > 0]
+    letters = [case.student.vocabulary.token(i).decode() for i in answer.ids[1].tolist() if i > 0]
     truth = case.truth(1)
     assert own[case.scores.top_ids[2] == toys.STOP] > 0.99 > 0.5 > truth[toys.STOP]
     assert set(letters) == set("abc") and case.differences()[1] < 1e-9
@@ -142,6 +142,6 @@ def test_behind_a_token_that_the_teacher_holds_impossible_nothing_is_known() -> 
     top = top.copy()
     top[1, case.scores.top_ids[1] == case.reading.teacher_ids[1]] = -np.inf
     scores = TeacherScores(logps, case.scores.top_ids, top)
-    said = Projector(case.student, case.teacher).project(case.reading, scores).likeliest
-    assert said is not None
-    assert said.unknown[0] < 1.0 == said.unknown[-1] == said.residual[-1] and (said.ids[-1] == -1).all()
+    answer = Projector(case.student, case.teacher).project(case.reading, scores).likeliest
+    assert answer is not None
+    assert answer.unknown[0] < 1.0 == answer.unknown[-1] == answer.residual[-1] and (answer.ids[-1] == -1).all()

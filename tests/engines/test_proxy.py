@@ -326,11 +326,11 @@ def test_when_one_text_of_a_request_is_refused_the_others_are_not_asked_about() 
         upstream = made.served(server.url)
         server.held = threading.Event()
         with listening(made.proxy(upstream, concurrency=1)) as url:
-            asked = len(server.requests)
+            before = len(server.requests)
             assert vllm(url, [context("hi"), [5, 6], *[context(f"{k}") for k in range(8)]]).status_code == 400
             server.held.set()
             assert vllm(url, context("later")).status_code == 200
-            assert len(server.requests) - asked <= 2
+            assert len(server.requests) - before <= 2
     finally:
         server.stop()
 

@@ -132,8 +132,8 @@ def test_mistakes_are_told_in_one_message(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         places = {"TEACHER": folders["teacher"], "TAKEN": str(taken.getsockname()[1])}
-        given = [places.get(word, word) for word in arguments]
-        assert main(["serve-teacher", "--student", folders["student"], *given]) == 2
+        words = [places.get(word, word) for word in arguments]
+        assert main(["serve-teacher", "--student", folders["student"], *words]) == 2
     assert message in capsys.readouterr().err
 
 

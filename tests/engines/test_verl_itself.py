@@ -28,9 +28,9 @@ def test_verls_own_manager_and_loss_take_the_teachers_numbers() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    rows, first = found["expected"], found["first"]
-    assert found["following"] and found["rows"] == pytest.approx(rows, abs=2e-4)
-    assert found["loss"] == pytest.approx(sum(-1.5 - row for row in rows) / len(rows), abs=2e-4)
-    assert found["gradient"] == [0.0] * first + [pytest.approx(1 / len(rows))] * len(rows) + [0.0]
-    assert "distillation/coverage" in found["metrics"]
+    record = json.loads(done.stdout.splitlines()[-1])
+    rows, first = record["expected"], record["first"]
+    assert record["following"] and record["rows"] == pytest.approx(rows, abs=2e-4)
+    assert record["loss"] == pytest.approx(sum(-1.5 - row for row in rows) / len(rows), abs=2e-4)
+    assert record["gradient"] == [0.0] * first + [pytest.approx(1 / len(rows))] * len(rows) + [0.0]
+    assert "distillation/coverage" in record["metrics"]

@@ -37,11 +37,11 @@ def side(tokenizer: Any, seed: int) -> Side:
 
 def test_a_model_against_itself_agrees_in_everything() -> None:
     one = side(zoo.chatml(), 0)
-    found = measure(one, side(zoo.chatml(), 0), SAMPLES, PLAN)
+    battery = measure(one, side(zoo.chatml(), 0), SAMPLES, PLAN)
     for name in ("kl/student_to_teacher", "kl/teacher_to_student", "reference/gap"):
-        assert found[name].value == pytest.approx(0, abs=1e-5), name
-    assert found["next_word/agreement"].value == 1 and found["coverage"].value == 1
-    assert found["stop/agreement"].value == pytest.approx(1, abs=1e-4)
+        assert battery[name].value == pytest.approx(0, abs=1e-5), name
+    assert battery["next_word/agreement"].value == 1 and battery["coverage"].value == 1
+    assert battery["stop/agreement"].value == pytest.approx(1, abs=1e-4)
 
 
 def test_the_gap_on_reference_text_is_the_difference_of_both_models_bits_per_byte() -> None:
@@ -69,7 +69,7 @@ def _stop_logp(one: Side) -> float:
 
 def test_stop_calibration_is_the_stop_mass_at_the_end_and_over_all_rows() -> None:
     one = side(zoo.chatml(), 0)
-    found = measure(one, None, SAMPLES, PLAN)
+    battery = measure(one, None, SAMPLES, PLAN)
     at_end, expected = [], []
     for sample in SAMPLES:
         ids = one.renderer.render(sample.conversation, str(sample.reply), stopped=False).ids
@@ -79,9 +79,9 @@ def test_stop_calibration_is_the_stop_mass_at_the_end_and_over_all_rows() -> Non
         stop = p[:, list(one.renderer.stop_ids)].sum(-1)
         at_end.append(float(stop[-1]))
         expected.append(float(stop.sum()))
-    assert found["stop/at_end"].value == pytest.approx(np.mean(at_end), rel=1e-3)
-    assert found["stop/expected_per_reply"].value == pytest.approx(np.mean(expected), rel=1e-3)
-    assert found["stop/at_end"].low <= found["stop/at_end"].value <= found["stop/at_end"].high
+    assert battery["stop/at_end"].value == pytest.approx(np.mean(at_end), rel=1e-3)
+    assert battery["stop/expected_per_reply"].value == pytest.approx(np.mean(expected), rel=1e-3)
+    assert battery["stop/at_end"].low <= battery["stop/at_end"].value <= battery["stop/at_end"].high
 
 
 def test_each_direction_is_measured_on_its_own_writers_samples() -> None:
@@ -95,16 +95,16 @@ def test_each_direction_is_measured_on_its_own_writers_samples() -> None:
 
 def test_data_without_replies_leave_out_what_needs_them() -> None:
     prompts = [to_sample({"prompt": "Say it:"}, f"row {i}") for i in range(3)]
-    found = measure(side(zoo.chatml(), 0), None, prompts, PLAN)
-    assert {"samples/length", "samples/stopped", "samples/entropy"} <= found.keys()
-    assert not [name for name in found if name.split("/")[0] in ("bits_per_byte", "next_word", "kl", "reference")]
+    battery = measure(side(zoo.chatml(), 0), None, prompts, PLAN)
+    assert {"samples/length", "samples/stopped", "samples/entropy"} <= battery.keys()
+    assert not [name for name in battery if name.split("/")[0] in ("bits_per_byte", "next_word", "kl", "reference")]
 
 
 def test_the_next_word_is_what_greedy_decoding_gives_one_at_a_time() -> None:
     one = side(zoo.chatml(), 3)
-    asked = [(sample, k) for sample in SAMPLES[:4] for k in places(str(sample.reply), 2, "x")]
-    found = next_words(one.model, one.renderer, asked, max_length=512, batch_size=3)
-    for (sample, k), word in zip(asked, found, strict=True):
+    asking = [(sample, k) for sample in SAMPLES[:4] for k in places(str(sample.reply), 2, "x")]
+    result = next_words(one.model, one.renderer, asking, max_length=512, batch_size=3)
+    for (sample, k), word in zip(asking, result, strict=True):
         ids = one.renderer.render(sample.conversation, str(sample.reply)[:k], stopped=False).ids.tolist()
         start = len(ids)
         for _ in range(8):
@@ -113,7 +113,7 @@ def test_the_next_word_is_what_greedy_decoding_gives_one_at_a_time() -> None:
             if ids[-1] in one.renderer.stop_ids:
                 break
         assert word == first_word(one.renderer.vocabulary.bytes_of(ids[start:]).decode("utf-8", "ignore"))
-    assert len(set(found)) > 1
+    assert len(set(result)) > 1
 
 
 def test_places_are_ends_of_words_that_another_word_follows() -> None:
@@ -137,12 +137,12 @@ def command(hub: Path, *more: str) -> list[str]:
 
 def test_the_command_prints_json_or_a_table(hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(hub, "--teacher", str(hub / "teacher"), "--json")) == 0
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     for role in ("student", "teacher"):
-        assert f"Loading the {role} {hub / role} ..." in said.err
-    found = json.loads(said.out)["models"][str(hub / "student")]
-    assert found["bits_per_byte"]["low"] < found["bits_per_byte"]["value"] < found["bits_per_byte"]["high"]
-    assert found["kl/student_to_teacher"]["unit"].startswith("nats per byte")
+        assert f"Loading the {role} {hub / role} ..." in output.err
+    record = json.loads(output.out)["models"][str(hub / "student")]
+    assert record["bits_per_byte"]["low"] < record["bits_per_byte"]["value"] < record["bits_per_byte"]["high"]
+    assert record["kl/student_to_teacher"]["unit"].startswith("nats per byte")
     assert main(command(hub, "--rows", "2")) == 0
     assert "bits_per_byte" in capsys.readouterr().out
 
@@ -180,20 +180,20 @@ def test_lm_eval_loads_a_tokenizer_of_its_own_and_arguments_for_one_are_refused(
     hub: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    given = ["--lm_eval_tasks", "arc_easy", "--tokenizer_kwargs", '{"eos_token": "<unk>"}']
-    assert main(command(hub, *given)) == 2
+    arguments = ["--lm_eval_tasks", "arc_easy", "--tokenizer_kwargs", '{"eos_token": "<unk>"}']
+    assert main(command(hub, *arguments)) == 2
     assert "would not reach --lm_eval_tasks arc_easy" in capsys.readouterr().err
 
 
 STAND_IN = """
 import json, pathlib, sys
-given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-if given["--tasks"] == "no_such_task":
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if options["--tasks"] == "no_such_task":
     sys.exit("ValueError: Tasks not found: no_such_task")
-assert given["--model"] == "hf"
-folder = pathlib.Path(given["--output_path"]) / "some__model"
+assert options["--model"] == "hf"
+folder = pathlib.Path(options["--output_path"]) / "some__model"
 folder.mkdir(parents=True)
-results = {task: {"acc,none": 0.5, "of": given["--model_args"]} for task in given["--tasks"].split(",")}
+results = {task: {"acc,none": 0.5, "of": options["--model_args"]} for task in options["--tasks"].split(",")}
 (folder / "results_2026-01-01.json").write_text(json.dumps({"results": results}))
 """
 
@@ -206,8 +206,8 @@ def test_lm_eval_runs_in_its_own_process_and_its_results_come_back(
     (tmp_path / "lm_eval" / "__init__.py").touch()
     (tmp_path / "lm_eval" / "__main__.py").write_text(STAND_IN, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found = lm_eval("some/model", "a,b", 4)
-    assert found == {task: {"acc,none": 0.5, "of": "pretrained=some/model"} for task in ("a", "b")}
+    result = lm_eval("some/model", "a,b", 4)
+    assert result == {task: {"acc,none": 0.5, "of": "pretrained=some/model"} for task in ("a", "b")}
     with pytest.raises(ConfigError, match="Tasks not found: no_such_task") as error:
         lm_eval("some/model", "no_such_task", 4)
     assert f"{sys.executable} -m lm_eval" in str(error.value)

@@ -22,7 +22,7 @@ SAMPLES = [to_sample(row, f"row {i}") for i, row in enumerate(tiny.CHAT_ROWS)]
 def test_bits_per_byte_is_the_cross_entropy_of_the_texts_bytes(tmp_path: Path) -> None:
     """Against one sample at a time without padding; the stop token is no byte of the text."""
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst())
-    found = trainer.evaluator().on_reference(SAMPLES)
+    report = trainer.evaluator().on_reference(SAMPLES)
     nats, size = 0.0, 0
     for sample in SAMPLES:
         rendered = trainer.student_renderer.render(sample.conversation, str(sample.reply), stopped=False)
@@ -31,16 +31,16 @@ def test_bits_per_byte_is_the_cross_entropy_of_the_texts_bytes(tmp_path: Path) -
             logp = trainer.model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
         nats -= logp.gather(1, ids[0, start:, None]).sum().item()
         size += len(str(sample.reply).encode())
-    assert found.bits_per_byte == pytest.approx(nats / size / math.log(2), rel=1e-5)
+    assert report.bits_per_byte == pytest.approx(nats / size / math.log(2), rel=1e-5)
 
 
 def test_the_divergence_of_equal_models_is_zero_and_their_stops_agree(tmp_path: Path) -> None:
     tokenizer = zoo.chatml()
     models = tiny.tiny_model(tokenizer, 3), tiny.tiny_model(tokenizer, 3)
     trainer = tiny.gkd(tmp_path, tokenizer, tokenizer, models=models)
-    found = trainer.evaluator().on_policy([s.conversation for s in SAMPLES], trainer.sampler, max_new_tokens=8, seed=0)
-    assert np.abs(found.gap).max() < 1e-4 and found.stop_agreement == pytest.approx(1, abs=1e-4)
-    assert found.coverage == 1.0 and len(found.completions) == len(SAMPLES)
+    report = trainer.evaluator().on_policy([s.conversation for s in SAMPLES], trainer.sampler, max_new_tokens=8, seed=0)
+    assert np.abs(report.gap).max() < 1e-4 and report.stop_agreement == pytest.approx(1, abs=1e-4)
+    assert report.coverage == 1.0 and len(report.completions) == len(SAMPLES)
 
 
 def test_the_divergence_is_the_log_ratio_of_what_was_written(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_the_divergence_is_the_log_ratio_of_what_was_written(tmp_path: Path) -> 
     ids = trainer.student_renderer.encoder.encode(["hello naïve"])[0].ids
     sampler = lambda model, prompts, **_: [ids for _ in prompts]  # noqa: E731
     conversation = SAMPLES[0].conversation
-    found = trainer.evaluator().on_policy([conversation], sampler, max_new_tokens=8, seed=0)  # type: ignore[arg-type]
+    report = trainer.evaluator().on_policy([conversation], sampler, max_new_tokens=8, seed=0)  # type: ignore[arg-type]
     expected = []
     for renderer, model in (
         (trainer.student_renderer, trainer.model),
@@ -60,8 +60,8 @@ def test_the_divergence_is_the_log_ratio_of_what_was_written(tmp_path: Path) -> 
         with torch.no_grad():
             logp = model(input_ids=x).logits[0, start - 1 : -1].log_softmax(-1).gather(1, x[0, start:, None]).sum()
         expected.append(logp.item())
-    assert found.gap[0] == pytest.approx(expected[0] - expected[1], abs=1e-3)
-    assert found.reverse_kl_nats_per_byte == pytest.approx(found.gap[0] / len("hello naïve".encode()))
+    assert report.gap[0] == pytest.approx(expected[0] - expected[1], abs=1e-3)
+    assert report.reverse_kl_nats_per_byte == pytest.approx(report.gap[0] / len("hello naïve".encode()))
 
 
 def test_another_seed_gives_other_samples_and_the_same_seed_the_same(tmp_path: Path) -> None:

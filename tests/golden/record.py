@@ -77,8 +77,8 @@ def record(root: Path = ROOT) -> int:
 
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as out:
-            told = {"commit": commit.stdout.strip(), "versions": versions(), "steps": trajectory(kind, Path(out))}
-        path(kind).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+            entry = {"commit": commit.stdout.strip(), "versions": versions(), "steps": trajectory(kind, Path(out))}
+        path(kind).write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
         print(path(kind))
     return 0
 

@@ -17,19 +17,19 @@ record: Any = load_beside(__file__, "record")
 @pytest.mark.parametrize("kind", record.KINDS)
 def test_the_trajectory_of_the_demo_pair_is_the_recorded_one(kind: str, tmp_path: Path) -> None:
     """To 1e-3: other processors add in another order, and what is sampled hangs on the last bit."""
-    kept = json.loads(record.path(kind).read_text(encoding="utf-8"))["steps"]
-    found = record.trajectory(kind, tmp_path)
-    assert len(kept) == len(found) == 5
-    for step, (old, new) in enumerate(zip(kept, found, strict=True)):
+    expected = json.loads(record.path(kind).read_text(encoding="utf-8"))["steps"]
+    result = record.trajectory(kind, tmp_path)
+    assert len(expected) == len(result) == 5
+    for step, (old, new) in enumerate(zip(expected, result, strict=True)):
         assert old.keys() <= new.keys()  # what is logged may grow
         for name in old:
             assert new[name] == pytest.approx(old[name], rel=1e-3, abs=1e-6), (step, name)
 
 
 def test_nothing_is_recorded_from_a_tree_that_is_not_clean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def git(*given: str) -> None:
+    def git(*arguments: str) -> None:
         who = ["-c", "user.name=x", "-c", "user.email=x@localhost"]
-        subprocess.run(["git", *who, *given], cwd=tmp_path, check=True, capture_output=True)
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
     git("init")
     (tmp_path / "a").write_text("1")

@@ -46,43 +46,48 @@ def on(rows: list[dict[str, Any]], student: str, teacher: str) -> Inspection:
 @pytest.mark.parametrize(("student", "teacher"), [("chatml", "inst"), ("inst", "turns"), ("nfc", "wordpiece")])
 def test_the_shares_are_those_of_an_alignment_counted_token_by_token(student: str, teacher: str) -> None:
     """Recounted from the spans of `align_text`, whose stop is one more pair for each text that is written whole."""
-    found = inspected(student, teacher).agreement
-    assert found is not None and found.texts == len(TEXTS)
+    result = inspected(student, teacher).agreement
+    assert result is not None and result.texts == len(TEXTS)
     s, t = renderer(student), renderer(teacher)
     spans = [span for text in TEXTS for span in align_text(s.encoder, t.encoder, text)]
     tokens = sum(len(span.student) for span in spans)
-    assert found.tokens_student == tokens
-    assert found.num_bytes == sum(len(text.encode()) for text in TEXTS)
-    assert found.tokens_per_byte_student == tokens / found.num_bytes
+    assert result.tokens_student == tokens
+    assert result.num_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert result.tokens_per_byte_student == tokens / result.num_bytes
     pairs = sum(span.one_to_one for span in spans)
     whole = len(TEXTS)  # stops
-    assert pairs <= round(found.one_to_one * (tokens + whole)) <= pairs + whole
-    assert found.one_to_one + found.in_chunks + found.unalignable == pytest.approx(1.0)
-    assert found.unalignable >= sum(len(x.student) for x in spans if not x.exact) / (tokens + whole)
+    assert pairs <= round(result.one_to_one * (tokens + whole)) <= pairs + whole
+    assert result.one_to_one + result.in_chunks + result.unalignable == pytest.approx(1.0)
+    assert result.unalignable >= sum(len(x.student) for x in spans if not x.exact) / (tokens + whole)
 
 
 def test_equal_vocabularies_are_the_same_and_all_tokens_are_shared() -> None:
-    found = inspected("chatml", "chatml")
-    assert found.same and found.difference == "" and found.overlap is not None and found.agreement is not None
-    assert found.overlap.mass_student == found.overlap.mass_teacher == 1.0
-    assert found.agreement.one_to_one == 1.0
-    assert found.verdict.objective == "jsd" and "--objective" not in str(found.verdict.command)
+    inspection = inspected("chatml", "chatml")
+    assert (
+        inspection.same
+        and inspection.difference == ""
+        and inspection.overlap is not None
+        and inspection.agreement is not None
+    )
+    assert inspection.overlap.mass_student == inspection.overlap.mass_teacher == 1.0
+    assert inspection.agreement.one_to_one == 1.0
+    assert inspection.verdict.objective == "jsd" and "--objective" not in str(inspection.verdict.command)
 
 
 def test_padding_of_an_embedding_is_named_and_makes_no_difference() -> None:
     padded = Input("padded", zoo.chatml(), num_embeddings=512)
-    found = inspect_pair(padded, Input("plain", zoo.chatml()))
-    assert found.same and "padded" in found.difference
-    assert found.student is not None and found.student.padding_rows == 512 - len(zoo.chatml())
+    inspection = inspect_pair(padded, Input("plain", zoo.chatml()))
+    assert inspection.same and "padded" in inspection.difference
+    assert inspection.student is not None and inspection.student.padding_rows == 512 - len(zoo.chatml())
 
 
 def test_different_vocabularies_say_why_and_what_they_share() -> None:
-    found = inspected("chatml", "inst")
-    assert found.same is False and "ids stand for other text" in found.difference
+    inspection = inspected("chatml", "inst")
+    assert inspection.same is False and "ids stand for other text" in inspection.difference
     mine, theirs = renderer("chatml").vocabulary, renderer("inst").vocabulary
     ours = {t for t in mine.tokens() if t} & {t for t in theirs.tokens() if t}
-    assert found.overlap is not None and found.overlap.count == len(ours)
-    assert 0 < found.overlap.mass_student < 1
+    assert inspection.overlap is not None and inspection.overlap.count == len(ours)
+    assert 0 < inspection.overlap.mass_student < 1
 
 
 def test_stops_say_where_each_came_from_and_bos_what_adds_it() -> None:
@@ -148,24 +153,24 @@ def test_a_row_whose_reply_cannot_be_read_stops_training_and_is_named() -> None:
     stamped = copy.deepcopy(zoo.chatml())
     stamped.chat_template = str(stamped.chat_template).replace("{{ m['content'] }}", "{{ m.stamp }}{{ m['content'] }}")
     samples = [to_sample(row, f"row {i}") for i, row in enumerate((CHAT, refused))]
-    found = inspect_pair(Input("stamped", stamped), Input("turns", zoo.turns()), samples)
-    assert not found.verdict.trainable and found.rendering is not None
-    assert "row 1" in found.verdict.problems[0] and "stamp" in found.verdict.problems[0]
+    inspection = inspect_pair(Input("stamped", stamped), Input("turns", zoo.turns()), samples)
+    assert not inspection.verdict.trainable and inspection.rendering is not None
+    assert "row 1" in inspection.verdict.problems[0] and "stamp" in inspection.verdict.problems[0]
 
 
 def test_without_data_a_template_that_reads_no_conversation_is_in_the_verdict() -> None:
     """The pair can still be trained on plain text."""
     broken = copy.deepcopy(zoo.turns())  # which all tests share
     broken.chat_template = "{{ raise_exception('no such role') }}"
-    found = inspect_pair(Input("chatml", zoo.chatml()), Input("broken", broken))
-    assert found.verdict.trainable and found.rendering is None
-    assert any("no such role" in one and "teacher" in one for one in found.verdict.warnings)
+    inspection = inspect_pair(Input("chatml", zoo.chatml()), Input("broken", broken))
+    assert inspection.verdict.trainable and inspection.rendering is None
+    assert any("no such role" in one and "teacher" in one for one in inspection.verdict.warnings)
 
 
 def test_a_think_block_on_one_side_only_is_told() -> None:
-    found = inspected("thinker", "chatml")
-    assert found.student is not None and found.student.opens_thinking
-    assert any("think block" in warning for warning in found.verdict.warnings)
+    inspection = inspected("thinker", "chatml")
+    assert inspection.student is not None and inspection.student.opens_thinking
+    assert any("think block" in warning for warning in inspection.verdict.warnings)
     assert not any("think block" in warning for warning in inspected("chatml", "inst").verdict.warnings)
 
 
@@ -174,7 +179,7 @@ def test_critical_places_are_found_and_their_tokens_counted(name: str) -> None:
     """Recounted with a loop over tokens and bytes."""
     texts = ["x = 12345 + 67\n    return  数学 and 99", "no such thing", "数学は 12\n\t\ty -= 1 한국 max_value: Привет"]
     written = read("chatml", "inst", texts).written
-    found = next(c for c in critical(written, renderer("chatml"), renderer("inst")) if c.name == name)
+    result = next(c for c in critical(written, renderer("chatml"), renderer("inst")) if c.name == name)
     places = sum(len(CRITICAL[name].findall(text)) for text in texts)
     touched = 0
     for k, text in enumerate(texts):
@@ -185,8 +190,8 @@ def test_critical_places_are_found_and_their_tokens_counted(name: str) -> None:
         side = written.student
         for start, end, segment in zip(side.start, side.end, side.segment, strict=True):
             touched += int(segment == k and bool(marked & set(range(start, end))))
-    assert (found.places, found.tokens_student) == (places, touched) and places > 0
-    assert 0 <= found.one_to_one <= found.aligned <= 1
+    assert (result.places, result.tokens_student) == (places, touched) and places > 0
+    assert 0 <= result.one_to_one <= result.aligned <= 1
     marked_bytes = sum(len(m.encode()) for text in texts for m in CRITICAL[name].findall(text))
     spans = [align_text(renderer("chatml").encoder, renderer("inst").encoder, text) for text in texts]
     alike = 0
@@ -195,24 +200,24 @@ def test_critical_places_are_found_and_their_tokens_counted(name: str) -> None:
             low = len(text[: match.start()].encode())
             inside = range(low, low + len(match.group().encode()))
             alike += sum(len(set(inside) & set(range(one.start, one.end))) for one in cut if one.one_to_one)
-    assert found.num_bytes == marked_bytes
-    assert found.cut_unlike == pytest.approx(1 - alike / marked_bytes)
-    mine, theirs = found.example or (("a",), ("a",))
-    assert found.example is None or (mine != theirs and all(mine) and all(theirs))
+    assert result.num_bytes == marked_bytes
+    assert result.cut_unlike == pytest.approx(1 - alike / marked_bytes)
+    mine, theirs = result.example or (("a",), ("a",))
+    assert result.example is None or (mine != theirs and all(mine) and all(theirs))
 
 
 def test_texts_that_a_tokenizer_changes_are_counted_as_not_alignable() -> None:
-    found = inspected("chatml", "wordpiece").agreement
-    assert found is not None and found.inexact_texts_teacher > 0 and found.inexact_texts_student == 0
-    assert found.unalignable > 0
-    kept = agreement(read("chatml", "inst", ["plain words", "and more"]).written)
-    assert kept.unalignable == 0 and kept.inexact_texts_student == 0
+    result = inspected("chatml", "wordpiece").agreement
+    assert result is not None and result.inexact_texts_teacher > 0 and result.inexact_texts_student == 0
+    assert result.unalignable > 0
+    unchanged = agreement(read("chatml", "inst", ["plain words", "and more"]).written)
+    assert unchanged.unalignable == 0 and unchanged.inexact_texts_student == 0
 
 
 def test_reencoding_counts_beginnings_that_get_other_ids() -> None:
-    found = inspected("chatml", "inst").reencoding
-    assert found is not None and found.cuts > 50
-    assert 0 <= found.changed_student < 0.5 and 0 <= found.changed_teacher < 0.5
+    result = inspected("chatml", "inst").reencoding
+    assert result is not None and result.cuts > 50
+    assert 0 <= result.changed_student < 0.5 and 0 <= result.changed_teacher < 0.5
     side, cuts, changed = renderer("chatml"), 0, 0
     for text in TEXTS[:4]:
         ids = side.encoder.encode([text])[0].ids.tolist()
@@ -220,7 +225,7 @@ def test_reencoding_counts_beginnings_that_get_other_ids() -> None:
             head = side.vocabulary.bytes_of(ids[:i])
             cuts += 1
             changed += side.encoder.encode([head.decode("utf-8")])[0].ids.tolist() != ids[:i]
-    assert abs(changed / cuts - found.changed_student) < 0.15
+    assert abs(changed / cuts - result.changed_student) < 0.15
 
 
 def test_the_verdict_on_objectives_is_their_own() -> None:
@@ -243,18 +248,18 @@ def test_a_teacher_that_gives_log_probs_only_leaves_the_objectives_that_need_no_
 class TestAPairThatCannotBeTrained:
     """Says so, and why, and proposes no command."""
 
-    def check(self, found: Inspection, *words: str) -> None:
-        assert not found.verdict.trainable and found.verdict.command is None
-        text = " ".join(found.verdict.problems)
+    def check(self, inspection: Inspection, *words: str) -> None:
+        assert not inspection.verdict.trainable and inspection.verdict.command is None
+        text = " ".join(inspection.verdict.problems)
         assert all(word in text for word in words), text
 
     def test_a_tokenizer_whose_bytes_cannot_be_read(self) -> None:
         backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
         backend.decoder = decoders.CTC()
         odd = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[UNK]")
-        found = inspect_pair(Input("chatml", zoo.chatml()), Input("odd", odd))
-        self.check(found, "does not say which bytes")
-        assert found.teacher is None and json.loads(json.dumps(found.to_dict()))["agreement"] is None
+        inspection = inspect_pair(Input("chatml", zoo.chatml()), Input("odd", odd))
+        self.check(inspection, "does not say which bytes")
+        assert inspection.teacher is None and json.loads(json.dumps(inspection.to_dict()))["agreement"] is None
 
     def test_a_model_without_a_template_on_conversations(self) -> None:
         self.check(on([CHAT], "chatml", "unigram"), "teacher has no chat template", "1 of 1 rows")
@@ -273,9 +278,9 @@ class TestAPairThatCannotBeTrained:
 
 def test_rows_with_prompts_only_are_measured_on_their_prompts() -> None:
     rows = [{"prompt": [{"role": "user", "content": "Say hello to the children."}]}]
-    found = on(rows, "chatml", "inst")
-    assert found.agreement is not None and found.agreement.num_bytes == len("Say hello to the children.")
-    assert "--dataset_name rows.jsonl" in str(found.verdict.command)
+    inspection = on(rows, "chatml", "inst")
+    assert inspection.agreement is not None and inspection.agreement.num_bytes == len("Say hello to the children.")
+    assert "--dataset_name rows.jsonl" in str(inspection.verdict.command)
 
 
 def test_the_result_is_plain_json_without_nan() -> None:
@@ -343,21 +348,21 @@ def test_ending_a_text_shows_which_rows_are_compared_by_the_choice_of_what_was_w
     texts = [f"row {i} " + "letters that all read alike, " * 60 + "123 and 451" for i in (1, 2, 3)]
     samples = [to_sample({"text": text}, "row") for text in texts]
     sides = [Input(str(whole), numbers(whole)) for whole in (student_whole, not student_whole)]
-    found = inspect_pair(*sides, samples)
-    digits = next(one for one in found.critical if one.name == "digits")
+    inspection = inspect_pair(*sides, samples)
+    digits = next(one for one in inspection.critical if one.name == "digits")
     assert digits.cuts == (9 if student_whole else 21) and digits.ends == 1.0
     alone = 3 / digits.cuts  # the numbers of the rows, of one digit
     assert digits.goes_on == pytest.approx(alone)
-    assert found.agreement is not None and found.agreement.bytes_cut_unlike < SMALL
-    assert found.verdict.objective == "covering"
-    assert any(f"digits {alone:.0%} and 100% of {digits.cuts}" in one for one in found.verdict.warnings)
+    assert inspection.agreement is not None and inspection.agreement.bytes_cut_unlike < SMALL
+    assert inspection.verdict.objective == "covering"
+    assert any(f"digits {alone:.0%} and 100% of {digits.cuts}" in one for one in inspection.verdict.warnings)
 
 
 def test_a_class_that_both_sides_cut_alike_is_compared_either_way() -> None:
-    found = inspect_pair(*(Input(name, numbers(True)) for name in ("a", "b")))
-    digits = next(one for one in found.critical if one.name == "digits")
+    inspection = inspect_pair(*(Input(name, numbers(True)) for name in ("a", "b")))
+    digits = next(one for one in inspection.critical if one.name == "digits")
     assert digits.cuts > 20 and digits.goes_on == digits.ends == 1.0
-    assert not any("Simulated" in one for one in found.verdict.warnings)
+    assert not any("Simulated" in one for one in inspection.verdict.warnings)
 
 
 def test_what_a_side_leaves_out_or_reads_unlike_its_file_is_in_the_verdict(tmp_path: Path) -> None:
@@ -369,8 +374,8 @@ def test_what_a_side_leaves_out_or_reads_unlike_its_file_is_in_the_verdict(tmp_p
     changed.name_or_path = str(tmp_path)
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
     row = {"messages": [{"role": "user", "content": "Time?"}, call, {"role": "user", "content": "Well?"}]}
-    found = inspect_pair(Input("s", changed), Input("t", zoo.inst()), [to_sample(row, "row 0")])
-    warnings = "\n".join(found.verdict.warnings)
+    inspection = inspect_pair(Input("s", changed), Input("t", zoo.inst()), [to_sample(row, "row 0")])
+    warnings = "\n".join(inspection.verdict.warnings)
     assert "student: the loaded tokenizer does not cut text as its own" in warnings
     assert "The student's chat template leaves out 'tool_calls'" in warnings
     assert not inspected("chatml", "inst").student.notes
@@ -393,7 +398,7 @@ def test_markup_that_a_template_does_not_write_is_named_with_its_side(
     """The student's template writes both, the teacher's neither."""
     talk = [{"role": "user", "content": "2+2?"}, {"role": "assistant", **message}]
     sides = Input("s", chat.tokenizer("thinks")), Input("t", zoo.chatml())
-    found = inspect_pair(*sides, [to_sample({"messages": talk}, "row 0")])
-    told = [one for one in found.verdict.warnings if "no chat template that writes" in one]
-    assert len(told) == 1 and told[0] in caplog.text
-    assert told[0].startswith(f"The teacher has no chat template that writes {kind}") and markup in told[0]
+    inspection = inspect_pair(*sides, [to_sample({"messages": talk}, "row 0")])
+    warned = [one for one in inspection.verdict.warnings if "no chat template that writes" in one]
+    assert len(warned) == 1 and warned[0] in caplog.text
+    assert warned[0].startswith(f"The teacher has no chat template that writes {kind}") and markup in warned[0]

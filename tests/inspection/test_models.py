@@ -27,7 +27,7 @@ def setup() -> tuple[torch.nn.Module, LocalTeacher, PairReader]:
 
 
 @pytest.fixture(scope="module")
-def found(setup: tuple) -> ModelFacts:
+def facts(setup: tuple) -> ModelFacts:
     return inspect_models(*setup, ROWS, batch_size=2, max_completion_length=6)
 
 
@@ -43,14 +43,14 @@ def bits(model: torch.nn.Module, renderer: Renderer) -> float:
 
 
 @torch.no_grad()
-def test_bits_per_byte_of_both_sides_are_those_of_a_plain_pass(setup: tuple, found: ModelFacts) -> None:
+def test_bits_per_byte_of_both_sides_are_those_of_a_plain_pass(setup: tuple, facts: ModelFacts) -> None:
     student, teacher, reader = setup
-    assert found.bits_per_byte_student == pytest.approx(bits(student, reader.student), rel=1e-4)
-    assert found.bits_per_byte_teacher == pytest.approx(bits(teacher.model, reader.teacher), rel=1e-4)
+    assert facts.bits_per_byte_student == pytest.approx(bits(student, reader.student), rel=1e-4)
+    assert facts.bits_per_byte_teacher == pytest.approx(bits(teacher.model, reader.teacher), rel=1e-4)
 
 
-def test_two_random_models_differ_and_the_same_one_twice_does_not(setup: tuple, found: ModelFacts) -> None:
-    assert found.headroom_nats_per_byte > 0 and 0 <= found.stop_agreement <= 1 and found.sample_coverage > 0.5
+def test_two_random_models_differ_and_the_same_one_twice_does_not(setup: tuple, facts: ModelFacts) -> None:
+    assert facts.headroom_nats_per_byte > 0 and 0 <= facts.stop_agreement <= 1 and facts.sample_coverage > 0.5
     student, _, reader = setup
     same = PairReader(reader.student, reader.student, same_vocabulary=True)
     alike = inspect_models(student, LocalTeacher(student, reader.student), same, ROWS, batch_size=2)
@@ -60,14 +60,14 @@ def test_two_random_models_differ_and_the_same_one_twice_does_not(setup: tuple, 
     assert any("little to learn" in line for line in alike.says)
 
 
-def test_memory_is_that_of_the_weights_and_of_what_a_backward_pass_keeps(setup: tuple, found: ModelFacts) -> None:
+def test_memory_is_that_of_the_weights_and_of_what_a_backward_pass_keeps(setup: tuple, facts: ModelFacts) -> None:
     size = 4 * sum(p.numel() for p in setup[0].parameters())
     whole = size + 4 * sum(p.numel() for p in setup[1].model.parameters())
-    assert found.gib_weights * 2**30 == pytest.approx(whole)
-    assert found.gib_optimizer * 2**30 == pytest.approx(3 * size)
+    assert facts.gib_weights * 2**30 == pytest.approx(whole)
+    assert facts.gib_optimizer * 2**30 == pytest.approx(3 * size)
     twice = inspect_models(*setup, ROWS, batch_size=4, max_completion_length=6)
-    assert 1.5 < twice.gib_activations / found.gib_activations < 2.7
-    assert twice.gib_total > found.gib_total and found.seconds_total > 0
+    assert 1.5 < twice.gib_activations / facts.gib_activations < 2.7
+    assert twice.gib_total > facts.gib_total and facts.seconds_total > 0
 
 
 def test_the_models_are_left_as_they_were(setup: tuple) -> None:
@@ -81,14 +81,14 @@ def test_the_models_are_left_as_they_were(setup: tuple) -> None:
 
 
 def test_without_data_the_built_in_texts_are_continued(setup: tuple) -> None:
-    found = inspect_models(*setup, batch_size=1, max_completion_length=2)
-    assert math.isfinite(found.bits_per_byte_student) and math.isfinite(found.headroom_nats_per_byte)
+    measures = inspect_models(*setup, batch_size=1, max_completion_length=2)
+    assert math.isfinite(measures.bits_per_byte_student) and math.isfinite(measures.headroom_nats_per_byte)
 
 
 def test_rows_without_replies_leave_bits_per_byte_unknown(setup: tuple) -> None:
     rows = [Sample(Conversation(None, "Say hello"), None, "row 0")]
-    found = inspect_models(*setup, rows, batch_size=1, max_completion_length=2)
-    assert math.isnan(found.bits_per_byte_student) and math.isfinite(found.headroom_nats_per_byte)
+    measures = inspect_models(*setup, rows, batch_size=1, max_completion_length=2)
+    assert math.isnan(measures.bits_per_byte_student) and math.isfinite(measures.headroom_nats_per_byte)
 
 
 def test_rows_without_a_prompt_are_refused(setup: tuple) -> None:

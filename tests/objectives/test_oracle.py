@@ -241,15 +241,15 @@ def test_chunks_between_breaks_are_text_events_once_both_ends_are_conditioned_on
     """With the break at the end alone, or none, a perfect model's chunk is no event of text."""
     reading = readings.perfect_pair(bpe_a, teacher)
     t, breaks = chunks_of(reading, student=False), between_breaks(reading)
-    assert mean_gap(reading, t.said + t.break_after - t.break_before - t.true_between, breaks) < ROUNDING
-    assert mean_gap(reading, t.said + t.break_after - t.true_break, breaks) > 0.01
-    assert mean_gap(reading, t.said - t.true, breaks) > 0.01
+    assert mean_gap(reading, t.logp + t.break_after - t.break_before - t.true_between, breaks) < ROUNDING
+    assert mean_gap(reading, t.logp + t.break_after - t.true_break, breaks) > 0.01
+    assert mean_gap(reading, t.logp - t.true, breaks) > 0.01
 
 
 def test_a_teacher_whose_tokens_cross_words_has_no_such_events() -> None:
     reading = readings.perfect_pair(bpe_b, bpe_a)
     t = chunks_of(reading, student=False)
-    gap = t.said + t.break_after - t.break_before - t.true_between
+    gap = t.logp + t.break_after - t.break_before - t.true_between
     assert mean_gap(reading, gap, between_breaks(reading)) > FAULT
 
 

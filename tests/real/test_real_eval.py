@@ -25,10 +25,10 @@ def test_the_real_pair_has_the_numbers_it_should_have(tmp_path: Path, capsys: py
     student, teacher = str(model_folder("smollm2-135m-instruct")), str(model_folder("gemma-3-270m"))
     more = ["--max_completion_length", "24", "--batch_size", "12", "--dtype", "float32", "--json"]
     assert main(["eval", student, "--teacher", teacher, "--data", str(data), *more]) == 0
-    found = json.loads(capsys.readouterr().out)["models"][student]
-    value = {name: one["value"] for name, one in found.items()}
+    record = json.loads(capsys.readouterr().out)["models"][student]
+    value = {name: one["value"] for name, one in record.items()}
     assert 0.6 < value["bits_per_byte"] < 1.5
     assert value["kl/student_to_teacher"] > 0 and value["kl/teacher_to_student"] > 0
     assert value["coverage"] > 0.95 and 0.2 < value["next_word/agreement"] <= 1
     assert value["next_word/accuracy"] > 0.1 and value["samples/repetition"] < 0.3
-    assert all(one["low"] <= one["value"] <= one["high"] for one in found.values() if one["low"] is not None)
+    assert all(one["low"] <= one["value"] <= one["high"] for one in record.values() if one["low"] is not None)

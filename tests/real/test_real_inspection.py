@@ -87,27 +87,27 @@ def test_every_recipe_trains_two_steps_with_stand_ins_for_its_models(
     """The command of its header, with paths and sizes given on the command line; in a process of its own."""
     text = load_recipes()[name]
     (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
-    given = yaml.safe_load(text)
+    options = yaml.safe_load(text)
     run = re.search(r"^# Run: +(.*)$", text, re.M)
     assert run is not None
     command = run[1].split()[: run[1].split().index("--config") + 2]
     command = {"diglot": ["-m", "diglot"], "torchrun": ["-m", "torch.distributed.run"]}[command[0]] + command[1:]
     command = [re.sub(r"^8$", "2", word) for word in command]  # processes
-    if given.get("fsdp"):  # which accelerate leaves off on a CPU
+    if options.get("fsdp"):  # which accelerate leaves off on a CPU
         at = command.index("diglot")
         command[at - 1 : at + 1] = [str(ROOT / "tests" / "support" / "distributed_main.py")]
-    teacher = given["teacher_model_name_or_path"]
+    teacher = options["teacher_model_name_or_path"]
     served = teacher.startswith("http")
     paths = {
-        "model_name_or_path": stand_ins(given["model_name_or_path"]),
-        "teacher_model_name_or_path": serve(stand_ins(given["teacher_tokenizer_name_or_path"]))
+        "model_name_or_path": stand_ins(options["model_name_or_path"]),
+        "teacher_model_name_or_path": serve(stand_ins(options["teacher_tokenizer_name_or_path"]))
         if served
         else stand_ins(teacher),
-        **({"teacher_tokenizer_name_or_path": stand_ins(given["teacher_tokenizer_name_or_path"])} if served else {}),
+        **({"teacher_tokenizer_name_or_path": stand_ins(options["teacher_tokenizer_name_or_path"])} if served else {}),
         "dataset_name": str(data["plain" if "plain text" in text else "talk"]),
         "output_dir": str(tmp_path / "run"),
     }
-    if given.get("use_vllm"):
+    if options.get("use_vllm"):
         paths["vllm_server_base_url"] = serve(paths["model_name_or_path"], RolloutServer)
         paths["vllm_weights_dir"] = str(tmp_path / "weights")
     small = ["--max_steps", "2", "--use_cpu", "--max_completion_length", "6", "--disable_tqdm", "--logging_steps", "1"]
@@ -116,7 +116,7 @@ def test_every_recipe_trains_two_steps_with_stand_ins_for_its_models(
         capture_output=True, text=True, cwd=tmp_path, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    weights = "adapter_model.safetensors" if given.get("use_peft") else "model.safetensors"
+    weights = "adapter_model.safetensors" if options.get("use_peft") else "model.safetensors"
     assert (tmp_path / "run" / weights).exists()
     losses = [float(x) for x in re.findall(r"'loss': '?([-\d.e]+)", done.stdout)]
     assert len(losses) == 2 and all(abs(loss) < 100 for loss in losses), done.stdout[-2000:]
@@ -127,12 +127,12 @@ def test_a_pair_of_262144_and_49152_pieces_is_inspected_in_seconds(capsys: pytes
     start = time.process_time()  # what others do on the machine does not count
     assert main(["inspect", student, teacher, "--json"]) == 0
     assert time.process_time() - start < 30
-    found = json.loads(capsys.readouterr().out)
-    assert found["student"]["missing_bytes"] == 21 and found["teacher"]["missing_bytes"] == 0
-    assert found["agreement"]["unalignable"] == 0 and found["overlap"]["count"] > 40_000
-    critical = {one["name"]: one for one in found["critical"]}
+    record = json.loads(capsys.readouterr().out)
+    assert record["student"]["missing_bytes"] == 21 and record["teacher"]["missing_bytes"] == 0
+    assert record["agreement"]["unalignable"] == 0 and record["overlap"]["count"] > 40_000
+    critical = {one["name"]: one for one in record["critical"]}
     assert critical["digits"]["one_to_one"] == 1.0  # both write one digit at a time
-    assert found["agreement"]["bytes_cut_unlike"] > 0.02 and found["verdict"]["objective"] != "strict"
+    assert record["agreement"]["bytes_cut_unlike"] > 0.02 and record["verdict"]["objective"] != "strict"
 
 
 def test_digits_of_one_and_of_three_are_seen_to_be_cut_unlike(capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,10 +163,10 @@ def test_the_demo_pair_has_something_to_learn(tmp_path: Path, capsys: pytest.Cap
     pair = [str(model_folder("smollm2-135m-instruct")), str(model_folder("gemma-3-270m"))]
     small = ["--batch_size", "4", "--max_completion_length", "24", "--dtype", "float32", "--device", "cpu"]
     assert main(["inspect", *pair, "--data", str(tmp_path / "d.jsonl"), "--with-models", *small, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["models"]
-    assert found["bits_per_byte_teacher"] < found["bits_per_byte_student"] < 2
-    assert 0.05 < found["headroom_nats_per_byte"] < 0.6
-    assert found["parameters_student"] == 134_515_008 and found["gib_weights"] > 1.4
+    record = json.loads(capsys.readouterr().out)["models"]
+    assert record["bits_per_byte_teacher"] < record["bits_per_byte_student"] < 2
+    assert 0.05 < record["headroom_nats_per_byte"] < 0.6
+    assert record["parameters_student"] == 134_515_008 and record["gib_weights"] > 1.4
 
 
 @pytest.mark.parametrize("at", range(2))

@@ -61,8 +61,8 @@ def test_the_head_gives_the_models_own_logits(name: str) -> None:
     ids = torch.tensor([[5, 100, 2000, 30, 40]])
     with torch.no_grad():
         own = model(name)(input_ids=ids).logits
-        found = Head.of(model(name))(last_hidden(model(name), ids, torch.ones_like(ids)))
-    assert torch.allclose(found, own, atol=1e-3)
+        result = Head.of(model(name))(last_hidden(model(name), ids, torch.ones_like(ids)))
+    assert torch.allclose(result, own, atol=1e-3)
 
 
 def test_bits_per_byte_need_the_bos_that_the_tokenizer_adds() -> None:

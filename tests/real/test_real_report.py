@@ -47,10 +47,10 @@ class Opened:
         self.width = width
         self.context = chromium.new_context(viewport={"width": width, "height": height}, **options)
         self.page = self.context.new_page()
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.requests: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("console", lambda message: self.messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(file.as_uri())
         self.page.wait_for_load_state("networkidle")
@@ -68,7 +68,7 @@ class Opened:
 def test_the_page_opens_quietly_and_fits(chromium: Any, file: Path, scheme: str, size: str, javascript: bool) -> None:
     """No message, no request but the file itself, no sideways scrolling, every picture has a size."""
     with Opened(chromium, file, size, color_scheme=scheme, java_script_enabled=javascript) as opened:
-        assert opened.said == [] and opened.requests == [file.as_uri()]
+        assert opened.messages == [] and opened.requests == [file.as_uri()]
         boxes = [one.bounding_box() for one in opened.page.locator("figure svg").all()]
         assert len(boxes) == 8 and all(box["width"] > 200 and box["height"] > 100 for box in boxes)
         assert all(box["x"] >= 0 and box["x"] + box["width"] <= opened.width for box in boxes)
@@ -114,7 +114,7 @@ def test_a_tap_shows_a_chunk_on_a_phone(chromium: Any, file: Path) -> None:
 
 
 def test_dark_and_light_differ_and_chunks_have_the_colours_of_their_gap(chromium: Any, file: Path) -> None:
-    found = {}
+    results = {}
     for scheme in ("light", "dark"):
         with Opened(chromium, file, color_scheme=scheme) as opened:
             colour = "e => getComputedStyle(e).backgroundColor"
@@ -122,6 +122,6 @@ def test_dark_and_light_differ_and_chunks_have_the_colours_of_their_gap(chromium
             line = opened.page.locator("figure svg path[style*='--run-0']").first
             stroke = line.evaluate("e => getComputedStyle(e).stroke")
             body = opened.page.locator("body").evaluate(colour)
-            found[scheme] = [body, stroke, *(span.evaluate(colour) for span in spans)]
-    assert all(a != b for a, b in zip(found["light"], found["dark"], strict=True))
-    assert len(set(found["light"])) == 4 and "rgba(0, 0, 0, 0)" not in found["light"]
+            results[scheme] = [body, stroke, *(span.evaluate(colour) for span in spans)]
+    assert all(a != b for a, b in zip(results["light"], results["dark"], strict=True))
+    assert len(set(results["light"])) == 4 and "rgba(0, 0, 0, 0)" not in results["light"]

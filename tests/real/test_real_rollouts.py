@@ -39,8 +39,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     installed()
     place = tmp_path_factory.mktemp("vllm")
     copy = vllm_server.untie(model_folder(NAME), place / "student")
-    with vllm_server.running(copy, place / "server.log", VLLM_SERVER_DEV_MODE="1") as found:
-        yield found
+    with vllm_server.running(copy, place / "server.log", VLLM_SERVER_DEV_MODE="1") as result:
+        yield result
 
 
 def student() -> PreTrainedModel:
@@ -70,8 +70,8 @@ def test_vllm_has_the_weights_of_each_step(url: str, tmp_path: Path, make: Any, 
     """In float32 its log-probs of its samples are the student's to 1e-3 nats at every step, while the student moves."""
     start = tiny.parameters(student())
     trainer = run(tmp_path, url, make, **options)
-    found = gaps(trainer)
-    assert len(found) == 3 and max(found) < 1e-3
+    result = gaps(trainer)
+    assert len(result) == 3 and max(result) < 1e-3
     moved = sum(float((start[n] - p.detach()).square().sum()) for n, p in trainer.model.named_parameters()) ** 0.5
     assert moved > 0.1
 
@@ -83,11 +83,11 @@ def test_a_vllm_that_keeps_its_weights_is_seen(url: str, tmp_path: Path, monkeyp
     run(tmp_path / "right", url, lmbda=1.0, objective="span", max_steps=1)
     monkeypatch.setattr(VLLMServer, "sync", lambda self, model: None)
     try:
-        found = gaps(run(tmp_path / "stale", url, lmbda=1.0, objective="span"))
+        result = gaps(run(tmp_path / "stale", url, lmbda=1.0, objective="span"))
     except RolloutError as error:
         assert "does not have the student's weights" in str(error)
     else:
-        assert found[-1] > 0.05
+        assert result[-1] > 0.05
 
 
 def test_completions_are_the_same_for_the_same_seeds(url: str, tmp_path: Path) -> None:
@@ -121,9 +121,9 @@ def test_vllm_in_one_process_with_the_student_has_its_weights(tmp_path: Path) ->
     words = [python, "-c", code, sysconfig.get_path("purelib"), str(out)]
     done = subprocess.run(words, cwd=ROOT, env=around, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(out.read_text())
-    said = [[row[str(i)] for i, row in zip(c["token_ids"], c["logprobs"], strict=True)] for c in found["calls"]]
-    own = [logps for written in found["transformers_logps"] for logps in written]
-    assert len(said) == len(own) == 6
-    for a, b in zip(said, own, strict=True):
+    printed = json.loads(out.read_text())
+    logprobs = [[row[str(i)] for i, row in zip(c["token_ids"], c["logprobs"], strict=True)] for c in printed["calls"]]
+    own = [logps for written in printed["transformers_logps"] for logps in written]
+    assert len(logprobs) == len(own) == 6
+    for a, b in zip(logprobs, own, strict=True):
         assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-3

@@ -39,14 +39,14 @@ def started(log: Path, *more: str, **variables: str) -> Iterator[str]:
     """A server that answers; its address."""
     if not (vllm_server.environment() / "complete").exists():
         pytest.fail("vLLM is not installed. Run `make test-server`, which installs it.")
-    with vllm_server.running(model_folder(MODEL), log, *more, **variables) as found:
-        yield found
+    with vllm_server.running(model_folder(MODEL), log, *more, **variables) as result:
+        yield result
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with started(tmp_path_factory.mktemp("vllm") / "server.log") as found:
-        yield found
+    with started(tmp_path_factory.mktemp("vllm") / "server.log") as result:
+        yield result
 
 
 @lru_cache
@@ -63,8 +63,8 @@ def renderer() -> Renderer:
 
 def texts() -> PackedSide:
     rows = fetch_texts("gsm8k", "heldout")[:6]
-    asked = [Conversation(({"role": "user", "content": row["question"][:300]},)) for row in rows]
-    read = [renderer().render(one, row["answer"][:300]) for one, row in zip(asked, rows, strict=True)]
+    questions = [Conversation(({"role": "user", "content": row["question"][:300]},)) for row in rows]
+    read = [renderer().render(one, row["answer"][:300]) for one, row in zip(questions, rows, strict=True)]
     return pack(read, [1] * len(read), renderer().stop_id)
 
 
@@ -72,14 +72,14 @@ def test_logprobs_of_vllm_are_those_of_transformers(url: str) -> None:
     """Both in float32: to 1e-3 nats at every token of 6 worked answers, stop included; the likeliest ids too."""
     teacher, side = connect_server(url, renderer()), texts()
     teacher.want(16)
-    found, local = teacher.scores(side), LocalTeacher(model(), renderer())
+    result, local = teacher.scores(side), LocalTeacher(model(), renderer())
     hidden = local.hidden(side)
     expected = token_logps(hidden, local.head, side.targets, side.stop, renderer().stop_ids, 64)
     assert len(expected) > 300 and side.stop.any()
-    torch.testing.assert_close(found.text(True), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(result.text(True), expected, atol=1e-3, rtol=0)
     best = local.head(hidden).log_softmax(-1).topk(16)
-    torch.testing.assert_close(found.top_logps, best.values, atol=1e-3, rtol=0)
-    assert (found.top_ids[:, 0] == best.indices[:, 0]).float().mean() > 0.99
+    torch.testing.assert_close(result.top_logps, best.values, atol=1e-3, rtol=0)
+    assert (result.top_ids[:, 0] == best.indices[:, 0]).float().mean() > 0.99
     teacher.close()
 
 
@@ -98,8 +98,8 @@ def test_hidden_states_of_vllm_give_the_rows_of_transformers(tmp_path: Path) -> 
             (teacher.behind(side, branches), local.behind(side, branches)),
         )
         for served, here in pairs:
-            found, expected = teacher.head(served).log_softmax(-1), local.head(here).log_softmax(-1)
-            assert float((found - expected)[expected > -20].abs().max()) < 2e-4
+            result, expected = teacher.head(served).log_softmax(-1), local.head(here).log_softmax(-1)
+            assert float((result - expected)[expected > -20].abs().max()) < 2e-4
         assert len(side.rows) > 300 and not list(states.iterdir())
         teacher.close()
 

@@ -26,14 +26,14 @@ def test_the_search_finds_pages_without_a_server_and_without_a_network(tmp_path:
         chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         page = chromium.new_page()
         addresses: list[str] = []
-        said: list[str] = []
+        texts: list[str] = []
         page.on("request", lambda request: addresses.append(request.url))
-        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("pageerror", lambda error: texts.append(str(error)))
         page.goto((tmp_path / "site" / "index.html").as_uri())
         page.click("input.md-search__input")
         page.keyboard.type("adapter", delay=20)
         page.wait_for_selector(".md-search-result__item")
         titles = page.locator(".md-search-result__item h1").all_inner_texts()
         chromium.close()
-    assert any("LoRA" in title for title in titles) and said == []
+    assert any("LoRA" in title for title in titles) and texts == []
     assert addresses and all(address.startswith("file:") for address in addresses)

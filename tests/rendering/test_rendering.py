@@ -304,16 +304,16 @@ def test_a_prompt_that_leaves_no_room_is_an_error_with_both_numbers() -> None:
 
 def test_s5_teacher_inputs_from_texts() -> None:
     prompts = [list(HI.messages or ()), "The river"]
-    found = build_teacher_inputs_from_texts(zoo.inst(), prompts, ["Hello!", " rises"], completed=[True, False])
-    assert found.input_ids.shape == found.attention_mask.shape == found.labels.shape
+    result = build_teacher_inputs_from_texts(zoo.inst(), prompts, ["Hello!", " rises"], completed=[True, False])
+    assert result.input_ids.shape == result.attention_mask.shape == result.labels.shape
     for row, text in enumerate((b"Hello!", b" rises")):
-        labels = found.labels[row]
+        labels = result.labels[row]
         scored = labels[labels >= 0]
         spelt = R["inst"].vocabulary.bytes_of(scored.numpy())
         assert spelt == text
-        assert (labels[labels >= 0] == found.input_ids[row][labels >= 0]).all()
-        assert (found.labels[row, : found.prompt_lengths[row]] == -100).all()
-    assert found.labels[0].max() >= 2 and (found.labels[0] == 2).sum() == 1 and (found.labels[1] == 2).sum() == 0
+        assert (labels[labels >= 0] == result.input_ids[row][labels >= 0]).all()
+        assert (result.labels[row, : result.prompt_lengths[row]] == -100).all()
+    assert result.labels[0].max() >= 2 and (result.labels[0] == 2).sum() == 1 and (result.labels[1] == 2).sum() == 0
 
 
 def test_s5_unequal_lists_are_refused() -> None:

@@ -44,9 +44,9 @@ def test_a_healthy_run_is_not_warned_about() -> None:
 @pytest.mark.parametrize("name", BAD)
 def test_each_sign_gives_its_own_advice_and_no_other(name: str) -> None:
     metric, value = BAD[name]
-    found = advise(history((6, {}), (3, {metric: value})))
-    assert [one.name for one in found] == [name]
-    assert found[0].step == 90 and any(c.isdigit() for c in found[0].text) and len(found[0].text) > 80
+    advice = advise(history((6, {}), (3, {metric: value})))
+    assert [one.name for one in advice] == [name]
+    assert advice[0].step == 90 and any(c.isdigit() for c in advice[0].text) and len(advice[0].text) > 80
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -62,8 +62,8 @@ def test_a_run_that_was_bad_from_the_start_is_no_trend() -> None:
 
 
 def test_over_a_whole_run_each_kind_is_said_once_where_it_began() -> None:
-    found = all_advice(history((6, {}), (6, {"align/coverage": 0.7}), (6, {"completions/repetition": 0.9})))
-    assert [(one.name, one.step) for one in found] == [("coverage_falling", 80), ("repetition", 140)]
+    advice = all_advice(history((6, {}), (6, {"align/coverage": 0.7}), (6, {"completions/repetition": 0.9})))
+    assert [(one.name, one.step) for one in advice] == [("coverage_falling", 80), ("repetition", 140)]
 
 
 def test_metrics_that_a_log_lacks_are_passed_over() -> None:
@@ -80,8 +80,8 @@ def test_the_trainer_says_it_once(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             callback.on_log(trainer.args, trainer.state, trainer.control, logs={"loss": 1.0})
-    said = [r.getMessage() for r in caplog.records if "coverage fell" in r.getMessage()]
-    assert len(said) == 1 and "99.0%" in said[0] and "60.0%" in said[0]
+    messages = [r.getMessage() for r in caplog.records if "coverage fell" in r.getMessage()]
+    assert len(messages) == 1 and "99.0%" in messages[0] and "60.0%" in messages[0]
 
 
 def strict_on_numbers(steps: int) -> list[dict[str, Any]]:
@@ -100,11 +100,11 @@ def strict_on_numbers(steps: int) -> list[dict[str, Any]]:
 
 
 def test_a_run_that_unlearns_numbers_is_seen_within_twenty_steps_with_cause_and_cure() -> None:
-    said = [found for n in range(1, 21) if (found := selection(strict_on_numbers(n)))]
-    assert said and said[0].step < 20
-    assert "58%" in said[0].text and "the text happens to end a token on both sides" in said[0].text
-    assert "objective: covering" in said[0].text
-    assert "1.9 to 1.1 digits" in said[-1].text and "0.147 to" in said[-1].text
+    texts = [advice for n in range(1, 21) if (advice := selection(strict_on_numbers(n)))]
+    assert texts and texts[0].step < 20
+    assert "58%" in texts[0].text and "the text happens to end a token on both sides" in texts[0].text
+    assert "objective: covering" in texts[0].text
+    assert "1.9 to 1.1 digits" in texts[-1].text and "0.147 to" in texts[-1].text
 
 
 @pytest.mark.parametrize(
@@ -131,13 +131,13 @@ def test_the_trainer_says_it_at_the_step_and_writes_it_down(
     monkeypatch.setattr(trainer, "sample", write)
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    said = [r.getMessage() for r in caplog.records if "unlearning" in r.getMessage()]
-    assert len(said) == 1 and "digits" in said[0]
+    messages = [r.getMessage() for r in caplog.records if "unlearning" in r.getMessage()]
+    assert len(messages) == 1 and "digits" in messages[0]
     reported = all_advice(load_run(tmp_path).logs)
-    assert [(one.name, one.step) for one in reported] == [("selection", int(said[0].split()[1][:-1]))]
+    assert [(one.name, one.step) for one in reported] == [("selection", int(messages[0].split()[1][:-1]))]
 
 
 def test_a_warning_that_the_run_has_said_is_in_the_report_though_the_logs_do_not_show_it() -> None:
     line = {"step": 12, "warning": "selection", "text": "the student is unlearning"}
-    found = all_advice([*history((6, {})), line])
-    assert [(one.name, one.step, one.text) for one in found] == [("selection", 12, "the student is unlearning")]
+    advice = all_advice([*history((6, {})), line])
+    assert [(one.name, one.step, one.text) for one in advice] == [("selection", 12, "the student is unlearning")]

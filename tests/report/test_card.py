@@ -20,15 +20,17 @@ from diglot.report.runs import Run, load_run
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def facts(**given: Any) -> CardFacts:
-    teacher = TeacherFacts(given.pop("teacher", "org/teacher"), given.pop("objectives", {"covering": 1.0}), "bpe", "")
+def facts(**arguments: Any) -> CardFacts:
+    teacher = TeacherFacts(
+        arguments.pop("teacher", "org/teacher"), arguments.pop("objectives", {"covering": 1.0}), "bpe", ""
+    )
     return CardFacts(**{**dict(model_name="m", student="org/base", teachers=[teacher], method="GKD", vocabulary="bpe",
-                               versions="v"), **given})  # fmt: skip
+                               versions="v"), **arguments})  # fmt: skip
 
 
 def metadata(text: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
-    return found
+    result: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
+    return result
 
 
 def test_repositories_are_linked_and_named_in_the_metadata() -> None:

@@ -48,41 +48,41 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_text_of_a_run_is_never_markup(one: str) -> None:
     """Prompts, completions, tokens, options and inspections that hold scripts are shown as text."""
-    found = Reader(one)
-    assert "script" not in found.tags and "img" not in found.tags
-    assert not [name for name, _ in found.attributes if name.startswith("on")]
-    assert found.text.count("<script>document.title='owned'</script>") >= 6
+    html = Reader(one)
+    assert "script" not in html.tags and "img" not in html.tags
+    assert not [name for name, _ in html.attributes if name.startswith("on")]
+    assert html.text.count("<script>document.title='owned'</script>") >= 6
     assert EVIL not in one
 
 
 def test_the_page_needs_nothing_from_elsewhere(one: str) -> None:
     """No address is loaded: the only ones are names of SVG's own vocabulary; and the policy forbids the rest."""
-    found = Reader(one)
-    assert not {"link", "iframe", "object", "embed", "audio", "video"} & set(found.tags)
-    loading = [v for n, v in found.attributes if n in ("src", "href", "xlink:href", "srcset", "action", "data")]
+    html = Reader(one)
+    assert not {"link", "iframe", "object", "embed", "audio", "video"} & set(html.tags)
+    loading = [v for n, v in html.attributes if n in ("src", "href", "xlink:href", "srcset", "action", "data")]
     assert loading and all(value.startswith("#") for value in loading)
     assert "@import" not in one and not re.search(r"url\((?!#)", one)
-    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in found.attributes
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in html.attributes
 
 
 def test_ids_are_unique_and_every_reference_has_its_target(one: str) -> None:
-    found = Reader(one)
-    ids = [value for name, value in found.attributes if name == "id"]
+    html = Reader(one)
+    ids = [value for name, value in html.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    used = [v[1:] for n, v in found.attributes if n in ("href", "xlink:href")] + re.findall(r"url\(#([^)]+)\)", one)
+    used = [v[1:] for n, v in html.attributes if n in ("href", "xlink:href")] + re.findall(r"url\(#([^)]+)\)", one)
     assert used and set(used) <= set(ids)
 
 
 def test_curves_numbers_warnings_gaps_pair_and_options_are_there(one: str) -> None:
-    found = Reader(one)
+    html = Reader(one)
     for title in ("Divergence student", "Reference text", "Length of completions", "Stop agreement", "Gradient norm"):
-        assert title in found.text
-    assert found.tags.count("svg") == 8
-    assert "0.3" in found.text and "0.1" in found.text and "-0.2" in found.text
-    assert "of the completions' text repeats" in found.text
-    assert "before the first step" in found.text and "after step 40" in found.text
-    assert "byte-level" in found.text and "learning_rate" in found.text
-    spans = [v for n, v in found.attributes if n == "class" and v.startswith("chunk")]
+        assert title in html.text
+    assert html.tags.count("svg") == 8
+    assert "0.3" in html.text and "0.1" in html.text and "-0.2" in html.text
+    assert "of the completions' text repeats" in html.text
+    assert "before the first step" in html.text and "after step 40" in html.text
+    assert "byte-level" in html.text and "learning_rate" in html.text
+    spans = [v for n, v in html.attributes if n == "class" and v.startswith("chunk")]
     assert len(spans) == 4 * (len(WORDS) + 1) + 8 * 6  # both ends of two prompts; eight steps of training
     assert "chunk g5" in spans and "chunk m5" in spans and "chunk m5 stop" in spans and "chunk unknown" in spans
 
@@ -99,8 +99,8 @@ def test_models_are_named_without_their_folders_and_addresses(
     student: str, teacher: object, shown: str, tmp_path: Path
 ) -> None:
     folder = make_run(tmp_path / "r")
-    given = {"model_name_or_path": student, "teacher_model_name_or_path": teacher, "trainer": "gkd"}
-    text = json.dumps(given).replace("HERE", str(tmp_path))
+    options = {"model_name_or_path": student, "teacher_model_name_or_path": teacher, "trainer": "gkd"}
+    text = json.dumps(options).replace("HERE", str(tmp_path))
     (folder / "resolved_config.yaml").write_text(text, encoding="utf-8")
     subtitle = re.search(r'<p class="sub">\s*(.*?), gkd, ', page([load_run(folder)]), re.S)
     assert subtitle and subtitle[1] == shown
@@ -110,8 +110,11 @@ def test_options_are_shown_without_folders_of_the_machine(tmp_path: Path) -> Non
     runs = []
     for name in ("one", "two"):
         folder = make_run(tmp_path / name)
-        given = {"output_dir": str(tmp_path / name), "dataset_name": [{"name": str(tmp_path / "rows.jsonl")}, "org/b"]}
-        (folder / "resolved_config.yaml").write_text(json.dumps(given), encoding="utf-8")
+        options = {
+            "output_dir": str(tmp_path / name),
+            "dataset_name": [{"name": str(tmp_path / "rows.jsonl")}, "org/b"],
+        }
+        (folder / "resolved_config.yaml").write_text(json.dumps(options), encoding="utf-8")
         runs.append(load_run(folder))
     text = page(runs)
     assert str(tmp_path) not in text and "rows.jsonl" in text and "org/b" in text
@@ -121,9 +124,9 @@ def test_options_are_shown_without_folders_of_the_machine(tmp_path: Path) -> Non
 def test_two_runs_stand_side_by_side(tmp_path: Path) -> None:
     runs = [load_run(make_run(tmp_path / name, shift)) for name, shift in (("a <b>", 0.0), ("second", 0.05))]
     text = page(runs)
-    found = Reader(text)
-    assert "a <b>" in found.text and "a <b>" not in text
-    assert re.search(r"learning_rate\s*0\.0\s*0\.05", found.text)
+    html = Reader(text)
+    assert "a <b>" in html.text and "a <b>" not in text
+    assert re.search(r"learning_rate\s*0\.0\s*0\.05", html.text)
     titles = re.findall(r"<h3>(\S+)", text.replace("a &lt;b&gt;", "first"))
     assert titles[:4] == ["first", "second"] * 2
 
@@ -133,8 +136,8 @@ def test_a_run_without_its_other_files_is_shown_as_far_as_it_goes(tmp_path: Path
     for name in ("rollouts.jsonl", "resolved_config.yaml", "inspection.json"):
         (folder / name).unlink()
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n', encoding="utf-8")
-    found = Reader(page([load_run(folder)]))
-    assert found.tags.count("svg") == 1 and "No completions were kept" in found.text
+    html = Reader(page([load_run(folder)]))
+    assert html.tags.count("svg") == 1 and "No completions were kept" in html.text
 
 
 def test_the_report_of_a_real_little_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,8 +145,8 @@ def test_the_report_of_a_real_little_run(tmp_path: Path, capsys: pytest.CaptureF
     tiny.gkd(tmp_path / "run", zoo.chatml(), zoo.inst(), max_steps=2, log_rollouts=2, lmbda=1.0).train()
     assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "out" / "r.html")]) == 0
     assert capsys.readouterr().out.strip().endswith("r.html")
-    found = Reader((tmp_path / "out" / "r.html").read_text(encoding="utf-8"))
-    assert "Say hello." in found.text and "after step 2" in found.text
+    html = Reader((tmp_path / "out" / "r.html").read_text(encoding="utf-8"))
+    assert "Say hello." in html.text and "after step 2" in html.text
 
 
 def test_a_folder_that_is_no_run_is_an_error_that_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,9 +227,9 @@ def test_a_run_without_numbers_of_both_ends_is_not_called_a_success(tmp_path: Pa
 
 
 def test_a_change_whose_noise_is_unknown_is_not_called_certain_and_a_text_is_named_once(tmp_path: Path) -> None:
-    found = judge(load_run(make_run(tmp_path / "run")))
-    assert found.answer.startswith("Not certain") and "interval" not in found.answer
-    places = re.findall("“(.*?)”", found.where)
+    result = judge(load_run(make_run(tmp_path / "run")))
+    assert result.answer.startswith("Not certain") and "interval" not in result.answer
+    places = re.findall("“(.*?)”", result.where)
     assert places and len(places) == len(set(places))
 
 
@@ -245,8 +248,8 @@ def test_losses_of_two_objectives_have_an_axis_each(tmp_path: Path) -> None:
     runs = [load_run(make_run(tmp_path / name)) for name in ("a", "b")]
     assert Reader(page(runs)).tags.count("figure") == 8
     runs[1].config["objective"] = "alm"
-    found = Reader(page(runs))
-    assert found.tags.count("figure") == 10 and "Loss: a" in found.text and "Loss: b" in found.text
+    html = Reader(page(runs))
+    assert html.tags.count("figure") == 10 and "Loss: a" in html.text and "Loss: b" in html.text
 
 
 def test_options_without_a_value_are_not_listed_and_numbers_of_a_row_have_the_same_decimals(tmp_path: Path) -> None:

@@ -93,8 +93,8 @@ def test_the_inspection_shows_each_part_and_a_command_on_one_line() -> None:
 
 def test_the_verdict_comes_first_and_the_tables_fit_80_columns() -> None:
     console = Console(file=io.StringIO(), width=80)
-    found = inspect_pair(*(Input(n, zoo.ALL[n]()) for n in ("chatml", "turns")))
-    print_inspection(found, console)
+    inspection = inspect_pair(*(Input(n, zoo.ALL[n]()) for n in ("chatml", "turns")))
+    print_inspection(inspection, console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     verdict = next(i for i, line in enumerate(lines) if line.startswith("Verdict: "))
     assert lines[verdict + 1].startswith("  diglot train ") and verdict < lines.index("Tokenizers".ljust(80))

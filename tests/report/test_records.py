@@ -53,9 +53,9 @@ def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -
 def test_every_logged_step_and_both_ends_are_in_the_files(tmp_path: Path) -> None:
     trainer = run(tmp_path)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    found = [r for r in read(tmp_path / "metrics.jsonl") if "loss" in r]
-    assert [r["step"] for r in found] == [1, 2, 3, 4]
-    assert [r["align/coverage"] for r in found] == [entry["align/coverage"] for entry in logged]
+    results = [r for r in read(tmp_path / "metrics.jsonl") if "loss" in r]
+    assert [r["step"] for r in results] == [1, 2, 3, 4]
+    assert [r["align/coverage"] for r in results] == [entry["align/coverage"] for entry in logged]
     assert steps(tmp_path, "rollouts.jsonl", "training") == [0, 0, 1, 1, 2, 2, 3, 3]
     assert steps(tmp_path, "rollouts.jsonl", "before") == [0, 0]
     assert steps(tmp_path, "rollouts.jsonl", "after") == [4, 4]
@@ -92,13 +92,13 @@ def test_an_evaluation_before_the_first_step_belongs_to_the_run(tmp_path: Path) 
 
 def test_watching_does_not_change_what_is_trained(tmp_path: Path) -> None:
     """Parameters after three steps with dropout, with rollouts and without: bit for bit."""
-    found = []
+    results = []
     for count in (0, 3):
         models = tiny.tiny_model(zoo.chatml(), 0, attention_dropout=0.2), tiny.tiny_model(zoo.inst(), 1)
-        found.append(
+        results.append(
             run(tmp_path / str(count), log_rollouts=count, max_steps=3, models=models, disable_dropout=False, lmbda=0.5)
         )
-    pairs = zip(found[0].model.parameters(), found[1].model.parameters(), strict=True)
+    pairs = zip(results[0].model.parameters(), results[1].model.parameters(), strict=True)
     assert all(torch.equal(p, q) for p, q in pairs)
     assert not (tmp_path / "0" / "rollouts.jsonl").exists() and (tmp_path / "3" / "rollouts.jsonl").exists()
 

@@ -71,14 +71,14 @@ def record_server(model_folder: Path) -> dict[str, Any]:
 
     class Recording(Client):
         def _with_retries(self, method: str, path: str, body: Any, limit: int, once: bool = False) -> Any:
-            said: dict[str, Any] = {"method": method, "path": path, "body": named(body), "once": once}
-            exchanges.append(said)
+            entry: dict[str, Any] = {"method": method, "path": path, "body": named(body), "once": once}
+            exchanges.append(entry)
             try:
                 answer = super()._with_retries(method, path, body, limit, once)
             except Refused as error:
-                said.update(status=error.status, said=error.answer)
+                entry.update(status=error.status, message=error.answer)
                 raise
-            said.update(status=200, answer=shortened(path, answer))
+            entry.update(status=200, answer=shortened(path, answer))
             return answer
 
     engines.Client = Recording  # type: ignore[misc]
@@ -89,21 +89,22 @@ def record_server(model_folder: Path) -> dict[str, Any]:
             weights = WeightsFolder(Path(place) / "weights")
             distribution = Sampling((STOP,))
             engine = engines.VLLMServer.connect(url, renderer, distribution, weights, max_length=512, timeout=120)
-            model, asked = student(model_folder), prompts(model_folder)
+            model, questions = student(model_folder), prompts(model_folder)
             engine.sync(model)
-            found = [
-                engine.write(model, [p], max_new_tokens=LENGTH, seed=[s])[0] for p, s in zip(asked, SEEDS, strict=True)
+            results = [
+                engine.write(model, [p], max_new_tokens=LENGTH, seed=[s])[0]
+                for p, s in zip(questions, SEEDS, strict=True)
             ]
             engine.sampling = Sampling((STOP, 30), 0.7, 0.9, 20)
-            engine.write(model, asked[:1], max_new_tokens=LENGTH, seed=[5])
+            engine.write(model, questions[:1], max_new_tokens=LENGTH, seed=[5])
             try:
                 engine.write(model, [np.arange(600)], max_new_tokens=LENGTH, seed=[5])
             except Exception as error:
                 print(error)
             engine.close()
-    own = [own_logps(model, p, c.ids) for p, c in zip(asked, found, strict=True)]
+    own = [own_logps(model, p, c.ids) for p, c in zip(questions, results, strict=True)]
     return {
-        "prompts": [p.tolist() for p in asked],
+        "prompts": [p.tolist() for p in questions],
         "transformers_logps": own,
         "exchanges": exchanges,
     }
@@ -117,14 +118,14 @@ def record_colocate(model_folder: Path) -> dict[str, Any]:
     calls: list[dict[str, Any]] = []
     generate = vllm.LLM.generate
 
-    def recording(self: Any, given: Any, asked: Any, **more: Any) -> Any:
-        answers = generate(self, given, asked, **more)
-        for one, params, out in zip(given, asked, answers, strict=True):
+    def recording(self: Any, prompts: Any, questions: Any, **more: Any) -> Any:
+        answers = generate(self, prompts, questions, **more)
+        for one, params, out in zip(prompts, questions, answers, strict=True):
             best = out.outputs[0]
             logps = [{str(i): lp.logprob for i, lp in row.items()} for row in best.logprobs]
             asked_for = {n: getattr(params, n) for n in ("seed", "temperature", "max_tokens", "ignore_eos")}
-            said = {"token_ids": list(best.token_ids), "logprobs": logps, "finish_reason": best.finish_reason}
-            calls.append({**one, **asked_for, **said})
+            record = {"token_ids": list(best.token_ids), "logprobs": logps, "finish_reason": best.finish_reason}
+            calls.append({**one, **asked_for, **record})
         return answers
 
     vllm.LLM.generate = recording
@@ -132,17 +133,17 @@ def record_colocate(model_folder: Path) -> dict[str, Any]:
         options = {"max_model_len": 512, "enforce_eager": True, "max_num_seqs": 8}
         engine = ColocatedVLLM(Sampling((STOP,)), WeightsFolder(Path(place)), options)
         first = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-        model, asked = student(model_folder), prompts(model_folder)
+        model, questions = student(model_folder), prompts(model_folder)
         engine.sync(first)
-        before = engine.write(first, asked, max_new_tokens=LENGTH, seed=SEEDS)
+        before = engine.write(first, questions, max_new_tokens=LENGTH, seed=SEEDS)
         engine.sync(model)
-        after = engine.write(model, asked, max_new_tokens=LENGTH, seed=SEEDS)
+        after = engine.write(model, questions, max_new_tokens=LENGTH, seed=SEEDS)
         own = [
-            [own_logps(m, p, c.ids) for p, c in zip(asked, found, strict=True)]
-            for m, found in ((first, before), (model, after))
+            [own_logps(m, p, c.ids) for p, c in zip(questions, result, strict=True)]
+            for m, result in ((first, before), (model, after))
         ]
         engine.close()
-    return {"prompts": [p.tolist() for p in asked], "transformers_logps": own, "calls": calls}
+    return {"prompts": [p.tolist() for p in questions], "transformers_logps": own, "calls": calls}
 
 
 def named(body: Any) -> Any:
@@ -161,8 +162,8 @@ def shortened(path: str, answer: Any) -> Any:
     if path == "/weight_checker":
         return {"checksums": {k: v for k, v in answer["checksums"].items() if ".layers." not in k}}
     if path == "/v1/completions":
-        kept = ("finish_reason", "stop_reason", "token_ids", "prompt_token_ids", "logprobs", "index", "text")
-        choice = {k: answer["choices"][0][k] for k in kept}
+        fields = ("finish_reason", "stop_reason", "token_ids", "prompt_token_ids", "logprobs", "index", "text")
+        choice = {k: answer["choices"][0][k] for k in fields}
         return {"object": answer["object"], "choices": [choice], "usage": answer["usage"]}
     return answer
 
@@ -171,8 +172,8 @@ if __name__ == "__main__":
     from support.real_assets import model_folder
 
     what = sys.argv[1]
-    found = {"server": record_server, "colocate": record_colocate}[what](model_folder("smollm2-135m-instruct"))
+    recordings = {"server": record_server, "colocate": record_colocate}[what](model_folder("smollm2-135m-instruct"))
     HERE.mkdir(exist_ok=True)
-    made = json.dumps({"vllm": "0.32.0", "sampling": asdict(Sampling((STOP,))), **found}, indent=1)
+    made = json.dumps({"vllm": "0.32.0", "sampling": asdict(Sampling((STOP,))), **recordings}, indent=1)
     (HERE / f"{what}.json").write_text(made + "\n", encoding="utf-8")
-    print({k: len(v) for k, v in found.items()})
+    print({k: len(v) for k, v in recordings.items()})

@@ -40,11 +40,11 @@ def test_padding_of_shorter_prompts_changes_nothing() -> None:
 def test_a_completion_ends_with_its_stop_or_was_cut() -> None:
     model = tiny.tiny_model(zoo.chatml())
     sampler = TransformersSampler((2, 50, 60, 70, 80), 2)
-    found = sampler(model, [np.array([5, 6, 7])] * 40, max_new_tokens=20, seed=0)
-    for ids in found:
+    result = sampler(model, [np.array([5, 6, 7])] * 40, max_new_tokens=20, seed=0)
+    for ids in result:
         assert not np.isin(ids[:-1], sampler.stop_ids).any()
         assert len(ids) == 20 or ids[-1] in sampler.stop_ids
-    assert {len(i) for i in found} != {20}
+    assert {len(i) for i in result} != {20}
 
 
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.5, 0.9, 0.999])
@@ -53,9 +53,9 @@ def test_a_nucleus_is_that_of_transformers(top_p: float) -> None:
     scores = torch.randn(16, 200, generator=torch.Generator().manual_seed(0)) * 3
     scores[3, :50], scores[4, 7:], scores[5] = 1.0, -torch.inf, 0.0
     ids = torch.zeros(16, 1, dtype=torch.long)
-    found = Nucleus(top_p)(ids, scores)
-    assert torch.equal(found, TopPLogitsWarper(top_p)(ids, scores))
-    assert (found > -torch.inf).any(-1).all()
+    result = Nucleus(top_p)(ids, scores)
+    assert torch.equal(result, TopPLogitsWarper(top_p)(ids, scores))
+    assert (result > -torch.inf).any(-1).all()
 
 
 def test_no_prompts_no_completions() -> None:
@@ -66,6 +66,6 @@ def test_prefixes_are_kept_and_finished_ones_left_alone() -> None:
     model = tiny.tiny_model(zoo.chatml())
     sampler = TransformersSampler((2,), 2)
     prefixes = [np.array([9, 9]), np.array([], dtype=np.int64), np.array([9, 2])]
-    found = continue_prefixes(sampler, model, [np.array([5])] * 3, prefixes, max_new_tokens=4, seed=0)
-    assert found[0][:2].tolist() == [9, 9] and len(found[0]) <= 4
-    assert found[2].tolist() == [9, 2]
+    result = continue_prefixes(sampler, model, [np.array([5])] * 3, prefixes, max_new_tokens=4, seed=0)
+    assert result[0][:2].tolist() == [9, 9] and len(result[0]) <= 4
+    assert result[2].tolist() == [9, 2]

@@ -51,7 +51,7 @@ class Replay:
         expected = self.left.pop(0)
         assert (method, path, body, once) == tuple(expected[k] for k in ("method", "path", "body", "once"))
         if expected["status"] != 200:
-            raise Refused(f"{path} was answered {expected['status']}: {expected['said']}", 400, expected["said"])
+            raise Refused(f"{path} was answered {expected['status']}: {expected['message']}", 400, expected["message"])
         assert len(json.dumps(expected["answer"])) < limit
         return expected["answer"]
 
@@ -62,30 +62,30 @@ class Replay:
 
 @pytest.fixture
 def replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Replay, VLLMServer]:
-    found = recorded("server")
-    replay = Replay(found["exchanges"])
+    result = recorded("server")
+    replay = Replay(result["exchanges"])
     monkeypatch.setattr(vllm_server, "Client", lambda *_, **__: replay)
-    (ours,) = (e["answer"]["tokens"] for e in found["exchanges"] if e["path"] == "/tokenize")
+    (ours,) = (e["answer"]["tokens"] for e in result["exchanges"] if e["path"] == "/tokenize")
     renderer: Any = SimpleNamespace(tokenizer=lambda text, add_special_tokens: {"input_ids": ours})
     distribution, weights = Sampling((STOP,)), WeightsFolder(tmp_path)
-    return found, replay, VLLMServer.connect(replay.url, renderer, distribution, weights, max_length=512, timeout=120)
+    return result, replay, VLLMServer.connect(replay.url, renderer, distribution, weights, max_length=512, timeout=120)
 
 
 def test_the_server_is_asked_as_it_was_and_its_completions_are_those_of_the_new_weights(
     replayed: tuple[Any, Replay, VLLMServer],
 ) -> None:
     """Log-probs of ids that were sampled after the reload are those that transformers gives with the new weights."""
-    found, replay, engine = replayed
+    result, replay, engine = replayed
     model = student()
     engine.sync(model)
-    for prompt, seed, own in zip(found["prompts"], SEEDS, found["transformers_logps"], strict=True):
+    for prompt, seed, own in zip(result["prompts"], SEEDS, result["transformers_logps"], strict=True):
         (expected,) = replay.left[0]["answer"]["choices"]
         (one,) = engine.write(model, [np.array(prompt)], max_new_tokens=LENGTH, seed=[seed])
         assert one.ids.tolist() == expected["token_ids"] and one.logps is not None
         assert (one.ids[-1] == STOP) == (expected["finish_reason"] == "stop")
         np.testing.assert_allclose(one.logps, own, atol=2e-4, rtol=0)
     engine.sampling = Sampling((STOP, 30), 0.7, 0.9, 20)
-    engine.write(model, [np.array(found["prompts"][0])], max_new_tokens=LENGTH, seed=[5])
+    engine.write(model, [np.array(result["prompts"][0])], max_new_tokens=LENGTH, seed=[5])
     with pytest.raises(RolloutError, match=r"maximum context length is 512"):
         engine.write(model, [np.arange(600)], max_new_tokens=LENGTH, seed=[5])
     assert not replay.left
@@ -119,9 +119,9 @@ class FakeLLM:
     def reset_prefix_cache(self) -> bool:
         return True
 
-    def generate(self, prompts: list[Any], asked: list[Any], use_tqdm: bool) -> list[Any]:
+    def generate(self, prompts: list[Any], sampling: list[Any], use_tqdm: bool) -> list[Any]:
         answers = []
-        for prompt, params in zip(prompts, asked, strict=True):
+        for prompt, params in zip(prompts, sampling, strict=True):
             call = self.calls.pop(0)
             assert prompt["prompt_token_ids"] == call["prompt_token_ids"]
             assert all(getattr(params, n) == call[n] for n in ("seed", "temperature", "max_tokens", "ignore_eos"))
@@ -136,15 +136,15 @@ def test_vllm_in_this_process_is_made_reloaded_and_read_as_it_was(
 ) -> None:
     module, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
     module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
-    module.LLM, module.SamplingParams = FakeLLM, lambda **given: SimpleNamespace(**given)  # type: ignore[attr-defined]
+    module.LLM, module.SamplingParams = FakeLLM, lambda **options: SimpleNamespace(**options)  # type: ignore[attr-defined]
     platforms.current_platform = SimpleNamespace(is_cpu=lambda: True)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    found, model = recorded("colocate"), student()
+    result, model = recorded("colocate"), student()
     engine = ColocatedVLLM(Sampling((STOP,)), WeightsFolder(tmp_path), {"max_model_len": 512})
-    prompts = [np.array(p) for p in found["prompts"]]
-    for own in found["transformers_logps"]:  # of the weights that it was made from, and of those it was given then
+    prompts = [np.array(p) for p in result["prompts"]]
+    for own in result["transformers_logps"]:  # of the weights that it was made from, and of those it was given then
         engine.sync(model)
         written = engine.write(model, prompts, max_new_tokens=LENGTH, seed=SEEDS)
         for one, expected in zip(written, own, strict=True):

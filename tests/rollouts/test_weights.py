@@ -38,18 +38,18 @@ def test_adapters_are_merged_into_the_checkpoint_and_not_into_the_student(
         for name, p in model.named_parameters():
             if "modules_to_save" in name:
                 p.add_(0.1)
-    before, said = tiny.parameters(model), logits(model)
-    assert (said - plain).abs().max() > 0.1
-    torch.testing.assert_close(logits(reread(tmp_path, model)), said, atol=1e-4, rtol=0)
+    before, written = tiny.parameters(model), logits(model)
+    assert (written - plain).abs().max() > 0.1
+    torch.testing.assert_close(logits(reread(tmp_path, model)), written, atol=1e-4, rtol=0)
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
 def test_a_tied_head_is_written_under_its_own_name_on_request(tmp_path: Path) -> None:
     model = tiny.tiny_model(zoo.chatml(), tie_word_embeddings=True)
-    found = reread(tmp_path, model, whole_head=True)
-    assert not found.config.tie_word_embeddings and model.config.tie_word_embeddings
-    assert found.get_output_embeddings().weight is not found.get_input_embeddings().weight
-    torch.testing.assert_close(logits(found), logits(model))
+    result = reread(tmp_path, model, whole_head=True)
+    assert not result.config.tie_word_embeddings and model.config.tie_word_embeddings
+    assert result.get_output_embeddings().weight is not result.get_input_embeddings().weight
+    torch.testing.assert_close(logits(result), logits(model))
     assert reread(tmp_path, model).config.tie_word_embeddings
 
 

@@ -45,7 +45,7 @@ UNKNOWN = {"name": "c", "skip_reason": "not found"}
 
 
 @pytest.mark.parametrize(
-    ("packages", "code", "said"),
+    ("packages", "code", "message"),
     [
         ([CLEAN, CLEAN], 0, "2 of 2 packages asked about, 0 known faults"),
         ([CLEAN, FAULTY], 1, "b 2: PYSEC-1, fixed in 3"),
@@ -54,6 +54,6 @@ UNKNOWN = {"name": "c", "skip_reason": "not found"}
         ([UNKNOWN, UNKNOWN], audit.NOT_REACHED, "NOT AUDITED"),
     ],
 )
-def test_the_audit_never_calls_clean_what_it_could_not_ask(packages: list[Any], code: int, said: str) -> None:
-    found, lines = audit.verdict(packages)
-    assert found == code and any(said in line for line in lines)
+def test_the_audit_never_calls_clean_what_it_could_not_ask(packages: list[Any], code: int, message: str) -> None:
+    result, lines = audit.verdict(packages)
+    assert result == code and any(message in line for line in lines)

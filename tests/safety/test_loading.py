@@ -82,12 +82,12 @@ def test_code_beside_a_model_does_not_run_unless_it_is_asked_for_that_very_model
     mark = files / "ran"
     (files / side / "theirs.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
     path = files / side / f"{what}.json"
-    told = json.loads(path.read_text())
+    record = json.loads(path.read_text())
     if what == "config":
-        told |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"}}
+        record |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"}}
     else:
-        told |= {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.T", "theirs.T"]}}
-    path.write_text(json.dumps(told))
+        record |= {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.T", "theirs.T"]}}
+    path.write_text(json.dumps(record))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
     other = {"student": "--teacher_trust_remote_code", "teacher": "--trust_remote_code"}[side]
     code = main(command(files, other))
@@ -144,17 +144,17 @@ def endless(seconds: float) -> tuple[TemplateProcess, dict[str, Any]]:
 
 
 def test_a_chat_template_cannot_go_on_for_ever() -> None:
-    process, asked = endless(1.0)
+    process, slow = endless(1.0)
     with pytest.raises(RenderingError, match="more than the 1 s that a template may have"):
-        process.render(asked)
-    assert process.render({**asked, "chat_template": "{{ 6 * 7 }}"}) == "42"
+        process.render(slow)
+    assert process.render({**slow, "chat_template": "{{ 6 * 7 }}"}) == "42"
     process.close()
 
 
 def test_a_template_sees_no_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    process, asked = endless(30.0)
-    process.render({**asked, "chat_template": "{{ 6 * 7 }}"})
+    process, slow = endless(30.0)
+    process.render({**slow, "chat_template": "{{ 6 * 7 }}"})
     (child,) = psutil.Process().children()[-1:]
     assert "hf_secret" not in str(child.environ()) and "PATH" in child.environ()
     process.close()
@@ -162,14 +162,14 @@ def test_a_template_sees_no_key_of_the_environment(monkeypatch: pytest.MonkeyPat
 
 def test_a_fork_renders_with_a_process_of_its_own() -> None:
     """As the data workers of a loader are."""
-    process, asked = endless(30.0)
-    asked["chat_template"] = "{{ messages[0].content }}"
-    assert process.render(asked) == "x"
+    process, job = endless(30.0)
+    job["chat_template"] = "{{ messages[0].content }}"
+    assert process.render(job) == "x"
     child = os.fork()
     if child == 0:
-        os._exit(0 if process.render({**asked, "conversation": [{"content": "y"}]}) == "y" else 1)
+        os._exit(0 if process.render({**job, "conversation": [{"content": "y"}]}) == "y" else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert process.render(asked) == "x"
+    assert process.render(job) == "x"
     process.close()
 
 

@@ -31,15 +31,15 @@ def verdict(packages: Sequence[dict[str, Any]]) -> tuple[int, list[str]]:
     ]
     if len(unasked) == len(packages):
         return NOT_REACHED, [f"NOT AUDITED: PyPI's database knows none of the {len(packages)} packages; no network?"]
-    said = f"{len(packages) - len(unasked)} of {len(packages)} packages asked about, {len(faults)} known faults"
-    return int(bool(faults or unasked)), [*faults, *unasked, said]
+    sentence = f"{len(packages) - len(unasked)} of {len(packages)} packages asked about, {len(faults)} known faults"
+    return int(bool(faults or unasked)), [*faults, *unasked, sentence]
 
 
 def main() -> int:
     """Ask about all; print what was found."""
     words = ["--no-deps", "--disable-pip", "--progress-spinner", "off", "--format", "json"]
-    asked = [sys.executable, "-m", "pip_audit", *words, "--requirement", str(CONSTRAINTS)]
-    done = subprocess.run(asked, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip_audit", *words, "--requirement", str(CONSTRAINTS)]
+    done = subprocess.run(command, capture_output=True, text=True)
     try:
         packages = json.loads(done.stdout)["dependencies"]
     except (ValueError, KeyError):

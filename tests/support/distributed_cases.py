@@ -59,7 +59,7 @@ def commands(
     root: Path, names: dict[str, tuple[str, dict[str, Any]]], processes: int, how: str, **more: Any
 ) -> dict[str, list[str]]:
     """The command line of each case, into the folder `<how><processes>/<name>`."""
-    found = {}
+    results = {}
     for name, (folder, options) in names.items():
         options = {**options, **more}
         if folder == "routed":  # ranks whose rows belong to different teachers
@@ -70,5 +70,5 @@ def commands(
         if "gradient_accumulation_steps" in options:
             options["per_device_train_batch_size"] = 4 // processes // int(options["gradient_accumulation_steps"])
         out = root / f"{how}{processes}" / name
-        found[name] = pairs.arguments(root / folder, out, processes, how, **options)
-    return found
+        results[name] = pairs.arguments(root / folder, out, processes, how, **options)
+    return results

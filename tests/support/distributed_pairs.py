@@ -60,7 +60,7 @@ class Run:
 
 def arguments(root: Path, out: Path, processes: int, how: str = "ddp", **options: Any) -> list[str]:
     """The command line of a run whose window is four rows, however many processes share it."""
-    given: dict[str, Any] = dict(
+    result: dict[str, Any] = dict(
         model_name_or_path=root / "student",
         teacher_model_name_or_path=root / "teacher",
         dataset_name=root / "rows.jsonl",
@@ -76,10 +76,10 @@ def arguments(root: Path, out: Path, processes: int, how: str = "ddp", **options
         min_coverage=0.0,
         disable_tqdm="true",
     )
-    given.update(options)
+    result.update(options)
     if how == "fsdp":
-        given.update(fsdp="full_shard auto_wrap", fsdp_config='{"version": 2}')
-    values = ((name, json.dumps(v) if isinstance(v, (dict, list)) else str(v)) for name, v in given.items())
+        result.update(fsdp="full_shard auto_wrap", fsdp_config='{"version": 2}')
+    values = ((name, json.dumps(v) if isinstance(v, (dict, list)) else str(v)) for name, v in result.items())
     return ["train", *(part for name, value in values for part in (f"--{name}", value)), "--use_cpu"]
 
 
@@ -87,8 +87,8 @@ def launcher(processes: int) -> list[str]:
     """Plain `python` for one process, `torchrun` for more."""
     if processes == 1:
         return [sys.executable]
-    found = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    return [*found, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    results = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return [*results, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
 
 
 def run_all(plan: Path, processes: int, commands: list[list[str]]) -> str:

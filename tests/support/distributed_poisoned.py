@@ -26,12 +26,12 @@ def poison(trainer: type[Any]) -> None:
         loss = batch_loss(self, model, batch)
         return loss * float("nan") if RANK == 1 and self.state.global_step == 1 else loss
 
-    def watched(self: Any, *given: Any) -> Any:
-        found = hashlib.sha256()
+    def watched(self: Any, *arguments: Any) -> Any:
+        result = hashlib.sha256()
         for parameter in self.model.parameters():
-            found.update(parameter.detach().numpy().tobytes())
-        print(f"\nrank {RANK} step {self.state.global_step} has {found.hexdigest()[:16]}", flush=True)
-        return get_batch_samples(self, *given)
+            result.update(parameter.detach().numpy().tobytes())
+        print(f"\nrank {RANK} step {self.state.global_step} has {result.hexdigest()[:16]}", flush=True)
+        return get_batch_samples(self, *arguments)
 
     trainer.batch_loss, trainer.get_batch_samples = poisoned, watched
 

@@ -31,12 +31,12 @@ def speller(vocab: Vocabulary, spellings: Mapping[str, Sequence[bytes]] | None =
     id_of = {vocab.token(i): i for i in reversed(range(len(vocab))) if not vocab.control[i]}
 
     def spell(texts: Sequence[bytes]) -> list[list[int] | None]:
-        found = list[list[int] | None]()
+        results = list[list[int] | None]()
         for raw in texts:
             listed = (spellings or {}).get(raw.decode("utf-8", "replace"))
             pieces = listed or ([raw] if raw in id_of else [bytes([b]) for b in raw])
             ids = [id_of[piece] for piece in pieces if piece in id_of]
-            found.append(ids if b"".join(map(vocab.token, ids)) == raw else None)
-        return found
+            results.append(ids if b"".join(map(vocab.token, ids)) == raw else None)
+        return results
 
     return spell

@@ -108,14 +108,14 @@ def dies_at(nth: int, run: Path, power: bool) -> None:
                 os.truncate(path, path.stat().st_size // 2)
         os._exit(9)
 
-    def hook(event: str, given: tuple[Any, ...]) -> None:
-        if event == "open" and isinstance(given[0], (str, os.PathLike)):
-            writing = any(c in str(given[1] or "") for c in "wax+") or bool(
-                int(given[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], (str, os.PathLike)):
+            writing = any(c in str(arguments[1] or "") for c in "wax+") or bool(
+                int(arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
             )
-            if writing and str(given[0]).startswith(str(run)):
+            if writing and str(arguments[0]).startswith(str(run)):
                 write()
-        elif event in WRITES and str(given[0]).startswith(str(run)):
+        elif event in WRITES and str(arguments[0]).startswith(str(run)):
             write()
 
     def fsync(handle: int, real: Callable[[int], None] = os.fsync) -> None:
@@ -132,7 +132,7 @@ def enumerate_writes(kind: str, out: Path) -> dict[str, Any]:
     trainer = make(kind, out / "first", max_steps=1)
     trainer.train()
     trainer.state.global_step = 2
-    found: dict[str, list[int]] = {}
+    results: dict[str, list[int]] = {}
     for power in (False, True):
         steps: list[int] = []
         for nth in range(1, 1000):
@@ -150,8 +150,8 @@ def enumerate_writes(kind: str, out: Path) -> dict[str, Any]:
             steps.append(check_run(run))
             if code == 0:
                 break
-        found["power" if power else "plain"] = steps
-    return found
+        results["power" if power else "plain"] = steps
+    return results
 
 
 # ---- signals ---------------------------------------------------------------------------------------------------
@@ -159,11 +159,11 @@ def enumerate_writes(kind: str, out: Path) -> dict[str, Any]:
 
 def state_of(trainer: Any) -> dict[str, torch.Tensor]:
     """Parameters, optimizer, projectors and random numbers."""
-    found = {f"model.{n}": p.detach() for n, p in trainer.model.named_parameters()}
-    found |= {f"projector.{n}": p.detach() for n, p in trainer.projectors.items()}
-    for i, kept in trainer.optimizer.state_dict()["state"].items():
-        found |= {f"optimizer.{i}.{n}": torch.as_tensor(v) for n, v in kept.items()}
-    return {**found, "rng": torch.get_rng_state()}
+    results = {f"model.{n}": p.detach() for n, p in trainer.model.named_parameters()}
+    results |= {f"projector.{n}": p.detach() for n, p in trainer.projectors.items()}
+    for i, moments in trainer.optimizer.state_dict()["state"].items():
+        results |= {f"optimizer.{i}.{n}": torch.as_tensor(v) for n, v in moments.items()}
+    return {**results, "rng": torch.get_rng_state()}
 
 
 def finish(kind: str, run: Path, resume: bool) -> dict[str, torch.Tensor]:
@@ -233,12 +233,12 @@ def main(arguments: list[str]) -> None:
     keep = os.dup(1)
     os.dup2(2, 1)  # the trainers' own prints
     if what == "enumerate":
-        found = enumerate_writes(kind, out)
+        result = enumerate_writes(kind, out)
     elif what == "sigkill":
-        found = sigkill(kind, out, int(arguments[3]))
+        result = sigkill(kind, out, int(arguments[3]))
     else:
-        found = sigterm(kind, out)
-    os.write(keep, (json.dumps(found) + "\n").encode())
+        result = sigterm(kind, out)
+    os.write(keep, (json.dumps(result) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -57,9 +57,9 @@ class Toy:
     @cache  # noqa: B019 - toys are few and live as long as the tests
     def canonical(self, text: bytes) -> Tokens:
         """The tokens that the tokenizer itself gives for `text`, without stop."""
-        found = self.renderer.encoder.encode([text.decode()])[0]
-        assert found.exact.all(), text
-        return tuple(found.ids.tolist())
+        tokens = self.renderer.encoder.encode([text.decode()])[0]
+        assert tokens.exact.all(), text
+        return tuple(tokens.ids.tolist())
 
     def spell(self, tokens: Tokens) -> bytes:
         """The text of a path."""
@@ -211,10 +211,10 @@ def _followers(distribution: Distribution, state: Any) -> Iterator[tuple[int, fl
 
 def states(distribution: Distribution, tokens: Tokens) -> list[Any]:
     """The state before each token of a path, and after the last."""
-    found = [distribution.start]
+    results = [distribution.start]
     for token in tokens:
-        found.append(distribution.step(found[-1], token))
-    return found
+        results.append(distribution.step(results[-1], token))
+    return results
 
 
 def path_probability(distribution: Distribution, tokens: Tokens) -> float:
@@ -254,17 +254,17 @@ def noncanonical_mass(distribution: Distribution) -> float:
 
 def tokenisations(distribution: Distribution, text: bytes) -> dict[Tokens, float]:
     """The distribution of the path given its text."""
-    found: dict[Tokens, float] = {}
+    results: dict[Tokens, float] = {}
     open_paths: list[tuple[Tokens, bytes]] = [((), text)]
     while open_paths:
         tokens, rest = open_paths.pop()
         if not rest and (mass := path_probability(distribution, tokens)):
-            found[tokens] = mass
+            results[tokens] = mass
         for v, _ in _followers(distribution, states(distribution, tokens)[-1]):
             if rest.startswith(distribution.toy.pieces[v]):
                 open_paths.append(((*tokens, v), rest[len(distribution.toy.pieces[v]) :]))
-    total = sum(found.values())
-    return {tokens: mass / total for tokens, mass in found.items()}
+    total = sum(results.values())
+    return {tokens: mass / total for tokens, mass in results.items()}
 
 
 # ---- truth about text ------------------------------------------------------------------------------------------------
@@ -344,16 +344,16 @@ def errors(distribution: Distribution, answers: Answers | None = None) -> dict[s
     for text, mass in texts.items():
         for end in range(len(text) + 1):
             starting[text[:end]] += mass
-    said = {text: answers.text_probability(distribution, text) for text in texts}
+    probabilities = {text: answers.text_probability(distribution, text) for text in texts}
     distributions = {prefix: answers.next_byte_distribution(distribution, prefix) for prefix in starting}
 
     def chained(text: bytes) -> float:
         return float(np.prod([distributions[text[:i]][b] for i, b in enumerate((*text, STOP))]))
 
     return {
-        "mass": abs(sum(said.values()) - 1),
-        "texts": max(abs(said[text] - mass) for text, mass in texts.items()),
+        "mass": abs(sum(probabilities.values()) - 1),
+        "texts": max(abs(probabilities[text] - mass) for text, mass in texts.items()),
         "cylinders": max(abs(answers.cylinder(distribution, prefix) - mass) for prefix, mass in starting.items()),
-        "distributions": max(abs(float(found.sum()) - 1) for found in distributions.values()),
-        "chain": max(abs(chained(text) - said[text]) for text in texts),
+        "distributions": max(abs(float(result.sum()) - 1) for result in distributions.values()),
+        "chain": max(abs(chained(text) - probabilities[text]) for text in texts),
     }

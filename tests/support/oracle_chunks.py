@@ -17,7 +17,7 @@ SPACE = ord(" ")
 class Chunks:
     """One side's chunks, `[C]` each, in nats. "Break" is the event that a space, or the end of the text, follows."""
 
-    said: Tensor  # log-probability of its tokens
+    logp: Tensor  # log-probability of its tokens
     break_after: Tensor  # log mass, in the row behind the chunk, of tokens that begin with a space, and stop
     break_before: Tensor  # the same in the row before it; 0 at the start of a text
     true: Tensor  # log-probability that the text goes on with the chunk's bytes, given the bytes before
@@ -32,7 +32,7 @@ def chunks_of(reading: Reading, student: bool) -> Chunks:
     side, first = (written.student, written.first_s) if student else (written.teacher, written.first_t)
     chunk = batch.alignment.chunk_s if student else batch.alignment.chunk_t
     logp = rows.gather(-1, torch.from_numpy(side.ids)[:, None]).squeeze(-1)
-    said = logp.new_zeros(batch.alignment.num_chunks).index_add(0, chunk, logp)
+    sums = logp.new_zeros(batch.alignment.num_chunks).index_add(0, chunk, logp)
     breaking = [
         i for i, piece in enumerate(distribution.toy.pieces) if piece.startswith(b" ") or i == distribution.toy.stop
     ]
@@ -45,7 +45,7 @@ def chunks_of(reading: Reading, student: bool) -> Chunks:
     whole, broken = log_of(e for e, _, _ in events), log_of(e for _, e, _ in events)
     text = log_of(e for _, _, e in events)
     after_whole, after_broken = (torch.where(stop, text, event.roll(-1)) for event in (whole, broken))
-    return Chunks(said, after, before, after_whole - whole, after_broken - whole, after_broken - broken)
+    return Chunks(sums, after, before, after_whole - whole, after_broken - whole, after_broken - broken)
 
 
 @cache
@@ -70,8 +70,8 @@ def between_breaks(reading: Reading) -> Tensor:
     return begins & (begins.roll(-1) | reading.batch.alignment.chunk_stop)
 
 
-def mean_gap(reading: Reading, gap: Tensor, kept: Tensor | None = None) -> float:
+def mean_gap(reading: Reading, gap: Tensor, where: Tensor | None = None) -> float:
     """Mean size over chunks, weighted by the student's probability of their text; events of no mass are left out."""
     weight = reading.mass[torch.from_numpy(reading.batch.written.alignment.chunk_segment)]
-    known = gap.abs() < -FLOOR / 2 if kept is None else kept & (gap.abs() < -FLOOR / 2)
+    known = gap.abs() < -FLOOR / 2 if where is None else where & (gap.abs() < -FLOOR / 2)
     return float((weight * gap.abs())[known].sum() / weight[known].sum())

@@ -49,8 +49,8 @@ class Teller:
 
     def teacher_ranges(self, token: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Log of the teacher's mass on `order[low:high]` in the row of `token`, `[Q]`."""
-        asked = zip(token.tolist(), low.tolist(), high.tolist(), strict=True)
-        sums = [self.rows[j, self.order[a:b]].logsumexp(-1) for j, a, b in asked]
+        ranges = zip(token.tolist(), low.tolist(), high.tolist(), strict=True)
+        sums = [self.rows[j, self.order[a:b]].logsumexp(-1) for j, a, b in ranges]
         return torch.stack(sums) if sums else self.rows.new_zeros(0)
 
 
@@ -68,12 +68,14 @@ def byte_distributions(reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
     objective = make_objective("byte", reading.pair)
     assert isinstance(objective, ByteDistribution)
     plan = objective.plan(reading.batch.written)
-    said, _ = byte_distribution(objective.summary_t(plan)(reading.rows_t, slice(0, len(reading.rows_t))), plan.teacher)
+    columns, _ = byte_distribution(
+        objective.summary_t(plan)(reading.rows_t, slice(0, len(reading.rows_t))), plan.teacher
+    )
     prefixes = [text[:i] for text in reading.texts for i in range(len(text) + 1)]
     known = {prefix: next_byte_distribution(reading.teacher, prefix) for prefix in dict.fromkeys(prefixes)}
     true = torch.from_numpy(np.stack([known[prefix] for prefix in prefixes]))
     lengths = torch.tensor([len(text) + 1 for text in reading.texts])
-    return said, true, reading.mass.repeat_interleave(lengths)
+    return columns, true, reading.mass.repeat_interleave(lengths)
 
 
 def byte_rows() -> list[Row]:
@@ -81,8 +83,8 @@ def byte_rows() -> list[Row]:
     for student, teacher in PAIRS:
         claim = claims("byte", f"{student.__name__} <- {teacher.__name__}")
         for who, make in (("random models", canonical_pair), ("perfect models", perfect_pair)):
-            said, true, weight = byte_distributions(make(student, teacher))
-            distance = 0.5 * (said - true).abs().sum(-1)
+            distributions, true, weight = byte_distributions(make(student, teacher))
+            distance = 0.5 * (distributions - true).abs().sum(-1)
             rows.append(
                 claim(f"{who}: next-byte distribution = the true one", "approximate", mean(distance, weight),
                       "total variation per byte, mean")
@@ -90,9 +92,9 @@ def byte_rows() -> list[Row]:
         rows.append(
             _perfect(claim, perfect_pair(student, teacher), "byte", "nats per byte, mean", beta=0.5, anchor=0.0)
         )
-    said, true, _ = byte_distributions(canonical_pair(bpe_a, letters))
+    distributions, true, _ = byte_distributions(canonical_pair(bpe_a, letters))
     claim = claims("byte", "bpe_a <- letters, whose tokens are bytes")
-    gap = float((said - true).abs().max())
+    gap = float((distributions - true).abs().max())
     return [
         *rows,
         claim("next-byte distribution = the true one", "exact", gap, "probability, max"),
@@ -149,9 +151,9 @@ def _same(name: str, kind: str = "exact", **options: Any) -> list[Row]:
 
 
 def _perfect(claim: Claim, reading: Reading, name: str, unit: str, **options: Any) -> Row:
-    said = ", ".join(f"{key}={value}" for key, value in options.items())
+    label = ", ".join(f"{key}={value}" for key, value in options.items())
     gap = mean(*losses(reading, name, **options))
-    return claim(f"a perfect student: loss = 0 ({said})", "approximate", gap, unit)
+    return claim(f"a perfect student: loss = 0 ({label})", "approximate", gap, unit)
 
 
 LAWS = [byte_rows, bpm_rows, shared_prefix_rows]

@@ -156,14 +156,14 @@ def _span_sum_rows(claim: Claim, canonical: Reading, sampled: Reading, perfect: 
 
 
 def _span_gradient_rows(claim: Claim, sampled: Reading, perfect: Reading) -> list[Row]:
-    found, wanted, learner = span_gradient(sampled), path_kl_gradient(sampled), Learner(sampled)
+    gradient, wanted, learner = span_gradient(sampled), path_kl_gradient(sampled), Learner(sampled)
     whole = learner.credited_gradient(whole_credit(sampled))
     settled = learner.credited_gradient(settled_credit(sampled))
     drift, still = (float(span_gradient(perfect, credit=c).norm()) for c in ("variance_reduced", "whole"))
     by_option = relative(span_gradient(sampled, credit="whole"), wanted)
     return [
-        claim(OF_KL, "approximate", relative(found, wanted), "relative norm"),
-        claim(f"{OF_KL}, direction", "approximate", turned(found, wanted), "1 - cosine"),
+        claim(OF_KL, "approximate", relative(gradient, wanted), "relative norm"),
+        claim(f"{OF_KL}, direction", "approximate", turned(gradient, wanted), "1 - cosine"),
         claim(f"{OF_KL}, whole text credited", "exact", relative(whole, wanted), "relative norm"),
         claim(f"{OF_KL}, credit=whole", "exact", by_option, "relative norm"),
         claim(f"{OF_KL}, settled past dropped", "exact", relative(settled, wanted), "relative norm"),
@@ -214,20 +214,20 @@ def sequence_rows() -> list[Row]:
     for student, teacher in ((bpe_a, bpe_b), (bpe_a, unigram)):
         claim = claims("sequence_kl", f"{student.__name__} <- {teacher.__name__}")
         reading, fixed, perfect = (make(student, teacher) for make in (random_pair, fixed_pair, perfect_pair))
-        found, learner = sequence_gradient(reading), Learner(reading)
+        gradient, learner = sequence_gradient(reading), Learner(reading)
         cost = (normalised_gap(reading, reading.per_path(reading.path.logp_s)) / reading.lengths).detach()
         normalised = learner.expectation_gradient(lambda logp, r=reading: normalised_gap(r, logp))
         of_fixed = Learner(fixed).expectation_gradient(lambda logp, r=fixed: normalised_gap(r, logp)) / fixed.lengths[0]
         values, _ = make_objective("sequence_kl", perfect.pair)(perfect.path, perfect.batch.alignment)
         rows += [
             claim("expected gradient = that of E[gap / tokens], each text's gap / tokens a constant", "exact",
-                  relative(found, learner.expectation_gradient(lambda logp, c=cost: c)), "relative norm"),
+                  relative(gradient, learner.expectation_gradient(lambda logp, c=cost: c)), "relative norm"),
             claim("paths of equal length: expected gradient = that of E[gap], over the number of tokens", "exact",
                   relative(sequence_gradient(fixed), of_fixed), "relative norm"),
             claim("expected gradient points along that of E[gap]", "approximate",
-                  turned(found, normalised), "1 - cosine"),
+                  turned(gradient, normalised), "1 - cosine"),
             claim("expected gradient points along that of KL(path distribution || canonical teacher)", "approximate",
-                  turned(found, path_kl_gradient(reading)), "1 - cosine"),
+                  turned(gradient, path_kl_gradient(reading)), "1 - cosine"),
             claim("a perfect student: loss = 0", "approximate", float((perfect.mass * values.loss).sum()),
                   "nats^2 per text, mean"),
             claim("a perfect student: expected gradient = 0", "approximate",
@@ -279,7 +279,7 @@ def alm_rows() -> list[Row]:
 
 def _chunk_rows(claim: Claim, who: str, reading: Reading) -> list[Row]:
     t, unit = chunks_of(reading, student=False), "nats per chunk, mean |difference|"
-    plain, outcome = t.said - t.true, t.said + t.break_after - t.true_break
+    plain, outcome = t.logp - t.true, t.logp + t.break_after - t.true_break
     return [
         claim(f"{who}: P(chunk) = P(its bytes)", "approximate", mean_gap(reading, plain), unit),
         claim(f"{who}: P(chunk, break) = P(its bytes, then a break)", "approximate", mean_gap(reading, outcome), unit),
@@ -292,16 +292,16 @@ def _perfect_chunk_rows(claim: Claim, reading: Reading, cut_at_breaks: bool) -> 
         chunks_of(reading, student=False),
         "nats per chunk, mean |difference|",
     )
-    outcome = t.said + t.break_after - s.said - s.break_after
-    between, kept = t.said + t.break_after - t.break_before - t.true_between, between_breaks(reading)
+    outcome = t.logp + t.break_after - s.logp - s.break_after
+    between, gap = t.logp + t.break_after - t.break_before - t.true_between, between_breaks(reading)
     kind = "exact" if cut_at_breaks else "approximate"
     return [
-        claim("a perfect student: both sides' P(chunk) agree", "approximate", mean_gap(reading, t.said - s.said), unit),
+        claim("a perfect student: both sides' P(chunk) agree", "approximate", mean_gap(reading, t.logp - s.logp), unit),
         claim("a perfect student: both sides' P(chunk, break) agree", "approximate", mean_gap(reading, outcome), unit),
         claim("perfect models, chunks between breaks: P(chunk, break) = P(its bytes, then a break)", "approximate",
-              mean_gap(reading, t.said + t.break_after - t.true_break, kept), unit),
+              mean_gap(reading, t.logp + t.break_after - t.true_break, gap), unit),
         claim("perfect models, chunks between breaks: P(chunk, break | break before) = the same of its bytes", kind,
-              mean_gap(reading, between, kept), unit),
+              mean_gap(reading, between, gap), unit),
     ]  # fmt: skip
 
 
@@ -325,8 +325,8 @@ def markdown(rows: list[Row]) -> str:
         exact = one["kind"] != "approximate"
         grouped.setdefault((one["objective"], claim, one["unit"], exact), []).append(one)
     lines = ["| objective | claim | measured gap | unit |", "|---|---|---|---|"]
-    for (objective, claim, unit, exact), found in grouped.items():
-        gaps = sorted(one["gap"] for one in found)
+    for (objective, claim, unit, exact), result in grouped.items():
+        gaps = sorted(one["gap"] for one in result)
         low, high = (f"{gap:.2g}" for gap in (gaps[0], gaps[-1]))
         bound = "1e-10" if gaps[-1] < 1e-10 else "1e-7"
         gap = f"exact (< {bound})" if exact else low if low == high else f"{low} to {high}"

@@ -194,14 +194,14 @@ class Learner:
         return self.gradient((logp.exp() * value(logp)).sum())
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
+def relative(actual: Tensor, wanted: Tensor) -> float:
     """Size of the difference of two vectors, as a share of the wanted one's."""
-    return float((found - wanted).norm() / wanted.norm())
+    return float((actual - wanted).norm() / wanted.norm())
 
 
-def turned(found: Tensor, wanted: Tensor) -> float:
+def turned(actual: Tensor, wanted: Tensor) -> float:
     """1 - cosine: 0 for the same direction, 1 for a right angle."""
-    return 1 - float(torch.nn.functional.cosine_similarity(found, wanted, dim=0))
+    return 1 - float(torch.nn.functional.cosine_similarity(actual, wanted, dim=0))
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

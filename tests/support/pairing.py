@@ -112,7 +112,7 @@ def _check(
             if optional and not position[segment]:
                 mine, theirs = mine.removeprefix(b" "), theirs.removeprefix(b" ")
             assert mine == theirs, (wholes[segment], mine, theirs)
-            found = wholes[segment].find(mine, int(position[segment]))
-            assert found >= 0, (wholes[segment], mine)
-            position[segment] = found + len(mine)
+            result = wholes[segment].find(mine, int(position[segment]))
+            assert result >= 0, (wholes[segment], mine)
+            position[segment] = result + len(mine)
     return int(batch.stats["covered"]), int(batch.stats["tokens"])

@@ -51,6 +51,6 @@ def _of_changelog(text: str, version: str | None, dated: bool) -> list[str]:
 
 
 if __name__ == "__main__":
-    found = problems(ROOT, *sys.argv[1:2])
-    print(*(found or ["version, changelog and citation agree"]), sep="\n")
-    sys.exit(bool(found))
+    faults = problems(ROOT, *sys.argv[1:2])
+    print(*(faults or ["version, changelog and citation agree"]), sep="\n")
+    sys.exit(bool(faults))

@@ -52,7 +52,7 @@ class RolloutServer:
         self.http.shutdown()
         self.http.server_close()
 
-    def asked(self, path: str) -> list[Any]:
+    def bodies_of(self, path: str) -> list[Any]:
         """The bodies of all requests to a path."""
         return [body for where, body in self.requests if where == path]
 

@@ -146,10 +146,10 @@ def _run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         index = None if device.type == "cpu" else device.index or 0
         kwargs = {**kwargs, "device": torch.device("cpu")}
     inner_args, inner_kwargs = tree_map_only(DeviceTensor, lambda x: x.inner, (args, kwargs))
-    found = op(*inner_args, **inner_kwargs)
+    result = op(*inner_args, **inner_kwargs)
     if op is aten._local_scalar_dense.default or index is None:
-        return found
-    wrapped = tree_map_only(torch.Tensor, lambda x: DeviceTensor(x, index), found)
+        return result
+    wrapped = tree_map_only(torch.Tensor, lambda x: DeviceTensor(x, index), result)
     return return_and_correct_aliasing(op, args, kwargs, wrapped)
 
 
@@ -195,14 +195,14 @@ def _to(x: torch.Tensor, *, dtype: Any = None, device: Any = None, non_blocking:
     """Between devices and number types."""
     target = x.device if device is None else torch.device(device)
     inner = x.inner if isinstance(x, DeviceTensor) else x
-    found = aten._to_copy.default(inner, dtype=dtype, memory_format=keywords.get("memory_format"))
+    result = aten._to_copy.default(inner, dtype=dtype, memory_format=keywords.get("memory_format"))
     if target.type == "cpu":
         if isinstance(x, DeviceTensor) and x.numel():
             waits.note("copy to the host")
-        return found
+        return result
     if not isinstance(x, DeviceTensor) and x.numel() and not non_blocking:
         waits.note("copy to the device")
-    return DeviceTensor(found, target.index or 0)
+    return DeviceTensor(result, target.index or 0)
 
 
 class _Module:

@@ -37,9 +37,9 @@ def _watch(owner: Any, name: str, phase: str) -> None:
     plain = getattr(owner, name)
 
     @functools.wraps(plain)
-    def run(*given: Any, **keywords: Any) -> Any:
+    def run(*arguments: Any, **keywords: Any) -> Any:
         with standin.waits.during(phase):
-            return plain(*given, **keywords)
+            return plain(*arguments, **keywords)
 
     setattr(owner, name, run)
 
@@ -97,8 +97,8 @@ def resume(make: Any, out: Path, **options: Any) -> list[float]:
 def evaluate(out: Path, **options: Any) -> list[float]:
     """Numbers of an evaluation."""
     trainer = trainer_of(tiny.gkd, out, **options)
-    found = trainer.evaluate(Dataset.from_list(tiny.CHAT_ROWS[:4]))
-    return [found["eval_loss"], found["eval_bits_per_byte"]]
+    report = trainer.evaluate(Dataset.from_list(tiny.CHAT_ROWS[:4]))
+    return [report["eval_loss"], report["eval_bits_per_byte"]]
 
 
 def score(level: str, objective: str, out: Path) -> list[float]:
@@ -134,14 +134,14 @@ def several(make: Any, out: Path, **options: Any) -> list[float]:
 def cases() -> dict[str, Any]:
     """By name, what to do with a folder."""
     gkd, minillm = functools.partial(train, tiny.gkd), functools.partial(train, tiny.minillm)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in OBJECTIVES:
         options = {"objective": name, "same": name == "jsd"}
-        found[f"gkd-{name}"] = functools.partial(gkd, lmbda=1.0, **options)
-        found[f"minillm-{name}"] = functools.partial(minillm, num_iterations=1, max_steps=1, **options)
+        results[f"gkd-{name}"] = functools.partial(gkd, lmbda=1.0, **options)
+        results[f"minillm-{name}"] = functools.partial(minillm, num_iterations=1, max_steps=1, **options)
     lora = {"peft_config": LoraConfig(r=4, lora_alpha=32, task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])}
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
-    return found | {
+    return results | {
         "gkd-data": functools.partial(gkd, objective="strict", lmbda=0.0),
         "gkd-generations": functools.partial(gkd, lmbda=1.0, num_generations=3),
         "gkd-nucleus": functools.partial(gkd, lmbda=1.0, top_p=0.9),

@@ -135,21 +135,21 @@ class TeacherServer:
         """The same scores as `/generate` of SGLang gives them: rows of [log-prob, id, text]."""
         ids, sampling = body["input_ids"], body["sampling_params"]
         assert body["return_logprob"] and body["logprob_start_len"] == 0
-        asked = {"prompt": ids, "prompt_logprobs": body["top_logprobs_num"], **sampling}
-        entries = [{int(i): one["logprob"] for i, one in (e or {}).items()} for e in self.entries(asked)]
-        given = [[None, ids[0], None], *([e[i], i, None] for e, i in zip(entries[1:], ids[1:], strict=False))]
+        request = {"prompt": ids, "prompt_logprobs": body["top_logprobs_num"], **sampling}
+        entries = [{int(i): one["logprob"] for i, one in (e or {}).items()} for e in self.entries(request)]
+        rows = [[None, ids[0], None], *([e[i], i, None] for e, i in zip(entries[1:], ids[1:], strict=False))]
         best = [sorted(e.items(), key=lambda both: -both[1])[: body["top_logprobs_num"]] for e in entries[1:]]
         top = [None, *([[logp, i, None] for i, logp in row] for row in best)]
-        return {"text": "x", "meta_info": {"input_token_logprobs": given, "input_top_logprobs": top}}
+        return {"text": "x", "meta_info": {"input_token_logprobs": rows, "input_top_logprobs": top}}
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": 0, "text": "x", "finish_reason": "length"}
         if self.manner != "ignores":
             choice["prompt_logprobs"] = self.entries(body) if "prompt_logprobs" in body else None
-        found: dict[str, Any] = {"object": "text_completion", "choices": [choice]}
+        results: dict[str, Any] = {"object": "text_completion", "choices": [choice]}
         if self.states is not None and self.state != "unnamed":
-            found["kv_transfer_params"] = {"hidden_states_path": self.write_states(self.states, body["prompt"])}
-        return found
+            results["kv_transfer_params"] = {"hidden_states_path": self.write_states(self.states, body["prompt"])}
+        return results
 
     def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         """`/inference/v1/generate` of vLLM 0.32 with chosen ids: row i scores them as token `start + i + 1`."""
@@ -159,11 +159,11 @@ class TeacherServer:
         with self.lock, torch.no_grad():
             logps = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
         first = start + (self.choice == "late")
-        found = logps[first : first + len(chosen)].gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, -math.inf)
+        result = logps[first : first + len(chosen)].gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, -math.inf)
         value = {"nan": math.nan, "infinite": -math.inf, "positive": 0.5}.get(self.choice)
         if value is not None:
-            found[-1, 0] = value
-        array = {"rows": found[:-1], "float64": found.double()}.get(self.choice, found).numpy()
+            result[-1, 0] = value
+        array = {"rows": result[:-1], "float64": result.double()}.get(self.choice, result).numpy()
         buffer = io.BytesIO()
         np.save(
             buffer, array.astype(object) if self.choice == "pickle" else array, allow_pickle=self.choice == "pickle"
@@ -211,14 +211,14 @@ class TeacherServer:
         with self.lock, torch.no_grad():
             logits = self.model(torch.tensor([ids])).logits[0].float()
         rows = self.distributions(logits, body)
-        found: list[Any] = [None]
+        results: list[Any] = [None]
         for t in range(1, len(ids)):
             row = rows[{"late": t, "early": max(t - 2, 0)}.get(self.manner, t - 1)]
             top = 0 if self.manner == "no_top" else body["prompt_logprobs"]
             named = [*row.topk(top).indices.tolist(), *([] if self.manner == "late" else [ids[t]])]
             entry = {str(i): {"logprob": max(row[i].item(), -9999.0), "decoded_token": "?"} for i in named}
-            found.append(entry)
-        return self.spoilt(found)
+            results.append(entry)
+        return self.spoilt(results)
 
     def distributions(self, logits: Tensor, body: dict[str, Any]) -> Tensor:
         if self.manner == "logits":

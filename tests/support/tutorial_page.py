@@ -23,6 +23,6 @@ def steps() -> list[tuple[str, str]]:
     for number, small in SMALLER.items():
         assert number in text, f"the tutorial no longer says {number!r}; change SMALLER"
         text = text.replace(number, small)
-    found = re.findall(r"^```(bash|python)\n(.*?)^```", text, re.S | re.M)
-    assert len(found) == text.count("\n```\n"), "a block that is neither bash nor python, or not closed"
-    return found
+    result = re.findall(r"^```(bash|python)\n(.*?)^```", text, re.S | re.M)
+    assert len(result) == text.count("\n```\n"), "a block that is neither bash nor python, or not closed"
+    return result

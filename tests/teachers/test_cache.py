@@ -52,11 +52,11 @@ def test_what_was_asked_is_found_again_to_the_bit_and_only_the_rest_is_asked(tmp
     cached = CachedTeacher(local, tmp_path)
     assert torch.equal(cached.hidden(whole), expected) and cached.take_counts() == (0, 4)
     files(tmp_path)[0].unlink()
-    asked = Asked(local)
+    counting = Asked(local)
     again = CachedTeacher(local, tmp_path)
     assert torch.equal(again.hidden(whole), expected) and again.take_counts() == (3, 1)
-    assert asked.rows == 1
-    assert torch.equal(again.hidden(whole), expected) and asked.rows == 1
+    assert counting.rows == 1
+    assert torch.equal(again.hidden(whole), expected) and counting.rows == 1
 
 
 def runs(tmp_path: Path, cache: Path | None, **options: Any) -> tuple[GKDTrainer, list[dict[str, Any]], int]:
@@ -73,14 +73,14 @@ def runs(tmp_path: Path, cache: Path | None, **options: Any) -> tuple[GKDTrainer
         gradient_accumulation_steps=2,
         **options,
     )
-    asked = Asked(trainer.comparisons[0].teacher)
+    counting = Asked(trainer.comparisons[0].teacher)
     trainer.train()
     log = [
         {k: v for k, v in entry.items() if not k.startswith(("train_", "teacher/"))}
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
-    return trainer, log, asked.rows
+    return trainer, log, counting.rows
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.5])
@@ -89,7 +89,7 @@ def test_a_run_with_the_cache_is_the_run_without_it_to_the_bit(tmp_path: Path, l
     plain, expected, rows = runs(tmp_path / "plain", None, lmbda=lmbda)
     runs(tmp_path / "other", tmp_path / "cache", lmbda=lmbda, seed=7)
     for name in ("cold", "warm"):
-        trainer, log, asked = runs(tmp_path / name, tmp_path / "cache", lmbda=lmbda)
+        trainer, log, finished = runs(tmp_path / name, tmp_path / "cache", lmbda=lmbda)
         assert log == expected
         for p, q in zip(plain.model.parameters(), trainer.model.parameters(), strict=True):
             assert torch.equal(p, q)
@@ -98,11 +98,11 @@ def test_a_run_with_the_cache_is_the_run_without_it_to_the_bit(tmp_path: Path, l
             for entry in trainer.state.log_history
             if "teacher/cache_hits" in entry
         ]
-        assert sum(hits for hits, _ in counts) > 0 and asked < rows
+        assert sum(hits for hits, _ in counts) > 0 and finished < rows
         if name == "warm":
             assert all(misses == 0 for _, misses in counts)
             if lmbda == 0:
-                assert asked == 0
+                assert finished == 0
 
 
 def test_prompts_that_are_read_once_keep_their_bits(tmp_path: Path) -> None:
@@ -149,19 +149,19 @@ def test_another_teacher_text_or_tokenizer_is_not_found(tmp_path: Path) -> None:
     whole = side(local, *TEXTS)
     CachedTeacher(local, tmp_path).hidden(whole)
 
-    def found(other: LocalTeacher, batch: PackedSide) -> int:
+    def hits(other: LocalTeacher, batch: PackedSide) -> int:
         cached = CachedTeacher(other, tmp_path)
         cached.hidden(batch)
         return cached.take_counts()[0]
 
-    assert found(teacher(), whole) == 4  # the same weights, loaded again
-    assert found(teacher(2), whole) == 0
-    assert found(teacher(rope_parameters={"rope_type": "default", "rope_theta": 777.0}), whole) == 0
+    assert hits(teacher(), whole) == 4  # the same weights, loaded again
+    assert hits(teacher(2), whole) == 0
+    assert hits(teacher(rope_parameters={"rope_type": "default", "rope_theta": 777.0}), whole) == 0
     other = teacher()
     other.renderer = Renderer(zoo.turns(), name="teacher")
-    assert found(other, whole) == 0
+    assert hits(other, whole) == 0
     longer = side(local, *TEXTS[:3], "x = 12")
-    assert found(local, longer) == 3
+    assert hits(local, longer) == 3
 
 
 def test_weights_that_are_written_to_are_another_teacher_from_then_on(tmp_path: Path) -> None:

@@ -68,11 +68,11 @@ def test_the_base_with_the_adapter_off_gives_the_bases_scores_to_the_bit(
     for _ in range(2):
         batch = window(trainer, tiny.PROMPT_ROWS[:4])
         trainer.model.train()
-        said = trainer.comparisons[0].teacher.hidden(batch.teacher)
+        states = trainer.comparisons[0].teacher.hidden(batch.teacher)
         with torch.no_grad():
             logits = base(batch.teacher.input_ids, batch.teacher.attention_mask).logits
             expected = alone.head(alone.hidden(batch.teacher))
-            assert torch.equal(trainer.comparisons[0].teacher.head(said), expected)
+            assert torch.equal(trainer.comparisons[0].teacher.head(states), expected)
             assert torch.allclose(expected, logits.flatten(0, 1)[batch.teacher.rows], atol=1e-5)
             own = trainer.student_head(trainer.hidden_at_rows(trainer.model, batch.student))
         assert not torch.equal(own, expected)
@@ -200,10 +200,10 @@ def test_quantised_teachers_train_on_the_cpu(tmp_path: Path, bits: int) -> None:
     assert keeps_its_device(model) and model.is_quantized
     batch = window(trainer, CHAT[:4])
     model_hidden = trainer.comparisons[0].teacher.hidden(batch.teacher)  # type: ignore[union-attr]
-    said = trainer.comparisons[0].teacher.head(model_hidden).softmax(-1)  # type: ignore[union-attr]
+    probabilities = trainer.comparisons[0].teacher.head(model_hidden).softmax(-1)  # type: ignore[union-attr]
     with torch.no_grad():
         own = whole(batch.teacher.input_ids, batch.teacher.attention_mask).logits.flatten(0, 1)[batch.teacher.rows]
-    distance = float((said - own.softmax(-1)).abs().sum(-1).mean())
+    distance = float((probabilities - own.softmax(-1)).abs().sum(-1).mean())
     assert 1e-4 < distance < (0.3 if bits == 8 else 1.5)
     trainer.train()
     assert np.isfinite(trainer.state.log_history[0]["loss"])

@@ -100,8 +100,8 @@ def test_a_teacher_out_of_a_gguf_file_has_the_distribution_of_llama_cpp(llama: s
     model = load_teacher_model(str(folder / "tiny.gguf"), {"dtype": "float32"})
     with torch.no_grad():
         distribution = model(torch.tensor([IDS])).logits[0, -1].log_softmax(-1)
-    asked = {"prompt": IDS, "n_predict": 1, "n_probs": 10, "temperature": -1.0}
-    answer = httpx.post(f"{llama}/completion", json=asked).json()["completion_probabilities"][0]
+    requests = {"prompt": IDS, "n_predict": 1, "n_probs": 10, "temperature": -1.0}
+    answer = httpx.post(f"{llama}/completion", json=requests).json()["completion_probabilities"][0]
     theirs = {one["id"]: one["logprob"] for one in answer["top_logprobs"]}
     assert len(theirs) == 10 and set(theirs) == set(distribution.topk(10).indices.tolist())
     np.testing.assert_allclose([distribution[i] for i in theirs], list(theirs.values()), atol=1e-2)

@@ -58,15 +58,15 @@ def side(of: Any, *rows: int) -> PackedSide:
 def test_log_probs_and_likeliest_ids_are_the_teachers_own(tmp_path: Path) -> None:
     """In another order and other batches than they were scored in."""
     local = teacher()
-    kept = scored(local, tmp_path / "s", "top_k")
+    stored = scored(local, tmp_path / "s", "top_k")
     batch = side(local, 6, 0, 3)
-    said, rows = kept.ask(batch), local.head(local.hidden(batch)).log_softmax(-1)
+    answer, rows = stored.ask(batch), local.head(local.hidden(batch)).log_softmax(-1)
     written = rows.gather(-1, batch.targets[:, None])[:, 0]
     stop = rows[:, list(local.renderer.stop_ids)].logsumexp(-1)
-    assert torch.allclose(said.text(False), written, atol=1e-5)
-    assert torch.allclose(said.text(True), torch.where(batch.stop, stop, written), atol=1e-5)
+    assert torch.allclose(answer.text(False), written, atol=1e-5)
+    assert torch.allclose(answer.text(True), torch.where(batch.stop, stop, written), atol=1e-5)
     best = rows.topk(5, -1)
-    assert torch.equal(said.top_ids, best.indices) and torch.allclose(said.top_logps, best.values, atol=1e-5)
+    assert torch.equal(answer.top_ids, best.indices) and torch.allclose(answer.top_logps, best.values, atol=1e-5)
 
 
 KILLED = """
@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on_and_leaves_the_same_bytes(when: str, whole: int, t
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (dict(seed=2), "weights"),
         (dict(samples=SAMPLES[:5]), "texts number: 8 there, 5 here"),
@@ -119,9 +119,9 @@ def test_a_killed_run_goes_on_and_leaves_the_same_bytes(when: str, whole: int, t
         (dict(shard_texts=4), "shard_texts"),
     ],
 )
-def test_a_folder_of_another_request_is_not_gone_on_with(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_a_folder_of_another_request_is_not_gone_on_with(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     scored(teacher(), tmp_path / "s")
-    with pytest.raises(TeacherError, match=said):
+    with pytest.raises(TeacherError, match=message):
         scored(teacher(change.pop("seed", 1)), tmp_path / "s", **change)
 
 
@@ -141,9 +141,9 @@ def test_what_differs_from_the_scores_is_said(tmp_path: Path) -> None:
 
 
 def test_a_text_that_was_not_scored_is_an_error_that_shows_it(tmp_path: Path) -> None:
-    kept = scored(teacher(), tmp_path / "s", samples=SAMPLES[:5])
+    stored = scored(teacher(), tmp_path / "s", samples=SAMPLES[:5])
     with pytest.raises(TeacherError, match=r"1 of 2 texts .* naïve|1 of 2 texts"):
-        kept.ask(side(kept, 0, 6))
+        stored.ask(side(stored, 0, 6))
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
@@ -161,8 +161,8 @@ def test_damage_is_found(tmp_path: Path, how: str) -> None:
     if how != "gone":
         path.write_bytes(raw[:-7] if how == "cut" else raw)
     with pytest.raises(TeacherError, match=r"damaged|has .* bytes"):
-        kept = ScoredTeacher(tmp_path / "s")
-        kept.ask(side(kept, 0))
+        stored = ScoredTeacher(tmp_path / "s")
+        stored.ask(side(stored, 0))
 
 
 def test_rows_without_replies_and_folders_of_something_else_are_refused(tmp_path: Path) -> None:
@@ -188,13 +188,13 @@ def test_the_index_says_what_a_token_costs(tmp_path: Path) -> None:
 def test_kept_distributions_are_distributions(tmp_path: Path) -> None:
     """One for each byte and the stop of a text that the teacher's tokens spell out."""
     local = teacher()
-    kept = scored(local, tmp_path / "s", "bytes")
+    stored = scored(local, tmp_path / "s", "bytes")
     batch = side(local, 1, 4)
-    said = kept.ask(batch)
+    answer = stored.ask(batch)
     for segment, row in ((0, 1), (1, 4)):
         length = len(str(SAMPLES[row].reply).encode()) + 1
         places = torch.arange(length)
-        distributions = said.distributions(torch.full((length,), segment), places)
+        distributions = answer.distributions(torch.full((length,), segment), places)
         assert distributions.shape == (length, 257) and torch.allclose(
             distributions.sum(-1), torch.ones(length), atol=1e-5
         )

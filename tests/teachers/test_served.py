@@ -35,9 +35,9 @@ TEXTS = ("hello", "one two three, as you asked", "naïve café 数学", "x = 1\n
 
 @pytest.fixture
 def server() -> Iterator[TeacherServer]:
-    found = TeacherServer(tiny.tiny_model(zoo.turns(), 1), zoo.turns()).start()
-    yield found
-    found.stop()
+    endpoint = TeacherServer(tiny.tiny_model(zoo.turns(), 1), zoo.turns()).start()
+    yield endpoint
+    endpoint.stop()
 
 
 def connect(server: TeacherServer, renderer: Renderer = RENDERER, **options: Any) -> ServedTeacher:
@@ -70,20 +70,20 @@ def test_served_logprobs_are_those_of_the_same_model_here(
     teacher = connect(server)
     teacher.top = top
     of = side(*TEXTS)
-    found = teacher.scores(of)
-    torch.testing.assert_close(found.text(False), expected(server, of, False), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.text(True), expected(server, of, True), atol=1e-5, rtol=0)
-    assert (found.text(True) > found.text(False))[of.stop].all() and of.stop.any()
+    result = teacher.scores(of)
+    torch.testing.assert_close(result.text(False), expected(server, of, False), atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.text(True), expected(server, of, True), atol=1e-5, rtol=0)
+    assert (result.text(True) > result.text(False))[of.stop].all() and of.stop.any()
     teacher.close()
 
 
 def test_likeliest_ids_are_those_of_the_models_rows(server: TeacherServer) -> None:
     teacher, of = connect(server), side(*TEXTS)
     teacher.want(12)
-    found, local = teacher.scores(of), LocalTeacher(server.model, RENDERER)
+    result, local = teacher.scores(of), LocalTeacher(server.model, RENDERER)
     rows = local.head(local.hidden(of)).log_softmax(-1).topk(12)
-    torch.testing.assert_close(found.top_logps, rows.values, atol=1e-5, rtol=0)
-    assert (found.top_ids == rows.indices).float().mean() > 0.99  # but for ties
+    torch.testing.assert_close(result.top_logps, rows.values, atol=1e-5, rtol=0)
+    assert (result.top_ids == rows.indices).float().mean() > 0.99  # but for ties
     teacher.close()
 
 
@@ -92,9 +92,9 @@ def test_sglangs_form_gives_the_same(server: TeacherServer, monkeypatch: pytest.
     monkeypatch.setattr(served, "STOP_TOLERANCE", 0.0)
     server.form = "sglang"
     teacher, of = connect(server), side(*TEXTS)
-    found = teacher.scores(of)
+    result = teacher.scores(of)
     assert teacher.wire.name == "SGLang" and all("input_ids" in body for body in server.requests)
-    torch.testing.assert_close(found.text(True), expected(server, of, True), atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.text(True), expected(server, of, True), atol=1e-5, rtol=0)
     teacher.close()
 
 
@@ -232,10 +232,10 @@ def test_a_model_that_is_not_served_is_refused_with_what_is(server: TeacherServe
 
 @pytest.fixture
 def teacher(server: TeacherServer) -> Iterator[ServedTeacher]:
-    found = connect(server, timeout=0.4, budget=4.0)
+    result = connect(server, timeout=0.4, budget=4.0)
     server.requests.clear()
-    yield found
-    found.close()
+    yield result
+    result.close()
 
 
 @pytest.mark.parametrize(
@@ -247,8 +247,8 @@ def test_a_passing_fault_is_tried_again_and_changes_nothing(
     server.faults = [fault]
     of = side("hello")
     with caplog.at_level(logging.WARNING):
-        found = teacher.ask(of, stop_as_set=False).result()
-    torch.testing.assert_close(found.written, expected(server, of, False), atol=1e-5, rtol=0)
+        outcome = teacher.ask(of, stop_as_set=False).result()
+    torch.testing.assert_close(outcome.written, expected(server, of, False), atol=1e-5, rtol=0)
     assert len(server.requests) == 2 and "again in" in caplog.text
 
 

@@ -27,10 +27,10 @@ TEXTS = ("hello", "one two three, as you asked", "naïve café 数学", "x = 1\n
 
 @pytest.fixture
 def server() -> Iterator[TeacherServer]:
-    found = TeacherServer(tiny.tiny_model(zoo.turns(), 1), zoo.turns())
-    found.scale_out = True
-    yield found.start()
-    found.stop()
+    endpoint = TeacherServer(tiny.tiny_model(zoo.turns(), 1), zoo.turns())
+    endpoint.scale_out = True
+    yield endpoint.start()
+    endpoint.stop()
 
 
 def connect(server: TeacherServer) -> ServedChosen:
@@ -60,10 +60,10 @@ def test_the_text_and_the_whole_stop_set_take_one_request_a_text(server: Teacher
     teacher, local, of = connect(server), LocalTeacher(server.model, RENDERER), side(*TEXTS)
     assert len(RENDERER.stop_ids) > 1 and of.stop.any()
     server.requests.clear()
-    said = teacher.ask(of, stop_as_set).result()
+    answer = teacher.ask(of, stop_as_set).result()
     stop = of.stop if stop_as_set else torch.zeros_like(of.stop)
     expected = token_logps(local.hidden(of), local.head, of.targets, stop, RENDERER.stop_ids, 64)
-    torch.testing.assert_close(said.text(stop_as_set), expected, atol=2e-4, rtol=0)
+    torch.testing.assert_close(answer.text(stop_as_set), expected, atol=2e-4, rtol=0)
     assert len(server.requests) == len(TEXTS)
 
 

@@ -39,11 +39,11 @@ def weights(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[TeacherServer]:
-    found = TeacherServer(tiny.tiny_model(zoo.turns(), 1), zoo.turns())
-    found.states = tmp_path / "states"
-    found.states.mkdir()
-    yield found.start()
-    found.stop()
+    endpoint = TeacherServer(tiny.tiny_model(zoo.turns(), 1), zoo.turns())
+    endpoint.states = tmp_path / "states"
+    endpoint.states.mkdir()
+    yield endpoint.start()
+    endpoint.stop()
 
 
 def connect(server: TeacherServer, weights: Path, **options: Any) -> ServedTeacher:

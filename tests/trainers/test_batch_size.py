@@ -29,12 +29,12 @@ def test_every_row_is_answered_once_an_epoch(make: Any, options: dict[str, Any],
         assert len(set(seeds)) == len(seeds)
         return complete(conversations, prompts, seeds)
 
-    def out_of_memory_once(*given: Any, **keywords: Any) -> Any:
+    def out_of_memory_once(*arguments: Any, **keywords: Any) -> Any:
         if not failed:
             failed.append(True)
             answered.clear()
             raise RuntimeError("CUDA out of memory.")
-        return loss(*given, **keywords)
+        return loss(*arguments, **keywords)
 
     trainer.student_writes, trainer.complete, trainer.compute_loss = writes, completes, out_of_memory_once
     trainer.train()

@@ -46,8 +46,8 @@ def _talkative(trainer: Any, student: Any, mass: float = 0.25) -> None:
 def _rows(trainer: Any) -> Tensor:
     batches = iter([trainer.data_collator(tiny.CHAT_ROWS[:4])])
     batch = trainer.get_batch_samples(batches, 1, trainer.args.device)[0][0]["batch"]
-    found: Tensor = trainer.hidden_at_rows(trainer.model, batch.student)
-    return found
+    result: Tensor = trainer.hidden_at_rows(trainer.model, batch.student)
+    return result
 
 
 @torch.no_grad()

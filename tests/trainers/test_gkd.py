@@ -125,7 +125,7 @@ def test_equals_the_textbook_jsd_on_equal_vocabularies(tmp_path: Path, beta: flo
     trainer = tiny.gkd(tmp_path, tokenizer, tokenizer, models=(student, teacher), lmbda=0.0, beta=beta)
     assert trainer.comparisons[0].reader.same_vocabulary
     batches = window(trainer, CHAT)
-    loss, found = gradients(trainer, batches)
+    loss, gradient = gradients(trainer, batches)
 
     student.zero_grad()
     total, count = torch.zeros((), dtype=torch.float64), 0
@@ -148,7 +148,7 @@ def test_equals_the_textbook_jsd_on_equal_vocabularies(tmp_path: Path, beta: flo
     (total / count).backward()
     expected = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
     assert loss == pytest.approx((total / count).item(), abs=1e-9)
-    assert close(found, expected, 1e-9)
+    assert close(gradient, expected, 1e-9)
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
@@ -213,9 +213,9 @@ def test_w5_w6_w7_loss_and_gradient_do_not_depend_on_the_accumulation_split(tmp_
     """One window as 1 x 8, 2 x 4, 4 x 2 and 8 x 1: the same number and the same gradient."""
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=0.0)
     results = [gradients(trainer, window(trainer, CHAT, size)) for size in (8, 4, 2, 1)]
-    for loss, found in results[1:]:
+    for loss, result in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)
-        assert close(found, results[0][1], 1e-5)
+        assert close(result, results[0][1], 1e-5)
 
 
 def test_w7_w42_the_count_is_of_what_was_written(tmp_path: Path) -> None:
@@ -283,9 +283,9 @@ def _with_completions(trainer: GKDTrainer, completions: list[list[int]]) -> None
 def test_w24_a_window_of_empty_completions_is_a_zero_step(tmp_path: Path) -> None:
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), lmbda=1.0)
     _with_completions(trainer, [[], [], [], []])
-    loss, found = gradients(trainer, window(trainer, CHAT[:4]))
+    loss, gradient = gradients(trainer, window(trainer, CHAT[:4]))
     assert loss == 0.0
-    assert all(not g.any() for g in found.values())
+    assert all(not g.any() for g in gradient.values())
 
 
 def test_an_empty_completion_that_stopped_teaches_its_stop(tmp_path: Path) -> None:
@@ -557,9 +557,9 @@ def test_the_saved_student_loads_without_diglot(tmp_path: Path) -> None:
 def test_evaluate_reports_tokenizer_free_metrics(tmp_path: Path) -> None:
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst())
     trainer.eval_dataset = Dataset.from_list(CHAT)
-    found = trainer.evaluate()
-    assert {"eval_loss", "eval_bits_per_byte", "eval_reverse_kl_nats_per_byte", "eval_coverage"} <= found.keys()
-    assert all(math.isfinite(v) for v in found.values() if isinstance(v, float))
+    report = trainer.evaluate()
+    assert {"eval_loss", "eval_bits_per_byte", "eval_reverse_kl_nats_per_byte", "eval_coverage"} <= report.keys()
+    assert all(math.isfinite(v) for v in report.values() if isinstance(v, float))
 
 
 def test_model_card_names_teacher_student_and_data(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_single_step_part_is_the_exact_reverse_kl_on_equal_vocabularies(tmp_path
     (batch,) = window(trainer, ROWS[:2])
     loss = trainer.compute_loss(trainer.model, {"batch": batch}).item()
 
-    found = gradient(trainer, [batch])
+    derivative = gradient(trainer, [batch])
     side = batch.student
     student.zero_grad()
     p = student(side.input_ids, attention_mask=side.attention_mask).logits.log_softmax(-1)
@@ -167,7 +167,9 @@ def test_single_step_part_is_the_exact_reverse_kl_on_equal_vocabularies(tmp_path
     expected = ((p.exp() * (p - q)).sum(-1) * mask).sum() / mask.sum()
     expected.backward()
     assert loss == pytest.approx(expected.item(), abs=1e-9)
-    assert all(torch.allclose(found[n], x.grad, atol=1e-9) for n, x in student.named_parameters() if x.grad is not None)
+    assert all(
+        torch.allclose(derivative[n], x.grad, atol=1e-9) for n, x in student.named_parameters() if x.grad is not None
+    )
 
 
 def test_policy_gradient_is_the_papers_on_equal_vocabularies(tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_policy_gradient_is_the_papers_on_equal_vocabularies(tmp_path: Path) -> 
     )
     write(trainer, "hello you", "one two three")
     batches = window(trainer, ROWS[:2])
-    found = gradient(trainer, batches)
+    derivative = gradient(trainer, batches)
 
     student.zero_grad()
     loss, count = torch.zeros((), dtype=torch.float64), 0
@@ -201,7 +203,7 @@ def test_policy_gradient_is_the_papers_on_equal_vocabularies(tmp_path: Path) -> 
     (loss / count).backward()
     for name, p in student.named_parameters():
         if p.grad is not None:
-            assert torch.allclose(found[name], p.grad, atol=1e-5, rtol=1e-4), name
+            assert torch.allclose(derivative[name], p.grad, atol=1e-5, rtol=1e-4), name
 
 
 def test_with_the_dense_term_the_long_part_starts_one_step_later(tmp_path: Path) -> None:
@@ -233,8 +235,8 @@ def test_w5_the_split_of_a_window_changes_nothing(tmp_path: Path) -> None:
         trainer = tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), **{**PLAIN, "whiten_advantages": True})
         write(trainer, "hello", "one two three", "as you asked", "x = 1")
         results.append(gradient(trainer, window(trainer, ROWS[:4], size)))
-    for found in results[1:]:
-        assert all(torch.allclose(found[n], results[0][n], atol=1e-5) for n in found)
+    for result in results[1:]:
+        assert all(torch.allclose(result[n], results[0][n], atol=1e-5) for n in result)
 
 
 def test_w53_unequal_vocabularies_are_compared_through_bytes(tmp_path: Path) -> None:
@@ -269,10 +271,10 @@ def test_the_teacher_is_asked_once_for_all_inner_epochs(tmp_path: Path) -> None:
     passes: list[int] = []
     trainer.comparisons[0].teacher.model.register_forward_hook(lambda *_: passes.append(1))
     batches = window(trainer, ROWS[:4])
-    asked = len(passes)
+    calls = len(passes)
     for _ in range(3):
         gradient(trainer, batches)
-    assert len(passes) == asked > 0
+    assert len(passes) == calls > 0
 
 
 def test_each_window_of_data_comes_once_per_inner_epoch_and_every_row_is_seen(tmp_path: Path) -> None:
@@ -386,10 +388,10 @@ def test_importance_weights_are_the_ratio_to_the_mixture_and_bounded(tmp_path: P
     (batch,) = window(trainer, ROWS[:1])
     rollout = batch.views[0].rollout
     assert rollout is not None
-    found = mixture_weight(rollout.logp_old, rollout.logp_t, batch.views[0].read.alignment, 0.25)
+    result = mixture_weight(rollout.logp_old, rollout.logp_t, batch.views[0].read.alignment, 0.25)
     p, q = rollout.logp_old.exp(), rollout.logp_t.exp()
-    assert torch.allclose(found, p / (0.25 * q + 0.75 * p), rtol=1e-4)
-    assert (found <= 1 / 0.75 + 1e-5).all()
+    assert torch.allclose(result, p / (0.25 * q + 0.75 * p), rtol=1e-4)
+    assert (result <= 1 / 0.75 + 1e-5).all()
 
 
 def test_prefix_weights_fade_to_one_where_no_teacher_prefix_reaches(tmp_path: Path) -> None:
@@ -398,11 +400,11 @@ def test_prefix_weights_fade_to_one_where_no_teacher_prefix_reaches(tmp_path: Pa
     (batch,) = window(trainer, ROWS[:1])
     rollout = batch.views[0].rollout
     assert rollout is not None
-    found = mixture_weight(rollout.logp_old, rollout.logp_t, batch.views[0].read.alignment, 0.25, max_new_tokens=3)
+    result = mixture_weight(rollout.logp_old, rollout.logp_t, batch.views[0].read.alignment, 0.25, max_new_tokens=3)
     chunk = batch.views[0].read.alignment.chunk_s
     before = (batch.views[0].read.alignment.count_s.cumsum(0) - batch.views[0].read.alignment.count_s)[chunk]
-    assert torch.allclose(found[before >= 3], torch.ones_like(found[before >= 3]))
-    assert (found[before < 3] != 1).any()
+    assert torch.allclose(result[before >= 3], torch.ones_like(result[before >= 3]))
+    assert (result[before < 3] != 1).any()
 
 
 def test_a_teacher_prefix_is_read_in_the_students_ids(tmp_path: Path) -> None:

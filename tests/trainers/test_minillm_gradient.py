@@ -97,8 +97,8 @@ class Case:
         trainer.compute_loss(trainer.model, {"batch": batch}).backward()
         return flat(self.student)
 
-    def error(self, found: Tensor) -> float:
-        return float((found - self.exact).norm() / self.exact.norm())
+    def error(self, actual: Tensor) -> float:
+        return float((actual - self.exact).norm() / self.exact.norm())
 
 
 PAIRS = {

@@ -38,8 +38,8 @@ def learned(trainer: Any, batches: list[Batch]) -> tuple[float, dict[str, Tensor
     trainer.model.zero_grad()
     losses = [trainer.compute_loss(trainer.model, {"batch": batch}) for batch in batches]
     sum(losses).backward()  # type: ignore[union-attr]
-    found = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-    return sum(loss.item() for loss in losses), found
+    results = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return sum(loss.item() for loss in losses), results
 
 
 def in_order_of_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,10 +74,10 @@ def test_sorting_by_length_changes_neither_loss_nor_gradient_nor_log(
         assert [len(b.pairs) for b in batches] == [2, 2, 2, 2]
         results.append((*learned(trainer, batches), padded(batches)))
         logs.append(trainer.metrics.take(trainer.count_over_ranks))
-    (loss, found, less), (expected, gradient, more) = results
+    (loss, result, less), (expected, gradient, more) = results
     assert less == more if name in BALANCED else less < 0.8 * more
     assert loss == pytest.approx(expected, rel=1e-5)
-    same(found, gradient)
+    same(result, gradient)
     assert logs[0].keys() == logs[1].keys()
     for key, value in logs[1].items():
         if not key.endswith("mass_t"):  # measured on some rows of each block only
@@ -114,10 +114,10 @@ def test_dropped_samples_stay_in_their_micro_batch_and_completions_of_a_prompt_t
 
     sizes = [[9, 9], [None, None, 2, 7], [4, 4, 3, 1]]
     pairs = [[None if n is None else Pair(n) for n in batch] for batch in sizes]
-    found = lengths.by_length(pairs, together=2)  # type: ignore[arg-type]
-    shown = [[None if p is None else len(p.student.ids) for _, p in batch] for batch in found]
+    result = lengths.by_length(pairs, together=2)  # type: ignore[arg-type]
+    shown = [[None if p is None else len(p.student.ids) for _, p in batch] for batch in result]
     assert shown == [[3, 1], [None, None, 4, 4], [2, 7, 9, 9]]
-    assert sorted(place for batch in found for place, _ in batch) == list(range(10))
+    assert sorted(place for batch in result for place, _ in batch) == list(range(10))
     alone = lengths.by_length(pairs)  # type: ignore[arg-type]
     assert [len(p.student.ids) for batch in alone for _, p in batch if p] == [1, 2, 3, 4, 4, 7, 9, 9]
     assert [[p is None for _, p in batch] for batch in alone] == [[n is None for n in batch] for batch in sizes]

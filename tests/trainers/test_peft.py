@@ -115,7 +115,7 @@ def test_an_adapter_on_the_head_is_part_of_the_loss(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keywords", [{}, "lora"], ids=["full", "lora"])
 def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tmp_path: Path, keywords: Any) -> None:
-    found = []
+    results = []
     for on in (False, True):
         trainer = tiny.gkd(
             tmp_path,
@@ -130,11 +130,11 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tmp_path: Path
         trainer.train()
         # AdamW's first moment after one step is a tenth of the clipped gradient.
         state = trainer.optimizer.state_dict()["state"]
-        found.append((trainer.state.log_history[0]["loss"], [s["exp_avg"] for s in state.values()]))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
-    for one, other in zip(found[0][1], found[1][1], strict=True):
+        results.append((trainer.state.log_history[0]["loss"], [s["exp_avg"] for s in state.values()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    for one, other in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
-    assert any(moment.abs().max() > 0 for moment in found[0][1])
+    assert any(moment.abs().max() > 0 for moment in results[0][1])
 
 
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])

@@ -46,17 +46,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", RECIPES)
 def test_three_steps_of_every_recipe_move_the_weights(name: str, folders: Path, tmp_path: Path) -> None:
     """At the recipe's own learning rate and number types. With bfloat16 weights it is a few percent."""
-    given = yaml.safe_load(RECIPES[name])
-    given |= {**HERE, "output_dir": str(tmp_path / "run"), "dataset_name": str(folders / "rows.jsonl")}
-    given |= {"model_name_or_path": str(folders / "student"), "teacher_model_name_or_path": str(folders / "teacher")}
-    trainer = build(*split(given))
+    options = yaml.safe_load(RECIPES[name])
+    options |= {**HERE, "output_dir": str(tmp_path / "run"), "dataset_name": str(folders / "rows.jsonl")}
+    options |= {"model_name_or_path": str(folders / "student"), "teacher_model_name_or_path": str(folders / "teacher")}
+    trainer = build(*split(options))
     # Of the layers: rows of the embedding and of the head that no text has get no gradient.
-    kept = {n: p for n, p in trainer.student.named_parameters() if p.requires_grad and "layers." in n}
-    before = {n: p.detach().clone() for n, p in kept.items()}
+    trained = {n: p for n, p in trainer.student.named_parameters() if p.requires_grad and "layers." in n}
+    before = {n: p.detach().clone() for n, p in trained.items()}
     trainer.train()
-    moved = sum(int((p.detach() != before[n]).sum()) for n, p in kept.items()) / sum(p.numel() for p in kept.values())
+    moved = sum(int((p.detach() != before[n]).sum()) for n, p in trained.items()) / sum(
+        p.numel() for p in trained.values()
+    )
     assert moved > 0.9, moved
-    assert {p.dtype for p in kept.values()} == {torch.float32}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
 
 
 def test_a_student_by_name_is_float32_and_a_frozen_base_is_what_its_file_holds(folders: Path, tmp_path: Path) -> None:
@@ -122,9 +124,9 @@ def test_whoever_reads_a_model_reads_it_under_the_autocast_of_training(
     def watch(owner: Any, name: str) -> None:
         plain = getattr(owner, name)
 
-        def run(*given: Any, **keywords: Any) -> Any:
+        def run(*arguments: Any, **keywords: Any) -> Any:
             seen.setdefault(name, set()).add(torch.is_autocast_enabled("cpu"))
-            return plain(*given, **keywords)
+            return plain(*arguments, **keywords)
 
         monkeypatch.setattr(owner, name, run)
 

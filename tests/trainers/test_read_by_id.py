@@ -48,14 +48,14 @@ KINDS = (
 def _batch(trainer: Any, ids: list[int]) -> Batch:
     trainer.sample = lambda conversations, prompts, seeds: [np.array(ids) for _ in prompts]
     rows = [trainer.data_collator(tiny.PROMPT_ROWS[:1])]
-    found: Batch = trainer.get_batch_samples(iter(rows), 1, trainer.args.device)[0][0]["batch"]
-    return found
+    window: Batch = trainer.get_batch_samples(iter(rows), 1, trainer.args.device)[0][0]["batch"]
+    return window
 
 
 def _gradient(model: Any) -> Tensor:
-    found = torch.cat([p.grad.ravel() for p in model.parameters()])
+    result = torch.cat([p.grad.ravel() for p in model.parameters()])
     model.zero_grad()
-    return found
+    return result
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,7 +65,7 @@ def test_the_loss_of_equal_vocabularies_is_the_textbooks_at_every_written_token(
     batch = _batch(trainer, ids)
     loss = trainer.compute_loss(trainer.model, {"batch": batch})
     loss.backward()
-    found = _gradient(trainer.model)
+    gradient = _gradient(trainer.model)
 
     prompt = batch.pairs[0].student.ids[: batch.pairs[0].student.prompt_length].tolist()
     whole, teacher = torch.tensor([[*prompt, *ids]]), trainer.comparisons[0].teacher.model
@@ -74,7 +74,7 @@ def test_the_loss_of_equal_vocabularies_is_the_textbooks_at_every_written_token(
     expected.backward()
     assert batch.views[0].counts["jsd"] == len(ids)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert (found - _gradient(trainer.model)).abs().max() <= 1e-5 * found.abs().max()
+    assert (gradient - _gradient(trainer.model)).abs().max() <= 1e-5 * gradient.abs().max()
     stats = batch.views[0].read.stats
     assert stats["tokens"] == stats["covered"] == stats["written"] == len(ids)
 

@@ -23,9 +23,9 @@ FAST: dict[str, Any] = dict(optim="sgd", learning_rate=0.5, max_grad_norm=0.0, m
 
 @pytest.fixture
 def server() -> Iterator[RolloutServer]:
-    found = RolloutServer(tiny.tiny_model(zoo.chatml(), 5), zoo.chatml()).start()
-    yield found
-    found.stop()
+    endpoint = RolloutServer(tiny.tiny_model(zoo.chatml(), 5), zoo.chatml()).start()
+    yield endpoint
+    endpoint.stop()
 
 
 def made(make: Any, out: Path, **options: Any) -> Any:
@@ -58,8 +58,8 @@ def written_by(trainer: Any, weights: dict[str, torch.Tensor], texts: list[np.nd
             p.copy_(weights[name])
     prompts = [ids[: _prompt(trainer, ids)] for ids in texts]
     seeds = trainer.row_seeds("rollouts", [prompts], 1, step)[0]
-    found = trainer.sampler(trainer.student, prompts, max_new_tokens=6, seed=seeds)
-    both = zip(texts, prompts, found, strict=True)
+    result = trainer.sampler(trainer.student, prompts, max_new_tokens=6, seed=seeds)
+    both = zip(texts, prompts, result, strict=True)
     return all(np.array_equal(ids, np.concatenate([prompt, own])) for ids, prompt, own in both)
 
 
@@ -80,8 +80,8 @@ def test_completions_are_of_the_weights_of_one_step_ago(tmp_path: Path, ahead: i
     texts, weights = watched(trainer)
     assert len(texts) == 4
     for step, wrote in enumerate(of_step):
-        found = [written_by(trainer, weights[k], texts[step], step) for k in range(4)]
-        assert found[wrote] and sum(found) < 4, (step, found)
+        results = [written_by(trainer, weights[k], texts[step], step) for k in range(4)]
+        assert results[wrote] and sum(results) < 4, (step, results)
     logs = [e for e in trainer.state.log_history if "loss" in e]
     assert [e.get("sampling/steps_old") for e in logs] == ([0, 1, 0, 1] if ahead else [None] * 4)
 
@@ -110,8 +110,8 @@ def test_what_the_student_says_of_its_own_text_is_its_log_prob(tmp_path: Path) -
     trainer = made(tiny.gkd, tmp_path)
     prompts = [np.array([1, 5, 9]), np.array([1, 7, 7, 8, 3]), np.array([2])]
     own = trainer.sampler.write(trainer.student, prompts, max_new_tokens=7, seed=3)
-    found = with_logps(trainer.student, trainer.student_head, prompts, own, 0, at_a_time=2, chunk_rows=4)
-    for prompt, completion in zip(prompts, found, strict=True):
+    result = with_logps(trainer.student, trainer.student_head, prompts, own, 0, at_a_time=2, chunk_rows=4)
+    for prompt, completion in zip(prompts, result, strict=True):
         text = torch.from_numpy(np.concatenate([prompt, completion.ids]))
         rows = trainer.student(text[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         expected = rows.gather(1, text[len(prompt) :, None])[:, 0]
@@ -128,22 +128,22 @@ def test_a_policy_gradient_is_weighted_by_the_student_of_now_over_the_one_that_w
     options = {**options, "learning_rate": 2e-3, "max_steps": 2, "max_completion_length": 12}
     trainer = made(make, tmp_path, rollout_ahead=1, vllm_importance_sampling_clip_max=most, **options)
     old = tiny.tiny_model(zoo.chatml(), 0)
-    found: list[tuple[torch.Tensor | None, torch.Tensor]] = []
+    results: list[tuple[torch.Tensor | None, torch.Tensor]] = []
     measure = trainer.rollouts.measure
 
-    def noted(batch: Any, *given: Any) -> None:
-        measure(batch, *given)
+    def noted(batch: Any, *arguments: Any) -> None:
+        measure(batch, *arguments)
         ids, logps = batch.student.targets[:, None], []
         with torch.no_grad():
             for model in (trainer.model, old):
                 rows = model.lm_head(trainer.hidden_at_rows(model, batch.student)).log_softmax(-1)
                 logps.append(rows.gather(1, ids)[:, 0])
-        found.append((batch.sampler_weight, (logps[0] - logps[1]).exp()))
+        results.append((batch.sampler_weight, (logps[0] - logps[1]).exp()))
 
     trainer.rollouts.measure = noted
     trainer.train()
-    assert found[0][0] is None  # the first window was written by the very student
-    weight, ratio = found[-1]
+    assert results[0][0] is None  # the first window was written by the very student
+    weight, ratio = results[-1]
     assert weight is not None and ratio.max() > most > ratio.min()
     torch.testing.assert_close(weight, ratio.clamp(max=most), rtol=1e-4, atol=1e-5)
 
@@ -169,13 +169,13 @@ def test_texts_of_the_data_are_not_written_for(tmp_path: Path) -> None:
     """The draw of who writes is that of the step at which the window is trained on."""
     options: dict[str, Any] = dict(rollout_ahead=1, lmbda=0.5, max_steps=6)
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), tiny.CHAT_ROWS * 3, **FAST, **options)
-    asked: list[int] = []
+    written: list[int] = []
     later = trainer.rollouts.write_later
-    trainer.rollouts.write_later = lambda student, step, *given, **more: (
-        asked.append(step + 1) or later(student, step, *given, **more)
+    trainer.rollouts.write_later = lambda student, step, *arguments, **more: (
+        written.append(step + 1) or later(student, step, *arguments, **more)
     )
     trainer.train()
-    assert asked == [step for step in range(1, 6) if trainer.student_writes_at(step)] and len(asked) < 5
+    assert written == [step for step in range(1, 6) if trainer.student_writes_at(step)] and len(written) < 5
 
 
 def test_prompts_that_do_not_fit_are_counted_once(tmp_path: Path) -> None:
@@ -208,13 +208,13 @@ def test_a_server_writes_while_the_student_is_trained(
     waited: list[bool] = []
 
     def late(body: Any) -> tuple[int, Any]:
-        if len(server.asked("/v1/completions")) > 4:
+        if len(server.bodies_of("/v1/completions")) > 4:
             waited.append(trained.wait(20))
         return complete(body)
 
-    def losing(*given: Any, **more: Any) -> Any:
+    def losing(*arguments: Any, **more: Any) -> Any:
         trained.set()
-        return loss(*given, **more)
+        return loss(*arguments, **more)
 
     server.complete, trainer.compute_loss = late, losing  # type: ignore[method-assign]
     trainer.train()
@@ -228,10 +228,10 @@ def test_a_server_that_goes_meanwhile_leaves_a_checkpoint(server: RolloutServer,
     trainer = served(tiny.gkd, tmp_path, server, max_steps=4, vllm_server_timeout=0.3)
     loss = trainer.compute_loss
 
-    def going(*given: Any, **more: Any) -> Any:
+    def going(*arguments: Any, **more: Any) -> Any:
         if trainer.state.global_step == 0:
             server.manner, server.loaded = "gone", 2
-        return loss(*given, **more)
+        return loss(*arguments, **more)
 
     trainer.compute_loss = going
     with pytest.raises(RolloutsUnavailable, match="checkpoint-"):

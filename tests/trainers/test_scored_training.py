@@ -75,11 +75,11 @@ def test_loss_and_gradient_are_those_of_the_teacher_itself(
 ) -> None:
     """Whatever the student's tokenizer, the teacher's own included."""
     own = zoo.ALL[student]()
-    kept = from_scores(tmp_path / "kept", own, folders[level], objective)
-    asked = tiny.gkd(tmp_path / "asked", own, zoo.inst(), ROWS, lmbda=0.0, objective=objective)
-    found, gradient = loss_and_gradient(kept)
-    expected, other = loss_and_gradient(asked)
-    assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
+    stored = from_scores(tmp_path / "kept", own, folders[level], objective)
+    direct = tiny.gkd(tmp_path / "asked", own, zoo.inst(), ROWS, lmbda=0.0, objective=objective)
+    result, gradient = loss_and_gradient(stored)
+    expected, other = loss_and_gradient(direct)
+    assert result == pytest.approx(expected, rel=tolerance, abs=tolerance)
     assert (gradient - other).norm() <= 5 * tolerance * other.norm() + 1e-7
 
 
@@ -118,11 +118,11 @@ def test_more_likeliest_ids_than_were_kept_are_refused(tmp_path: Path, folders: 
         from_scores(tmp_path, zoo.chatml(), folders["top_k"], [{"name": "top_k", "k": 21}])
 
 
-@pytest.mark.parametrize(("options", "said"), [({"lmbda": 0.5}, "lmbda=0.5"), ({"seq_kd": True}, "seq_kd=True")])
+@pytest.mark.parametrize(("options", "message"), [({"lmbda": 0.5}, "lmbda=0.5"), ({"seq_kd": True}, "seq_kd=True")])
 def test_a_run_that_writes_its_own_texts_is_refused(
-    tmp_path: Path, folders: dict[str, Path], options: dict[str, Any], said: str
+    tmp_path: Path, folders: dict[str, Path], options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         from_scores(tmp_path, zoo.chatml(), folders["logprobs"], "alm", **options)
     with pytest.raises(ConfigError, match="MiniLLM"):
         tiny.minillm(

@@ -23,9 +23,9 @@ from diglot.teachers import served
 
 @pytest.fixture
 def server() -> Iterator[TeacherServer]:
-    found = TeacherServer(tiny.tiny_model(zoo.turns(), 1), zoo.turns()).start()
-    yield found
-    found.stop()
+    endpoint = TeacherServer(tiny.tiny_model(zoo.turns(), 1), zoo.turns()).start()
+    yield endpoint
+    endpoint.stop()
 
 
 @pytest.fixture(autouse=True)

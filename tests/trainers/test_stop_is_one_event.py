@@ -35,8 +35,8 @@ def base_and_instruct() -> tuple[list[Any], list[Any], tuple[int, int]]:
 
 def one_window(trainer: Any, rows: list[dict[str, Any]] = ROWS) -> Batch:
     batches = iter([trainer.data_collator(rows)])
-    found: Batch = trainer.get_batch_samples(batches, 1, trainer.args.device)[0][0]["batch"]
-    return found
+    window: Batch = trainer.get_batch_samples(batches, 1, trainer.args.device)[0][0]["batch"]
+    return window
 
 
 def test_the_same_model_under_another_stop_id_is_no_distance_away() -> None:

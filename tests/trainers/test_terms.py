@@ -84,8 +84,8 @@ def test_loss_and_gradient_do_not_depend_on_the_split_nor_on_the_rows_of_a_block
     whole = tiny.gkd(tmp_path, zoo.chatml(), zoo.turns(), **options)
     split = tiny.gkd(tmp_path, zoo.chatml(), zoo.turns(), rows_per_chunk=5, **options)
     expected, gradient = _loss_and_gradient(whole, _window(whole, 4))
-    found, other = _loss_and_gradient(split, _window(split, 1))
-    assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    result, other = _loss_and_gradient(split, _window(split, 1))
+    assert result == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert (gradient - other).abs().max() <= 2e-5 * gradient.abs().max()
 
 
@@ -263,16 +263,16 @@ def test_beta_reaches_every_objective_that_has_one_unless_its_entry_gives_one(tm
     assert betas(tiny.gkd, name, beta=0.5) == [0.5]
 
 
-@pytest.mark.parametrize(("options", "said"), [
+@pytest.mark.parametrize(("options", "message"), [
     ({"objective": "span", "beta": 1.0}, "beta=1.0 has no part in objective 'span'"),
     ({"objective": ["span", "alm"], "beta": 0.5}, "beta=0.5 has no part in objective 'span', 'alm'"),
     ({"objective": ["span", "bpm"], "strict_top_k": 4}, "strict_top_k=4 has no part in objective 'span', 'bpm'"),
     ({"objective": "alm", "kd_temperature": 2.0}, "kd_temperature=2.0 has no part in objective 'alm'"),
 ])  # fmt: skip
 def test_an_option_that_no_objective_can_use_is_refused_by_name(
-    tmp_path: Path, options: dict[str, Any], said: str
+    tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         tiny.gkd(tmp_path, zoo.chatml(), zoo.inst(), **options)
 
 

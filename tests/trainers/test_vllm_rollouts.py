@@ -18,9 +18,9 @@ from diglot.trainers.replay import replay, save_batches
 
 @pytest.fixture
 def server() -> Iterator[RolloutServer]:
-    found = RolloutServer(tiny.tiny_model(zoo.chatml(), 5), zoo.chatml()).start()
-    yield found
-    found.stop()
+    endpoint = RolloutServer(tiny.tiny_model(zoo.chatml(), 5), zoo.chatml()).start()
+    yield endpoint
+    endpoint.stop()
 
 
 def made(make: Any, out: Path, server: RolloutServer, **options: Any) -> Any:
@@ -59,7 +59,7 @@ def test_requests_hold_ids_the_stop_set_the_trainers_distribution_and_a_seed_of_
 ) -> None:
     trainer = made(tiny.gkd, tmp_path, server, **GKD, temperature=0.7, top_p=0.9, top_k=30, max_steps=1)
     trainer.train()
-    bodies = server.asked("/v1/completions")
+    bodies = server.bodies_of("/v1/completions")
     assert len(bodies) == 4 and len({b["seed"] for b in bodies}) == 4
     for body in bodies:
         assert all(isinstance(i, int) for i in body["prompt"]) and body["return_token_ids"]
@@ -92,14 +92,14 @@ def test_a_policy_gradient_is_weighted_by_student_over_engine_and_the_weight_is_
 
 
 def test_a_divergence_of_rows_is_not_weighted(server: RolloutServer, tmp_path: Path) -> None:
-    found = []
+    results = []
     for shift in (0.0, -0.5):
         server.shift = shift
         trainer = made(tiny.gkd, tmp_path / str(shift), server, lmbda=1.0, max_steps=1)
         trainer.train()
-        found.append(tiny.parameters(trainer.model))
-    for name, p in found[0].items():
-        torch.testing.assert_close(p, found[1][name], atol=0, rtol=0)
+        results.append(tiny.parameters(trainer.model))
+    for name, p in results[0].items():
+        torch.testing.assert_close(p, results[1][name], atol=0, rtol=0)
 
 
 def test_an_engine_with_other_weights_stops_the_run_before_the_optimizer(server: RolloutServer, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_is_gone_leaves_a_chec
 ) -> None:
     server.manner = "busy"
     made(tiny.gkd, tmp_path / "busy", server, **GKD, max_steps=1).train()
-    assert len(server.asked("/v1/completions")) == 7
+    assert len(server.bodies_of("/v1/completions")) == 7
     server.manner, server.loaded = "gone", 0
     with pytest.raises(RolloutsUnavailable, match=r"vllm_server_timeout.*checkpoint-1"):
         made(tiny.gkd, tmp_path / "gone", server, **GKD, vllm_server_timeout=1.5).train()
@@ -176,9 +176,9 @@ def test_inner_epochs_resume_with_the_weights_of_their_completions(server: Rollo
 def test_a_saved_batch_is_replayed_with_its_weights(server: RolloutServer, tmp_path: Path) -> None:
     server.shift = -0.5
     trainer = made(tiny.gkd, tmp_path, server, **GKD)
-    (found,), _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
-    loss = float(trainer.batch_loss(trainer.model, found["batch"]).detach())
-    save_batches(tmp_path / "kept", [found["batch"]], {})
+    (window,), _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+    loss = float(trainer.batch_loss(trainer.model, window["batch"]).detach())
+    save_batches(tmp_path / "kept", [window["batch"]], {})
     (again,) = replay(trainer, tmp_path / "kept")
     assert again["loss"] == pytest.approx(loss, rel=1e-5) and abs(loss) > 0.1
 
@@ -186,10 +186,10 @@ def test_a_saved_batch_is_replayed_with_its_weights(server: RolloutServer, tmp_p
 def test_a_student_that_is_no_number_is_dealt_with_as_ever(server: RolloutServer, tmp_path: Path) -> None:
     """The gap to it is no number either, and says nothing about the engine."""
     trainer = made(tiny.gkd, tmp_path, server, **GKD)
-    (found,), _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+    (window,), _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
     with torch.no_grad():
         next(trainer.model.parameters()).fill_(float("nan"))
-    assert not torch.isfinite(trainer.batch_loss(trainer.model, found["batch"]))
+    assert not torch.isfinite(trainer.batch_loss(trainer.model, window["batch"]))
 
 
 def test_minillm_says_that_the_teacher_does_not_write_with_vllm(

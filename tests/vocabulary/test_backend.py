@@ -29,8 +29,8 @@ def both(tokenizer: PreTrainedTokenizerBase) -> Copies:
 
 
 def states(encoder: ByteEncoder) -> list[str | None]:
-    found = (encoder._encoder._inside.plain, encoder._encoder._inside.with_specials)
-    return [copy and copy.to_str() for copy in found]
+    tokens = (encoder._encoder._inside.plain, encoder._encoder._inside.with_specials)
+    return [copy and copy.to_str() for copy in tokens]
 
 
 def is_shared(tokenizer: PreTrainedTokenizerBase) -> bool:

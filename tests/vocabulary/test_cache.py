@@ -55,10 +55,10 @@ def changed(change: Callable[[PreTrainedTokenizerFast], object], **special: str)
 def everything(vocabulary: Vocabulary) -> dict[str, Ints]:
     """All that may be kept about a vocabulary and its pair with another."""
     trie, cells = vocabulary.trie, shared_prefix_cells(vocabulary, OTHER)
-    found = {name: getattr(trie, name) for name in ("sorted_ids", "low", "high", "token", "node_at", "edges")}
-    found |= dict(zip(("shared_s", "shared_t"), vocabulary.shared(OTHER), strict=True))
-    found |= {"there": greedy_tokens(vocabulary, OTHER), "back": greedy_tokens(OTHER, vocabulary)}
-    return found | {"cells_s": cells.student, "cells_t": cells.teacher, "count": np.array([cells.count])}
+    results = {name: getattr(trie, name) for name in ("sorted_ids", "low", "high", "token", "node_at", "edges")}
+    results |= dict(zip(("shared_s", "shared_t"), vocabulary.shared(OTHER), strict=True))
+    results |= {"there": greedy_tokens(vocabulary, OTHER), "back": greedy_tokens(OTHER, vocabulary)}
+    return results | {"cells_s": cells.student, "cells_t": cells.teacher, "count": np.array([cells.count])}
 
 
 def equal(one: Mapping[str, Ints], other: Mapping[str, Ints]) -> bool:
@@ -83,8 +83,8 @@ def test_what_is_kept_is_what_is_built(name: str, tables: Path, monkeypatch: pyt
     assert {path.name.split("-")[0] for path in files} == {"trie", "shared", "greedy", "cells"}
     for method in ("of", "longest"):
         monkeypatch.setattr(f"diglot.vocabulary.trie.ByteTrie.{method}", lambda *_: pytest.fail("built, though kept"))
-    kept = everything(fresh(name))
-    assert equal(kept, built) and all(array.flags.writeable for array in kept.values())
+    expected = everything(fresh(name))
+    assert equal(expected, built) and all(array.flags.writeable for array in expected.values())
     assert {path: path.stat().st_mtime_ns for path in tables.iterdir()} == files
 
 
@@ -106,9 +106,9 @@ def test_a_changed_tokenizer_is_never_served_the_tables_of_the_old_one(
     first: str | None, then: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything(CHANGES[first]() if first else fresh())
-    found = everything(CHANGES[then]())
+    state = everything(CHANGES[then]())
     monkeypatch.setenv("DIGLOT_TABLES", "off")
-    assert equal(found, everything(CHANGES[then]()))
+    assert equal(state, everything(CHANGES[then]()))
 
 
 def _truncate(path: Path) -> None:
@@ -178,8 +178,8 @@ def test_a_damaged_or_foreign_entry_is_said_once_and_built_anew(
         assert equal(everything(fresh()), built)
         damage(path)
         assert equal(everything(fresh()), built)
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 1 and str(path) in said[0] and "built anew" in said[0]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1 and str(path) in messages[0] and "built anew" in messages[0]
     assert path.read_bytes() == whole
 
 
@@ -193,8 +193,8 @@ def test_an_entry_under_the_name_of_another_is_not_taken_for_it(tables: Path) ->
     _ = fresh("turns").trie
     (other,) = set(tables.iterdir()) - {one}
     os.replace(other, one)
-    kept = fresh("chatml").trie
-    assert np.array_equal(kept.low, type(kept).of(fresh("chatml")).low)
+    expected = fresh("chatml").trie
+    assert np.array_equal(expected.low, type(expected).of(fresh("chatml")).low)
 
 
 def test_other_code_builds_anew(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,13 +208,13 @@ def test_other_code_builds_anew(tables: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_every_source_of_the_package_counts_as_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So nobody can change how a table is built and be served the one of before."""
     monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
-    found = {cache._code.__wrapped__()}
+    results = {cache._code.__wrapped__()}
     for name in ("cache.py", "trie.py", "maps.py"):
         (tmp_path / name).write_text("a")
-        found.add(cache._code.__wrapped__())
+        results.add(cache._code.__wrapped__())
         (tmp_path / name).write_text("b")
-        found.add(cache._code.__wrapped__())
-    assert len(found) == 7 and "" in found
+        results.add(cache._code.__wrapped__())
+    assert len(results) == 7 and "" in results
 
 
 WRITER = """
@@ -227,8 +227,8 @@ print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(60):
     cache._write(path, arrays, {"kind": "race"})
-    found = cache._read(path, {"kind": "race"})
-    assert found is not None and all(np.array_equal(found[name], arrays[name]) for name in arrays)
+    entry = cache._read(path, {"kind": "race"})
+    assert entry is not None and all(np.array_equal(entry[name], arrays[name]) for name in arrays)
 """
 
 
@@ -243,9 +243,9 @@ def test_processes_that_write_at_once_never_see_half_an_entry(tables: Path) -> N
         assert writer.stdin is not None
         writer.stdin.write("go\n")
         writer.stdin.flush()
-    said = [writer.communicate(timeout=120)[1] for writer in writers]
-    assert [writer.returncode for writer in writers] == [0, 0], said
-    assert "built anew" not in "".join(said)
+    errors = [writer.communicate(timeout=120)[1] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0], errors
+    assert "built anew" not in "".join(errors)
     assert [path.name for path in tables.iterdir()] == ["race.safetensors"]
 
 
@@ -261,15 +261,15 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch
 def test_a_read_only_folder_is_read_and_not_written(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables.mkdir()
     _ = fresh().trie
-    kept = sorted(tables.iterdir())
+    before = sorted(tables.iterdir())
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     # As a read-only file system answers; root would be allowed to write whatever the mode of the folder says.
     monkeypatch.setattr(tempfile, "mkstemp", refuse)
-    assert fresh().trie.low[0] == 0 and sorted(tables.iterdir()) == kept
-    for path in kept:
+    assert fresh().trie.low[0] == 0 and sorted(tables.iterdir()) == before
+    for path in before:
         path.unlink()
     assert fresh().trie.low[0] == 0 and not list(tables.iterdir())
 
@@ -325,5 +325,5 @@ def test_small_vocabularies_are_not_kept(tables: Path, monkeypatch: pytest.Monke
 def test_a_round_trip_loses_nothing(arrays: dict[str, Ints], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("tables") / "x.safetensors"
     cache._write(path, arrays, {"kind": "x"})
-    found = cache._read(path, {"kind": "x"})
-    assert found is not None and equal(found, arrays)
+    result = cache._read(path, {"kind": "x"})
+    assert result is not None and equal(result, arrays)

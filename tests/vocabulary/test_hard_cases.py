@@ -30,9 +30,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[Vocabulary, E
 
 def spelt(tokenizer: PreTrainedTokenizerFast, text: str) -> bytes:
     """The bytes of a text whose tokens are all exact."""
-    vocabulary, found = encode(tokenizer, text)
-    assert found.exact.all()
-    return vocabulary.bytes_of(found.ids)
+    vocabulary, tokens = encode(tokenizer, text)
+    assert tokens.exact.all()
+    return vocabulary.bytes_of(tokens.ids)
 
 
 def test_runs_of_spaces_that_are_added_tokens_too_are_spaces() -> None:
@@ -42,8 +42,8 @@ def test_runs_of_spaces_that_are_added_tokens_too_are_spaces() -> None:
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_tokens([AddedToken("▁▁", normalized=False)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
-    vocabulary, found = encode(tokenizer, "a  a")
-    assert found.ids.tolist() == [2, 1, 2] and found.exact.all()
+    vocabulary, tokens = encode(tokenizer, "a  a")
+    assert tokens.ids.tolist() == [2, 1, 2] and tokens.exact.all()
     assert vocabulary.bytes_of([1]) == b"  "
 
 
@@ -80,8 +80,8 @@ def test_a_pad_that_is_a_piece_of_text_stays_text_when_the_tokenizer_is_saved_an
 @pytest.mark.parametrize("text", ["a </s> b", "a \uff1c/s\uff1e b", "a </S> b"])
 def test_no_text_reaches_a_control_token_through_a_normaliser(text: str) -> None:
     tokenizer = zoo.unigram_nfkc()
-    _, found = encode(tokenizer, text)
-    assert tokenizer.eos_token_id not in found.ids and found.ends[-1] == len(text.encode())
+    _, tokens = encode(tokenizer, text)
+    assert tokenizer.eos_token_id not in tokens.ids and tokens.ends[-1] == len(text.encode())
 
 
 def test_encoding_is_the_same_every_time_for_a_tokenizer_with_dropout() -> None:
@@ -100,16 +100,16 @@ def test_the_users_truncation_and_padding_stay_as_they_are() -> None:
 
 
 def test_punctuation_of_wordpiece_has_no_space_where_its_decoder_writes_none() -> None:
-    _, found = encode(zoo.wordpiece(), "hello, world.")
-    assert found.exact.all() and found.ends[-1] == 13
+    _, tokens = encode(zoo.wordpiece(), "hello, world.")
+    assert tokens.exact.all() and tokens.ends[-1] == 13
 
 
 def test_the_last_word_of_a_suffix_tokenizer_has_no_space() -> None:
     vocab = {"a": 0, "b": 1, "a</w>": 2, "b</w>": 3, "<e>": 4}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], end_of_word_suffix="</w>"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder(suffix="</w>")
-    _, found = encode(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>"), "a b")
-    assert found.ends.tolist() == [2, 3] and found.exact.all()
+    _, tokens = encode(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>"), "a b")
+    assert tokens.ends.tolist() == [2, 3] and tokens.exact.all()
 
 
 def test_words_that_each_get_their_own_mark_keep_it() -> None:
@@ -118,8 +118,8 @@ def test_words_that_each_get_their_own_mark_keep_it() -> None:
     backend = Tokenizer(models.Unigram(pieces, unk_id=0))
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     backend.decoder = decoders.Metaspace()
-    _, found = encode(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"), "a b")
-    assert found.ids.tolist() == [1, 2] and found.ends.tolist() == [1, 3] and found.exact.all()
+    _, tokens = encode(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"), "a b")
+    assert tokens.ids.tolist() == [1, 2] and tokens.ends.tolist() == [1, 3] and tokens.exact.all()
 
 
 def test_a_decoder_that_does_not_fit_its_pre_tokenizer_is_refused() -> None:

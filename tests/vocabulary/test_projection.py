@@ -32,46 +32,46 @@ def build(student: Vocabulary, teacher: Vocabulary, **spellings: list[bytes]) ->
 
 
 def test_equal_bytes_weigh_one() -> None:
-    found = build(vocabulary(b"b", b"a"), vocabulary(b"a", b"x", b"b"))
-    assert [row(found, i) for i in range(2)] == [{2: 1.0}, {0: 1.0}]
+    projection = build(vocabulary(b"b", b"a"), vocabulary(b"a", b"x", b"b"))
+    assert [row(projection, i) for i in range(2)] == [{2: 1.0}, {0: 1.0}]
 
 
 def test_pieces_weigh_less_by_a_factor_of_ten() -> None:
-    found = build(vocabulary(b"12", b"123"), DIGITS)
-    assert row(found, 0) == pytest.approx({0: 0.9 / 0.99, 1: 0.09 / 0.99})
-    assert row(found, 1) == pytest.approx({0: 0.9 / 0.999, 1: 0.09 / 0.999, 2: 0.009 / 0.999})
+    projection = build(vocabulary(b"12", b"123"), DIGITS)
+    assert row(projection, 0) == pytest.approx({0: 0.9 / 0.99, 1: 0.09 / 0.99})
+    assert row(projection, 1) == pytest.approx({0: 0.9 / 0.999, 1: 0.09 / 0.999, 2: 0.009 / 0.999})
 
 
 def test_of_more_than_four_pieces_the_first_four_count() -> None:
-    found = row(build(vocabulary(b"12345"), DIGITS), 0)
-    assert found == pytest.approx({i: 0.9 * 0.1**i / 0.9999 for i in range(4)}, rel=1e-5)
+    projection = row(build(vocabulary(b"12345"), DIGITS), 0)
+    assert projection == pytest.approx({i: 0.9 * 0.1**i / 0.9999 for i in range(4)}, rel=1e-5)
 
 
 def test_equal_pieces_are_added_up_and_rows_are_heaviest_first() -> None:
-    found = build(vocabulary(b"1221"), DIGITS)
-    assert row(found, 0) == pytest.approx({0: 0.9009 / 0.9999, 1: 0.099 / 0.9999})
-    assert found.ids[0].tolist() == [0, 1, -1, -1]
-    assert found.weights[0, 2:].tolist() == [0.0, 0.0]
+    projection = build(vocabulary(b"1221"), DIGITS)
+    assert row(projection, 0) == pytest.approx({0: 0.9009 / 0.9999, 1: 0.099 / 0.9999})
+    assert projection.ids[0].tolist() == [0, 1, -1, -1]
+    assert projection.weights[0, 2:].tolist() == [0.0, 0.0]
 
 
 def test_text_is_cut_as_the_teacher_cuts_it() -> None:
     """Not greedily: the longest teacher token at the start would be `ab`."""
-    found = build(vocabulary(b"abc"), vocabulary(b"a", b"ab", b"bc", b"c"), abc=[b"a", b"bc"])
-    assert list(row(found, 0)) == [0, 2]
+    projection = build(vocabulary(b"abc"), vocabulary(b"a", b"ab", b"bc", b"c"), abc=[b"a", b"bc"])
+    assert list(row(projection, 0)) == [0, 2]
 
 
 def test_a_piece_of_a_character_is_cut_into_the_longest_tokens() -> None:
     student = vocabulary(b"\xf0\x9f\x98", b"\xf0\x9f", b"a\xf0", b"\xff")
     teacher = vocabulary(b"\xf0", b"\xf0\x9f", b"\x98", b"a")
-    found = build(student, teacher)
-    assert [list(row(found, i)) for i in range(4)] == [[1, 2], [1], [3, 0], []]
+    projection = build(student, teacher)
+    assert [list(row(projection, i)) for i in range(4)] == [[1, 2], [1], [3, 0], []]
 
 
 def test_a_tokenizer_that_changes_the_text_is_not_believed() -> None:
     """It reads `AB` as `ab`; by its bytes the token is `A`, `B`. What it cannot write at all has an empty row."""
     teacher = vocabulary(b"ab", b"A", b"B")
-    found = Projection.build(vocabulary(b"AB", b"Ab"), teacher, speller(teacher, {"AB": [b"ab"], "Ab": [b"ab"]}))
-    assert [list(row(found, i)) for i in range(2)] == [[1, 2], []]
+    projection = Projection.build(vocabulary(b"AB", b"Ab"), teacher, speller(teacher, {"AB": [b"ab"], "Ab": [b"ab"]}))
+    assert [list(row(projection, i)) for i in range(2)] == [[1, 2], []]
 
 
 def test_of_equal_teacher_tokens_the_one_that_it_writes_is_meant() -> None:
@@ -87,22 +87,22 @@ def test_control_tokens_are_matched_by_name_or_role_never_by_likeness() -> None:
     student = vocabulary(b"a", "<s>", "<|im_start|>", "<|im_end|>", "<pad>", "")
     teacher = vocabulary("<|im_end|>", b"a", b"<s>", "<s>", "<eos>", "[PAD]")
     spell = speller(teacher)
-    found = Projection.build(student, teacher, spell)
-    assert [row(found, i) for i in range(6)] == [{1: 1.0}, {3: 1.0}, {}, {0: 1.0}, {}, {}]
+    projection = Projection.build(student, teacher, spell)
+    assert [row(projection, i) for i in range(6)] == [{1: 1.0}, {3: 1.0}, {}, {0: 1.0}, {}, {}]
     roles = [([3], [4, 0]), ([4], [5]), ([0], [5])]
-    found = Projection.build(student, teacher, spell, roles=roles)
-    assert row(found, 3) == {0: 0.5, 4: 0.5}
-    assert row(found, 4) == {5: 1.0}
-    assert row(found, 0) == {1: 1.0}, "a token of text has its bytes"
+    projection = Projection.build(student, teacher, spell, roles=roles)
+    assert row(projection, 3) == {0: 0.5, 4: 0.5}
+    assert row(projection, 4) == {5: 1.0}
+    assert row(projection, 0) == {1: 1.0}, "a token of text has its bytes"
 
 
 def test_the_reverse_pass_gives_the_last_slot_to_the_shortest_token_without_preimage() -> None:
     student, teacher = vocabulary(b"1", b"2", b"3"), vocabulary(b"1", b"2", b"123", b"12", b"3")
     spell_t = speller(teacher)
     assert row(Projection.build(student, teacher, spell_t), 0) == {0: 1.0}
-    found = Projection.build(student, teacher, spell_t, reverse=True, spell_s=speller(student))
-    assert row(found, 0) == pytest.approx({0: 0.8, 3: 0.2})
-    assert row(found, 1) == {1: 1.0}
+    projection = Projection.build(student, teacher, spell_t, reverse=True, spell_s=speller(student))
+    assert row(projection, 0) == pytest.approx({0: 0.8, 3: 0.2})
+    assert row(projection, 1) == {1: 1.0}
     with pytest.raises(VocabularyError, match="pass spell_s"):
         Projection.build(student, teacher, spell_t, reverse=True)
 
@@ -110,8 +110,8 @@ def test_the_reverse_pass_gives_the_last_slot_to_the_shortest_token_without_prei
 def test_a_full_row_gives_its_fourth_piece_up_in_the_reverse_pass() -> None:
     student, teacher = vocabulary(b"1234", b"5"), vocabulary(b"1", b"2", b"3", b"4", b"5", b"12345")
     spelt = speller(student, {"12345": [b"1234", b"5"], "1": [], "2": [], "3": [], "4": []})
-    found = row(Projection.build(student, teacher, speller(teacher), reverse=True, spell_s=spelt), 0)
-    assert found == pytest.approx({0: 0.72 / 0.999, 1: 0.072 / 0.999, 2: 0.0072 / 0.999, 5: 0.2})
+    projection = row(Projection.build(student, teacher, speller(teacher), reverse=True, spell_s=spelt), 0)
+    assert projection == pytest.approx({0: 0.72 / 0.999, 1: 0.072 / 0.999, 2: 0.0072 / 0.999, 5: 0.2})
 
 
 def test_numbering_does_not_matter() -> None:
@@ -119,14 +119,14 @@ def test_numbering_does_not_matter() -> None:
     teacher = vocabulary(b"1", b"2", b"12x", b"\xf0", b"\x9f", "<s>", b"a")
     options = dict(reverse=True, spell_s=speller(student))
     dense = np.zeros((6, 7))
-    found = Projection.build(student, teacher, speller(teacher), **options)
-    rows, columns, weights = found.entries()
+    projection = Projection.build(student, teacher, speller(teacher), **options)
+    rows, columns, weights = projection.entries()
     dense[rows, columns] = weights
     order_s, order_t = [3, 5, 0, 4, 2, 1], [6, 2, 4, 0, 5, 3, 1]
     other_s, other_t = renumbered(student, order_s), renumbered(teacher, order_t)
     again = np.zeros((6, 7))
-    found = Projection.build(other_s, other_t, speller(other_t), reverse=True, spell_s=speller(other_s))
-    rows, columns, weights = found.entries()
+    projection = Projection.build(other_s, other_t, speller(other_t), reverse=True, spell_s=speller(other_s))
+    rows, columns, weights = projection.entries()
     again[rows, columns] = weights
     np.testing.assert_array_equal(again, dense[np.ix_(order_s, order_t)])
 
@@ -141,22 +141,22 @@ def side(name: str) -> tuple[Vocabulary, ByteEncoder]:
 @pytest.mark.parametrize("student", sorted(zoo.ALL))
 def test_each_row_is_a_distribution_whose_largest_part_begins_the_token(student: str, teacher: str) -> None:
     (vocab_s, _), (vocab_t, encoder_t) = side(student), side(teacher)
-    found = Projection.build(vocab_s, vocab_t, encoder_t.spell)
-    used = (found.ids >= 0).any(1)
-    assert np.abs(found.weights[used].sum(1, dtype=np.float64) - 1).max() < 1e-6
-    assert (np.diff(found.weights, axis=1) <= 0).all()
+    tokens = Projection.build(vocab_s, vocab_t, encoder_t.spell)
+    used = (tokens.ids >= 0).any(1)
+    assert np.abs(tokens.weights[used].sum(1, dtype=np.float64) - 1).max() < 1e-6
+    assert (np.diff(tokens.weights, axis=1) <= 0).all()
     writable = {vocab_t.token(i) for i in range(len(vocab_t))} - {b""}
     for i in np.flatnonzero(~vocab_s.control & (vocab_s.lengths > 0)).tolist():
         raw = vocab_s.token(i)
         if not used[i]:
             assert any(bytes([b]) not in writable for b in raw), raw
         elif raw in writable:
-            assert vocab_t.token(found.ids[i, 0]) == raw and found.weights[i, 0] == 1
+            assert vocab_t.token(tokens.ids[i, 0]) == raw and tokens.weights[i, 0] == 1
         else:
-            assert raw.startswith(vocab_t.token(found.ids[i, 0])) and found.weights[i, 0] >= 0.9
-            assert all(vocab_t.token(j) in raw for j in found.ids[i][found.ids[i] >= 0])
+            assert raw.startswith(vocab_t.token(tokens.ids[i, 0])) and tokens.weights[i, 0] >= 0.9
+            assert all(vocab_t.token(j) in raw for j in tokens.ids[i][tokens.ids[i] >= 0])
     for i in np.flatnonzero(vocab_s.control).tolist():
-        names = {vocab_t.names[j] for j in found.ids[i][found.ids[i] >= 0].tolist()}
+        names = {vocab_t.names[j] for j in tokens.ids[i][tokens.ids[i] >= 0].tolist()}
         assert names <= {vocab_s.names.get(i)}
 
 
@@ -164,8 +164,8 @@ def test_equal_tables_give_the_identity() -> None:
     vocab, encoder_t = side("turns")
     padded = Vocabulary.from_tokenizer(zoo.turns(), len(vocab) + 7)
     for student, teacher in ((vocab, vocab), (vocab, padded), (padded, vocab)):
-        found = Projection.build(student, teacher, encoder_t.spell)
-        rows, columns, weights = found.entries()
+        tokens = Projection.build(student, teacher, encoder_t.spell)
+        rows, columns, weights = tokens.entries()
         assert rows.tolist() == columns.tolist() == list(range(len(vocab)))
         assert (weights == 1).all()
 
@@ -181,11 +181,15 @@ def saved(tmp_path: Path) -> Path:
 
 def test_what_is_saved_is_loaded(saved: Path) -> None:
     made = Projection.build(STUDENT, TEACHER, speller(TEACHER), roles=[([2], [3])])
-    found = Projection.load(saved, STUDENT, TEACHER)
-    np.testing.assert_array_equal(found.ids, made.ids)
-    np.testing.assert_array_equal(found.weights, made.weights)
-    assert (found.ids.dtype, found.weights.dtype, found.size_t) == (np.int64, np.float32, 4)
-    assert found.rules == made.rules == {"slots": 4, "first": 0.9, "decay": 0.1, "reverse": None, "roles": [[[2], [3]]]}
+    projection = Projection.load(saved, STUDENT, TEACHER)
+    np.testing.assert_array_equal(projection.ids, made.ids)
+    np.testing.assert_array_equal(projection.weights, made.weights)
+    assert (projection.ids.dtype, projection.weights.dtype, projection.size_t) == (np.int64, np.float32, 4)
+    assert (
+        projection.rules
+        == made.rules
+        == {"slots": 4, "first": 0.9, "decay": 0.1, "reverse": None, "roles": [[[2], [3]]]}
+    )
     record = json.loads((saved / "projection.json").read_text())
     assert (record["student"], record["teacher"]) == (STUDENT.content_hash, TEACHER.content_hash)
     assert record["shape"] == [3, 4]
@@ -194,9 +198,9 @@ def test_what_is_saved_is_loaded(saved: Path) -> None:
 def test_padding_rows_may_differ_from_when_it_was_saved(saved: Path) -> None:
     student = vocabulary(b"12", b"1", "<s>", "", "")
     teacher = vocabulary(b"2", b"1", b"3", "<s>", "")
-    found = Projection.load(saved, student, teacher)
-    assert found.ids.shape == (5, 4) and found.size_t == 5
-    assert (found.ids[3:] == -1).all()
+    projection = Projection.load(saved, student, teacher)
+    assert projection.ids.shape == (5, 4) and projection.size_t == 5
+    assert (projection.ids[3:] == -1).all()
 
 
 def test_another_pair_is_refused_and_both_hashes_are_named(saved: Path) -> None:
@@ -257,9 +261,9 @@ def test_arrays_that_are_no_projection_are_refused(saved: Path) -> None:
 def test_real_numerals_begin_with_their_first_digit(student: str, teacher: str) -> None:
     """These teachers write one digit at a time: no numeral of two or three digits is a token of theirs."""
     (vocab_s, vocab_t) = (Vocabulary.from_tokenizer(real_tokenizer(name)) for name in (student, teacher))
-    found = Projection.build(vocab_s, vocab_t, ByteEncoder(real_tokenizer(teacher), vocab_t).spell)
+    projection = Projection.build(vocab_s, vocab_t, ByteEncoder(real_tokenizer(teacher), vocab_t).spell)
     for i in range(len(vocab_s)):
         raw = vocab_s.token(i)
         if raw.isdigit():
-            assert vocab_t.token(found.ids[i, 0]) == raw[:1]
-    assert (found.ids[vocab_s.lengths > 0, 0] >= 0).all(), "both teachers can write every byte"
+            assert vocab_t.token(projection.ids[i, 0]) == raw[:1]
+    assert (projection.ids[vocab_s.lengths > 0, 0] >= 0).all(), "both teachers can write every byte"

@@ -57,14 +57,14 @@ def pair(name: str) -> tuple[Vocabulary, ByteEncoder]:
 PAIRS = {name: pair(name) for name in zoo.ALL}
 
 
-def check(vocabulary: Vocabulary, text: str, found: Encoded) -> None:
+def check(vocabulary: Vocabulary, text: str, encoded: Encoded) -> None:
     """The contract of `Encoded`, token by token."""
     raw = text.encode()
-    if not len(found.ids):
+    if not len(encoded.ids):
         return
-    assert found.ends[-1] == len(raw) and (np.diff(found.ends) >= 0).all() and found.ends[0] >= 0
+    assert encoded.ends[-1] == len(raw) and (np.diff(encoded.ends) >= 0).all() and encoded.ends[0] >= 0
     start = 0
-    for i, (token, end, exact) in enumerate(zip(found.ids, found.ends, found.exact, strict=True)):
+    for i, (token, end, exact) in enumerate(zip(encoded.ids, encoded.ends, encoded.exact, strict=True)):
         spelt = vocabulary.token(token)
         if i == 0 and vocabulary.leading_space and spelt != raw[start:end]:
             spelt = spelt.removeprefix(b" ")
@@ -98,12 +98,12 @@ def test_spelling_gives_ids_and_ends_of_the_texts_that_are_exact_and_no_others(n
         if not is_text(raw):
             assert ids is None
             continue
-        found = encoder.encode([raw.decode()])[0]
-        dropped = bool(raw) and not len(found.ids)  # by the tokenizer, whole
-        assert (ids is not None) == (found.exact.all() and not dropped)
+        tokens = encoder.encode([raw.decode()])[0]
+        dropped = bool(raw) and not len(tokens.ids)  # by the tokenizer, whole
+        assert (ids is not None) == (tokens.exact.all() and not dropped)
         if ids is not None:
-            assert ids == found.ids.tolist()
-            assert vocabulary.ends_in(raw, ids).tolist() == found.ends.tolist()
+            assert ids == tokens.ids.tolist()
+            assert vocabulary.ends_in(raw, ids).tolist() == tokens.ends.tolist()
 
 
 @pytest.mark.parametrize("name", zoo.LOSSLESS)
@@ -111,16 +111,16 @@ def test_spelling_gives_ids_and_ends_of_the_texts_that_are_exact_and_no_others(n
 @given(text=text_strategy)
 def test_byte_level_tokenizers_lose_nothing(name: str, text: str) -> None:
     vocabulary, encoder = PAIRS[name]
-    found = encoder.encode([text])[0]
-    assert found.exact.all() and vocabulary.bytes_of(found.ids) == text.encode()
+    tokens = encoder.encode([text])[0]
+    assert tokens.exact.all() and vocabulary.bytes_of(tokens.ids) == text.encode()
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(text=text_strategy.filter(lambda s: "▁" not in s))
 def test_byte_fallback_loses_nothing_but_the_metaspace_itself(text: str) -> None:
     vocabulary, encoder = PAIRS["turns"]
-    found = encoder.encode([text])[0]
-    assert found.exact.all() and vocabulary.bytes_of(found.ids) == text.encode()
+    tokens = encoder.encode([text])[0]
+    assert tokens.exact.all() and vocabulary.bytes_of(tokens.ids) == text.encode()
 
 
 @pytest.mark.parametrize(
@@ -134,11 +134,11 @@ def test_byte_fallback_loses_nothing_but_the_metaspace_itself(text: str) -> None
 )
 def test_what_a_normaliser_changed_is_marked_and_the_rest_stays_exact(name: str, text: str, lost: str) -> None:
     """The unalignable region holds the changed characters; text before it keeps its boundaries."""
-    found = PAIRS[name][1].encode([text])[0]
+    tokens = PAIRS[name][1].encode([text])[0]
     low = text.encode().index(lost.encode())
-    wrong = found.ends[~found.exact]
+    wrong = tokens.ends[~tokens.exact]
     assert len(wrong) and any(low < end for end in wrong)
-    assert found.exact[0] and found.exact[-1]
+    assert tokens.exact[0] and tokens.exact[-1]
 
 
 def test_characters_that_a_vocabulary_cannot_write_are_not_silently_dropped() -> None:
@@ -147,23 +147,23 @@ def test_characters_that_a_vocabulary_cannot_write_are_not_silently_dropped() ->
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
-    found = ByteEncoder(tokenizer, vocabulary).encode(["aXb", "XY", "ab"])
+    tokens = ByteEncoder(tokenizer, vocabulary).encode(["aXb", "XY", "ab"])
     assert (
-        found[0].ids.tolist() == [0, 1]
-        and found[0].ends.tolist() == [1, 3]
-        and found[0].exact.tolist() == [True, False]
+        tokens[0].ids.tolist() == [0, 1]
+        and tokens[0].ends.tolist() == [1, 3]
+        and tokens[0].exact.tolist() == [True, False]
     )
-    assert len(found[1].ids) == 0
-    assert found[2].exact.all()
+    assert len(tokens[1].ids) == 0
+    assert tokens[2].exact.all()
 
 
 @pytest.mark.parametrize("name", zoo.ALL)
 def test_special_tokens_spelt_in_a_text_are_text(name: str) -> None:
     vocabulary, encoder = PAIRS[name]
     text = "a " + " ".join(vocabulary.names.values()) + " b"
-    found = encoder.encode([text])[0]
+    tokens = encoder.encode([text])[0]
     special = {i for i, n in vocabulary.names.items() if "unk" not in n.lower()}
-    assert not special & set(found.ids.tolist())
+    assert not special & set(tokens.ids.tolist())
 
 
 def test_markup_recognises_special_tokens_and_adds_none() -> None:

@@ -25,8 +25,8 @@ def written(out: Path, ids: Any, **options: Any) -> tuple[GKDTrainer, list[Batch
     own = ids(trainer.student_renderer)
     trainer.sample = lambda conversations, prompts, seeds: [np.array(own)] * len(prompts)  # type: ignore[method-assign]
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-    found = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)[0]
-    return trainer, [one["batch"] for one in found]
+    window = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)[0]
+    return trainer, [one["batch"] for one in window]
 
 
 def broken(renderer: Any) -> list[int]:

@@ -51,9 +51,9 @@ def test_the_run_stops_before_the_step_and_names_the_rows(
     after_one: dict[str, torch.Tensor] = {}
     step = trainer.get_batch_samples
 
-    def watched(*given: Any) -> Any:
+    def watched(*arguments: Any) -> Any:
         after_one.update(tiny.parameters(trainer.model))
-        return step(*given)
+        return step(*arguments)
 
     monkeypatch.setattr(trainer, "get_batch_samples", watched)
     with pytest.raises(
@@ -62,8 +62,8 @@ def test_the_run_stops_before_the_step_and_names_the_rows(
         trainer.train()
     assert ("The gradient norm" if what == "gradient" else "The loss") in str(error.value)
     assert all(torch.equal(after_one[n], p) for n, p in trainer.model.named_parameters())
-    told = json.loads((tmp_path / "nonfinite" / "step-1-rank-0" / "batches.json").read_text())
-    assert len(told["batches"]) == (1 if what == "loss" else 2) and len(told["rows"]) == 4 and told["step"] == 1
+    record = json.loads((tmp_path / "nonfinite" / "step-1-rank-0" / "batches.json").read_text())
+    assert len(record["batches"]) == (1 if what == "loss" else 2) and len(record["rows"]) == 4 and record["step"] == 1
 
 
 @pytest.mark.parametrize("kind", ["gkd", "minillm"])
@@ -76,11 +76,11 @@ def test_a_skipped_step_changes_nothing_and_is_counted(
     states: list[dict[str, torch.Tensor]] = []
     step = trainer.get_batch_samples
 
-    def watched(*given: Any) -> Any:
-        kept = trainer.optimizer.state_dict()["state"]
-        moments = {f"{i}.{n}": torch.as_tensor(v).clone() for i, one in kept.items() for n, v in one.items()}
+    def watched(*arguments: Any) -> Any:
+        state = trainer.optimizer.state_dict()["state"]
+        moments = {f"{i}.{n}": torch.as_tensor(v).clone() for i, one in state.items() for n, v in one.items()}
         states.append({**tiny.parameters(trainer.model), **moments})
-        return step(*given)
+        return step(*arguments)
 
     monkeypatch.setattr(trainer, "get_batch_samples", watched)
     trainer.train()
@@ -110,13 +110,13 @@ def test_a_saved_batch_gives_the_loss_that_it_had(kind: str, tmp_path: Path, mon
         trainer.train()
     monkeypatch.setattr(trainer, "batch_loss", real)
     folder = tmp_path / "nonfinite" / "step-0-rank-0"
-    (found,) = replay(trainer, folder)
-    assert found["loss"] == losses[1] and found["grad_norm"] > 0 and found["nonfinite"] == []
+    (result,) = replay(trainer, folder)
+    assert result["loss"] == losses[1] and result["grad_norm"] > 0 and result["nonfinite"] == []
     assert load_batches(folder, trainer)[0].on_policy == (kind == "minillm")
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight[:] = float("nan")
-    (found,) = replay(trainer, folder)
-    assert found["loss"] != found["loss"] and found["nonfinite"]
+    (result,) = replay(trainer, folder)
+    assert result["loss"] != result["loss"] and result["nonfinite"]
 
 
 def test_batches_of_skipped_steps_are_bounded_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
