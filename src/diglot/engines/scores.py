@@ -88,10 +88,13 @@ def _check_likeliest(logps: Floats, top_ids: Ints, top_logps: Floats, ids: Ints)
             )
 
     bad = ~(top_logps <= ROUNDING)
-    refuse(bad.any(-1), lambda at: f"have a log-prob of {top_logps[at][bad[at]][0]}, expected numbers of at most 0.")
+    refuse(
+        np.logical_or.reduce(bad, axis=-1),
+        lambda at: f"have a log-prob of {top_logps[at][bad[at]][0]}, expected numbers of at most 0.",
+    )
     nameless = (top_ids < 0) & (top_logps > -np.inf)
     refuse(
-        nameless.any(-1),
+        np.logical_or.reduce(nameless, axis=-1),
         lambda at: (
             f"hold id {top_ids[at][nameless[at]][0]} with a log-prob of {top_logps[at][nameless[at]][0]}, "
             "expected ids from 0; where there are fewer, -1 with -inf."
