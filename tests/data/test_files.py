@@ -78,3 +78,56 @@ def test_another_encoding_is_named_with_its_line(name: str, encoding: str, messa
 def test_lines_of_a_text_file_are_rows_and_blank_ones_are_none(tmp_path: Path) -> None:
     (tmp_path / "d.txt").write_text("one\n\n  \ntwo 数学\n", encoding="utf-8")
     assert [row["text"] for row in load_dataset(str(tmp_path / "d.txt"))] == ["one", "two 数学"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "jsonl.gz", "jsonl.xz"])
+def test_a_text_that_is_json_stays_a_text_beside_lists(suffix: str, streaming: bool, tmp_path: Path) -> None:
+    message = {"role": "user", "content": "7"}
+    rows = [{"prompt": "42", "completion": "null"}, {"prompt": [message], "completion": '"q"'}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows) if "jsonl" in suffix else json.dumps(rows)
+    packed = {"gz": gzip.compress, "xz": lzma.compress}.get(suffix.rpartition(".")[2], bytes)
+    path = tmp_path / f"d.{suffix}"
+    path.write_bytes(packed(lines.encode()))
+    read = [{name: row[name] for name in rows[0]} for row in load_dataset(str(path), streaming=streaming)]
+    assert read == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompt,completion\na,b,c\n", r"line 2 has 3 fields and the header 2: \['a', 'b', 'c'\]"),
+        ('prompt,completion\n"a\n",b\nc\n', r"line 4 has 1 fields and the header 2: \['c'\]"),
+        ('prompt,completion\na,b\n"c,d\n', r"line 3: unexpected end of data"),
+        ('prompt,completion\n"a" b,c\n', r"line 2: ',' expected after"),
+        ("prompt,prompt\na,b\n", "has 2 columns named 'prompt'"),
+        ("prompt,completion\n\n", "has no rows below its header prompt, completion"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_table_whose_rows_are_not_as_long_as_its_header_is_refused(
+    text: str, said: str, streaming: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "d.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=said):
+        load_dataset(str(tmp_path / "d.csv"), streaming=streaming)
+
+
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "d.txt").write_text("one\n", encoding="utf-8-sig")
+    assert [row["text"] for row in load_dataset(str(tmp_path / "d.txt"))] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b'{"prompt": "a", "prompt": "b"}\n' * 2, "line 1 has 'prompt' 2 times in one object"),
+        (b'[{"prompt": "a"},]', "line 1, column 18: this is not JSON"),
+        (JSONL.decode().encode("utf-16-le"), "It is UTF-16 without a mark. Convert it: iconv -f UTF-16LE"),
+        (gzip.compress(JSONL), r"is packed \(.gz\), and its name does not say so"),
+    ],
+)
+def test_a_stream_that_cannot_be_read_says_why(raw: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_bytes(raw)
+    with pytest.raises(DataError, match=said):
+        load_dataset(str(tmp_path / "d.jsonl"), streaming=True)

@@ -53,6 +53,23 @@ ROWS: list[tuple[dict[str, Any], str, list[dict[str, str]]]] = [
     ({"prompt": Q, "chosen": [ASK, SAY], "rejected": [ASK, ASK]}, "--dataset_format preference", [ASK]),
     ({"prompt": [ASK], "chosen": [SAY], "rejected": [SAY]}, "--dataset_format preference", [ASK]),
     ({"chosen": [ASK, SAY], "rejected": [ASK, SAY]}, "--dataset_format preference", [ASK]),
+    ({"prompt": Q, "chosen": [SAY], "rejected": [SAY]}, "--dataset_format preference", [ASK]),
+    ({"prompt": [ASK], "chosen": SAY, "rejected": SAY}, "--dataset_format preference", [ASK]),
+    ({"prompt": [ASK], "chosen": A, "rejected": "Five."}, "--dataset_columns prompt,completion=chosen", [ASK]),
+    ({"question": Q, "chosen": A, "rejected": "Five.", "system": "Be brief."},
+     "--dataset_columns user=question,assistant=chosen,system", [BRIEF, ASK]),
+    ({"instruction": Q, "chosen": A, "rejected": "Five."},
+     "--dataset_format alpaca --dataset_columns output=chosen", [ASK]),
+    ({"conversations": [{"from": "human", "value": Q}], "chosen": {"from": "gpt", "value": A},
+      "rejected": {"from": "gpt", "value": "Five."}}, "--dataset_format preference", [ASK]),
+    ({"turns": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]},
+     "--dataset_format sharegpt --dataset_columns conversations=turns", [ASK]),
+    ({"chat": [ASK, SAY]}, "--dataset_columns messages=chat", [ASK]),
+    ({"question": Q, "context": "", "answer": A},
+     "--dataset_format alpaca --dataset_columns instruction=question,input=context,output=answer", [ASK]),
+    ({"instruction": "", "input": Q, "output": A}, "--dataset_format alpaca", [ASK]),
+    ({"prompt": Q, "text": "Below is ...", "output": A}, "--dataset_columns user=prompt,assistant=output", [ASK]),
+    ({"prompt": [ASK], "Completion": A}, "--dataset_columns prompt,completion=Completion", [ASK]),
     ({"prompt": Q, "completion": A, "system": "Be brief."},
      "--dataset_columns user=prompt,assistant=completion,system", [BRIEF, ASK]),
     ({"messages": [ASK, SAY], "system_prompt": "Be brief."}, "--dataset_columns messages,system=system_prompt",
@@ -149,3 +166,51 @@ def test_a_column_of_teachers_that_nothing_reads_is_refused() -> None:
     with pytest.raises(DataError, match="--dataset_columns prompt,teacher=data_source"):
         check_routes(list(rows[0]), rows, ["math", "code"], "train")
     check_routes(list(rows[0]), rows, ["math", "law"], "train")
+
+
+@pytest.mark.parametrize("values", [{"answers": ["Four.", "4"]}, {"answer": {"text": ["Four."]}}])
+def test_several_answers_are_not_called_an_answer(values: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds .*: write the one answer to learn from, a string, into a column"):
+        load_dataset(save(tmp_path, {"question": Q, **values}))
+
+
+def test_a_name_with_a_space_before_it_is_not_left_unread(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("prompt, completion\na, b\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"nothing reads ' completion', whose name .* Call them completion in the file"):
+        load_dataset(str(path))
+
+
+@pytest.mark.parametrize("speaker", ["function_call", "tool_call"])
+def test_a_turn_of_sharegpt_that_calls_is_a_call(speaker: str, tmp_path: Path) -> None:
+    call = {"name": "clock", "arguments": {"tz": "UTC"}}
+    asked, called = {"from": "human", "value": Q}, {"from": speaker, "value": json.dumps(call)}
+    sample = first(save(tmp_path, {"conversations": [asked, called]}), format="sharegpt")
+    assert sample.answer is not None and sample.answer.text == 'clock{"tz": "UTC"}'
+    turns = [asked, called, {"from": "observation", "value": "noon"}, {"from": "gpt", "value": A}]
+    read = first(save(tmp_path, {"conversations": turns}), format="sharegpt").conversation.messages
+    assert read is not None and [m["role"] for m in read] == ["user", "assistant", "tool"]
+    assert read[1]["tool_calls"] == [{"type": "function", "function": call}]
+    with pytest.raises(DataError, match=r"row 0: a turn of '\w+' is 'noon', expected JSON text of {'name'"):
+        load_dataset(save(tmp_path, {"conversations": [asked, {"from": speaker, "value": "noon"}]}), format="sharegpt")
+
+
+def test_a_format_leaves_no_picture_and_no_system_text_unread(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    turns = {"conversations": [{"from": "human", "value": "<image>" + Q}, {"from": "gpt", "value": A}]}
+    with pytest.raises(DataError, match=r"row 0: there is something in `image`, and only text can be compared"):
+        load_dataset(save(tmp_path, {**turns, "image": "a.png"}), format="sharegpt")
+    with pytest.raises(DataError, match=r"`system_prompt` looks like a system text.*_columns system=system_prompt"):
+        load_dataset(save(tmp_path, {**turns, "system_prompt": "Be brief."}), format="sharegpt")
+    read = first(save(tmp_path, {**turns, "system_prompt": "Be brief.", "chosen": A}),
+                 format="sharegpt", columns="system=system_prompt")  # fmt: skip
+    assert (read.conversation.messages or ())[0] == BRIEF and "nothing reads the columns chosen" in caplog.text
+
+
+TEXTS = ["42", "null", "true", "[1, 2]", '{"a": 1}', "1e5", "NaN", '"quoted"', " 4", "007"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_text_that_is_json_stays_a_text_when_columns_are_mapped(streaming: bool, tmp_path: Path) -> None:
+    name = save(tmp_path, *({"q": text, "a": text} for text in TEXTS))
+    rows = load_dataset(name, columns="prompt=q,completion=a", streaming=streaming)
+    assert [(row["prompt"], row["completion"]) for row in rows] == [(text, text) for text in TEXTS]

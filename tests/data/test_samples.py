@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from diglot.data import to_sample
-from diglot.errors import DataError
+from diglot.errors import DataError, DiglotError
 
 ASK = {"role": "user", "content": "How many?"}
 SAY = {"role": "assistant", "content": "Two."}
@@ -19,18 +19,23 @@ SAY = {"role": "assistant", "content": "Two."}
         ({"prompt": ""}, "`prompt` is empty"),
         ({"prompt": []}, "`prompt` is [], expected a string or a non-empty list"),
         ({"prompt": 3}, "`prompt` is 3"),
-        ({"prompt": "a", "completion": 3}, "`completion` is int"),
+        ({"prompt": "a", "completion": 3}, "`completion` is 3, expected a string"),
         ({"prompt": [ASK], "completion": [ASK]}, "the last message of `completion` is from 'user'"),
         ({"prompt": [{"content": "no role"}]}, "expected {'role': ..., 'content': ...}"),
         ({"messages": [SAY]}, "the only message is the assistant's"),
         ({"messages": "How many?"}, "`messages` is 'How many?'"),
-        ({"text": 3}, "`text` is int"),
+        ({"text": 3}, "`text` is 3, expected a string"),
         ({"prompt": "a", "tools": "[{"}, "`tools` is a string but not JSON"),
         ({"prompt": "a", "tools": ["f"]}, "expected a list of JSON schemas"),
         ({"prompt": None, "completion": "c"}, "nothing in its columns completion, prompt"),
         ({"messages": [{"role": "user", "content": None}, SAY]}, "has neither content nor a call"),
         ({"messages": [ASK, {"role": "assistant", "tool_calls": []}]}, "has neither content nor a call"),
         ({"messages": [ASK, {**SAY, "weight": 0}]}, "the last message has weight 0"),
+        ({"messages": [ASK, {**SAY, "role": "gpt"}]}, "a message of the role 'gpt', expected 'assistant'"),
+        ({"messages": [{**ASK, "role": "User"}, SAY]}, "a message of the role 'User', expected 'user'"),
+        ({"messages": [ASK, {**SAY, "reasoning": ["Hm."]}]}, "the reasoning of the last message is ['Hm.']"),
+        ({"prompt": [1, 2]}, "`prompt` holds 1, expected {'role': ..., 'content': ...}. Token ids belong to one"),
+        ({"text": [1, 2]}, "`text` is [1, 2], expected a string. Token ids belong to one tokenizer"),
         ({"messages": [ASK, {**SAY, "weight": 0.5}, ASK, SAY]}, "a message of weight 0.5, expected 0 or 1"),
     ],
 )
@@ -91,3 +96,10 @@ def test_half_of_a_surrogate_pair_is_refused_by_row_and_column(column, row):
 
 def test_a_whole_emoji_is_taken():
     assert to_sample({"text": "whole \U0001f600"}, "rows.jsonl row 3").reply == "whole \U0001f600"
+
+
+@pytest.mark.parametrize("part", [{"type": "text"}, {"type": "text", "text": 5}, {"type": "thinking"}, "Hi"])
+def test_a_part_of_content_that_is_no_text_is_refused_with_what_it_is(part) -> None:
+    with pytest.raises(DiglotError) as caught:
+        to_sample({"messages": [{**ASK, "content": [{"type": "text", "text": "a"}, part]}, SAY]}, "row 12")
+    assert "row 12: the content of a 'user' message" in str(caught.value) and f"not {part!r}. Only" in str(caught.value)

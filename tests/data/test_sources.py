@@ -87,3 +87,14 @@ def test_a_side_without_rows_is_refused(size: float) -> None:
         hold_out(data, size, seed=0)
     with pytest.raises(ConfigError, match="they are streamed"):
         hold_out(data.to_iterable_dataset(), 2, seed=0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_text_that_is_json_stays_a_text_among_several_datasets(streaming: bool, tmp_path: Path) -> None:
+    texts = {"42", "null", '"quoted"', "[1]"}
+    for name in ("a", "b"):
+        lines = "".join(json.dumps({"prompt": text, "completion": text}) + "\n" for text in sorted(texts))
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    names = [str(tmp_path / f"{name}.jsonl") for name in ("a", "b")]
+    rows = load_sources(names, split="train", streaming=streaming)
+    assert {(row["prompt"], row["completion"]) for row in rows} == {(text, text) for text in texts}

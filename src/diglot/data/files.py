@@ -7,7 +7,7 @@ import importlib.util
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import datasets
 import pyarrow
 
 from diglot.data.recognise import EXPECTED
-from diglot.data.samples import lone_surrogate
+from diglot.data.samples import LONGEST, lone_surrogate
 from diglot.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ BUILDERS = {
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 DELIMITERS = (",", ";", "\t", "|")
 _ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5": ".zst", b"BZ": ".bz2", b"\xfd7": ".xz", b"PK": ".zip"}
 
 
 def is_file_name(name: str) -> bool:
@@ -48,7 +49,16 @@ def load_file(path: Path, split: str, streaming: bool) -> Any:
     try:
         if builder == "csv":
             options |= _csv_options(path)
+        if builder == "text":
+            options["encoding"] = "utf-8-sig"  # a mark of the byte order is no text
         data = datasets.load_dataset(builder, **options)
+        if builder == "json" and data.features is None:  # the stream of a list, whose mixed columns come as JSON text
+            if (wrong := _not_json(path)) is not None:
+                raise DataError(wrong)
+            names = _names(path)
+            return _as_written(path, names, streaming) if names else data
+        if builder == "json" and mixes_types(data.features):
+            return _as_written(path, tuple(data.features), streaming)
         return data.filter(_has_text) if builder == "text" else data
     except DataError:
         raise
@@ -96,6 +106,56 @@ def _has_text(row: dict[str, Any]) -> bool:
     return bool(row["text"].strip())
 
 
+# ---- columns of texts beside lists ---------------------------------------------------------------------------------
+
+
+def json_features(names: Iterable[str]) -> datasets.Features:
+    """Columns whose values may have any type, from row to row."""
+    return datasets.Features(dict.fromkeys(names, datasets.Json()))
+
+
+def as_json(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for such columns. Left to itself the library takes a text that is JSON for what it says: "42" for a number,
+    "null" for nothing."""
+    return {name: None if value is None else json.dumps(value) for name, value in row.items()}
+
+
+def mixes_types(features: Any, in_list: bool = False) -> bool:
+    """May a text stand in a place where other rows have a list? What stands in a list of such are messages or calls."""
+    if isinstance(features, datasets.Json):
+        return not in_list
+    if isinstance(features, Mapping):
+        return any(mixes_types(one) for one in features.values())
+    inner = getattr(features, "feature", None)
+    return inner is not None and mixes_types(inner, in_list=True)
+
+
+def _as_written(path: Path, names: tuple[str, ...], streaming: bool) -> Any:
+    """The rows of a JSON file, texts as texts whatever they say."""
+    if streaming:
+        return datasets.IterableDataset.from_generator(_rows, gen_kwargs={"path": path, "names": names})
+    read_at = path.stat()
+    options = {"path": path, "names": names, "encoded": True, "version": (read_at.st_size, read_at.st_mtime_ns)}
+    return datasets.Dataset.from_generator(_rows, features=json_features(names), gen_kwargs=options)
+
+
+def _names(path: Path) -> tuple[str, ...]:
+    """The columns of a JSON file, in the order in which they come; none where its rows are texts."""
+    rows = [row for _, row in _json_rows(path) if isinstance(row, dict)]
+    return tuple(dict.fromkeys(name for row in rows for name in row))
+
+
+def _rows(path: Path, names: tuple[str, ...], encoded: bool = False, version: Any = None) -> Iterator[dict[str, Any]]:
+    """`version` makes another key of the library's cache for a file that has changed."""
+    for number, row in _json_rows(path):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path} line {number}: {str(row)[:60]!r} is not a JSON object. Expected one with {EXPECTED}."
+            )
+        row = {name: row.get(name) for name in names}
+        yield as_json(row) if encoded else row
+
+
 # ---- tables ------------------------------------------------------------------------------------------------------
 
 
@@ -114,20 +174,52 @@ def _csv_options(path: Path) -> dict[str, Any]:
     delimiter, header = max(cut.items(), key=lambda item: len(item[1]))
     if delimiter != "," and ".tsv" not in path.suffixes:
         logger.warning("%s is read with %r between its fields, as its header is written.", path, delimiter)
+    text.seek(0)
+    _check_fields(text, delimiter, header, path)
     strings = {name: datasets.Value("string") for name in header}
     return {"features": datasets.Features(strings), "keep_default_na": False, "sep": delimiter}
+
+
+def _check_fields(text: io.StringIO, delimiter: str, header: list[str], path: Path) -> None:
+    """Every row has as many fields as the header: pandas would shift them, or fill up what is missing.
+
+    Raises:
+        DataError: with the line.
+    """
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise DataError(f"{path} has {header.count(twice[0])} columns named {twice[0]!r}, expected each name once.")
+    csv.field_size_limit(LONGEST)  # of the whole process; what it has by itself is less than a long text
+    rows, begins, number = csv.reader(text, delimiter=delimiter, strict=True), 1, 0
+    try:
+        for row in rows:
+            if row and len(row) != len(header):
+                raise DataError(
+                    f"{path} line {begins} has {len(row)} fields and the header {len(header)}: {row!r:.80}. Put "
+                    f"quotes around a field that has {delimiter!r} in it."
+                )
+            begins, number = rows.line_num + 1, number + bool(row)
+    except csv.Error as error:
+        raise DataError(
+            f"{path} line {begins}: {error}. Put quotes around the whole field, and write each one in it twice."
+        ) from error
+    if number < 2:
+        raise DataError(f"{path} has no rows below its header {', '.join(header)}.")
 
 
 # ---- what is wrong with a file -----------------------------------------------------------------------------------
 
 
-def _bytes(path: Path) -> bytes:
-    """What is in a file, unpacked."""
+def _opened(path: Path) -> Any:
+    """A file to read from, unpacked."""
     if path.suffix.lower() == ".xz":
         import lzma
 
-        return lzma.decompress(path.read_bytes())
-    with pyarrow.input_stream(str(path)) as stream:
+        return lzma.open(path)
+    return pyarrow.input_stream(str(path))
+
+
+def _bytes(path: Path) -> bytes:
+    with _opened(path) as stream:
         return bytes(stream.read())
 
 
@@ -137,24 +229,37 @@ def _text(path: Path) -> str:
 
 def _not_utf8(path: Path) -> str | None:
     raw = _bytes(path)
+    if b"\0" in raw[:2]:
+        encoding = "UTF-16BE" if raw[:1] == b"\0" else "UTF-16LE"
+        return _converted(path, "byte 0x00. It is UTF-16 without a mark.", encoding)
     try:
         raw.decode("utf-8")
         return None
     except UnicodeDecodeError as error:
         line, byte = raw.count(b"\n", 0, error.start) + 1, raw[error.start]
-        encoding = _ENCODINGS.get(raw[:2])
-    meant = f"It is {encoding}." if encoding else "It may be Latin-1 (ISO-8859-1)."
-    name = encoding or "LATIN1"
+    if packed := _PACKED.get(raw[:2]):
+        return f"{path} is packed ({packed}), and its name does not say so: unpack it."
+    encoding = _ENCODINGS.get(raw[:2], "LATIN1")
+    meant = "It may be Latin-1 (ISO-8859-1)." if encoding == "LATIN1" else f"It is {encoding}."
+    return _converted(path, f"byte 0x{byte:02x}. {meant}", encoding, line)
+
+
+def _converted(path: Path, why: str, encoding: str, line: int = 1) -> str:
+    """That a file is not UTF-8, and the command that makes it so."""
     return (
-        f"{path} line {line} is not UTF-8: byte 0x{byte:02x}. {meant} Convert it: "
-        f"iconv -f {name} -t UTF-8 {path.name} > utf8-{path.name}"
+        f"{path} line {line} is not UTF-8: {why} Convert it: "
+        f"iconv -f {encoding} -t UTF-8 {path.name} > utf8-{path.name}"
     )
+
+
+def _no_object(path: Path, line: int, row: Any) -> str:
+    return f"{path} line {line}: {str(row)[:60]!r} is not a JSON object. Expected one with {EXPECTED}."
 
 
 def _not_json(path: Path) -> str | None:
     for number, row in _json_rows(path):
         if not isinstance(row, dict):
-            return f"{path} line {number}: {str(row)[:60]!r} is not a JSON object. Expected one with {EXPECTED}."
+            return _no_object(path, number, row)
         for name, value in row.items():  # of any column: one such string and the whole file cannot be read
             if (half := lone_surrogate(value)) is not None:
                 return (
@@ -166,18 +271,32 @@ def _not_json(path: Path) -> str | None:
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Rows with their line; those of a JSON list are counted instead."""
-    text = _text(path)
-    if text.lstrip().startswith("["):
-        yield from enumerate(_parse(text, path, 1), 1)
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, _parse(line, path, number)
+    with _opened(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n") as lines:
+        written = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        for k, (number, line) in enumerate(written):
+            if k == 0 and line.lstrip().startswith("["):
+                yield from enumerate(_parse(line + lines.read(), path, number), 1)
+                return
+            yield number, _parse(line.rstrip("\n"), path, number)
+
+
+def _nothing(_: str) -> None:
+    """What NaN means in a file: pandas writes it where there is no value."""
 
 
 def _parse(text: str, path: Path, line: int) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """An object whose names stand once: of two values one would be lost."""
+        if len(pairs) != len(dict(pairs)):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(
+                f"{path} line {line} has {twice!r} {names.count(twice)} times in one object, expected once."
+            )
+        return dict(pairs)
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once, parse_constant=_nothing)
     except json.JSONDecodeError as error:
         place = f"{path} line {line + error.lineno - 1}, column {error.colno}"
         raise DataError(f"{place}: this is not JSON: {error.msg}.") from error

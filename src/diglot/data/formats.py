@@ -13,17 +13,22 @@ Row = Mapping[str, Any]
 OWN = ("prompt", "completion", "messages", "text", "tools", "teacher_prompt", "teacher")
 # What a conversation is put together from, where a file has its parts in columns of their own.
 PARTS = ("system", "history", "user", "assistant")
+MEDIA = ("images", "image", "videos", "video", "audio", "audios")
 CONVERSATIONS = ("conversations", "conversation", "messages", "dialog", "dialogue")
 
 BAD = "__bad__"  # why a row could not be converted: it is refused when its turn comes, so that it can be skipped
 
-_SPEAKERS = {
+SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    **dict.fromkeys(("tool", "observation", "function_response", "tool_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
     "system": "system",
     "developer": "developer",
 }
+
+
+_CALLERS = ("function_call", "tool_call")  # whose value is a call as JSON text
 
 
 def column_mapping(value: str | Mapping[str, str] | None) -> dict[str, str] | None:
@@ -73,6 +78,10 @@ def convert(row: Row, name: str | None, mapping: Mapping[str, str] | None) -> di
     own: dict[str, Any] = {**row, **renamed} if name or mapping is None else renamed
     bad = None
     try:
+        if name and (media := [column for column in MEDIA if row.get(column)]):
+            raise DataError(
+                f"there is something in `{media[0]}`, and only text can be compared. Take such rows out, or the column."
+            )
         own = _with_parts(FORMATS[name](own) if name else own)
     except DataError as error:
         own, bad = {}, str(error)
@@ -159,21 +168,39 @@ def _turn(turn: Any, name: str) -> dict[str, Any]:
     if isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and turn.get("from") is None:
         return dict(turn)
     speaker = turn.get("from") if isinstance(turn, Mapping) else None
-    if speaker not in _SPEAKERS:
+    if speaker not in SPEAKERS:
         raise DataError(
-            f"`{name}` holds {turn!r:.80}, expected {{'from': ..., 'value': ...}} with one of {', '.join(_SPEAKERS)}."
+            f"`{name}` holds {turn!r:.80}, expected {{'from': ..., 'value': ...}} with one of {', '.join(SPEAKERS)}."
         )
-    message = {"role": _SPEAKERS[speaker], "content": _text(turn.get("value"), "value")}
+    text = _text(turn.get("value"), "value")
+    says = {"content": None, "tool_calls": _calls(text, speaker)} if speaker in _CALLERS else {"content": text}
+    message = {"role": SPEAKERS[speaker], **says}
     return message if turn.get("weight") is None else {**message, "weight": turn["weight"]}
+
+
+def _calls(text: str, speaker: str) -> list[dict[str, Any]]:
+    """Calls of tools that are JSON text: one, or a list of them."""
+    try:
+        calls = json.loads(text)
+    except json.JSONDecodeError:
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise DataError(
+            f"a turn of {speaker!r} is {text!r:.80}, expected JSON text of {{'name': ..., 'arguments': ...}}, or of a "
+            "list of such."
+        )
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _alpaca(row: Row) -> dict[str, Any]:
     """`instruction`, `input` below it if there is one, `output`."""
-    question = _text(row.get("instruction"), "instruction")
-    more = row.get("input")
+    parts = [_text(row.get("instruction"), "instruction")]
+    if row.get("input"):
+        parts.append(_text(row["input"], "input"))
     return {
         **_shared(row),
-        "user": f"{question}\n\n{_text(more, 'input')}" if more else question,
+        "user": "\n\n".join(part for part in parts if part),
         "assistant": row.get("output"),
         "history": row.get("history"),
     }
@@ -188,9 +215,16 @@ def _preference(row: Row) -> dict[str, Any]:
         if prompt is None:
             raise DataError("`chosen` is text and there is no `prompt`. Map it as plain text: dataset_columns text=...")
         return {**_shared(row), "prompt": prompt, "completion": chosen}
-    if isinstance(prompt, list) and chosen[0].get("role") == "assistant":  # the answer alone, behind its prompt
-        return {**_shared(row), "prompt": prompt, "completion": chosen}
-    return {**_shared(row), "messages": chosen}
+    turns = [chosen] if isinstance(chosen, Mapping) else chosen
+    if not all(isinstance(turn, Mapping) for turn in turns):
+        raise DataError(f"`chosen` is {chosen!r:.80}, expected one answer or a conversation.")
+    answer = [_turn(turn, "chosen") for turn in turns]
+    if answer[0].get("role") != "assistant":  # the whole conversation
+        return {**_shared(row), "messages": answer}
+    if prompt is None:
+        return {**_shared(row), "messages": [*_sharegpt(row)["messages"], *answer]}
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return {**_shared(row), "prompt": before, "completion": answer}
 
 
 def _json_text(row: Row) -> dict[str, Any]:
@@ -200,7 +234,7 @@ def _json_text(row: Row) -> dict[str, Any]:
 
 
 def _shared(row: Row) -> dict[str, Any]:
-    return {name: row.get(name) for name in ("tools", "teacher_prompt", "teacher", "system")}
+    return {name: row.get(name) for name in SHARED}
 
 
 FORMATS: dict[str, Callable[[Row], dict[str, Any]]] = {
@@ -209,10 +243,11 @@ FORMATS: dict[str, Callable[[Row], dict[str, Any]]] = {
     "preference": _preference,
     "json_text": _json_text,
 }
+SHARED = ("tools", "teacher_prompt", "teacher", "system")  # what every format reads
 READS: dict[str, tuple[str, ...]] = {
     "sharegpt": CONVERSATIONS,
-    "alpaca": ("instruction", "input", "output"),
-    "preference": ("chosen",),
-    "json_text": (),
+    "alpaca": ("instruction", "input", "output", "history"),
+    "preference": ("chosen", "rejected", "prompt", *CONVERSATIONS),
+    "json_text": OWN,
 }
 """Which columns a format reads beside Diglot's own: names that `dataset_columns` may give."""

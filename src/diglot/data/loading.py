@@ -5,19 +5,29 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, IterableDataset
 
-from diglot.data.files import BUILDERS, explain, first_cause, is_file_name, load_file
+from diglot.data.files import (
+    BUILDERS,
+    as_json,
+    explain,
+    first_cause,
+    is_file_name,
+    json_features,
+    load_file,
+    mixes_types,
+)
 from diglot.data.formats import BAD, FORMATS, OWN, check_mapping, column_mapping, convert
-from diglot.data.recognise import EXPECTED, check_columns
+from diglot.data.recognise import EXPECTED, check_columns, check_format
 from diglot.data.samples import to_sample_or_stop
-from diglot.errors import ConfigError, DataError
+from diglot.errors import ConfigError, DataError, DiglotError
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else reading a local file asks a server to count it
 
@@ -68,21 +78,32 @@ def load_dataset(
     else:
         data = _from_hub(name, config, split, streaming)
     where = f"{name} ({split})"
+    if not path.is_file() and mixes_types(data.features):
+        logger.warning(
+            "%s has texts where other rows have lists: the library `datasets` then takes a text that is JSON for what "
+            'it says ("42" for a number, "null" for nothing). Named one by one, its files are read as they stand.',
+            where,
+        )
     try:
         first = next(iter(data), None)
         if first is None:
             raise DataError(f"{where} has no rows. Expected rows with {EXPECTED}.")
         if format is not None or mapping is not None:
             check_mapping(mapping or {}, format, list(first), where)
+            unread = check_format(format, mapping, list(first), first, where) if format is not None else []
             data = converted(data, format, mapping)
-        elif unread := check_columns(list(first), first, where):
+        else:
+            unread = check_columns(list(first), first, where)
+        if unread:
             logger.warning("%s: nothing reads the columns %s.", where, ", ".join(unread))
         if on_bad_row == "stop":
             check_rows(itertools.islice(data, 1 if streaming else CHECKED_ROWS), where)
+    except DiglotError:
+        raise
     except UnicodeDecodeError as error:
         reason = explain(path) if path.is_file() else f"{where} is not UTF-8: {error.reason} in {error.object[:40]!r}."
         raise DataError(str(reason)) from error
-    except pyarrow.ArrowInvalid as error:  # a file that is streamed is read here first
+    except (pyarrow.ArrowException, ValueError) as error:  # a file that is streamed is read here first
         reason = explain(path) if path.is_file() else None
         raise DataError(reason or f"{where} cannot be read: {first_cause(error)}") from error
     return with_row_numbers(data)
@@ -90,10 +111,15 @@ def load_dataset(
 
 def converted(data: Any, format: str | None, mapping: Mapping[str, str] | None) -> Any:
     """The rows with Diglot's own columns alone; of one that could not be converted, why."""
-    features = Features(dict.fromkeys((*OWN, BAD), datasets.Json()))  # whatever mixture of types the rows have
-    names = list(next(iter(data)))
-    options = {"fn_kwargs": {"name": format, "mapping": mapping}, "remove_columns": names, "features": features}
-    return data.map(convert, **options)
+    return mapped(data, partial(convert, name=format, mapping=mapping), (*OWN, BAD))
+
+
+def mapped(data: Any, function: Callable[[Any], dict[str, Any]], names: Sequence[str]) -> Any:
+    """What a function makes of each row: the columns `names`, whatever mixture of types the rows have in them."""
+    removed = list(next(iter(data)))
+    if isinstance(data, IterableDataset):  # its rows stay as they are: nothing is encoded, nor decoded
+        return data.map(function, remove_columns=removed)
+    return data.map(lambda row: as_json(function(row)), remove_columns=removed, features=json_features(names))
 
 
 def with_row_numbers(data: Any) -> Any:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diglot.data.formats import CONVERSATIONS, OWN
+from diglot.data.formats import CONVERSATIONS, MEDIA, OWN, READS, SHARED
 from diglot.errors import DataError
 
 EXPECTED = "`prompt`, `prompt` and `completion`, `messages`, or `text`"
 QUESTIONS = ("question", "query", "problem", "user", "input", "instruction")
-ANSWERS = ("answer", "response", "solution", "assistant", "output", "answers", "target")
+ANSWERS = ("answer", "response", "solution", "assistant", "output", "answers", "target", "reply", "completions")
 SYSTEMS = ("system", "system_prompt", "system_message")
-MEDIA = ("images", "image", "videos", "video", "audio", "audios")
 
 
 def check_columns(columns: Sequence[str], row: Mapping[str, Any], where: str) -> list[str]:
@@ -27,12 +26,34 @@ def check_columns(columns: Sequence[str], row: Mapping[str, Any], where: str) ->
     looks = _suggestion(columns, row)
     if looks is not None:
         what, option = looks
+        if not option.startswith("--"):
+            raise DataError(f"{where} has the columns {_listed(columns)}: {what} {option}")
         raise DataError(f"{where} has the columns {_listed(columns)}: {what} Give {option}{_in_python(option)}.")
     if not {"prompt", "messages", "text"} & set(columns):
         raise DataError(
             f"{where} has the columns {_listed(columns)}, expected {EXPECTED}. {_explanation(columns, row)}"
         )
     return sorted(set(columns) - _read(row) - {*MEDIA, "__row__", "__bad__"})
+
+
+def check_format(
+    name: str, mapping: Mapping[str, str] | None, columns: Sequence[str], row: Mapping[str, Any], where: str
+) -> list[str]:
+    """The columns that a format does not read; raise DataError if one of them looks like a system text.
+
+    Args:
+        mapping: of columns, new name -> name in the data.
+        row: the first of the dataset.
+    """
+    read = {*READS[name], *SHARED, *(mapping or {}).values(), *MEDIA}
+    unread = sorted(one for one in columns if one not in read and not one.startswith("__"))
+    if "system" not in (mapping or {}) and (system := [one for one in SYSTEMS if one in unread and row.get(one)]):
+        pairs = [*(f"{new}={old}" for new, old in (mapping or {}).items()), f"system={system[0]}"]
+        option = f"--dataset_format {name} --dataset_columns {','.join(pairs)}"
+        raise DataError(
+            f"{where}: `{system[0]}` looks like a system text, and is not read. Give {option}{_in_python(option)}."
+        )
+    return unread
 
 
 def check_routes(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], labels: Sequence[str], where: str) -> None:
@@ -56,12 +77,32 @@ def check_routes(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], labe
 
 
 def _suggestion(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
-    """What the columns look like, and the option to give; None where they are Diglot's own or unknown."""
-    return _of_conversations(columns, row) or _of_answers(columns, row) or _of_system(columns, row)
+    """What the columns look like, and the option to give, or what else is to be done.
+
+    None where they are Diglot's own or unknown.
+    """
+    looks = (_of_names, _of_conversations, _of_answers, _of_system)
+    suggestions = (one(columns, row) for one in looks)
+    return next((suggestion for suggestion in suggestions if suggestion is not None), None)
+
+
+def _of_names(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Own names in other letters, or with spaces around them, as behind the comma of a table's header."""
+    meant = {name: name.strip().lower() for name in columns if name not in OWN}
+    meant = {name: own for name, own in meant.items() if own in OWN and own not in columns and row.get(name)}
+    if not meant:
+        return None
+    what = f"nothing reads {', '.join(map(repr, meant))}, whose name is written otherwise."
+    if any(name != name.strip() for name in meant):
+        return what, f"Call them {', '.join(meant.values())} in the file."
+    own = {one: one for one in OWN if one in columns and row.get(one) is not None}
+    return what, _joined({**own, **{new: old for old, new in meant.items()}}, columns)
 
 
 def _of_conversations(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
     name = next((one for one in CONVERSATIONS if one in columns and row.get(one)), None)
+    if name is None and not {"prompt", "text", "chosen"} & set(columns):
+        name = next((one for one in columns if _turns(row[one])), None)
     if name is None or (name != "messages" and "messages" in columns):
         return None
     value = row[name]
@@ -70,20 +111,36 @@ def _of_conversations(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[s
             option = "--dataset_format json_text" if name == "messages" else "--dataset_format sharegpt"
             return f"`{name}` holds messages as JSON text.", option
         return None
-    first = value[0] if isinstance(value, Sequence) else None
-    if isinstance(first, Mapping) and first.get("from") is not None:
-        return f"`{name}` looks like ShareGPT's turns (`from`, `value`).", "--dataset_format sharegpt"
-    if isinstance(first, Mapping) and first.get("role") is not None and name != "messages":
+    turns = _turns(value)
+    if turns == "from":
+        option = "preference" if row.get("chosen") and row.get("rejected") else "sharegpt"
+        mapping = "" if name in CONVERSATIONS else f" --dataset_columns conversations={name}"
+        return f"`{name}` looks like ShareGPT's turns (`from`, `value`).", f"--dataset_format {option}{mapping}"
+    if turns == "role" and name != "messages":
         return f"`{name}` holds messages.", f"--dataset_columns messages={name}"
     return None
 
 
+def _turns(value: Any) -> str | None:
+    """What says who speaks in a list of turns: "from" or "role"; None if it is no such list."""
+    first = value[0] if isinstance(value, Sequence) and value and not isinstance(value, str) else None
+    if not isinstance(first, Mapping):
+        return None
+    has_text = first.get("value") is not None or first.get("content") is not None
+    return next((name for name in ("from", "role") if isinstance(first.get(name), str) and has_text), None)
+
+
 def _of_answers(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
     """Alpaca, preferences, and questions with answers."""
-    if row.get("messages") is not None or row.get("text") is not None or row.get("completion") is not None:
+    if row.get("messages") is not None or (row.get("prompt") is not None and row.get("completion") is not None):
         return None
+    if row.get("prompt") is None and row.get("text") is not None:
+        if row.get("completion") is None:
+            return None
+        what = "`completion` belongs to a prompt, and `text` is read without one."
+        return what, "--dataset_columns prompt=text,completion"
     if "chosen" in columns:
-        return _of_preferences(row)
+        return _of_preferences(columns, row)
     if "instruction" in columns and "prompt" not in columns:
         return _of_instructions(columns)
     question = next((one for one in QUESTIONS if one in columns), None)
@@ -93,9 +150,16 @@ def _of_answers(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, st
             return None
         names = ("user", "assistant") if isinstance(row.get("prompt"), str) else ("prompt", "completion")
         what = f"`{answer}` looks like the answer to `prompt`, and is not read."
+        if row.get(answer) is not None and not isinstance(row[answer], str):
+            return what, _to_choose(answer, row[answer])
         return what, _joined(dict(zip(names, ("prompt", answer), strict=True)), columns)
     if question is None:
         return None
+    if answer is not None and row.get(answer) is not None and not isinstance(row[answer], str):
+        return f"`{question}` and `{answer}` look like questions and answers.", _to_choose(answer, row[answer])
+    if answer is not None and isinstance(row.get("context"), str):
+        option = f"--dataset_format alpaca --dataset_columns instruction={question},input=context,output={answer}"
+        return f"`{question}`, `context` and `{answer}` look like questions about a text and answers.", option
     parts = {"user": question, **({"assistant": answer} if answer else {})}
     what = (
         f"`{question}` and `{answer}` look like questions and answers."
@@ -116,13 +180,27 @@ def _of_instructions(columns: Sequence[str]) -> tuple[str, str]:
     return "they look like Alpaca's.", "--dataset_format alpaca" + (f" --dataset_columns {mapping}" if mapping else "")
 
 
-def _of_preferences(row: Mapping[str, Any]) -> tuple[str, str]:
+def _to_choose(name: str, value: Any) -> str:
+    return (
+        f"`{name}` holds {value!r:.60}: write the one answer to learn from, a string, into a column, or name the "
+        "columns that are to be read with --dataset_columns."
+    )
+
+
+def _of_preferences(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str]:
     what = "they look like preferences, of which `chosen` is the answer to learn from."
-    if not isinstance(row.get("chosen"), str):
+    chosen, prompt = row.get("chosen"), row.get("prompt")
+    if isinstance(chosen, Sequence) and chosen and not isinstance(chosen, str) and isinstance(chosen[0], str):
+        return what, _to_choose("chosen", chosen)
+    if not isinstance(chosen, str):
         return what, "--dataset_format preference"
-    if isinstance(row.get("prompt"), str):
-        return what, "--dataset_columns user=prompt,assistant=chosen"
-    return what, "--dataset_columns text=chosen (plain text, for its whole length)"
+    if "instruction" in columns and prompt is None:
+        return what, "--dataset_format alpaca --dataset_columns output=chosen"
+    question = next((one for one in ("prompt", *QUESTIONS) if one in columns), None)
+    if question is None:
+        return what, "--dataset_columns text=chosen (plain text, for its whole length)"
+    names = ("user", "assistant") if isinstance(row.get(question), str) else ("prompt", "completion")
+    return what, _joined(dict(zip(names, (question, "chosen"), strict=True)), columns)
 
 
 def _of_system(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -152,7 +230,8 @@ def _explanation(columns: Sequence[str], row: Mapping[str, Any]) -> str:
     if "input_ids" in columns:
         return "Token ids belong to one tokenizer, and two models read these rows: give their text."
     value = row.get(columns[0])
-    if len(columns) == 1 and isinstance(value, Sequence) and value and isinstance(value[0], Mapping):
+    inside = value[0] if isinstance(value, Sequence) and value and columns[0] not in CONVERSATIONS else None
+    if len(columns) == 1 and isinstance(inside, Mapping) and {*OWN, *CONVERSATIONS, *QUESTIONS} & set(inside):
         return f"The rows seem to be inside of {columns[0]!r}: write that list alone into a file."
     return (
         "Say which of yours are which, in the models' chat templates, with --dataset_columns user=QUESTION,"

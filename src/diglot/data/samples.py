@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diglot.data.formats import BAD
-from diglot.data.recognise import EXPECTED, MEDIA
+from diglot.data.formats import BAD, MEDIA, SPEAKERS
+from diglot.data.recognise import EXPECTED
 from diglot.errors import DataError, DiglotError
 from diglot.rendering import Conversation, Reply, message_reply
 from diglot.rendering.reply import REASONING_FIELDS
@@ -170,13 +170,23 @@ def _messages(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...]
         raise DataError(f"{where}: `{column}` is {value!r:.80}, expected a string or a non-empty list of messages.")
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise DataError(f"{where}: `{column}` holds {message!r:.80}, expected {{'role': ..., 'content': ...}}.")
+            raise DataError(
+                f"{where}: `{column}` holds {message!r:.80}, expected {{'role': ..., 'content': ...}}.{_of_ids(value)}"
+            )
+        _check_role(message["role"], column, where)
         if message.get("content") is None and not any(message.get(name) for name in _SAYS):
             raise DataError(f"{where}: `{column}` holds {message!r:.80}, which has neither content nor a call.")
         if message.get("weight") not in (None, 0, 1):
             raise DataError(f"{where}: `{column}` has a message of weight {message['weight']!r:.40}, expected 0 or 1.")
         content_text(message, where)
     return tuple(_without_none(message) for message in value)
+
+
+def _check_role(role: str, column: str, where: str) -> None:
+    """A role in other words would be read as one of the template's own, and an assistant's turn as a user's."""
+    meant = SPEAKERS.get(role.lower())
+    if meant in ("user", "assistant", "system") and role != meant:
+        raise DataError(f"{where}: `{column}` has a message of the role {role!r}, expected {meant!r}.")
 
 
 def collate_samples(rows: list[dict[str, Any]]) -> dict[str, list[Sample]]:
@@ -211,7 +221,14 @@ def _without_none(value: Any) -> Any:
     return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 
+def _of_ids(value: Any) -> str:
+    """What to do about token ids in the place of a text."""
+    if isinstance(value, Sequence) and value and not isinstance(value, str) and isinstance(value[0], int):
+        return " Token ids belong to one tokenizer, and two models read these rows: give their text."
+    return ""
+
+
 def _string(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: `{column}` is {type(value).__name__}, expected a string.")
+        raise DataError(f"{where}: `{column}` is {value!r:.60}, expected a string.{_of_ids(value)}")
     return value

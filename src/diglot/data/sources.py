@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, IterableDataset
 
-from diglot.data.formats import BAD, OWN
-from diglot.data.loading import load_dataset
-from diglot.data.recognise import MEDIA
+from diglot.data.formats import BAD, MEDIA, OWN
+from diglot.data.loading import load_dataset, mapped
 from diglot.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -82,9 +82,7 @@ def hold_out(data: Any, size: float, seed: int) -> tuple[Dataset, Dataset]:
 
 def _alike(part: Any, name: str) -> Any:
     """The rows with the same columns whatever the dataset, and its name in their number."""
-    features = Features(dict.fromkeys((*OWN, *MEDIA, BAD, "__row__"), datasets.Json()))
-    names = list(next(iter(part)))
-    return part.map(_named, fn_kwargs={"name": name}, remove_columns=names, features=features)
+    return mapped(part, partial(_named, name=name), (*OWN, *MEDIA, BAD, "__row__"))
 
 
 def _named(row: dict[str, Any], name: str) -> dict[str, Any]:

@@ -42,7 +42,9 @@ def message_reply(message: Mapping[str, Any], where: str) -> Reply:
         DataError: a field that holds a part of the reply in a form that cannot be read; the message names the row.
     """
     slots = []
-    reasoning = [str(message[name]) for name in REASONING_FIELDS if message.get(name)]
+    reasoning = [message[name] for name in REASONING_FIELDS if message.get(name)]
+    if wrong := [value for value in reasoning if not isinstance(value, str)]:
+        raise DataError(f"{where}: the reasoning of the last message is {wrong[0]!r:.60}, expected a string.")
     if len(set(reasoning)) > 1:
         raise DataError(f"{where}: the last message has several texts of reasoning. Keep one of {REASONING_FIELDS}.")
     if reasoning:

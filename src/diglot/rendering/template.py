@@ -33,12 +33,19 @@ def content_text(message: Mapping[str, Any], where: str) -> str:
         return ""
     if isinstance(content, str):
         return content
-    if isinstance(content, (list, tuple)) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
-        return "".join(str(part["text"]) for part in content)
+    other: Any = content
+    if isinstance(content, (list, tuple)):
+        other = next((part for part in content if not _is_text(part)), None)
+        if other is None:
+            return "".join(part["text"] for part in content)
     raise RenderingError(
         f"{where}: the content of a {message.get('role')!r} message is {type(content).__name__}, expected a string or "
-        "a list of text parts. Only text can be compared."
+        f"a list of text parts {{'type': 'text', 'text': ...}}, not {other!r:.60}. Only text can be compared."
     )
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 class Template:
