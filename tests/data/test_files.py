@@ -94,7 +94,7 @@ def test_a_text_that_is_json_stays_a_text_beside_lists(suffix: str, streaming: b
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("prompt,completion\na,b,c\n", r"line 2 has 3 fields and the header 2: \['a', 'b', 'c'\]"),
         ('prompt,completion\n"a\n",b\nc\n', r"line 4 has 1 fields and the header 2: \['c'\]"),
@@ -106,10 +106,10 @@ def test_a_text_that_is_json_stays_a_text_beside_lists(suffix: str, streaming: b
 )
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_table_whose_rows_are_not_as_long_as_its_header_is_refused(
-    text: str, said: str, streaming: bool, tmp_path: Path
+    text: str, message: str, streaming: bool, tmp_path: Path
 ) -> None:
     (tmp_path / "d.csv").write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         load_dataset(str(tmp_path / "d.csv"), streaming=streaming)
 
 
@@ -119,7 +119,7 @@ def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "said"),
+    ("raw", "message"),
     [
         (b'{"prompt": "a", "prompt": "b"}\n' * 2, "line 1 has 'prompt' 2 times in one object"),
         (b'[{"prompt": "a"},]', "line 1, column 18: this is not JSON"),
@@ -127,7 +127,7 @@ def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
         (gzip.compress(JSONL), r"is packed \(.gz\), and its name does not say so"),
     ],
 )
-def test_a_stream_that_cannot_be_read_says_why(raw: bytes, said: str, tmp_path: Path) -> None:
+def test_a_stream_that_cannot_be_read_says_why(raw: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(raw)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         load_dataset(str(tmp_path / "d.jsonl"), streaming=True)

@@ -184,15 +184,17 @@ def test_a_name_with_a_space_before_it_is_not_left_unread(tmp_path: Path) -> Non
 @pytest.mark.parametrize("speaker", ["function_call", "tool_call"])
 def test_a_turn_of_sharegpt_that_calls_is_a_call(speaker: str, tmp_path: Path) -> None:
     call = {"name": "clock", "arguments": {"tz": "UTC"}}
-    asked, called = {"from": "human", "value": Q}, {"from": speaker, "value": json.dumps(call)}
-    sample = first(save(tmp_path, {"conversations": [asked, called]}), format="sharegpt")
+    question, called = {"from": "human", "value": Q}, {"from": speaker, "value": json.dumps(call)}
+    sample = first(save(tmp_path, {"conversations": [question, called]}), format="sharegpt")
     assert sample.answer is not None and sample.answer.text == 'clock{"tz": "UTC"}'
-    turns = [asked, called, {"from": "observation", "value": "noon"}, {"from": "gpt", "value": A}]
+    turns = [question, called, {"from": "observation", "value": "noon"}, {"from": "gpt", "value": A}]
     read = first(save(tmp_path, {"conversations": turns}), format="sharegpt").conversation.messages
     assert read is not None and [m["role"] for m in read] == ["user", "assistant", "tool"]
     assert read[1]["tool_calls"] == [{"type": "function", "function": call}]
     with pytest.raises(DataError, match=r"row 0: a turn of '\w+' is 'noon', expected JSON text of {'name'"):
-        load_dataset(save(tmp_path, {"conversations": [asked, {"from": speaker, "value": "noon"}]}), format="sharegpt")
+        load_dataset(
+            save(tmp_path, {"conversations": [requests, {"from": speaker, "value": "noon"}]}), format="sharegpt"
+        )
 
 
 def test_a_format_leaves_no_picture_and_no_system_text_unread(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
