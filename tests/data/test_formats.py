@@ -193,7 +193,7 @@ def test_a_turn_of_sharegpt_that_calls_is_a_call(speaker: str, tmp_path: Path) -
     assert read[1]["tool_calls"] == [{"type": "function", "function": call}]
     with pytest.raises(DataError, match=r"row 0: a turn of '\w+' is 'noon', expected JSON text of {'name'"):
         load_dataset(
-            save(tmp_path, {"conversations": [requests, {"from": speaker, "value": "noon"}]}), format="sharegpt"
+            save(tmp_path, {"conversations": [question, {"from": speaker, "value": "noon"}]}), format="sharegpt"
         )
 
 
