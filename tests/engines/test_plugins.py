@@ -100,6 +100,12 @@ def test_slime_gets_the_teachers_log_probs_of_its_response(pair: dict[str, str])
     assert samples[1].teacher_log_probs[-1].item() == pytest.approx(own[-1]), "no difference where nothing is known"
 
 
+def test_a_sample_of_slimes_without_a_response_has_no_scores_and_stops_nothing(pair: dict[str, str]) -> None:
+    sample = SlimeSample(context()[:LENGTH], 0, None)
+    result = asyncio.run(slime.reward_func(slime_args(pair), sample))
+    assert result["teacher_log_probs"] == [] and result["valid"] == []
+
+
 def test_slime_is_told_what_is_missing(pair: dict[str, str]) -> None:
     sample = SlimeSample(context(), 5, None)
     with pytest.raises(DataError, match="0 rollout_log_probs and a response of 5 tokens"):
@@ -290,6 +296,13 @@ def test_trls_server_trainer_trains_with_the_proxy_as_its_teacher(
     assert b'status="200"} 2.0' in one.metrics.text()
 
 
+def test_a_worker_for_trl_without_rows_is_refused() -> None:
+    from diglot.engines.plugins.trl import RolloutWorker
+
+    with pytest.raises(DataError, match="The dataset has no rows"):
+        RolloutWorker([], None, None, None)  # type: ignore[arg-type]
+
+
 def test_the_worker_for_trl_says_what_ended_it() -> None:
     pytest.importorskip("trl.experimental.async_distillation", reason="needs TRL, which wants Python 3.11")
     from diglot.engines.plugins.trl import RolloutWorker
@@ -361,3 +374,12 @@ def test_the_loss_for_verl_is_the_difference_where_the_teacher_speaks_and_nothin
     losses.sum().backward()
     assert losses.tolist() == [[-0.5, 0.0, 0.5]] and student.grad is not None and student.grad.tolist() == [[1, 0, 1]]
     assert metrics == {"distillation/abs_loss": 0.25, "distillation/coverage": 0.5}
+
+
+def test_a_micro_batch_of_verl_without_a_response_has_numbers_in_its_metrics() -> None:
+    data = {"teacher_logprobs": torch.full((1, 2, 1), float("nan")), "response_mask": torch.zeros(1, 2)}
+    loss = verl.make_loss(lambda value, data: value, float)
+    assert loss(None, None, {"log_probs": torch.zeros(1, 2)}, data)[1] == {
+        "distillation/abs_loss": 0.0,
+        "distillation/coverage": 0.0,
+    }

@@ -31,9 +31,10 @@ async def reward_func(args: Any, sample: Any, **_: Any) -> dict[str, Any]:
     if not tokenizer:
         raise ConfigError("slime's arguments have no diglot_teacher_tokenizer. Name it in --custom-config-path's file.")
     length, own = sample.response_length, sample.rollout_log_probs
-    if own is None or len(own) != length:
+    own = [] if own is None else own  # as a sample without a response has it
+    if len(own) != length:
         raise DataError(
-            f"A sample has {0 if own is None else len(own)} rollout_log_probs and a response of {length} tokens: the "
+            f"A sample has {len(own)} rollout_log_probs and a response of {length} tokens: the "
             "difference to the student needs one each."
         )
     scorer = connect(args.hf_checkpoint, tokenizer, args.rm_url)

@@ -13,6 +13,7 @@ import numpy as np
 
 from diglot.engines.serving.forms import rows
 from diglot.engines.serving.scorer import Scorer
+from diglot.errors import DataError
 
 Sample = Callable[[list[int]], Awaitable[list[int]]]
 """The student's prompt ids -> the ids that it samples after them, its stop with them."""
@@ -26,7 +27,7 @@ class RolloutWorker:
     the token that was written.
 
     Args:
-        dataset: rows with `prompt`, messages; read again from the start when it ends.
+        dataset: rows with `prompt`, messages; read again from the start when it ends. `DataError` if it has none.
         tokenizer: the student's.
         sample: asks the engine that holds the student's weights.
         scorer: of `diglot.engines.plugins.connect.connect`, or with a teacher of this process.
@@ -47,6 +48,8 @@ class RolloutWorker:
         queue_size: int = 64,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        if not len(dataset):
+            raise DataError("The dataset has no rows, expected prompts to sample from.")
         self.dataset, self.tokenizer, self.sample, self.scorer = dataset, tokenizer, sample, scorer
         self.top, self.together = teacher_top_k, together
         self.chat_template_kwargs = dict(chat_template_kwargs or {})

@@ -101,10 +101,10 @@ def make_loss(no_padding_2_padding: Any, metric: Any) -> Any:
         mask = (mask.to_padded_tensor(0) if mask.is_nested else mask).bool()
         known = torch.isfinite(teacher)
         losses = torch.where(known, student - teacher.masked_fill(~known, 0.0), 0.0)
-        scored = known & mask
+        scored, count = known & mask, mask.sum().clamp(min=1)  # a micro-batch may have no response at all
         return losses, {
-            "distillation/abs_loss": metric(losses.detach()[mask].abs().mean()),
-            "distillation/coverage": metric(scored.sum() / mask.sum().clamp(min=1)),
+            "distillation/abs_loss": metric(losses.detach()[mask].abs().sum() / count),
+            "distillation/coverage": metric(scored.sum() / count),
         }
 
     return diglot_k1
