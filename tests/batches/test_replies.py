@@ -220,6 +220,23 @@ def test_a_call_and_reasoning_are_read_as_the_template_writes_them(name: str, me
     assert read.ids.tolist() == side(name).encoder.encode_markup(text)[: len(read.ids)].tolist()
 
 
+def test_what_a_template_writes_behind_several_calls_alone_closes_a_single_one_too() -> None:
+    """As DeepSeek V3's: a single call ended where its arguments did, so students learned to leave it open."""
+    name, end = "{{ c.function.name }}", "{% if not loop.first %}[/calls]</s>{% endif %}"
+    call = f"[call]{name}\n{{{{ c.function.arguments }}}}\n[/call]{end}"
+    turn = "{% if m.tool_calls %}[calls]{% for c in m.tool_calls %}" + call + "{% endfor %}{% else %}"
+    template = "{% for m in messages %}[{{ m.role }}]" + turn + "{{ m.content }}</s>{% endif %}{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    student = marked(template, "[calls]", "[call]", "[/call]", "[/calls]")
+    for calls in (CALL, CALL * 2):
+        message = {"role": "assistant", "content": None, "tool_calls": calls}
+        sample = to_sample({"messages": [{"role": "user", "content": "Hi"}, message]}, "row 7")
+        pair = PairReader(student, side("chatml"), same_vocabulary=False).written(sample)
+        assert pair is not None
+        one = '[call]⟦clock⟧\n⟦{"tz": "UTC"}⟧\n[/call]'
+        assert tail(student, pair.student) == f"</s>[assistant][calls]{one * len(calls)}[/calls]⟦</s>⟧"
+
+
 @pytest.mark.parametrize("content", [None, "So:"])
 @pytest.mark.parametrize("thinker_writes", [True, False])
 def test_a_call_that_both_sides_spell_alike_is_one_text_an_empty_think_block_before_it_or_not(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -196,8 +196,20 @@ class Markup:
                 continue
             layout = self._cut(text, prompt, marks)
             if layout is not None:
-                return layout
+                return self._closed(layout, shape)
         return None
+
+    def _closed(self, layout: Layout, shape: Shape) -> Layout:
+        """A layout with what closes its calls where the template writes that behind several of them only.
+
+        DeepSeek's template leaves out the end of all calls, and the stop, behind a single one.
+        """
+        if layout.stop in self._stops or shape[-1] != Role.TOOL_CALL or len(shape) > 2 * len(CALL):
+            return layout
+        longer = self._own((*shape, *CALL))
+        if longer is None or longer.stop not in self._stops:
+            return layout
+        return replace(layout, around=(*layout.around[:-1], longer.around[-1]), stop=longer.stop)
 
     def _of_controls(self, shape: Shape) -> Layout | None:
         """As the model's control tokens say; None if they say it of no way to write all these parts, or of several."""
