@@ -59,7 +59,7 @@ WRONG: dict[str, list[str]] = {
     "max_completion_length": ["0"], "num_generations": ["0"], "teacher_mixed_alpha": ["1"], "top_k": ["-1"],
     "top_p": ["0"], "vllm_server_base_url": ["http://user:secret@host"], "vllm_server_host": ["http://host"],
     "vllm_server_timeout": ["0"], "vllm_importance_sampling_clip_max": ["0"], "vllm_gpu_memory_utilization": ["1.5"],
-    "vllm_weights_dir": ["FILE", "--use_vllm", "true"],
+    "vllm_weights_dir": ["FILE", "--use_vllm", "true", "--lmbda", "1"],
 }  # fmt: skip
 
 

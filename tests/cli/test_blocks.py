@@ -10,7 +10,7 @@ import pytest
 import support.tokenizers_zoo as zoo
 from support import tiny
 
-from diglot import phases
+from diglot import GKDTrainer, phases
 from diglot.cli import blocks
 from diglot.cli.script import TrainArguments
 from diglot.phases import phase
@@ -46,10 +46,12 @@ def test_a_named_objective_needs_no_reason_and_equal_vocabularies_are_one(tmp_pa
 
 
 def test_a_teacher_that_is_smaller_than_the_student_is_said(tmp_path: Path) -> None:
-    large, small = tiny.tiny_model(zoo.chatml(), 0, hidden_size=64), tiny.tiny_model(zoo.chatml(), 1)
-    tokenizers = zoo.chatml(), zoo.chatml()
-    assert list(blocks.swapped(tiny.gkd(tmp_path / "a", *tokenizers, models=(small, large)))) == []
-    (warning,) = blocks.swapped(tiny.gkd(tmp_path / "b", *tokenizers, models=(large, small)))
+    def trainer(sizes: tuple[int, int]) -> GKDTrainer:
+        models = tuple(tiny.tiny_model(zoo.chatml(), 0, hidden_size=size) for size in sizes)
+        return tiny.gkd(tmp_path / str(sizes), zoo.chatml(), zoo.chatml(), models=models)
+
+    assert list(blocks.swapped(trainer((32, 64)))) == []
+    (warning,) = blocks.swapped(trainer((64, 32)))
     assert "is smaller than the student" in warning and "swapped" in warning
 
 

@@ -44,7 +44,7 @@ TURNS = (
 THINK = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 
 
-def _kept(name: str, train: Callable[[], Tokenizer]) -> Tokenizer:
+def _stored(name: str, train: Callable[[], Tokenizer]) -> Tokenizer:
     """The tokenizer in `zoo/`, trained and put there if it is missing."""
     path = ZOO / f"{name}.json"
     if not path.exists():
@@ -106,7 +106,7 @@ def _train_turns() -> Tokenizer:
 @lru_cache
 def turns() -> PreTrainedTokenizerFast:
     """Gemma-like: spaces as ▁, BPE with byte fallback, BOS added, <end_of_turn> beside <eos>."""
-    backend = _kept("turns", _train_turns)
+    backend = _stored("turns", _train_turns)
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     return _wrap(backend, TURNS, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
 
@@ -141,7 +141,7 @@ def _train_unigram() -> Tokenizer:
 @lru_cache
 def unigram() -> PreTrainedTokenizerFast:
     """SentencePiece Unigram with a dummy prefix and byte fallback, no template."""
-    backend = _kept("unigram", _train_unigram)
+    backend = _stored("unigram", _train_unigram)
     return _wrap(backend, None, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -160,7 +160,7 @@ def _train_unigram_nfkc() -> Tokenizer:
 @lru_cache
 def unigram_nfkc() -> PreTrainedTokenizerFast:
     """Unigram behind NFKC and lower-casing: lossy."""
-    backend = _kept("unigram_nfkc", _train_unigram_nfkc)
+    backend = _stored("unigram_nfkc", _train_unigram_nfkc)
     return _wrap(backend, None, eos_token="</s>", unk_token="<unk>")
 
 
@@ -177,7 +177,7 @@ def _train_wordpiece() -> Tokenizer:
 @lru_cache
 def wordpiece() -> PreTrainedTokenizerFast:
     """WordPiece with lower-casing and accent stripping, as BERT's: whitespace is lost."""
-    backend = _kept("wordpiece", _train_wordpiece)
+    backend = _stored("wordpiece", _train_wordpiece)
     return _wrap(backend, None, eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]")
 
 

@@ -29,7 +29,6 @@ from diglot.trainers import GKDTrainer
         ({"eval_do_concat_batches": False}, "eval_do_concat_batches=False.*Leave it at True"),
         ({"seq_kd": True, "lmbda": 1.0}, "seq_kd=True.*lmbda=1.0 leaves none"),
         ({"bf16_full_eval": True}, "bf16_full_eval=True.*Leave it at False"),
-        ({"temperature": 0.5, "lmbda": 0}, "temperature=0.5.*with lmbda=0 all texts are the data's"),
         ({"use_vllm": True, "lmbda": 0, "seq_kd": True}, "use_vllm=True.*with lmbda=0 all texts are the teacher's"),
         ({"teacher_cache_dir": "kept", "lmbda": 1}, "teacher_cache_dir='kept'.*lmbda=1 with seq_kd=False leaves no"),
         ({"teacher_cache_dir": "kept", "seq_kd": True}, "teacher_cache_dir='kept'.*seq_kd=True leaves no step"),

@@ -341,14 +341,11 @@ class GKDConfig(DistillationConfig):
     def _check_writers(self) -> None:
         """Refuse what says how somebody writes, where nobody ever does."""
         if self.lmbda == 0:
-            idle = ["num_generations", "use_vllm", *(() if self.seq_kd else ("temperature", "top_p", "top_k"))]
+            idle = ("num_generations", "use_vllm")  # temperature and nucleus are those of logged answers, too
             for one in (one for one in fields(self) if one.name in idle and getattr(self, one.name) != one.default):
-                who, all_are = (
-                    ("the student writes", "the teacher's") if self.seq_kd else ("texts are written", "the data's")
-                )
                 raise ConfigError(
-                    f"{one.name}={getattr(self, one.name)!r} says how {who}, and with lmbda=0 all texts are {all_are}. "
-                    "Raise lmbda, or drop it."
+                    f"{one.name}={getattr(self, one.name)!r} says how the student writes, and with lmbda=0 all texts "
+                    f"are the {'teacher' if self.seq_kd else 'data'}'s. Raise lmbda, or drop it."
                 )
         if self.teacher_cache_dir is not None and (self.lmbda == 1 or self.seq_kd):
             raise ConfigError(
