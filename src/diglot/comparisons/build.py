@@ -104,10 +104,10 @@ def prepare_comparisons(
 def _compare(
     student: PreTrainedModel, renderer: Renderer, options: TeacherOptions, tokenizer: Any, args: DistillationConfig
 ) -> Comparison:
+    _check_loaded(options, tokenizer)
     frozen: Teacher | None = connect_teacher(options, tokenizer, args) or scored_teacher(options, tokenizer, args)
     if frozen is None:
         frozen = _local_teacher(options, tokenizer, args, student, renderer)
-    _check_loaded(options, tokenizer)
     mine, theirs = renderer, frozen.renderer
     with phase("Comparing the vocabularies"):
         pair = Pair.of_renderers(mine, theirs)
@@ -136,17 +136,12 @@ def _compare(
 def _check_loaded(options: TeacherOptions, tokenizer: Tokenizer | None) -> None:
     """Raise `ConfigError` for options that say how to load a model or a tokenizer that is loaded already."""
     model = None if isinstance(options.name, str) else options.name
+    both = None if model is None else tokenizer  # beside the name of a model these say what else to load
     held = [
         ("teacher_model_init_kwargs", options.init_kwargs, "teacher's model", model),
         ("teacher_tokenizer_kwargs", options.tokenizer_kwargs, "teacher's tokenizer", tokenizer),
-        *(
-            [
-                ("teacher_tokenizer_name_or_path", options.tokenizer, "teacher's tokenizer", tokenizer),
-                ("teacher_model_revision", options.revision, "teacher", tokenizer),
-            ]
-            if model is not None
-            else []
-        ),
+        ("teacher_tokenizer_name_or_path", options.tokenizer, "teacher's tokenizer", both),
+        ("teacher_model_revision", options.revision, "teacher", both),
     ]
     for option, value, what, loaded in held:
         if value and loaded is not None:

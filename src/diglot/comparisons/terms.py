@@ -100,10 +100,8 @@ def check_options(args: DistillationConfig, terms: Sequence[Term]) -> None:
             100 * own,
             "Set lmbda=0, or drop it" if hasattr(args, "lmbda") else "Drop it, or give such texts as lm_dataset",
         )
-    references, rewards = (
-        any(term.objective.reads_references for term in terms),
-        any(term.built_in and term.name == "policy_gradient" for term in terms),
-    )
+    references = any(term.objective.reads_references for term in terms)
+    rewards = any(term.built_in and term.name == "policy_gradient" for term in terms)
     used = {
         **dict.fromkeys(("reference_model_name_or_path", "reference_teacher_model_name_or_path"), references),
         **dict.fromkeys(("gamma", "length_normalization", "whiten_advantages", "reward_clip", "epsilon"), rewards),

@@ -141,17 +141,14 @@ def _as_written(path: Path, names: tuple[str, ...], streaming: bool) -> Any:
 
 def _names(path: Path) -> tuple[str, ...]:
     """The columns of a JSON file, in the order in which they come; none where its rows are texts."""
-    rows = [row for _, row in _json_rows(path) if isinstance(row, dict)]
-    return tuple(dict.fromkeys(name for row in rows for name in row))
+    return tuple(dict.fromkeys(name for _, row in _json_rows(path) if isinstance(row, dict) for name in row))
 
 
 def _rows(path: Path, names: tuple[str, ...], encoded: bool = False, version: Any = None) -> Iterator[dict[str, Any]]:
     """`version` makes another key of the library's cache for a file that has changed."""
     for number, row in _json_rows(path):
         if not isinstance(row, dict):
-            raise DataError(
-                f"{path} line {number}: {str(row)[:60]!r} is not a JSON object. Expected one with {EXPECTED}."
-            )
+            raise DataError(_no_object(path, number, row))
         row = {name: row.get(name) for name in names}
         yield as_json(row) if encoded else row
 

@@ -151,7 +151,7 @@ def as_array(values: Any, dtype: type) -> NDArray[Any]:
         values = values.double() if values.is_floating_point() else values
     try:
         result = np.asarray(values)
-        made: NDArray[Any] | None = None if np.iscomplexobj(result) else result.astype(dtype)  # None becomes NaN
+        made: NDArray[Any] | None = None if np.iscomplexobj(result) else result.astype(dtype, copy=False)  # None is NaN
     except (TypeError, ValueError):
         made = None
     if made is None:

@@ -153,16 +153,16 @@ def _rows_of(text: Ints, length: Ints, size: int) -> tuple[Ints, Ints]:
     tokens."""
     order = np.argsort(text, kind="stable")
     ends = np.cumsum(length[order])
+    starts = ends - length[order]
     last_of_text = np.append(np.flatnonzero(np.diff(text[order])), len(order) - 1)
     begins: list[int] = []  # the first branch of each row
     for low, high in pairwise([0, *(last_of_text + 1).tolist()]):
         while low < high:
             begins.append(low)
-            low = min(int(np.searchsorted(ends, ends[low] - length[order[low]] + size, side="right")), high)
+            low = min(int(np.searchsorted(ends, starts[low] + size, side="right")), high)
     row, column = np.zeros_like(length), np.zeros_like(length)
-    starts = ends - length[order]
-    row[order] = np.repeat(np.arange(len(begins)), np.diff(begins, append=len(order)))
-    column[order] = starts - np.repeat(starts[begins], np.diff(begins, append=len(order)))
+    row[order] = number = np.repeat(np.arange(len(begins)), np.diff(begins, append=len(order)))
+    column[order] = starts - starts[begins][number]
     return row, column
 
 
