@@ -85,6 +85,7 @@ def test_minillm_refuses_options_that_no_term_uses(options: dict[str, Any], mess
         ),
         ({"teacher_tokenizer_name_or_path": "other"}, "='other' says how to load the teacher's tokenizer"),
         ({"teacher_tokenizer_kwargs": {"use_fast": True}}, "how to load the teacher's tokenizer"),
+        ({"tokenizer_kwargs": {"use_fast": True}}, "how to load the student's tokenizer"),
         ({"teacher_model_revision": "main"}, "teacher_model_revision='main' says how to load the teacher"),
     ],
 )

@@ -129,6 +129,7 @@ def build(script: TrainArguments, config: DistillationConfig) -> DistillationTra
     place = str(script.tokenizer_name_or_path or script.model_name_or_path)
     arguments = config.tokenizer_kwargs if isinstance(config.tokenizer_kwargs, dict) else None
     tokenizer = load_tokenizer(place, arguments, **options)
+    config.tokenizer_kwargs = None  # they are in the tokenizer now
     trainer_class, _ = TRAINERS[script.trainer]
     student = str(script.model_name_or_path)
     return trainer_class(student, None, config, processing_class=tokenizer, peft_config=_peft(script), **keywords)

@@ -39,7 +39,7 @@ def load_student(
     `frozen` one, below an adapter, in the file's own number type.
 
     Raises:
-        ConfigError: arguments for loading a model that is loaded already.
+        ConfigError: arguments for loading a model or a tokenizer that is loaded already.
         VocabularyError: a tokenizer that does not belong to its model, or whose bytes cannot be known.
     """
     if isinstance(student, str):
@@ -49,6 +49,7 @@ def load_student(
             student = load_language_model(student, **{**INERT, **default, **init})
     elif args.model_init_kwargs:
         raise ConfigError("model_init_kwargs is for a student given by name; this one is already a model. Drop it.")
+    _refuse("tokenizer_kwargs", args.tokenizer_kwargs, "student's tokenizer", tokenizer)
     keep_trainable(student)
     if tokenizer is None:
         tokenizer = load_tokenizer(student.config._name_or_path, _kwargs(args.tokenizer_kwargs))
@@ -143,12 +144,16 @@ def _check_loaded(options: TeacherOptions, tokenizer: Tokenizer | None) -> None:
         ("teacher_tokenizer_name_or_path", options.tokenizer, "teacher's tokenizer", both),
         ("teacher_model_revision", options.revision, "teacher", both),
     ]
-    for option, value, what, loaded in held:
-        if value and loaded is not None:
-            raise ConfigError(
-                f"{option}={value!r} says how to load the {what}, and a {type(loaded).__name__} was passed. Drop one "
-                "of them."
-            )
+    for entry in held:
+        _refuse(*entry)
+
+
+def _refuse(option: str, value: Any, what: str, loaded: Any) -> None:
+    if value and loaded is not None:
+        raise ConfigError(
+            f"{option}={value!r} says how to load the {what}, and a {type(loaded).__name__} was passed. Drop one "
+            "of them."
+        )
 
 
 def _check_weights(student: PreTrainedModel, teacher: torch.nn.Module) -> None:
