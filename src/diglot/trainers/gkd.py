@@ -24,8 +24,8 @@ class GKDTrainer(DistillationTrainer):
     """The student writes (a share `lmbda` of steps), the teacher judges every row, the student follows.
 
     On the other steps completions come from the dataset, or from the teacher with `seq_kd`. The divergence is the
-    generalised JSD with `beta`, on whole vocabularies if they are equal and on one-to-one rows of shared tokens if not;
-    `objective` names others, alone or as a weighted sum.
+    generalised JSD with `beta`, of whole vocabularies if they are equal (`jsd`) and of what comes next given the text
+    if not (`covering`); `objective` names others, alone or as a weighted sum.
     """
 
     args: GKDConfig
