@@ -209,7 +209,7 @@ def run_all(plan: Plan, workers: int = 1, say: Callable[[str], None] = lambda te
     """
     heads = [(pair, *_headroom(plan, pair)) for pair in plan.declaration.pairs.values()]
     for pair, _, refused in heads:
-        say(f"{pair.name}: {f'refused: {refused}' if refused else 'has head-room'}")
+        say(f"{pair.name}: {refused or 'has head-room'}")
     jobs = [(pair, name) for pair, _, refused in heads if not refused for name in pair.arms]
     arms: dict[tuple[str, str], ArmResult] = {}
     for result in _results(plan, jobs, workers):
@@ -225,12 +225,13 @@ def _headroom(plan: Plan, pair: PairDeclaration) -> tuple[Cell | None, str | Non
     try:
         cell = plan.headroom(pair)
     except MissingCellError:
-        return None, "not run"
+        return None, "Not run"
     except (DeclarationError, StoppedError):
         raise
     except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
-    return cell, no_headroom(cell, pair.headroom)
+        return None, f"Could not be measured: {type(error).__name__}: {error}"
+    missing = no_headroom(cell, pair.headroom)
+    return cell, missing and f"Refused: {missing}"
 
 
 def _results(plan: Plan, jobs: Sequence[tuple[PairDeclaration, str]], workers: int) -> Iterator[ArmResult]:

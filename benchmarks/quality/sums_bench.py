@@ -12,6 +12,7 @@ import numpy as np
 import sums
 import torch
 from assets import cache
+from tasks import Sums
 from toys import STOP
 
 from .bench import Split, one_of
@@ -27,7 +28,7 @@ class SumsBench:
     Args:
         direction: which side reads numbers whole; "finer": the teacher.
         equal: the control: a teacher with the student's tokenizer.
-        task: ranges of the numbers, as of `sums.Sums`.
+        task: ranges of the numbers, as of `tasks.Sums`.
         sizes: as of `sums.Numbers`: width, layers, steps, student_steps.
     """
 
@@ -42,7 +43,7 @@ class SumsBench:
     ) -> None:
         one_of("direction", direction, DIRECTIONS)
         ranges = {name: tuple(value) if isinstance(value, list) else value for name, value in (task or {}).items()}
-        self.bench = sums.Numbers(direction, sums.Sums(**ranges), models=cache() / "toys", **(sizes or {}))
+        self.bench = sums.Numbers(direction, Sums(**ranges), models=cache() / "toys", **(sizes or {}))
         self.equal, self.items = equal, budget.items
         self.trainer_options: dict[str, Any] = dict(max_completion_length=sums.LONGEST, max_length=96, adam_beta2=0.98)
         self._teacher: Any = None
@@ -82,7 +83,7 @@ class SumsBench:
 
     def measure(self, student: Any, split: Split) -> dict[str, Measure]:
         """Greedy answers, right texts, and samples of the student that the teacher reads."""
-        own, other = self.tokenizers
+        (own, other), teacher = self.tokenizers, self.teacher()  # which learns if it has to: not without gradients
         prompts = [prompt for prompt, _ in self._held(split)]
         torch.manual_seed(7)
         written = sums.write(student.eval(), own, prompts, sample=True)
@@ -92,7 +93,7 @@ class SumsBench:
         with torch.no_grad():
             of_student, of_teacher = (
                 sums.written_log_probs(model, [sums.ids_of(tokenizer, prompt) for prompt in prompts], rest).double()
-                for model, tokenizer, rest in ((student, own, written), (self.teacher(), other, read))
+                for model, tokenizer, rest in ((student, own, written), (teacher, other, read))
             )
         size = [len(text.encode()) for text in texts]
         return {

@@ -25,8 +25,8 @@ def show(declaration: Declaration, results: Sequence[PairResult]) -> str:
 
 def _pair(declaration: Declaration, result: PairResult, others: dict[str, PairResult]) -> str:
     head = f"### {result.pair.name}\n"
-    if result.refused or result.headroom is None:
-        return f"{head}\nRefused: {result.refused}."
+    if result.headroom is None or result.refused:
+        return f"{head}\n{result.refused}."
     before, teacher = result.headroom["before"], result.headroom["teacher"]
     names = [name for name in KINDS if name in before]
     compared = [name for name in names if KINDS[name].better]

@@ -22,10 +22,12 @@ from quality import runner, training  # noqa: E402
 from quality.__main__ import main  # noqa: E402
 from quality.declaration import PairDeclaration, read  # noqa: E402
 from quality.runner import ArmError, Plan, no_headroom  # noqa: E402
+from quality.table import show  # noqa: E402
 
 from diglot.errors import StoppedError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
+COVERING = {"default": "covering", "arms": {"covering": "covering"}}
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +130,31 @@ def test_a_pair_without_headroom_is_refused_and_nothing_is_trained(
     assert main(["run", str(file), "--out", str(tmp_path / "out")]) == 1
     assert "Refused: the student is 0.000" in capsys.readouterr().out
     assert set(stages(tmp_path / "out" / "two")) == {"headroom"}
+
+
+def test_sums_are_a_pair_that_is_measured_and_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher this small has learnt nothing, so that it does is not asked here."""
+    sums = importlib.import_module("sums")
+    monkeypatch.setattr(sums.Numbers, "teacher", lambda bench, control: (bench.model(not control, right=True), None))
+    monkeypatch.setattr(runner, "no_headroom", lambda *_: None)
+    sizes = {"width": 16, "layers": 1, "steps": 2, "student_steps": 1}
+    options = {"direction": "finer", "sizes": sizes, "task": {"first": [40, 60], "things": ["apples"]}}
+    budget = {"steps": 1, "batch": 2, "items": 8}
+    plan = Plan(read(two_cells(kind="sums", options=options, budget=budget) | COVERING), tmp_path)
+    [result] = runner.run_all(plan)
+    assert result.refused is None
+    [arm] = result.arms
+    assert arm.error is None
+    after = arm.cells[0]["after"]
+    assert set(after) >= {"reverse_kl", "bits_per_byte", "digits_bits_per_byte", "accuracy"}
+    assert len(after["bits_per_byte"]["top"]) == 8 and after["accuracy"]["value"] == 0.0
+
+
+def test_a_pair_that_cannot_be_measured_is_not_called_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Plan, "headroom", lambda *_: 1 / 0)
+    plan = Plan(read(two_cells()), tmp_path)
+    shown = show(plan.declaration, runner.run_all(plan))
+    assert "Could not be measured: ZeroDivisionError: division by zero." in shown and "efused" not in shown
 
 
 def test_headroom_is_a_distance_beyond_noise_and_a_teacher_that_is_better_at_something() -> None:
