@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    PreTrainedConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -71,6 +77,40 @@ def test_a_reading_is_gone_on_with(name: str) -> None:
         reading.first(BRANCHES)
         for branches in (later, BRANCHES, later):
             torch.testing.assert_close(reading.more(branches), alone(model, branches), rtol=1e-4, atol=1e-5)
+
+
+LIMITED: dict[str, Callable[[], PreTrainedConfig]] = {
+    "longrope": lambda: Phi3Config(
+        **SIZES, original_max_position_embeddings=12, initializer_range=0.5,
+        rope_parameters=dict(
+            rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0, 5.0, 6.0, 7.0],
+            original_max_position_embeddings=12, factor=8.0,
+        ),
+    ),
+    "dynamic": lambda: LlamaConfig(
+        **{**SIZES, "max_position_embeddings": 12}, initializer_range=0.5,
+        rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0),
+    ),
+    "chunks": lambda: Llama4TextConfig(
+        **SIZES, head_dim=8, initializer_range=0.5, attention_chunk_size=12, num_local_experts=2,
+        intermediate_size_mlp=24, no_rope_layers=[1, 1],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIMITED)
+@pytest.mark.parametrize("length", [10, 20])
+def test_a_length_that_changes_positions_or_what_is_seen_changes_no_branch(name: str, length: int) -> None:
+    """Models whose pass is another one for texts of more than 12 tokens, more than are tried at the start."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LIMITED[name]()).eval()
+    ids = torch.randint(2, 40, (2, length))
+    branches = Branches(np.array([5, 6, 7]), np.array([4, 4, 2 * length - 2]), np.array([0, 1, 0]))
+    with torch.no_grad():
+        reading = TreeReading(model, ids, torch.ones_like(ids), torch.arange(2 * length))
+        behind, alone = reading.first(branches)[1], module._one_by_one(model, ids, branches)
+    assert reading._trees == (length == 10)
+    torch.testing.assert_close(behind, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_what_comes_later_costs_its_own_tokens() -> None:

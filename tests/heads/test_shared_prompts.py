@@ -124,6 +124,19 @@ def test_the_window_matters_in_the_case_above() -> None:
     assert difference.abs().max() > 1e-2
 
 
+def test_a_prompt_is_not_kept_for_a_length_at_which_positions_are_rotated_in_another_way() -> None:
+    ids, mask, rows = batch()
+    rope = dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)
+    for longest in (16, ids.shape[1]):  # the longest prompt has 14 tokens
+        torch.manual_seed(0)
+        config = LlamaConfig(**{**SMALL, "max_position_embeddings": longest}, rope_parameters=rope)
+        model = AutoModelForCausalLM.from_config(config).double().eval()
+        with torch.no_grad():
+            hidden = hidden_at_rows(model, ids, mask, rows)
+            torch.testing.assert_close(hidden, plainly(model, ids, mask, rows), rtol=1e-6, atol=1e-6)
+            assert module.reads_prompts_once(model, ids, rows) == (longest == ids.shape[1])
+
+
 @pytest.mark.parametrize(
     "rows",
     [

@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from diglot.arrays import Ints
 from diglot.batches.sending import sent, sent_together
-from diglot.heads.hidden import cache_argument, is_compiled, last_hidden, unwrap
+from diglot.heads.hidden import cache_argument, is_compiled, last_hidden, rotates_alike, unwrap
 
 logger = logging.getLogger(__name__)
 _known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # does the model take a mask of trees?
@@ -65,13 +65,13 @@ class TreeReading:
         Equal, up to rounding, to reading every prefix and branch as a text of its own. What the model keeps of the
         batch is kept for `more`.
         """
-        self._trees = _takes_trees(self.model) and _no_window(self.model, self.input_ids, branches)
+        self._trees = _takes_trees(self.model) and _one_mask(self.model, self.input_ids, branches)
         main = self._text()
         return main, self.more(branches) if len(branches) else main[:0]
 
     def more(self, branches: Branches) -> Tensor:
         """Behind every token of other branches, `[E, H]`; only these tokens are read."""
-        if self._trees and _no_window(self.model, self.input_ids, branches):
+        if self._trees and _one_mask(self.model, self.input_ids, branches):
             return torch.cat([self._behind(some) for some in _passes(branches, self.input_ids.shape[1])])
         return _one_by_one(self.model, self.input_ids, branches)
 
@@ -188,11 +188,14 @@ def _one_by_one(model: nn.Module, input_ids: Tensor, branches: Branches) -> Tens
     return torch.cat(states)
 
 
-def _no_window(model: nn.Module, input_ids: Tensor, branches: Branches) -> bool:
-    """Is the text short enough that a sliding window sees all of it, so that one mask is right for every layer?"""
-    config = unwrap(model).config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    return not window or input_ids.shape[1] + int(branches.depth.max(initial=0)) + 1 <= window
+def _one_mask(model: nn.Module, input_ids: Tensor, branches: Branches) -> bool:
+    """Is the text so short that every layer sees all of it, and a branch its positions as the text does?"""
+    config, longest = (
+        unwrap(model).config.get_text_config(),
+        input_ids.shape[1] + int(branches.depth.max(initial=0)) + 1,
+    )
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return all(not window or longest <= window for window in windows) and rotates_alike(model, longest)
 
 
 def _takes_trees(model: nn.Module) -> bool:

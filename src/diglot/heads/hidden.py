@@ -33,6 +33,23 @@ def cache_argument(model: nn.Module) -> str:
     return "cache" if "cache" in known else "past_key_values"
 
 
+def rotates_alike(model: nn.Module, length: int) -> bool:
+    """Is a position rotated alike in all texts of up to `length` tokens?
+
+    Some models (longrope, dynamic NTK) rotate all positions in another way once a text is longer than those that they
+    were first trained on: keys kept of a pass that was shorter, or longer, fit no other one.
+    """
+    config = unwrap(model).config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))]
+    lengths = [
+        kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        for kind in kinds
+        if "dynamic" in kind.get("rope_type", "") or kind.get("rope_type") == "longrope"
+    ]
+    return length <= min(lengths, default=length)
+
+
 def last_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
     """The hidden states that the output head reads, `[B, T, H]`, after the final norm, with gradient if enabled.
 

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from diglot.arrays import Ints
 from diglot.batches.sending import sent_together
 from diglot.heads.dropout import dropouts
-from diglot.heads.hidden import cache_argument, is_compiled, last_hidden, run_with_hidden, unwrap
+from diglot.heads.hidden import cache_argument, is_compiled, last_hidden, rotates_alike, run_with_hidden, unwrap
 from diglot.heads.modes import evaluating
 
 Host = tuple[Ints, Ints]
@@ -74,7 +74,7 @@ def _plan(model: nn.Module, input_ids: Tensor, rows: Tensor, host: Host | None =
     """The cut of the batch, if it is allowed and pays."""
     plan = find_shared_prompts(input_ids, rows, host) if _allowed(model) else None
     pays = plan is not None and plan.tokens <= _PAYS * input_ids.numel()
-    return plan if pays and _agrees(model) else None
+    return plan if pays and rotates_alike(model, input_ids.shape[1]) and _agrees(model) else None
 
 
 def find_shared_prompts(input_ids: Tensor, rows: Tensor, host: Host | None = None) -> SharedPrompts | None:
