@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import support.tokenizers_zoo as zoo
+import toys
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from diglot.objectives import covering_cells as module
 from diglot.objectives.covering_cells import CellMap, Neighbours, Probes, Seams, forget_oldest
@@ -29,6 +32,23 @@ def test_tokens_are_neighbours_where_their_text_is_read_as_them(name: str) -> No
     assert 0 < sum(expected) < len(pairs)
     short = [neighbours._cut_behind[a] and neighbours._cut_before[b] for a, b in pairs]
     assert any(short), "no pair tries the short way"
+
+
+def test_a_text_that_goes_on_with_a_word_is_not_taken_for_one_that_begins_it() -> None:
+    """A WordPiece tokenizer reads any text by itself as the beginning of a word; its other pieces are no text alone."""
+    names = ["<stop>", "[UNK]", "c", "##c", "##a", "ca", "##b"]
+    made = Tokenizer(models.WordPiece({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    one = Renderer(PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<stop>", unk_token="[UNK]"), name="pieces")
+    begins, c, a, whole, b = range(2, 7)
+    assert Neighbours(one.vocabulary, one.encoder.spell).allowed([(c, a), (begins, b), (begins, a)]) == [
+        True, True, False,
+    ]  # fmt: skip
+    teacher = Renderer(toys.bpe("c+b", "abc"), name="letters")
+    cells = CellMap(one.vocabulary, teacher.vocabulary, one.encoder.spell, teacher.encoder.spell)
+    assert cells.first[teacher.tokenizer.get_vocab()["cb"]] == c
+    assert cells.first[teacher.tokenizer.get_vocab()["a"]] == a and whole not in cells.first
+    assert Seams(cells, one.encoder.spell).begins([(c, b"a")]) == [None]
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5])

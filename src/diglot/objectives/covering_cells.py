@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diglot.vocabulary import Speller, Vocabulary
-from diglot.vocabulary.maps import first_tokens, greedy_tokens
+from diglot.vocabulary.maps import continuing, first_tokens, greedy_tokens
 
 Ints = NDArray[np.int64]
 _PROBES = 48  # tokens of the teacher that are tried behind another, at most so many
@@ -62,7 +62,8 @@ class Probes:
     """
 
     def __init__(self, cells: CellMap, spell_s: Speller, spell_t: Speller) -> None:
-        self.cells, self.spell_s, self.spell_t = cells, spell_s, spell_t
+        self.cells = cells
+        self.spell_s, self.spell_t = continuing(cells.student, spell_s), continuing(cells.teacher, spell_t)
         with_text = np.flatnonzero(cells.teacher.lengths > 0)
         chosen = with_text[np.unique(np.linspace(0, len(with_text) - 1, _PROBES).astype(np.int64))]
         self.probes = [cells.teacher.token(i) for i in chosen.tolist()]
@@ -124,7 +125,7 @@ class Neighbours:
     """Does the student's tokenizer write two tokens side by side, or would it have cut their text in another way?"""
 
     def __init__(self, student: Vocabulary, spell_s: Speller) -> None:
-        self.student, self.spell = student, spell_s
+        self.student, self.spell = student, continuing(student, spell_s)
         self._known: dict[tuple[int, ...], bool] = {}
         self._alone: dict[tuple[int, ...], bool | None] = {}
         is_text, last = student.lengths > 0, len(student.data) - 1
@@ -196,7 +197,7 @@ class Seams:
     """Which student token begins a text behind a written one, if the tokenizer leaves the written one as it is."""
 
     def __init__(self, cells: CellMap, spell_s: Speller) -> None:
-        self.cells, self.spell = cells, spell_s
+        self.cells, self.spell = cells, continuing(cells.student, spell_s)
         self._known: dict[tuple[int, bytes], tuple[int, bool] | None] = {}
 
     def begins(self, pairs: list[tuple[int, bytes]]) -> list[tuple[int, bool] | None]:

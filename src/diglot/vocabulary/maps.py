@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,19 @@ def greedy_tokens(source: Vocabulary, target: Vocabulary) -> Ints:
     return cached("greedy", [source, target], build)["longest"]
 
 
+def continuing(vocabulary: Vocabulary, spell: Speller) -> Speller:
+    """`spell`, and None where its first token has a space that the text has not.
+
+    Such a token begins a word (WordPiece), and says nothing of a text that goes on with one.
+    """
+
+    def spelt(texts: Sequence[bytes]) -> list[list[int] | None]:
+        read = zip(texts, spell(texts), strict=True)
+        return [ids if ids and b"".join(map(vocabulary.token, ids)) == text else None for text, ids in read]
+
+    return spelt
+
+
 def first_tokens(source: Vocabulary, target: Vocabulary, spell: Speller) -> Ints:
     """The first token that `spell`, the tokenizer of `target`, gives for the text of each token of `source`, `[V]`.
 
@@ -39,7 +53,7 @@ def first_tokens(source: Vocabulary, target: Vocabulary, spell: Speller) -> Ints
     begin = np.minimum(source.offsets[:-1], max(len(longest) - 1, 0))
     first = np.where(source.lengths > 0, longest[begin] if len(longest) else -1, -1)
     unshared = np.flatnonzero((source.lengths > 0) & (target.lengths[np.maximum(first, 0)] != source.lengths)).tolist()
-    for k, ids in zip(unshared, spell(list(map(source.token, unshared))), strict=True):
+    for k, ids in zip(unshared, continuing(target, spell)(list(map(source.token, unshared))), strict=True):
         if ids:
             first[k] = ids[0]
     return first
