@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from support import tiny
 from support.oracle import Toy, bpe_a, bpe_b, letters, unigram
 from torch import Tensor
 
-from diglot.comparisons import Batch
+from diglot.comparisons import Batch, Term
+from diglot.comparisons.auto import explained_by
 from diglot.trainers import MiniLLMTrainer
 
 PROMPT = "b"
@@ -38,12 +40,12 @@ def all_paths(toy: Toy, length: int) -> list[tuple[int, ...]]:
     return ended + list(itertools.product(ids, repeat=length))
 
 
-def log_probs(net: Any, prompt: list[int], paths: list[tuple[int, ...]]) -> Tensor:
+def log_probs(net: Any, prompt: list[int], paths: list[tuple[int, ...]], temperature: float = 1.0) -> Tensor:
     """Of each path behind the prompt, nats, `[paths]`."""
     width = max(map(len, paths))
     ids = torch.tensor([[*prompt, *path, *[0] * (width - len(path))] for path in paths])
     written = torch.arange(width) < torch.tensor([len(path) for path in paths])[:, None]
-    rows = net(ids).logits.log_softmax(-1)[:, len(prompt) - 1 : -1]
+    rows = (net(ids).logits / temperature).log_softmax(-1)[:, len(prompt) - 1 : -1]
     return (rows.gather(-1, ids[:, len(prompt) :, None])[..., 0] * written).sum(-1)
 
 
@@ -58,8 +60,10 @@ def prompt_of(toy: Toy) -> list[int]:
 class Case:
     """A student, a teacher, every path, and the gradient of KL(student's paths || teacher's canonical reading)."""
 
-    def __init__(self, student: Callable[[], Toy], teacher: Callable[[], Toy], length: int) -> None:
-        self.s, self.t, self.length = student(), teacher(), length
+    def __init__(
+        self, student: Callable[[], Toy], teacher: Callable[[], Toy], length: int, temperature: float = 1.0
+    ) -> None:
+        self.s, self.t, self.length, self.temperature = student(), teacher(), length, temperature
         self.student, self.teacher = model(self.s, 1), model(self.t, 2)
         self.paths = all_paths(self.s, length)
         stops = [path[-1:] == (self.s.stop,) for path in self.paths]
@@ -69,8 +73,8 @@ class Case:
         ]
         read = self.paths if self.s is self.t else canonical  # with one table of ids the teacher reads the student's
         with torch.no_grad():
-            self.logq = log_probs(self.teacher, prompt_of(self.t), read)
-        logp = log_probs(self.student, prompt_of(self.s), self.paths)
+            self.logq = log_probs(self.teacher, prompt_of(self.t), read, temperature)
+        logp = log_probs(self.student, prompt_of(self.s), self.paths, temperature)
         self.mass = logp.detach().exp()
         (logp.exp() * (logp - self.logq)).sum().backward()
         self.exact = flat(self.student)
@@ -80,7 +84,8 @@ class Case:
         rows = [{"prompt": PROMPT}] * len(self.paths)
         trainer: MiniLLMTrainer = tiny.minillm(
             out, self.s.tokenizer, self.t.tokenizer, rows, models=(self.student, self.teacher),
-            **{**EXACT, "per_device_train_batch_size": len(rows), "max_completion_length": self.length, **options},
+            **{**EXACT, "per_device_train_batch_size": len(rows), "max_completion_length": self.length,
+               "temperature": self.temperature, "kd_temperature": self.temperature, **options},
         )  # fmt: skip
         ids = [np.array(path, dtype=np.int64) for path in self.paths]
         trainer.sample = lambda conversations, prompts, seeds: ids  # type: ignore[method-assign]
@@ -129,6 +134,27 @@ def test_it_is_so_whatever_the_target_is(tmp_path: Path, options: dict[str, Any]
     case = Case(*PAIRS["overlapping"])
     step = {"name": "covering", "beta": 1.0, "written_apart": False, "weight": 0.5, **options}
     assert case.error(case.expected(tmp_path, objective=[step])) < 1e-6
+
+
+def test_it_is_so_at_a_temperature_at_which_both_write(tmp_path: Path) -> None:
+    """The student's draws at `kd_temperature`: the KL is that of both sides' distributions at this temperature."""
+    case = Case(*PAIRS["overlapping"], temperature=2.0)
+    assert case.error(case.expected(tmp_path)) < 1e-6
+
+
+def test_steps_that_explain_other_tokens_are_each_subtracted_where_they_do() -> None:
+    """What a dense step adds is to be left out of the rewards, whatever another one leaves out."""
+    nan = float("nan")
+
+    def step(*gains: float, weight: float) -> Any:
+        says = SimpleNamespace(is_single_step=True, explained=lambda plan, scores: torch.tensor(gains))
+        return Term(f"step {weight}", weight, says)  # type: ignore[arg-type]
+
+    terms = [step(1.0, 2.0, nan, nan, weight=1.0), step(8.0, nan, 4.0, nan, weight=0.5)]
+    view: Any = SimpleNamespace(comparison=SimpleNamespace(terms=terms), plans=dict.fromkeys(t.name for t in terms))
+    both = explained_by(view, None)  # type: ignore[arg-type]
+    assert both is not None
+    torch.testing.assert_close(both, torch.tensor([5.0, 2.0, 2.0, nan]), equal_nan=True)
 
 
 def test_without_the_subtraction_the_gradient_is_another(tmp_path: Path) -> None:

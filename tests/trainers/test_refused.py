@@ -210,8 +210,11 @@ def test_span_beside_minillm_remembers_the_policy_that_wrote(tmp_path: Path, mon
 def test_minillm_says_that_it_writes_from_another_distribution(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), temperature=0.7)
-    assert "temperature=0.7, top_p=1.0, top_k=0" in caplog.text
-    caplog.clear()
-    tiny.minillm(tmp_path, zoo.chatml(), zoo.inst())
+    """The policy is the one whose log-probs are taken: at `kd_temperature`."""
+    for options in (dict(temperature=0.7), dict(kd_temperature=0.7)):
+        tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), **options)
+        assert "temperature=0.7" in caplog.text and "top_p=1.0, top_k=0" in caplog.text
+        caplog.clear()
+    for temperature in (1.0, 0.7):
+        tiny.minillm(tmp_path, zoo.chatml(), zoo.inst(), temperature=temperature, kd_temperature=temperature)
     assert "does not write from its own distribution" not in caplog.text

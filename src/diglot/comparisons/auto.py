@@ -50,4 +50,7 @@ def explained_by(view: View, scores: ModelScores) -> Tensor | None:
     """What the single steps among a view's terms say of each token, nats, `[N_s]`; see `Objective.explained`."""
     steps = [term for term in view.comparison.terms if term.objective.is_single_step]
     explained = [term.weight * term.objective.explained(view.plans[term.name], scores) for term in steps]
-    return torch.stack(explained).sum(0) if explained else None
+    if not explained:
+        return None
+    of_terms = torch.stack(explained)  # what one says nothing of another may explain
+    return of_terms.nansum(0).masked_fill(of_terms.isnan().all(0), torch.nan)

@@ -113,11 +113,12 @@ class MiniLLMTrainer(DistillationTrainer):
                 "noise. Drop it.",
                 self.args.neftune_noise_alpha,
             )
-        if (self.args.temperature, self.args.top_p, self.args.top_k) != (1, 1, 0):
+        kd_temperature = self.args.kd_temperature
+        if (self.args.temperature, self.args.top_p, self.args.top_k) != (kd_temperature, 1, 0):
             logger.warning(
-                "The student does not write from its own distribution (temperature=%s, top_p=%s, top_k=%s), for "
-                "whose draws the policy gradient takes these texts.",
-                *(self.args.temperature, self.args.top_p, self.args.top_k),
+                "The student does not write from its own distribution at kd_temperature=%s (temperature=%s, top_p=%s, "
+                "top_k=%s), for whose draws the policy gradient takes these texts.",
+                *(kd_temperature, self.args.temperature, self.args.top_p, self.args.top_k),
             )
         self.mixed_alpha = self._mixed_alpha()
         self.observer.own_draws &= self.mixed_alpha == 0
