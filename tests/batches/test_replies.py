@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import support.chat_templates as chat
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from diglot.batches import PairReader, ReadPair, align_pairs
@@ -235,6 +236,29 @@ def test_what_a_template_writes_behind_several_calls_alone_closes_a_single_one_t
         assert pair is not None
         one = '[call]⟦clock⟧\n⟦{"tz": "UTC"}⟧\n[/call]'
         assert tail(student, pair.student) == f"</s>[assistant][calls]{one * len(calls)}[/calls]⟦</s>⟧"
+
+
+@pytest.mark.parametrize("field", [None, "reasoning_content"])
+def test_calls_behind_a_text_are_in_the_templates_own_markup_though_it_drops_them_there(field: str | None) -> None:
+    """As DeepSeek V3's: the calls were read in a common markup, which that model never writes."""
+    call = "[calls]{{ m.tool_calls[0].function.name }}\n{{ m.tool_calls[0].function.arguments }}[/calls]"
+    turn = "{% if m.content is none %}" + call + "{% else %}{{ m.content + '' }}{% endif %}</s>"
+    template = "{% for m in messages %}[{{ m.role }}]" + turn + "{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    message = {"role": "assistant", "content": "So:", "tool_calls": CALL, **({field: "Hm."} if field else {})}
+    row = to_sample({"messages": [{"role": "user", "content": "Hi"}, message]}, "row 7")
+    for special in (True, False):
+        student = marked(template, *["[calls]", "[/calls]"] * special)
+        if not special:  # as DeepSeek's own: added, and not special
+            student.tokenizer.add_tokens([AddedToken("[calls]"), AddedToken("[/calls]")])
+            student = Renderer(student.tokenizer, name="student")
+        pair = PairReader(student, side("thinks"), same_vocabulary=False).written(row)
+        assert pair is not None
+        thought = "<think>\n⟦Hm.⟧\n</think>\n\n" if field else ""
+        calls = '[calls]⟦clock⟧\n⟦{"tz": "UTC"}⟧[/calls]⟦</s>⟧'
+        assert tail(student, pair.student) == f"</s>[assistant]{thought}⟦So:⟧{calls}"
+        assert not any("calls of tools" in note for note in student.notes)
+        assert any("reasoning" in note for note in student.notes) == bool(field)
 
 
 @pytest.mark.parametrize("content", [None, "So:"])

@@ -246,7 +246,7 @@ def has_other_markup(side: Renderer, reply: Reply, opened: bool, finished: bool)
     if reply.is_plain or not side.has_template:
         return False
     layout = side.markup.layout(reply.shape)
-    if not layout.own:
+    if layout.common and {*layout.common, Role.CONTENT} >= set(reply.shape):
         return False
     own = without_empty_thinking(layout.spelt(reply))
     written = ("<think>\n" if opened else "") + str(reply.whole)

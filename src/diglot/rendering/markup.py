@@ -63,9 +63,14 @@ class Layout:
     """The text around the slots of a reply of one shape: one more piece than there are slots."""
 
     around: tuple[str, ...]  # what follows the generation prompt first; what precedes the stop last
-    own: bool  # does the template write it, or do control tokens that only this is for? Else it is the common way
+    common: tuple[Role, ...] = ()  # parts in the common way: the template writes none, nor are control tokens for them
     bare: bool = False  # it follows the generation prompt without any think block
     stop: int | None = None  # the id that ends a reply of this shape
+
+    @property
+    def own(self) -> bool:
+        """Does the model write all of it in this way?"""
+        return not self.common
 
     def spelt(self, reply: Reply) -> str:
         """The reply of this shape as one text; control tokens of the markup by their names."""
@@ -103,7 +108,7 @@ class Markup:
         if shape not in self._layouts:
             known = [self._own(shape), self._of_controls(shape)] if self.template.exists else []
             distinct = tuple(dict.fromkeys(layout for layout in known if layout is not None))
-            self._layouts[shape] = distinct or (Layout(_written(shape, COMMON), own=False),)
+            self._layouts[shape] = distinct or (self._calls_behind(shape) or _commonly(shape),)
         return self._layouts[shape]
 
     def has_controls(self, shape: Shape) -> bool:
@@ -211,6 +216,21 @@ class Markup:
             return layout
         return replace(layout, around=(*layout.around[:-1], longer.around[-1]), stop=longer.stop)
 
+    def _calls_behind(self, shape: Shape) -> Layout | None:
+        """Calls in the model's own markup behind what its template writes no calls behind, as DeepSeek's and older ones
+        of Mistral; None if they do not begin with a token of their own, which says that they are calls wherever it is.
+        """
+        first = shape.index(Role.TOOL_CALL) if Role.TOOL_CALL in shape else 0
+        if not first or not self.template.exists:
+            return None
+        head, calls = self.layout(shape[:first]), self.layout(shape[first:])
+        opening = without_empty_thinking(calls.around[0])
+        ids = self._encode(opening)
+        if not calls.own or not len(ids) or ids[0] not in self.template.tokenizer.added_tokens_decoder:
+            return None
+        between = (head.around[-1] if shape[first - 1] == Role.REASONING else "") + opening
+        return replace(head, around=(*head.around[:-1], between, *calls.around[1:]), stop=calls.stop)
+
     def _of_controls(self, shape: Shape) -> Layout | None:
         """As the model's control tokens say; None if they say it of no way to write all these parts, or of several."""
         prompt, plain = self._try([PROBE], generation_prompt=True), self._own(PLAIN)
@@ -220,9 +240,7 @@ class Markup:
         around = _written(shape, ways[0], without_empty_thinking(plain.around[0]), plain.around[-1])
         ends = {name: i for i, name in self.vocabulary.names.items()}
         stop = ends.get(ways[0].stop or "") if Role.TOOL_CALL in shape else None
-        return Layout(
-            around, own=True, bare=without_thinking(prompt) != prompt, stop=plain.stop if stop is None else stop
-        )
+        return Layout(around, bare=without_thinking(prompt) != prompt, stop=plain.stop if stop is None else stop)
 
     def _has(self, way: Way, shape: Shape) -> bool:
         """Are the markers of a way's parts control tokens of this model?"""
@@ -251,7 +269,7 @@ class Markup:
                     return None
                 around.append(before)
             closing, stop = self._closing(rest, calls=len(marks) > 1)
-            return Layout((*around, closing), own=True, bare=start != prompt, stop=stop)
+            return Layout((*around, closing), bare=start != prompt, stop=stop)
         return None
 
     def _closing(self, text: str, calls: bool) -> tuple[str, int | None]:
@@ -295,6 +313,10 @@ def _probe(shape: Shape, field: str, as_object: bool) -> tuple[dict[str, Any], l
 
 def _calls_before(shape: Shape, k: int) -> int:
     return sum(role == Role.TOOL_CALL for role in shape[:k])
+
+
+def _commonly(shape: Shape) -> Layout:
+    return Layout(_written(shape, COMMON), common=tuple(dict.fromkeys(role for role in shape if role != Role.CONTENT)))
 
 
 def _written(shape: Shape, way: Way, opening: str = "", closing: str = "") -> tuple[str, ...]:

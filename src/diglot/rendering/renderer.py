@@ -309,7 +309,7 @@ class Renderer:
     def _layout(self, conversation: Conversation, parts: Reply, thinking: bool | None) -> Layout:
         """What stands around the parts, and whether the prompt before them is one without a think block."""
         if conversation.messages is None and parts.is_plain:
-            return Layout(("", ""), own=False)
+            return Layout(("", ""))
         layout = self.markup.layout(parts.shape)
         if parts.shape[0] == Role.REASONING:
             return replace(layout, bare=layout.bare or not layout.own)
@@ -323,10 +323,9 @@ class Renderer:
 
     def note_common(self, shape: Shape) -> None:
         """Say once which parts of a reply this side is given in markup that is not its own."""
-        if shape == PLAIN or self.markup.layout(shape).own:
-            return
+        common = self.markup.layout(shape).common
         for kind, alone in (("reasoning", (Role.REASONING, Role.CONTENT)), ("calls of tools", CALL)):
-            if alone[0] in shape:
+            if alone[0] in common:
                 self._note(
                     f"The {self.name} has no chat template that writes {kind} as one of the replies has them: it reads "
                     f"them as {common_markup(alone)!r}. If it was trained with other markup, give its tokenizer a "
