@@ -108,6 +108,11 @@ def test_columns_alone_are_read_and_others_are_left(tmp_path: Path) -> None:
     assert first(name, columns={"messages": "messages", "tools": "tools"}).conversation.tools == ({"name": "f"},)
 
 
+def test_a_label_that_is_the_answer_forbids_none(tmp_path: Path) -> None:
+    assert first(save(tmp_path, {"q": "x", "label": "False"}), columns="user=q,assistant=label").reply == "False"
+    assert first(save(tmp_path, {"prompt": "x", "completion": "y", "label": False}), columns="prompt").reply is None
+
+
 def test_an_empty_column_of_pictures_is_no_picture(tmp_path: Path) -> None:
     assert first(save(tmp_path, {"messages": [ASK, SAY], "images": []})).reply == A
 
@@ -121,6 +126,8 @@ def test_an_empty_column_of_pictures_is_no_picture(tmp_path: Path) -> None:
     ({"prompt": "x", "s": "y"}, {"columns": "prompt,system=s"}, "`prompt` is plain text. Map it as `user`"),
     ({"messages": [BRIEF, ASK], "s": "y"}, {"columns": "messages,system=s"}, "begins with a system message"),
     ({"chosen": None, "rejected": "x"}, {"format": "preference"}, "`chosen` is None"),
+    ({"q": "x", "a": "y", "label": False}, {"columns": "user=q,assistant=a"}, "`label` is False, as in KTO"),
+    ({"prompt": "x", "completion": "y", "label": 0}, {"columns": "prompt,completion"}, "`label` is 0"),
     ({"q": "x", "h": ["y"]}, {"columns": "user=q,history=h"}, "pairs of a question and an answer"),
 ])  # fmt: skip
 def test_a_row_that_a_format_cannot_read_is_named_with_what_is_in_it(

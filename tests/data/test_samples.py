@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from datasets import Dataset
 
@@ -36,6 +38,9 @@ SAY = {"role": "assistant", "content": "Two."}
         ({"messages": [ASK, {**SAY, "reasoning": ["Hm."]}]}, "the reasoning of the last message is ['Hm.']"),
         ({"prompt": [1, 2]}, "`prompt` holds 1, expected {'role': ..., 'content': ...}. Token ids belong to one"),
         ({"text": [1, 2]}, "`text` is [1, 2], expected a string. Token ids belong to one tokenizer"),
+        ({"prompt": "a", "completion": "b", "label": False}, "`label` is False, as in KTO's data"),
+        ({"prompt": [ASK], "completion": [SAY], "label": 0}, "`label` is 0, as in KTO's data"),
+        ({"messages": [ASK, SAY], "kto_tag": "false"}, "`kto_tag` is 'false', as in KTO's data"),
         ({"messages": [ASK, {**SAY, "weight": 0.5}, ASK, SAY]}, "a message of weight 0.5, expected 0 or 1"),
     ],
 )
@@ -62,6 +67,23 @@ def test_fields_that_a_table_filled_with_none_are_gone_at_every_depth() -> None:
         {**call, "content": None},
         ASK,
     )
+
+
+@pytest.mark.parametrize("label", [True, None, 1, "general", 0])
+def test_a_label_that_does_not_forbid_an_answer_leaves_it_and_a_prompt_has_none(label) -> None:
+    assert to_sample({"messages": [ASK, SAY], "label": label}, "row").reply == "Two."
+    for row in ({"prompt": [ASK]}, {"messages": [ASK]}, {"text": "Two."}):
+        assert to_sample({**row, "label": False}, "row").conversation is not None
+
+
+def test_a_null_among_the_arguments_of_a_call_stays_where_no_table_wrote_it() -> None:
+    arguments = {"city": "Rome", "unit": None, "days": [{"of": None}]}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "a", "arguments": arguments}}]}
+    sample = to_sample({"messages": [ASK, call, ASK, call]}, "row")
+    assert sample.answer is not None and sample.answer.slots[1].texts == (json.dumps(arguments),)
+    assert sample.conversation.messages[1] == call
+    schema = {"name": "a", "parameters": {"properties": {"unit": {"default": None}}}}
+    assert to_sample({"prompt": [ASK], "tools": json.dumps([schema])}, "row").conversation.tools == (schema,)
 
 
 def test_a_message_may_say_something_else_than_content() -> None:

@@ -16,6 +16,7 @@ PARTS = ("system", "history", "user", "assistant")
 MEDIA = ("images", "image", "videos", "video", "audio", "audios")
 CONVERSATIONS = ("conversations", "conversation", "messages", "dialog", "dialogue")
 
+LABELS = ("label", "kto_tag")  # whether the answer is one to write, as in the data of KTO
 BAD = "__bad__"  # why a row could not be converted: it is refused when its turn comes, so that it can be skipped
 
 SPEAKERS = {
@@ -83,9 +84,31 @@ def convert(row: Row, name: str | None, mapping: Mapping[str, str] | None) -> di
                 f"there is something in `{media[0]}`, and only text can be compared. Take such rows out, or the column."
             )
         own = _with_parts(FORMATS[name](own) if name else own)
+        labels = {label: row.get(label) for label in LABELS if label not in (mapping or {}).values()}
+        if unwanted := not_to_be_written({**own, **labels}):
+            raise DataError(unwanted)
     except DataError as error:
         own, bad = {}, str(error)
     return {**{column: own.get(column) for column in OWN}, BAD: bad}
+
+
+def not_to_be_written(row: Row) -> str | None:
+    """Why the answer in a row must not be imitated; None if nothing says so. Fields of a table are text."""
+    no = ("false", "0") if row.get("completion") is not None else ("false",)  # else 0 may be the name of a class
+    name = next((one for one in LABELS if str(row.get(one)).lower() in no), None)
+    if name is None or not _is_answered(row):
+        return None
+    return (
+        f"`{name}` is {row[name]!r}, as in KTO's data of an answer not to write, and it would be imitated. Leave such "
+        "rows out, or name the columns to read without the answer: dataset_columns."
+    )
+
+
+def _is_answered(row: Row) -> bool:
+    """Has a row with Diglot's own columns an answer in it?"""
+    messages = row.get("messages")
+    last = messages[-1] if isinstance(messages, Sequence) and messages else None
+    return row.get("completion") is not None or (isinstance(last, Mapping) and last.get("role") == "assistant")
 
 
 # ---- parts of a conversation -------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diglot.data.formats import CONVERSATIONS, MEDIA, OWN, READS, SHARED
+from diglot.data.formats import CONVERSATIONS, LABELS, MEDIA, OWN, READS, SHARED
 from diglot.errors import DataError
 
 EXPECTED = "`prompt`, `prompt` and `completion`, `messages`, or `text`"
@@ -33,7 +33,8 @@ def check_columns(columns: Sequence[str], row: Mapping[str, Any], where: str) ->
         raise DataError(
             f"{where} has the columns {_listed(columns)}, expected {EXPECTED}. {_explanation(columns, row)}"
         )
-    return sorted(set(columns) - _read(row) - {*MEDIA, "__row__", "__bad__"})
+    labels = {name for name in LABELS if isinstance(row.get(name), bool)}
+    return sorted(set(columns) - _read(row) - {*MEDIA, *labels, "__row__", "__bad__"})
 
 
 def check_format(

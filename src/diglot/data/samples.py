@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diglot.data.formats import BAD, MEDIA, SPEAKERS
+from diglot.data.formats import BAD, MEDIA, SPEAKERS, not_to_be_written
 from diglot.data.recognise import EXPECTED
 from diglot.errors import DataError, DiglotError
 from diglot.rendering import Conversation, Reply, message_reply
@@ -39,6 +39,8 @@ def to_sample(row: Mapping[str, Any], where: str) -> Sample:
         DataError: none of these columns, or a value of the wrong kind; the message names the row.
     """
     sample = _own_columns(row, where)
+    if unwanted := not_to_be_written(row):
+        raise DataError(f"{where}: {unwanted}")
     view, route = _teacher_view(row.get("teacher_prompt"), sample.conversation.tools, where), row.get("teacher")
     if view is None and route is None:
         return sample
@@ -179,7 +181,8 @@ def _messages(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...]
         if message.get("weight") not in (None, 0, 1):
             raise DataError(f"{where}: `{column}` has a message of weight {message['weight']!r:.40}, expected 0 or 1.")
         content_text(message, where)
-    return tuple(_without_none(message) for message in value)
+    as_written = len({frozenset(message) for message in value}) > 1  # all those of a table have the same fields
+    return tuple(_without_none(message, as_written) for message in value)
 
 
 def _check_role(role: str, column: str, where: str) -> None:
@@ -196,7 +199,8 @@ def collate_samples(rows: list[dict[str, Any]]) -> dict[str, list[Sample]]:
 
 def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
     """JSON schemas, as a list or, since their shapes differ from row to row, as a string of JSON."""
-    if isinstance(value, str):
+    written = isinstance(value, str)
+    if written:
         try:
             value = json.loads(value) if value.strip() else None
         except json.JSONDecodeError as error:
@@ -205,20 +209,27 @@ def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
         return None
     if not isinstance(value, Sequence) or not all(isinstance(tool, Mapping) for tool in value):
         raise DataError(f"{where}: `tools` is {value!r:.80}, expected a list of JSON schemas.")
-    return tuple(_without_none(tool) for tool in value)
+    return tuple(value) if written else tuple(_without_none(tool) for tool in value)
 
 
-def _without_none(value: Any) -> Any:
+def _without_none(value: Any, as_written: bool = False) -> Any:
     """A table of rows with unlike fields fills those that a row lacks with None, at every depth.
 
     The content of a message that calls tools stays None: templates tell by it that there is nothing but the call.
+
+    Args:
+        as_written: is it of no table? Then a call's arguments that are None are meant so.
     """
     if isinstance(value, Mapping):
-        fields = {k: _without_none(v) for k, v in value.items() if v is not None}
+        fields = {
+            k: v if as_written and k == "arguments" else _without_none(v, as_written)
+            for k, v in value.items()
+            if v is not None
+        }
         if "role" in fields and fields.get("tool_calls"):
             return {"role": value["role"], "content": None, **fields}
         return fields
-    return [_without_none(v) for v in value] if isinstance(value, list) else value
+    return [_without_none(v, as_written) for v in value] if isinstance(value, list) else value
 
 
 def _of_ids(value: Any) -> str:
