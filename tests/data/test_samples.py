@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 
 from diglot.data import to_sample
+from diglot.data.formats import convert
 from diglot.errors import DataError, DiglotError
 
 ASK = {"role": "user", "content": "How many?"}
@@ -41,6 +42,9 @@ SAY = {"role": "assistant", "content": "Two."}
         ({"prompt": "a", "completion": "b", "label": False}, "`label` is False, as in KTO's data"),
         ({"prompt": [ASK], "completion": [SAY], "label": 0}, "`label` is 0, as in KTO's data"),
         ({"messages": [ASK, SAY], "kto_tag": "false"}, "`kto_tag` is 'false', as in KTO's data"),
+        ({"messages": [ASK, {**SAY, "loss": False}]}, "(or `loss`, `train` false)"),
+        ({"messages": [ASK, {**SAY, "prefix": True}]}, "'prefix', which says that it is unfinished"),
+        ({"messages": [ASK, {**SAY, "content": "", "refusal": "No."}]}, "'refusal', which no template writes"),
         ({"messages": [ASK, {**SAY, "weight": 0.5}, ASK, SAY]}, "a message of weight 0.5, expected 0 or 1"),
     ],
 )
@@ -91,6 +95,17 @@ def test_a_message_may_say_something_else_than_content() -> None:
     thought = {"role": "assistant", "content": None, "reasoning_content": "Two, I think."}
     for message in (call, thought):
         assert to_sample({"messages": [ASK, message]}, "row").answer is not None
+
+
+@pytest.mark.parametrize("name", ["loss", "train"])
+def test_what_others_call_the_weight_of_a_message_is_its_weight(name) -> None:
+    turns = [ASK, {**SAY, name: False}, ASK, {**SAY, name: True}]
+    assert to_sample({"messages": turns}, "row") == to_sample(
+        {"messages": [ASK, {**SAY, "weight": 0}, ASK, SAY]}, "row"
+    )
+    shared = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "Two.", name: False}]
+    with pytest.raises(DataError, match="weight 0"):
+        to_sample(convert({"conversations": shared}, "sharegpt", None), "row")
 
 
 def test_a_message_of_weight_1_is_a_message_without_a_weight() -> None:

@@ -17,6 +17,7 @@ MEDIA = ("images", "image", "videos", "video", "audio", "audios")
 CONVERSATIONS = ("conversations", "conversation", "messages", "dialog", "dialogue")
 
 LABELS = ("label", "kto_tag")  # whether the answer is one to write, as in the data of KTO
+UNWEIGHED = ("loss", "train")  # what ms-swift and Axolotl call the weight of a message: true or false
 BAD = "__bad__"  # why a row could not be converted: it is refused when its turn comes, so that it can be skipped
 
 SPEAKERS = {
@@ -198,7 +199,7 @@ def _turn(turn: Any, name: str) -> dict[str, Any]:
     text = _text(turn.get("value"), "value")
     says = {"content": None, "tool_calls": _calls(text, speaker)} if speaker in _CALLERS else {"content": text}
     message = {"role": SPEAKERS[speaker], **says}
-    return message if turn.get("weight") is None else {**message, "weight": turn["weight"]}
+    return message | {one: turn[one] for one in ("weight", *UNWEIGHED) if turn.get(one) is not None}
 
 
 def _calls(text: str, speaker: str) -> list[dict[str, Any]]:

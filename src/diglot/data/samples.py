@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diglot.data.formats import BAD, MEDIA, SPEAKERS, not_to_be_written
+from diglot.data.formats import BAD, MEDIA, SPEAKERS, UNWEIGHED, not_to_be_written
 from diglot.data.recognise import EXPECTED
 from diglot.errors import DataError, DiglotError
 from diglot.rendering import Conversation, Reply, message_reply
@@ -141,8 +141,8 @@ def _from_messages(messages: tuple[dict[str, Any], ...], tools: Any, where: str)
         )
     if messages[-1].get("weight") == 0:
         raise DataError(
-            f"{where}: the last message has weight 0, so there is nothing to learn from. Take it off: the row is then "
-            "a prompt, which the student answers."
+            f"{where}: the last message has weight 0 (or `loss`, `train` false), so there is nothing to learn from. "
+            "Take it off: the row is then a prompt, which the student answers."
         )
     reply = message_reply(messages[-1], where)
     text = content_text(messages[-1], where)
@@ -182,7 +182,14 @@ def _messages(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...]
             raise DataError(f"{where}: `{column}` has a message of weight {message['weight']!r:.40}, expected 0 or 1.")
         content_text(message, where)
     as_written = len({frozenset(message) for message in value}) > 1  # all those of a table have the same fields
-    return tuple(_without_none(message, as_written) for message in value)
+    return tuple(_weighed(_without_none(message, as_written)) for message in value)
+
+
+def _weighed(message: dict[str, Any]) -> dict[str, Any]:
+    """`loss` and `train`, other words for whether a message is to be learned, as its weight."""
+    flags = [message[name] for name in UNWEIGHED if isinstance(message.get(name), bool)]
+    rest = {name: value for name, value in message.items() if not (name in UNWEIGHED and isinstance(value, bool))}
+    return rest if all(flags) else {**rest, "weight": 0}
 
 
 def _check_role(role: str, column: str, where: str) -> None:

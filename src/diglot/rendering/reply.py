@@ -14,7 +14,13 @@ from diglot.rendering.types import Reply, Role, Slot
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """What messages call the reasoning of a turn; templates read one of them."""
 
-_REFUSED = ("function_call", "audio")
+_REFUSED = {
+    "function_call": "cannot be scored. Use `tool_calls`",
+    "audio": "cannot be scored. Leave the row out",
+    "refusal": "no template writes. Put its text into `content`, or leave the row out",
+    "prefix": "says that it is unfinished, and its end would be learned. Leave the row out, or finish it",
+    "partial": "says that it is unfinished, and its end would be learned. Leave the row out, or finish it",
+}
 _KNOWN = ("role", "content", "tool_calls", "weight", *REASONING_FIELDS)
 
 
@@ -54,9 +60,9 @@ def message_reply(message: Mapping[str, Any], where: str) -> Reply:
     if content or not calls:
         slots.append(Slot(Role.CONTENT, (content,)))
     slots += [Slot(Role.TOOL_CALL, (text,)) for call in calls for text in call]
-    for name in _REFUSED:
+    for name, why in _REFUSED.items():
         if message.get(name):
-            raise DataError(f"{where}: the last message has {name!r}, which cannot be scored. Use `tool_calls`.")
+            raise DataError(f"{where}: the last message has {name!r}, which {why}.")
     others = tuple(name for name, value in message.items() if name not in _KNOWN and value)
     whole = content if [slot.role for slot in slots] == [Role.CONTENT] else None
     return Reply(tuple(slots), whole, others)
