@@ -127,7 +127,6 @@ def test_an_empty_column_of_pictures_is_no_picture(tmp_path: Path) -> None:
     ({"messages": [BRIEF, ASK], "s": "y"}, {"columns": "messages,system=s"}, "begins with a system message"),
     ({"chosen": None, "rejected": "x"}, {"format": "preference"}, "`chosen` is None"),
     ({"q": "x", "a": "y", "label": False}, {"columns": "user=q,assistant=a"}, "`label` is False, as in KTO"),
-    ({"prompt": "x", "completion": "y", "label": 0}, {"columns": "prompt,completion"}, "`label` is 0"),
     ({"q": "x", "h": ["y"]}, {"columns": "user=q,history=h"}, "pairs of a question and an answer"),
 ])  # fmt: skip
 def test_a_row_that_a_format_cannot_read_is_named_with_what_is_in_it(

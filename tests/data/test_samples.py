@@ -40,7 +40,6 @@ SAY = {"role": "assistant", "content": "Two."}
         ({"prompt": [1, 2]}, "`prompt` holds 1, expected {'role': ..., 'content': ...}. Token ids belong to one"),
         ({"text": [1, 2]}, "`text` is [1, 2], expected a string. Token ids belong to one tokenizer"),
         ({"prompt": "a", "completion": "b", "label": False}, "`label` is False, as in KTO's data"),
-        ({"prompt": [ASK], "completion": [SAY], "label": 0}, "`label` is 0, as in KTO's data"),
         ({"messages": [ASK, SAY], "kto_tag": "false"}, "`kto_tag` is 'false', as in KTO's data"),
         ({"messages": [ASK, {**SAY, "loss": False}]}, "(or `loss`, `train` false)"),
         ({"messages": [ASK, {**SAY, "prefix": True}]}, "'prefix', which says that it is unfinished"),

@@ -95,8 +95,7 @@ def convert(row: Row, name: str | None, mapping: Mapping[str, str] | None) -> di
 
 def not_to_be_written(row: Row) -> str | None:
     """Why the answer in a row must not be imitated; None if nothing says so. Fields of a table are text."""
-    no = ("false", "0") if row.get("completion") is not None else ("false",)  # else 0 may be the name of a class
-    name = next((one for one in LABELS if str(row.get(one)).lower() in no), None)
+    name = next((one for one in LABELS if str(row.get(one)).lower() == "false"), None)  # 0 may be the name of a class
     if name is None or not _is_answered(row):
         return None
     return (
