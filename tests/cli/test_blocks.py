@@ -70,7 +70,7 @@ def test_head_room_is_read_off_the_data_and_leaves_the_run_as_it_was(tmp_path: P
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.chatml(), models=(model, tiny.tiny_model(zoo.chatml(), 0)))
     before = tiny.torch.get_rng_state()
     (warning,) = blocks.headroom(trainer)
-    assert "equally good" in warning and "nothing to learn" in warning  # the teacher is the student
+    assert "not clearly better" in warning and "nothing to learn" in warning  # the teacher is the student
     assert tiny.torch.equal(before, tiny.torch.get_rng_state())
 
 
@@ -82,7 +82,7 @@ def test_head_room_is_judged_against_its_noise(bits: float, message: str) -> Non
     sizes = np.full(8, 10.0)
     noise = np.array([1, -1] * 4, dtype=float)
     sentence = blocks.judge_headroom(bits * sizes + noise, sizes)
-    assert message in sentence and f"{abs(bits):.3f} ± 0.038" in sentence.replace("+", "")  # sqrt(8/7 * 8) / 80
+    assert message in sentence and f"{abs(bits):.3f} ± 0.076" in sentence.replace("+", "")  # 2 * sqrt(8/7 * 8) / 80
 
 
 @pytest.mark.parametrize(("before", "after", "words"), [
@@ -112,7 +112,7 @@ def test_blocks_fit_80_columns_and_commands_are_never_broken(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     trainer = tiny.gkd(tmp_path, zoo.chatml(), zoo.inst())
-    blocks.print_start(trainer, SCRIPT)
+    blocks.print_start(trainer, SCRIPT, "runs/first/checkpoint-2")
     blocks.print_end(tmp_path, SCRIPT, "the/teacher")
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  diglot ")]
     assert len(lines) > 8 and max(map(len, lines)) <= 80

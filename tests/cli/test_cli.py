@@ -221,13 +221,20 @@ def test_a_recipe_has_the_same_keys_and_the_command_line_wins(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("lambda: 1\n", "did you mean 'lmbda'"), ("- a\n", "expected one"), ("beta: [1\n", "cannot be read"),
+    ("lambda: 1\n", "did you mean 'lmbda'"), ("- a\n", "expected one"),
+    ("beta: [1\n", "cannot be read at line 2, column 1"),
+    ("save_strategy: no\n", "save_strategy is False, expected text. YAML reads .* put quotes"),
     ("beta: high\n", "beta is 'high'"), ("max_steps: 2.5\n", "whole number"),
 ])  # fmt: skip
 def test_a_broken_recipe_says_where(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         parse_train(["--config", str(tmp_path / "r.yaml")])
+
+
+def test_a_stray_word_is_no_misspelt_option() -> None:
+    with pytest.raises(ConfigError, match=r"^'extra' belongs to no option\. A value stands behind its option"):
+        parse_train(["--lmbda", "1", "extra"])
 
 
 @pytest.mark.parametrize("trainer", ["gkd", "minillm"])
@@ -260,12 +267,15 @@ def test_a_folder_with_a_run_is_not_overwritten(
     assert (tmp_path / "config.json").read_text() == "old"
 
 
-def test_a_run_is_resumed_from_its_last_checkpoint(folders: dict[str, str], tmp_path: Path) -> None:
+def test_a_run_is_resumed_from_its_last_checkpoint(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     out = tmp_path / "run"
     assert main(arguments(folders, out, "--save_strategy", "steps", "--save_steps", "1")) == 0
-    assert (
-        main(arguments(folders, out, "--resume_from_checkpoint", "true", "--max_steps", "4", "--save_steps", "1")) == 0
-    )
+    again = ["--resume_from_checkpoint", "true", "--max_steps", "4", "--save_steps", "1", "--learning_rate", "2e-4"]
+    assert main(arguments(folders, out, *again)) == 0
+    assert re.search(r"resumed from +\S+/checkpoint-2", re.sub(r"\n {10,}", "", capsys.readouterr().out))
+    assert sum("is resumed, but" in line for line in caplog.messages) == 1  # the learning rate is another
     state = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["global_step"] == 4
 

@@ -49,6 +49,7 @@ def model(tmp_path: Path) -> str:
     (["--optim", "galore_adamw", "--optim_target_modules", "all-linear"], "needs the package galore-torch"),
     (["--optim", "paged_adamw_8bit"], "needs the package bitsandbytes"),
     (["--deepspeed", "zero.json"], "deepspeed needs the package deepspeed"),
+    (["--use_peft"], "use_peft needs the package peft"),
 ])  # fmt: skip
 def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
     arguments: list[str], message: str, model: str, tmp_path: Path,
@@ -60,6 +61,33 @@ def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
     output = message_of(capsys)
     assert message in output and "pip install" in output
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--objective", "coverin"], "no objective is called 'coverin'; did you mean 'covering'?"),
+    (["--objective", '[{"name": "covering", "kk": 1}]'], "objective 'covering' has no option 'kk'"),
+    (["--eval_strategy", "stepz"],
+     "eval_strategy='stepz' is not allowed: it must be one of no, steps, epoch; did you mean 'steps'?"),
+    (["--optim", "adamv"], "optim='adamv' is not allowed: it must be one of adamw_torch, "),
+    (["--resume_from_checkpoint", "runs/checkpoint-9"], "There is no checkpoint runs/checkpoint-9"),
+    (["--teacher_model_name_or_path", '[{"name_or_path": "a"}]'], "'name_or_path' is no key of a teacher"),
+    (["--teacher_model_name_or_path", '[{"name": "./nope"}]'], "The teacher is './nope'"),
+    (["--teacher_model_name_or_path", "http://127.0.0.1:9"], "does not say what its tokenizer is"),
+])  # fmt: skip
+def test_what_needs_no_model_is_checked_before_one_is_loaded(
+    arguments: list[str], message: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = ["--model_name_or_path", model, "--teacher_model_name_or_path", model, "--output_dir", str(tmp_path / "o")]
+    assert main([*TRAIN, *sides, *arguments]) == 2
+    assert message in message_of(capsys)
+
+
+def test_a_file_has_no_split_to_evaluate_on(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a"}\n', encoding="utf-8")
+    sides = ["--model_name_or_path", model, "--teacher_model_name_or_path", model, "--output_dir", str(tmp_path / "o")]
+    assert main(["train", "--dataset_name", str(data), "--use_cpu", *sides, "--eval_strategy", "epoch"]) == 2
+    assert "Give eval_dataset_name, or dataset_test_size" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("option", "name", "message"), [
@@ -95,6 +123,9 @@ def test_a_path_that_is_not_there_is_said_before_any_library_is_loaded(
     (["eval", "MODEL", "--data", "nope.jsonl"], "The data is 'nope.jsonl' (--data)"),
     (["eval", "./nope", "--data", "DATA"], "The model is './nope' (MODEL)"),
     (["score", "--teacher", "MODEL", "--data", "./nope", "--out", "x"], "The data is './nope' (--data)"),
+    (["score", "--teacher", "MODEL", "--data", "DATA", "--out", "DATA"], "--out is "),
+    (["eval", "MODEL", "--data", "DATA", "--rows", "many"], "argument --rows: expected a whole number, not 'many'."),
+    (["eval", "MODEL"], "the following arguments are required: --data. See `diglot eval --help`."),
 ])  # fmt: skip
 def test_the_other_commands_say_it_as_soon(words: list[str], message: str, model: str, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")

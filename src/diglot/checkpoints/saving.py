@@ -100,8 +100,10 @@ class Checkpoints:
             if self.args.should_save and any(beside.iterdir()):
                 durable.move_files(beside, target, last=_LOADABLE)
 
-    def find(self, resume: str | bool | None) -> str | None:
+    def find(self, resume: str | bool | None, silent: bool = False) -> str | None:
         """The folder to resume from, whole, undamaged and of this run; None to start anew.
+
+        `silent`: what keeps the rest from being bit for bit the same is not warned of.
 
         Raises:
             CheckpointError: no complete checkpoint, a damaged one, or one of another run; says what differs.
@@ -114,7 +116,7 @@ class Checkpoints:
             return None
         chosen = last_whole(run) if resume is True else Path(str(resume))
         read = durable.verify if self.args.should_save else durable.read_manifest
-        check_same(read(chosen), self.described(), chosen)
+        check_same(read(chosen), self.described(), chosen, silent)
         return str(chosen)
 
 

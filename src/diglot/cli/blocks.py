@@ -36,9 +36,9 @@ HEADROOM_ROWS = 8  # replies of the data that both models read before training
 # ---- before ------------------------------------------------------------------------------------------------------
 
 
-def print_start(trainer: DistillationTrainer, script: TrainArguments) -> None:
+def print_start(trainer: DistillationTrainer, script: TrainArguments, resumed: str | None = None) -> None:
     """Which model is which, the objective and why, steps, memory; then what looks wrong."""
-    _print("This run", start_lines(trainer, script))
+    _print("This run", [*start_lines(trainer, script), *([("resumed from", resumed)] if resumed else [])])
     for warning in [*swapped(trainer), *slow_types(trainer), *headroom(trainer)]:
         Console().print(Text(warning, style="yellow" if warning.startswith("!") else ""), highlight=False)
 
@@ -186,25 +186,25 @@ def headroom(trainer: DistillationTrainer) -> Iterator[str]:
 
 
 def judge_headroom(gaps: np.ndarray, sizes: np.ndarray) -> str:
-    """What the gaps mean.
+    """What the gaps mean, with two standard errors.
 
     Args:
         gaps: bits by which the teacher reads each reply better than the student, `[M]`.
         sizes: its bytes, `[M]`.
     """
     mean = float(gaps.sum() / sizes.sum())
-    error = float(np.sqrt(len(gaps) / max(len(gaps) - 1, 1) * ((gaps - mean * sizes) ** 2).sum()) / sizes.sum())
+    error = 2 * float(np.sqrt(len(gaps) / max(len(gaps) - 1, 1) * ((gaps - mean * sizes) ** 2).sum()) / sizes.sum())
     where = f"{len(gaps)} replies of the data"
-    if mean > 2 * error:
+    if mean > error:
         return f"Head room: the teacher reads {where} better than the student, by {mean:.3f} ± {error:.3f} bits a byte."
-    if mean < -2 * error:
+    if mean < -error:
         return (
             f"! The teacher reads {where} worse than the student, by {-mean:.3f} ± {error:.3f} bits a byte. Are they "
             "swapped, or is it another language or domain than the teacher's?"
         )
     return (
-        f"! On {where} teacher and student are equally good ({mean:+.3f} ± {error:.3f} bits a byte): there may be "
-        "nothing to learn. Look at more: diglot inspect --with-models."
+        f"! On {where} the teacher is not clearly better than the student ({mean:+.3f} ± {error:.3f} bits a byte): "
+        "there may be nothing to learn. Look at more: diglot inspect --with-models."
     )
 
 

@@ -31,7 +31,7 @@ DISK = (
     "The disk is full or a quota is reached. Free some space (save_total_limit keeps fewer checkpoints), then continue "
     "with the same command and --resume_from_checkpoint: complete checkpoints are untouched."
 )
-CTRL_C = "Interrupted by Ctrl-C. Nothing was saved after the last checkpoint."
+CTRL_C = "Interrupted by Ctrl-C. What was complete on disk before is untouched."
 _PATIENCE = 10.0  # seconds that an interrupted command may take to tidy up
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ROOM = ("os error 27", "os error 28", "PytorchStreamWriter failed writing", "unexpected pos ")  # of Rust, of torch

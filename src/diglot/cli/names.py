@@ -6,6 +6,7 @@ A name is a folder on this machine, a copy in the hub's cache, or a repository o
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,6 +72,17 @@ def check_data(name: Any, option: str) -> None:
         raise ConfigError(
             f"The data is {name!r} ({option}), and there is no such file or folder (looked from {Path.cwd()})."
         )
+
+
+def check_folder(out: Path, option: str) -> None:
+    """`ConfigError` if nothing can be written below `out`, which need not be there."""
+    for place in (out, *out.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise ConfigError(f"{option} is {str(out)!r}, and {place} is a file. Choose a folder.")
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise ConfigError(f"{option} is {str(out)!r}, and nothing may be written into {place}. Choose another.")
+            return
 
 
 def _is_path(name: str) -> bool:

@@ -48,7 +48,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": _Formatter, "allow_abbrev": False, **keywords})
 
     def error(self, message: str) -> Any:
-        raise ConfigError(message)
+        for kind, meaning in (("int", "a whole number"), ("float", "a number")):
+            message = message.replace(f"invalid {kind} value:", f"expected {meaning}, not")
+        raise ConfigError(f"{message}. See `{self.prog} --help`.")
 
 
 # What `--help` shows, most-used first; `--help-all` shows every option.
@@ -155,6 +157,8 @@ def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
     if missing := [*_keys(unknown), *(recipe.keys() - options.keys())]:
         options = options_for(missing)
         parsed, unknown = train_parser(options).parse_known_args(list(arguments))
+    if unknown and not unknown[0].startswith("-"):
+        raise ConfigError(f"{unknown[0]!r} belongs to no option. A value stands behind its option: --lmbda 1.0.")
     if unknown:
         raise ConfigError(_unknown(_keys(unknown) or [unknown[0]], "on the command line"))
     if wrong := [key for key in recipe if key not in options]:
@@ -173,12 +177,16 @@ def _recipe(path: Path) -> dict[str, Any]:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"There is no recipe {path}. Check the path of --config.") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise ConfigError(f"The recipe {path} cannot be read{place}: {error.problem}.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"The recipe {path} cannot be read: {error}") from error
     if recipe is None:
         return {}
     if not isinstance(recipe, Mapping) or not all(isinstance(key, str) for key in recipe):
-        raise ConfigError(f"The recipe {path} holds {type(recipe).__name__}, expected one `key: value` a line.")
+        raise ConfigError(f"The recipe {path} is no mapping of options: expected one `key: value` a line.")
     return dict(recipe)
 
 
@@ -193,7 +201,10 @@ def coerce(option: Option, value: Any) -> Any:
         if done and (option.choices is None or result in option.choices):
             return result
     expected = f"one of {', '.join(option.choices)}" if option.choices else " or ".join(_NAMES[k] for k in option.kinds)
-    raise ConfigError(f"{option.name} is {value!r}, expected {expected}.")
+    quotes = ""
+    if isinstance(value, bool) and "str" in option.kinds:
+        quotes = " YAML reads yes, no, on and off as true and false: put quotes around such a word."
+    raise ConfigError(f"{option.name} is {value!r}, expected {expected}.{quotes}")
 
 
 _NAMES = {

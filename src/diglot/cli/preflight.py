@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from diglot.checkpoints import durable
-from diglot.cli.names import check_model_name
+from diglot.cli.names import check_folder, check_model_name
 from diglot.cli.script import TrainArguments
+from diglot.comparisons import entries_of
+from diglot.comparisons.connect import address_of, tokenizer_place
 from diglot.errors import ConfigError
-from diglot.http.address import is_address
-from diglot.options import DistillationConfig
+from diglot.objectives.registry import check_objective
+from diglot.options import DistillationConfig, TeacherOptions
 from diglot.teachers.adapter import OWN_BASE
 
 # Tracker -> modules of which one must be there, and what installs it.
@@ -39,6 +41,11 @@ def preflight(script: TrainArguments, config: DistillationConfig, resume: str | 
     """Look at all that needs no model; `ConfigError` for the first that is wrong."""
     check_output(Path(str(config.output_dir)), resume)
     _check_packages(config)
+    if script.use_peft and not _installed("peft"):
+        raise ConfigError("use_peft needs the package peft, which is not installed: pip install 'diglot[peft]'.")
+    for entry in entries_of(config.objective):
+        if entry["name"] != "auto":
+            check_objective(entry["name"], {k: v for k, v in entry.items() if k not in ("name", "weight")})
     student = str(script.model_name_or_path)
     check_model_name(student, "student", "model_name_or_path", script.model_revision)
     if script.tokenizer_name_or_path is not None:
@@ -49,26 +56,24 @@ def preflight(script: TrainArguments, config: DistillationConfig, resume: str | 
 
 
 def _check_teachers(config: DistillationConfig) -> None:
-    named, own = config.teacher_model_name_or_path, config.teacher_tokenizer_name_or_path
-    if own is not None:
-        check_model_name(own, "teacher's tokenizer", "teacher_tokenizer_name_or_path", config.teacher_model_revision)
+    named = config.teacher_model_name_or_path
     if named is None:
         raise ConfigError("teacher_model_name_or_path is not given. Say --teacher_model_name_or_path: who teaches.")
-    if config.teacher_model_server_url is not None or isinstance(named, list):
-        return  # a model's name at a server; each of several is checked with its own options
-    if not is_address(named) and named != OWN_BASE:
-        check_model_name(named, "teacher", "teacher_model_name_or_path", config.teacher_model_revision)
+    option = "teacher_model_name_or_path"
+    for one in TeacherOptions.of_list(named, config) if isinstance(named, list) else [TeacherOptions.of(None, config)]:
+        if one.tokenizer is not None:
+            place = f"tokenizer in {option}" if one.several else "teacher_tokenizer_name_or_path"
+            check_model_name(one.tokenizer, "teacher's tokenizer", place, one.revision)
+        if (address := address_of(one)) is not None:
+            tokenizer_place(one, address)
+            import_module("diglot.http.client")  # which says what to install
+        elif one.name != OWN_BASE:
+            check_model_name(str(one.name), "teacher", option, one.revision)
 
 
 def check_output(out: Path, resume: str | bool | None) -> None:
     """Can a run be written to `out`? An earlier attempt that left no complete checkpoint is no obstacle."""
-    for place in (out, *out.parents):
-        if place.exists():
-            if not place.is_dir():
-                raise ConfigError(f"output_dir is {str(out)!r}, and {place} is a file. Choose a folder.")
-            if not os.access(place, os.W_OK | os.X_OK):
-                raise ConfigError(f"output_dir is {str(out)!r}, and nothing may be written into {place}.")
-            break
+    check_folder(out, "output_dir")
     trained = any((out / name).exists() for name in ("config.json", "adapter_config.json"))
     complete = any(durable.problem(one) is None for one in out.glob("checkpoint-*"))
     beside = any(durable.problem(one) is None for one in out.glob(f"{durable.BESIDE}*/checkpoint-*"))
@@ -77,6 +82,8 @@ def check_output(out: Path, resume: str | bool | None) -> None:
         raise ConfigError(
             f"There is no complete checkpoint in {out}. Start a new run, {elsewhere}without resume_from_checkpoint."
         )
+    if isinstance(resume, str):
+        durable.read_manifest(Path(resume))
     if resume is None and (complete or beside):
         raise ConfigError(
             f"{out} holds a run already. Choose another output_dir, or continue it with --resume_from_checkpoint."

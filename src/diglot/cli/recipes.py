@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -35,11 +36,11 @@ def recipes(arguments: Sequence[str]) -> int:
     if options.action == "list":
         known, launches = load_recipes(), load_launches()
         width = max(map(len, [*known, *launches]))
-        for name, text in known.items():
-            print(f"{name:<{width}}  {title(text)}")
-        print("\nfor accelerate launch --config_file:")
-        for name, text in launches.items():
-            print(f"{name:<{width}}  {title(text)}")
+        for texts in (known, launches):
+            if texts is launches:
+                print("\nfor accelerate launch --config_file:")
+            for name, text in texts.items():
+                print(textwrap.fill(f"{name:<{width}}  {title(text)}", 80, subsequent_indent=" " * (width + 2)))
         return 0
     text = read_recipe(options.name)
     if options.action == "show":

@@ -8,6 +8,8 @@ from typing import Any
 
 from diglot.cli.options import Option, load_options
 from diglot.cli.parsing import Parser
+from diglot.cli.screen import show_phases
+from diglot.phases import LOADING, phase
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 TRAINERS = ("gkd", "minillm")
@@ -41,6 +43,9 @@ def parser() -> Parser:
 def show(arguments: Sequence[str]) -> int:
     """Print the schema."""
     parser().parse_args(arguments)
+    show_phases()
+    with phase(LOADING):  # the names of objectives
+        import diglot.objectives  # noqa: F401
     print(json.dumps(config_schema(), indent=1, ensure_ascii=False))
     return 0
 

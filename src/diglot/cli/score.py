@@ -16,7 +16,7 @@ from diglot.cli.loading import (
     json_mapping,
     rendering_options,
 )
-from diglot.cli.names import check_data, check_model_name
+from diglot.cli.names import check_data, check_folder, check_model_name
 from diglot.cli.parsing import Parser
 from diglot.cli.screen import show_phases
 from diglot.phases import LOADING, phase
@@ -77,6 +77,7 @@ def score(arguments: Sequence[str]) -> int:
     if options.teacher_max_length is not None:
         check_counts(options, "teacher_max_length")
     check_data(options.data, "--data")
+    check_folder(Path(options.out).expanduser(), "--out")
     check_model_name(options.teacher, "teacher", "--teacher", options.teacher_model_revision)
     own, revision = options.teacher_tokenizer_name_or_path, options.teacher_model_revision
     if own is not None:
@@ -113,9 +114,11 @@ def score(arguments: Sequence[str]) -> int:
         )
     index = folder.index
     print(
-        f"{index['texts']} texts, {index['tokens']} tokens, {index['bytes']} bytes: {index['bytes_per_token']} bytes "
-        f"per token ({options.level}); {index['skipped']} texts left out, whose prompt fills the limit. {options.out}"
+        f"{options.out} holds the {options.level} of {index['texts']:,} texts: {index['tokens']:,} tokens, "
+        f"{index['bytes']:,} bytes."
     )
+    if index["skipped"]:
+        print(f"{index['skipped']:,} texts are left out: their prompts fill teacher_max_length.")
     return 0
 
 

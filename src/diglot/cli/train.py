@@ -56,12 +56,12 @@ def train(values: dict[str, Any]) -> int:
     except (ValueError, TypeError, ImportError) as error:  # of the libraries: a model, an adapter, a tracker
         raise ConfigError(f"Models, data and options do not go together: {one_line(error)}") from error
     trainer.dataset_names = _names(script.dataset_name)
-    trainer.checkpoints.find(resume)  # before anything of the run that is there is overwritten
+    chosen = trainer.checkpoints.find(resume, silent=True)  # before anything of the run that is there is overwritten
     if trainer.is_world_process_zero():
         out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(resolved(script, config), sort_keys=False, allow_unicode=True)
         (out / RESOLVED).write_text(text, encoding="utf-8")
-        print_start(trainer, script)
+        print_start(trainer, script, chosen)
     trainer.train(resume_from_checkpoint=resume)
     with phase(f"Saving the student to {out}"):
         trainer.save_model()
@@ -155,6 +155,11 @@ def datasets_of(script: TrainArguments, config: DistillationConfig) -> tuple[Any
         return hold_out(data, script.dataset_test_size, config.data_seed or config.seed)
     if not wants_eval:
         return data, None
+    if script.eval_dataset_name is None and names_file(script.dataset_name) and script.dataset_test_split != "train":
+        raise ConfigError(
+            f"eval_strategy is not 'no', and {script.dataset_name} is a file, which has no split to "
+            "evaluate on. Give eval_dataset_name, or dataset_test_size: rows that are held out."
+        )
     if script.eval_dataset_name is not None:
         split = "train" if names_file(script.eval_dataset_name) else script.dataset_test_split
         return data, _data(script, config, script.eval_dataset_name, split, streaming=False)
@@ -188,12 +193,8 @@ def _data(
 def _peft(script: TrainArguments) -> Any:
     if not script.use_peft:
         return None
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ConfigError(
-            "use_peft needs the package peft, which is not installed: pip install 'diglot[peft]'."
-        ) from error
+    from peft import LoraConfig
+
     modules = script.lora_target_modules
     return LoraConfig(
         r=script.lora_r,

@@ -41,6 +41,20 @@ def address_of(options: TeacherOptions) -> str | None:
     return address
 
 
+_ADVICE = (
+    "Give `teacher_tokenizer_name_or_path` (or pass `teacher_processing_class`): ids are sent to a server, so they "
+    "must be its model's."
+)
+
+
+def tokenizer_place(options: TeacherOptions, address: str) -> str:
+    """Where the tokenizer of a served teacher is. `TeacherError` if the options do not say."""
+    place = options.tokenizer or (None if is_address(options.name) else options.name_or_path)
+    if place is None:
+        raise TeacherError(f"The teacher at {address} does not say what its tokenizer is. {_ADVICE}")
+    return place
+
+
 def connect_teacher(
     options: TeacherOptions, tokenizer: PreTrainedTokenizerBase | None, args: DistillationConfig
 ) -> Teacher | None:
@@ -58,7 +72,7 @@ def connect_teacher(
     model = None if is_address(options.name) else options.name_or_path
     place = options.tokenizer or model
     if tokenizer is None:
-        tokenizer = _tokenizer(place, address, options, args)
+        tokenizer = _tokenizer(tokenizer_place(options, address), address, options, args)
     renderer = Renderer(
         tokenizer,
         generation_config=_generation_config(place, options.revision),
@@ -118,20 +132,12 @@ def scored_teacher(options: TeacherOptions, tokenizer: Any, args: DistillationCo
     return ScoredTeacher(str(name), tokenizer, reading)
 
 
-def _tokenizer(
-    place: str | None, address: str, options: TeacherOptions, args: DistillationConfig
-) -> PreTrainedTokenizerBase:
-    advice = (
-        "Give `teacher_tokenizer_name_or_path` (or pass `teacher_processing_class`): ids are sent to a server, so they "
-        "must be its model's."
-    )
-    if place is None:
-        raise TeacherError(f"The teacher at {address} does not say what its tokenizer is. {advice}")
+def _tokenizer(place: str, address: str, options: TeacherOptions, args: DistillationConfig) -> PreTrainedTokenizerBase:
     try:
         trust = args.teacher_trust_remote_code
         return load_tokenizer(place, options.tokenizer_kwargs, revision=options.revision, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
-        raise TeacherError(f"No tokenizer of the teacher could be loaded from {place!r}: {error} {advice}") from error
+        raise TeacherError(f"No tokenizer of the teacher could be loaded from {place!r}: {error} {_ADVICE}") from error
 
 
 def _generation_config(place: str | None, revision: str | None) -> GenerationConfig | None:

@@ -126,7 +126,7 @@ GUIDE: dict[str, About] = {
     ),
     "dskd": About(
         "the other model's hidden states through trained maps",
-        "says nothing about the distributions",
+        "hidden states agree, whatever the distributions",
         "2 V_s + 2 V_t + maps",
         "to compare with DSKD",
     ),

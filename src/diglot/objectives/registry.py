@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -56,20 +56,29 @@ def options_of(name: str) -> list[str]:
     return [p for p in inspect.signature(objective_class(name)).parameters if p != "pair"]
 
 
+def check_objective(name: str, options: Mapping[str, Any]) -> None:
+    """What can be known of an objective before there are models.
+
+    Raises:
+        ConfigError: an unknown name or option, or a value of another kind than its annotation in the constructor.
+    """
+    known, parameters = options_of(name), inspect.signature(objective_class(name)).parameters
+    for option, value in options.items():
+        if option not in known:
+            raise ConfigError(f"objective {name!r} has no option {option!r}; {_instead(option, known)}")
+        if parameters[option].annotation is not inspect.Parameter.empty:
+            check_kind(f"In objective {name!r}, {option}", value, parameters[option].annotation)
+
+
 def make_objective(name: str, pair: Pair, **options: Any) -> Objective:
     """The objective called `name` for a pair of vocabularies.
 
     Raises:
         ConfigError: an unknown name or option, or a value of another kind than its annotation in the constructor.
     """
-    cls, known = objective_class(name), options_of(name)
-    parameters = inspect.signature(cls).parameters
-    for option, value in options.items():
-        if option not in known:
-            raise ConfigError(f"objective {name!r} has no option {option!r}; {_instead(option, known)}")
-        if parameters[option].annotation is not inspect.Parameter.empty:
-            check_kind(f"In objective {name!r}, {option}", value, parameters[option].annotation)
-    takes_pair = "pair" in parameters
+    check_objective(name, options)
+    cls = objective_class(name)
+    takes_pair = "pair" in inspect.signature(cls).parameters
     made: Objective = cls(pair, **options) if takes_pair else cls(**options)  # type: ignore[call-arg]
     if not isinstance(made.needs, Level):
         raise ConfigError(f"objective {name!r} needs {made.needs!r} of the teacher: it must be a diglot.Level.")

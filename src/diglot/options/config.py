@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from diglot.errors import ConfigError
 from diglot.http.address import checked_address, is_address
-from diglot.options.ranges import as_mapping, check_ranges, check_texts
+from diglot.options.ranges import as_mapping, check_ranges, check_texts, one_of
 from diglot.options.secrets import is_secret, without_secrets
 from diglot.values import check_kind
 
@@ -269,7 +269,7 @@ class DistillationConfig(TrainingArguments):
         for one in fields(self):
             choices = one.metadata.get("choices")
             if choices and getattr(self, one.name) is not None:
-                _require(getattr(self, one.name) in choices, one.name, getattr(self, one.name), f"one of {choices}")
+                one_of(one.name, getattr(self, one.name), choices)
         if self.max_length is not None and self.max_completion_length >= self.max_length:
             raise ConfigError(
                 f"max_completion_length={self.max_completion_length} leaves nothing for the prompt within "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from enum import Enum
 from typing import Any
 
 from diglot.errors import ConfigError
@@ -85,11 +87,21 @@ def check_ranges(values: Mapping[str, object]) -> None:
 def check_texts(values: Mapping[str, object]) -> None:
     """Raise `ConfigError` for texts that the Trainer would stumble over only when it uses them."""
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
+    from transformers.training_args import OptimizerNames
 
+    choices: dict[str, type[Enum]] = {
+        **dict.fromkeys(("eval_strategy", "logging_strategy"), IntervalStrategy),
+        "save_strategy": SaveStrategy, "hub_strategy": HubStrategy, "lr_scheduler_type": SchedulerType,
+        "optim": OptimizerNames,
+    }  # fmt: skip
+    for name, kind in choices.items():
+        if (value := values.get(name)) is not None:
+            one_of(name, getattr(value, "value", value), [one.value for one in kind])
     reports = values.get("report_to") or []
     known = {"all", "none", *INTEGRATION_TO_CALLBACK}
     for one in [reports] if isinstance(reports, str) else reports:  # type: ignore[attr-defined]
-        _one_of("report_to", one, known)
+        one_of("report_to", one, sorted(known))
     seen = str(values.get("include_num_input_tokens_seen")).lower()
     if seen not in ("no", "false"):
         raise ConfigError(
@@ -123,9 +135,12 @@ def check_texts(values: Mapping[str, object]) -> None:
         )
 
 
-def _one_of(name: str, value: object, known: set[str]) -> None:
+def one_of(name: str, value: object, known: Collection[str]) -> None:
+    """`ConfigError` for a value that is not among the `known` ones, with the nearest of them."""
     if value not in known:
-        raise ConfigError(f"{name}={value!r} is not allowed: it must be one of {', '.join(sorted(known))}.")
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ConfigError(f"{name}={value!r} is not allowed: it must be one of {', '.join(known)}{hint}")
 
 
 def as_mapping(name: str, value: object) -> dict[str, Any] | None:

@@ -95,7 +95,7 @@ class TeacherOptions:
         keys = ["name", "weight", "label", *ENTRY_OPTIONS]
         if wrong := sorted(own.keys() - set(keys)):
             raise ConfigError(
-                f"{', '.join(wrong)}: no key of a teacher in teacher_model_name_or_path; keys are {', '.join(keys)}."
+                f"{wrong[0]!r} is no key of a teacher in teacher_model_name_or_path; keys are {', '.join(keys)}."
             )
         if own.get("name") is None:
             raise ConfigError(f"Teacher {i + 1} has no `name`. Write {{name: MODEL, weight: 1.0}}.")
