@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import support.chat_templates as chat
 import support.tokenizers_zoo as zoo
 import torch
 from numpy.typing import NDArray
@@ -209,6 +210,56 @@ def test_what_follows_a_control_token_is_not_valid_and_counts_as_sampled() -> No
     both = project_teacher_scores(CHATML, TURNS, messages, ids, ask, sampled=mask)
     assert both.valid[: len(good)].all() and both.valid[-len(second) :].all()
     assert int(both.valid.sum()) == len(good) + len(second) and (both.sampled == (mask == 1)).all()
+
+
+CHANNELS = Renderer(chat.tokenizer("harmony"), name="channels")
+REPLY = "<|channel|>analysis<|message|>Sum.<|end|><|start|>assistant<|channel|>final<|message|>Four.<|return|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (REPLY, "<think>\nSum.\n</think>\n\nFour."),
+        (REPLY[: REPLY.index("m.<|end")], "<think>\nSu"),
+        (REPLY[REPLY.index("<|channel|>final") :], "Four."),
+        ("<|channel|>final<|message|>Four.<|start|>assistant<|return|>", "Four."),
+    ],
+)
+@pytest.mark.parametrize("teacher", [TURNS, Renderer(chat.tokenizer("thinks"), name="thinks")])
+def test_each_channel_of_a_reply_is_read_in_the_teachers_own_markup(
+    teacher: Renderer, text: str, expected: str
+) -> None:
+    ids, projector = CHANNELS.encoder.encode_markup(text), Projector(CHANNELS, teacher)
+    reading = projector.read(Transcript.of_completion(ASK, ids))
+    prompt = len(teacher.prompt_ids(_conversation(ASK)))
+    assert expected in teacher.tokenizer.decode(reading.teacher_ids[prompt:])
+    scores = scores_of(reading)
+    result = projector.project(reading, scores)
+    assert result.logps[result.valid].sum() == pytest.approx(scores.logps[reading.place_t].sum(), abs=1e-12)
+    spelt = CHANNELS.vocabulary.bytes_of(ids[result.valid & ~CHANNELS.vocabulary.control[ids]])
+    assert spelt.decode() == expected.replace("<think>\n", "").replace("\n</think>\n\n", "")
+    assert result.valid[-1] == ("assistant<|return|>" not in text)  # the stop, or the last of a cut text
+
+
+def test_channels_that_cannot_be_told_apart_are_refused_by_name() -> None:
+    """Without the student's template, and in an earlier turn: else nothing would be scored, and nobody would say so."""
+    bare = chat.tokenizer("harmony")
+    bare.chat_template = None
+    ids = CHANNELS.encoder.encode_markup(REPLY)
+    ask = lambda query: np.full(len(query), -0.5)  # noqa: E731
+    with pytest.raises(RenderingError, match=r"<\|channel\|>'.*no chat template"):
+        project_teacher_scores(Renderer(bare), TURNS, ASK, ids, ask)
+    messages = [*ASK, {"role": "assistant"}, *ASK, {"role": "assistant"}]
+    between = CHANNELS.prompt_ids(_conversation(ASK))
+    whole, mask = np.concatenate([ids, between, ids]), np.ones(2 * len(ids) + len(between))
+    mask[len(ids) : -len(ids)] = 0
+    with pytest.raises(RenderingError, match="turn 0 of 2 has reasoning and content"):
+        project_teacher_scores(CHANNELS, TURNS, messages, whole, ask, sampled=mask)
+    answer = CHANNELS.encoder.encode_markup(REPLY[REPLY.index("<|channel|>final") :])
+    whole, mask = np.concatenate([answer, between, ids]), np.ones(len(ids) + len(between) + len(answer))
+    mask[len(answer) : -len(ids)] = 0
+    result = project_teacher_scores(CHANNELS, TURNS, messages, whole, ask, sampled=mask)
+    assert CHANNELS.vocabulary.bytes_of(whole[result.valid]).decode() == "Four.Sum.Four."
 
 
 def test_padding_behind_a_stop_was_not_sampled_and_may_be_any_number() -> None:

@@ -14,6 +14,8 @@ from diglot.batches import Written, WrittenSide
 from diglot.engines.transcript import Transcript
 from diglot.errors import RenderingError, VocabularyError
 from diglot.rendering import Conversation, Rendered, Renderer, Role, truncate
+from diglot.rendering.markup import MARKERS, PLAIN
+from diglot.rendering.types import Reply
 
 _NOTHING = np.empty(0, dtype=np.int64)
 
@@ -53,23 +55,62 @@ def read(
 
     Raises:
         DataError: the teacher's prompt alone fills `teacher_max_length`.
-        RenderingError: the teacher's template refuses the conversation, or drops a sampled turn.
+        RenderingError: the teacher's template refuses the conversation, or drops a sampled turn; a student without a
+            chat template that writes its reply in channels, or one that does so in several turns.
         VocabularyError: an id that is not the student's.
     """
     sampled = _sampled(transcript, student)
-    rendered = [_turn(student, transcript.ids[low:high][sampled[low:high]]) for low, high in transcript.turns]
-    texts = [r.segment_bytes[0] for r in rendered]
-    last = len(rendered) - 1
-    segment_of = [k for k, text in enumerate(texts) if text or k == last]  # a turn without text is no segment
-    theirs = _teacher_side(transcript, rendered, student, teacher, len(segment_of))
+    ids = [transcript.ids[low:high][sampled[low:high]] for low, high in transcript.turns]
+    last = len(ids) - 1
+    rendered = [_turn(student, one, k, thinking=False) for k, one in enumerate(ids[:-1])]
+    _check_parts(rendered, student)
+    conversation = _conversation(transcript, rendered)
+    thinking = student.opens_thinking(conversation)
+    if thinking and last:
+        raise RenderingError(
+            f"The student's template opens a think block before each of the {len(ids)} sampled turns, expected one "
+            "turn or none opened: earlier turns would begin in the middle of a thought for the teacher. Project the "
+            "turns one at a time."
+        )
+    rendered.append(_turn(student, ids[-1], last, thinking))
+    segments = [  # a turn without text is no segment
+        Segment(k, own, number)
+        for k, own in enumerate(rendered)
+        for number, text in enumerate(own.segment_bytes)
+        if text or k == last
+    ]
+    reply, stopped = rendered[-1].reply, rendered[-1].stopped[-1]
+    assert reply is not None
+    theirs = teacher.render(
+        conversation,
+        rendered[-1].segment_bytes[0].decode("utf-8") if _is_text(reply) else reply,
+        stopped=stopped,
+        thinking=thinking and _is_text(reply),
+        score="all" if segments[0].turn < last else "last",
+    )
+    theirs = _last_segments(theirs, len(segments))
     if student.vocabulary.same_as(teacher.vocabulary):
-        theirs = _with_own_tokens(theirs, [rendered[k] for k in segment_of])
+        theirs = _with_own_tokens(theirs, segments)
     if teacher_max_length is not None:
         theirs = truncate(theirs, teacher_max_length)
-    for k, text in zip(segment_of, theirs.segment_bytes, strict=True):
-        shared = min(len(texts[k]), len(text))
-        check_bytes(texts[k][:shared], text[:shared], where=f"turn {k}")
-    return _aligned(transcript, [(k, rendered[k]) for k in segment_of], theirs, sampled)
+    for segment, read_as in zip(segments, theirs.segment_bytes, strict=True):
+        shared = min(len(segment.text), len(read_as))
+        check_bytes(segment.text[:shared], read_as[:shared], where=f"turn {segment.turn}")
+    return _aligned(transcript, segments, theirs, sampled)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of text of a sampled turn; a turn that is written in parts has several."""
+
+    turn: int
+    own: Rendered  # of the turn, its ids alone
+    number: int  # among the turn's
+
+    @property
+    def text(self) -> bytes:
+        """Its bytes."""
+        return self.own.segment_bytes[self.number]
 
 
 def _sampled(transcript: Transcript, student: Renderer) -> Bools:
@@ -81,9 +122,10 @@ def _sampled(transcript: Transcript, student: Renderer) -> Bools:
     return result
 
 
-def _turn(student: Renderer, ids: Ints) -> Rendered:
-    """A sampled run by itself: one segment, no prompt. What follows a control token other than a stop is left out: no
-    text of another model's holds it, and what comes after it was written behind something that nobody else reads."""
+def _turn(student: Renderer, ids: Ints, number: int, thinking: bool) -> Rendered:
+    """A sampled run by itself, no prompt: one segment, or one for each part where control tokens stand between them, as
+    in channels. What follows a control token in no such markup, other than a stop, is left out: no text of another
+    model's holds it, and what comes after it was written behind something that nobody else reads."""
     outside = np.flatnonzero((ids < 0) | (ids >= len(student.vocabulary)))
     if len(outside):
         at = int(outside[0])
@@ -92,36 +134,48 @@ def _turn(student: Renderer, ids: Ints) -> Rendered:
             f"{len(student.vocabulary)}. It is a mask value such as -100, or the ids are another model's: pass the ids "
             "that this student sampled."
         )
-    stopped = len(ids) > 0 and ids[-1] in student.stop_ids
-    controls = np.flatnonzero(student.vocabulary.control[ids[:-1] if stopped else ids])
-    return student.from_sampled(
-        Conversation(None), ids[: controls[0]] if len(controls) else ids, prompt_ids=_NOTHING, thinking=False
-    )
+    while True:
+        written = student.from_sampled(Conversation(None), ids, prompt_ids=_NOTHING, thinking=thinking)
+        reply = written.reply
+        assert reply is not None
+        if reply.shape != PLAIN or not reply.slots[0].edges:
+            return written
+        controls = np.flatnonzero(student.vocabulary.control[ids])
+        name = student.vocabulary.names.get(int(ids[controls[0]]))
+        if name in MARKERS and not student.has_template:
+            raise RenderingError(
+                f"Token {controls[0]} of sampled turn {number} is {name!r}, which marks a part of a reply, and the "
+                "student's tokenizer has no chat template, which says what the parts are. Load the tokenizer with its "
+                "template, or set tokenizer.chat_template."
+            )
+        ids = ids[: controls[-len(reply.slots[0].edges)]]  # not before the first edge: a stop comes behind them
 
 
-def _teacher_side(
-    transcript: Transcript, turns: list[Rendered], student: Renderer, teacher: Renderer, segments: int
-) -> Rendered:
-    """The teacher's rendering, with only the sampled turns as segments."""
-    written = [r.segment_bytes[0].decode("utf-8") for r in turns]
+def _is_text(reply: Reply) -> bool:
+    """Is it handed to the teacher as one text, with its tags as they are?"""
+    return reply.whole is not None or reply.shape == PLAIN
+
+
+def _check_parts(earlier: list[Rendered], student: Renderer) -> None:
+    """`RenderingError` if an earlier turn has parts: templates leave the reasoning of earlier turns out."""
+    for k, turn in enumerate(earlier):
+        if turn.reply is not None and not _is_text(turn.reply):
+            names = [role.name.lower().replace("_", " ") for role in dict.fromkeys(turn.reply.shape)]
+            raise RenderingError(
+                f"Sampled turn {k} of {len(earlier) + 1} has {' and '.join(names)} between control tokens of the "
+                f"{student.name}, expected such parts in the last turn alone: no template writes all of them in "
+                "earlier ones. Project the turns one at a time, each with the messages before it."
+            )
+
+
+def _conversation(transcript: Transcript, earlier: list[Rendered]) -> Conversation:
+    """All that stands before the last sampled turn."""
     messages: list[dict[str, Any]] = []
     for k, between in enumerate(transcript.messages):
         messages += [dict(m) for m in between]
-        if k < len(written) - 1:
-            messages.append({"role": "assistant", "content": written[k]})
-    conversation = Conversation(tuple(messages), tools=transcript.tools)  # type: ignore[arg-type]
-    thinking = student.opens_thinking(conversation)
-    if thinking and len(turns) > 1:
-        raise RenderingError(
-            f"The student's template opens a think block before each of the {len(turns)} sampled turns, expected one "
-            "turn or none opened: earlier turns would begin in the middle of a thought for the teacher. Project the "
-            "turns one at a time."
-        )
-    many = segments > 1
-    result = teacher.render(
-        conversation, written[-1], stopped=turns[-1].stopped[0], thinking=thinking, score="all" if many else "last"
-    )
-    return _last_segments(result, segments)
+        if k < len(earlier):
+            messages.append({"role": "assistant", "content": earlier[k].segment_bytes[0].decode("utf-8")})
+    return Conversation(tuple(messages), tools=transcript.tools)  # type: ignore[arg-type]
 
 
 def _last_segments(rendered: Rendered, count: int) -> Rendered:
@@ -139,15 +193,16 @@ def _last_segments(rendered: Rendered, count: int) -> Rendered:
     )
 
 
-def _with_own_tokens(theirs: Rendered, turns: list[Rendered]) -> Rendered:
+def _with_own_tokens(theirs: Rendered, segments: list[Segment]) -> Rendered:
     """The teacher's rendering with the student's very tokens as content: with equal vocabularies it can read them."""
     low, parts = 0, []
-    for number, own in enumerate(turns):
-        content = np.flatnonzero((theirs.segment == number) & (theirs.roles != Role.STOP))
-        mine = np.flatnonzero((own.segment >= 0) & (own.roles != Role.STOP))
+    for at, segment in enumerate(segments):
+        own = segment.own
+        content = np.flatnonzero((theirs.segment == at) & (theirs.roles != Role.STOP))
+        mine = np.flatnonzero((own.segment == segment.number) & (own.roles != Role.STOP))
         if not len(content):
             continue
-        parts += [_cut(theirs, slice(low, int(content[0]))), _cut(own, mine, number)]
+        parts += [_cut(theirs, slice(low, int(content[0]))), _cut(own, mine, at)]
         low = int(content[-1]) + 1
     parts.append(_cut(theirs, slice(low, None)))
     joined: Any = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -162,27 +217,27 @@ def _cut(rendered: Rendered, at: slice | Ints, segment: int | None = None) -> di
     return result
 
 
-def _aligned(transcript: Transcript, turns: list[tuple[int, Rendered]], theirs: Rendered, sampled: Bools) -> Reading:
+def _aligned(transcript: Transcript, own: list[Segment], theirs: Rendered, sampled: Bools) -> Reading:
     places, ends, segments, exact, stops = [], [], [], [], []
-    for number, (k, own) in enumerate(turns):
-        scored = own.scored
-        places.append(scored + transcript.turns[k][0])
-        ends.append(own.end[scored])
-        segments.append(np.full(len(scored), number, dtype=np.int64))
-        exact.append(own.exact[scored])
-        stops.append(own.roles[scored] == Role.STOP)
+    for at, one in enumerate(own):
+        scored = np.flatnonzero(one.own.segment == one.number)
+        places.append(scored + transcript.turns[one.turn][0])
+        ends.append(one.own.end[scored])
+        segments.append(np.full(len(scored), at, dtype=np.int64))
+        exact.append(one.own.exact[scored])
+        stops.append(one.own.roles[scored] == Role.STOP)
     place_s, place_t = np.concatenate(places), theirs.scored
     mine = Side(np.concatenate(ends), np.concatenate(segments), np.concatenate(exact), np.concatenate(stops))
     stop_t = theirs.roles[place_t] == Role.STOP
     other = Side(theirs.end[place_t], theirs.segment[place_t].astype(np.int64), theirs.exact[place_t], stop_t)
-    both = zip((turn.segment_bytes[0] for _, turn in turns), theirs.segment_bytes, strict=False)
+    both = zip((one.text for one in own), theirs.segment_bytes, strict=False)
     texts = [min(text, read, key=len) for text, read in both]
-    texts += [b""] * (len(turns) - len(texts))
+    texts += [b""] * (len(own) - len(texts))
     written = Written(
         WrittenSide(transcript.ids[place_s], mine.end, mine.segment, mine.exact, mine.stop),
         WrittenSide(theirs.ids[place_t].astype(np.int64), other.end, other.segment, other.exact, other.stop),
-        align(mine, other, len(turns)),
+        align(mine, other, len(own)),
         texts,
     )
-    num_bytes = sum(len(turn.segment_bytes[0]) for _, turn in turns)
+    num_bytes = sum(len(one.text) for one in own)
     return Reading(transcript.ids, theirs.ids, place_s, place_t, written, num_bytes, sampled)

@@ -56,6 +56,13 @@ WAYS = (
     Way(("<|START_THINKING|>", "<|END_THINKING|>")),  # Command A
 )
 _MARKER = re.compile(r"<\|?\w+\|?>|\[/?[A-Z_]+\]")
+MARKERS = frozenset(
+    name
+    for way in WAYS
+    for part in (way.reasoning or (), way.call or (), (way.between,))
+    for name in _MARKER.findall("".join(part))
+)
+"""The names of control tokens that stand around parts of a reply, of any model."""
 
 
 @dataclass(frozen=True)
