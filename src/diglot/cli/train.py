@@ -143,23 +143,25 @@ def datasets_of(script: TrainArguments, config: DistillationConfig) -> tuple[Any
         ConfigError: two of these are given, or one and no evaluation.
     """
     own = {n: getattr(script, n) for n in ("eval_dataset_name", "dataset_test_size") if getattr(script, n) is not None}
-    wants_eval = str(config.eval_strategy).split(".")[-1].lower() != "no"
+    strategy = str(config.eval_strategy).split(".")[-1].lower()
+    wants_eval = strategy != "no"
     if own and not wants_eval:
         raise ConfigError(
             f"{', '.join(own)} is given, and eval_strategy is 'no': nothing is evaluated. Set it to steps."
         )
     if len(own) > 1:
         raise ConfigError(f"{' and '.join(own)} both say what to evaluate on. Give one of them.")
+    if wants_eval and not own and names_file(script.dataset_name) and script.dataset_test_split != "train":
+        raise ConfigError(
+            f"eval_strategy is {strategy!r}, and {script.dataset_name} is a file, whose only split is train, not "
+            f"{script.dataset_test_split!r} (dataset_test_split). Give eval_dataset_name, or "
+            "dataset_test_size: rows that are held out."
+        )
     data = _data(script, config, script.dataset_name, script.dataset_train_split)
     if script.dataset_test_size is not None:
         return hold_out(data, script.dataset_test_size, config.data_seed or config.seed)
     if not wants_eval:
         return data, None
-    if script.eval_dataset_name is None and names_file(script.dataset_name) and script.dataset_test_split != "train":
-        raise ConfigError(
-            f"eval_strategy is not 'no', and {script.dataset_name} is a file, which has no split to "
-            "evaluate on. Give eval_dataset_name, or dataset_test_size: rows that are held out."
-        )
     if script.eval_dataset_name is not None:
         split = "train" if names_file(script.eval_dataset_name) else script.dataset_test_split
         return data, _data(script, config, script.eval_dataset_name, split, streaming=False)
