@@ -101,6 +101,25 @@ def test_every_objective_can_read_tokens_that_are_no_text(tmp_path: Path, name: 
         assert torch.isfinite(loss) and torch.isfinite(_gradient(trainer.model)).all(), kind
 
 
+@pytest.mark.parametrize("make", [tiny.gkd, tiny.minillm])
+@pytest.mark.parametrize("others", [[], [zoo.turns]], ids=["alone", "beside another"])
+def test_a_text_ends_before_an_id_that_only_the_students_wider_embedding_has(
+    make: Any, others: list[Any], tmp_path: Path
+) -> None:
+    """Padding of the student's, which no row of the teacher's can read: the run went down with it."""
+    own, text = zoo.chatml(), _completion("text")
+    tokenizers = [own, *(other() for other in others)]
+    teachers: Any = [{"name": tiny.tiny_model(t, k + 1), "label": str(k)} for k, t in enumerate(tokenizers)]
+    models = tiny.tiny_model(own, 0, padding_rows=8), teachers
+    options: dict[str, Any] = {"lmbda": 1.0} if make is tiny.gkd else {"teacher_mixed_alpha": 0.0}
+    trainer = make(tmp_path, own, tokenizers, models=models, max_completion_length=32, **options)
+    batch = _batch(trainer, [*text[:-1], len(own) + 3, *text])
+    (pair,) = batch.pairs
+    assert pair.student.ids[pair.student.prompt_length :].tolist() == text[:-1] and pair.student.stopped == (False,)
+    assert all(view.read.stats["tokens"] == len(text) - 1 for view in batch.views)
+    assert torch.isfinite(trainer.compute_loss(trainer.model, {"batch": batch}))
+
+
 def test_a_teacher_of_another_vocabulary_keeps_the_text_what_all_can_read(tmp_path: Path) -> None:
     own, other = zoo.chatml(), zoo.turns()
     teachers = [{"name": tiny.tiny_model(t, k), "label": str(k)} for k, t in enumerate((own, other))]

@@ -92,6 +92,7 @@ class PairReader:
         """A completion that the student wrote: its ids stay as they are. None if another teacher is to read it."""
         if self._is_others(conversation):
             return None
+        completion_ids = self._readable(conversation, completion_ids)
         student = self.student.from_sampled(conversation, completion_ids, prompt_ids=prompt_ids)
         thinking, reads = self.student.opens_thinking(conversation), self.teacher_reads(conversation)
         reply, finished = student.reply, student.stopped[-1]
@@ -120,6 +121,16 @@ class PairReader:
         else:
             own = self.teacher.render(reads, reply, stopped=finished, thinking=False)
         return self._fit(conversation, student, own, self._noncanonical(student))
+
+    def _readable(self, conversation: Conversation, ids: Ids) -> Ids:
+        """The ids before the first that a teacher who reads ids does not have: padding of a wider student's embedding.
+
+        Its rows are no tokens, but a student that samples gives them some probability.
+        """
+        readers = (self, *(self.others if conversation.route is None else ()))
+        known = [len(one.teacher.vocabulary) for one in readers if one.same_vocabulary]
+        unknown = np.flatnonzero(np.asarray(ids) >= min(known)) if known else []
+        return ids[: unknown[0]] if len(unknown) else ids
 
     def _all_read_ids(self, conversation: Conversation) -> bool:
         """Do all teachers that compare this text read the student's very ids? They share one row of scored tokens."""
