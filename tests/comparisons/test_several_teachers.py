@@ -215,8 +215,11 @@ def test_what_each_teacher_could_read_is_logged_and_tokens_count_once(tmp_path: 
     trainer.train()
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert entry["align/coverage/good"] == 1 and entry["align/coverage/blind"] == 0 and entry["align/coverage"] == 0.5
-    alone = made(tiny.gkd, tmp_path, [("a", 1, 1.0)], [zoo.turns()], lmbda=0.0)
+    alone = tiny.gkd(tmp_path, zoo.turns(), zoo.turns(), ROWS, lmbda=0.0)
     alone.train()
+    one = next(entry for entry in alone.state.log_history if "loss" in entry)
+    for name in ("num_tokens", "completions/tokens_per_byte", "completions/scored"):
+        assert entry[name] == one[name]
     assert entry["align/dropped_samples"] == 4  # a sample that one teacher cannot hold
     assert entry["num_tokens"] > 0 and np.isfinite(entry["loss"])
 

@@ -48,7 +48,8 @@ class Drift:
         return [*self._first, *self._last]
 
     def add(self, step: int, sums: Mapping[str, float], bits_per_byte: float | None) -> None:
-        """Note a step, from sums over its texts: `one_to_one` of `tokens`, `bytes`, `digits` in `digit_runs`."""
+        """Note a step, from sums over its texts: `scored` tokens in `bytes`, `digits` in `digit_runs`; and over those
+        that one teacher reads: `one_to_one` of `tokens`."""
         self._sums.update(sums)
         self._bits = self._bits if bits_per_byte is None else bits_per_byte
         totals = self._sums
@@ -57,7 +58,7 @@ class Drift:
         entry: Entry = {
             "step": float(step),
             "align/one_to_one": totals["one_to_one"] / totals["tokens"],
-            "completions/tokens_per_byte": totals["tokens"] / totals["bytes"],
+            "completions/tokens_per_byte": totals["scored"] / totals["bytes"],
         }
         if totals["digit_runs"] >= ENOUGH_RUNS:
             entry["completions/digit_run"] = totals["digits"] / totals["digit_runs"]

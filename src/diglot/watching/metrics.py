@@ -19,7 +19,7 @@ RATIOS: dict[str, tuple[str, str]] = {
     "completions/mean_bytes": ("bytes", "samples"),
     "completions/stopped_ratio": ("stopped", "samples"),
     "completions/repetition": ("repeated", "repeatable"),
-    "completions/tokens_per_byte": ("tokens", "bytes"),
+    "completions/tokens_per_byte": ("scored", "bytes"),  # of each text once, however many teachers read it
     "completions/digit_run": ("digits", "digit_runs"),
     "completions/scored": ("scored", "written"),
     "align/coverage": ("covered", "tokens"),

@@ -101,6 +101,7 @@ class Observer:
             sums: dict[str, float] = {**text_sums([p for b in batches for p in b.pairs], True), **text_sums_of(batches)}
             stats = [b.views[self._number].read.stats for b in batches]
             sums |= {name: sum(one[name] for one in stats) for name in ("one_to_one", "tokens")}
+            sums["scored"] = sum(batch.scored for batch in batches)
             self.drift.add(step, sums, bits)
 
     def _is_logged(self, step: int, every: float) -> bool:
