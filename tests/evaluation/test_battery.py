@@ -68,8 +68,10 @@ def _stop_logp(one: Side) -> float:
 
 
 def test_stop_calibration_is_the_stop_mass_at_the_end_and_over_all_rows() -> None:
+    """A reply that the context cuts has no end, and no part in it."""
     one = side(zoo.chatml(), 0)
-    battery = measure(one, None, SAMPLES, PLAN)
+    cut = to_sample({"prompt": "Say it:", "completion": " hello" * (one.max_length or 0)}, "cut")
+    battery = measure(one, None, [*SAMPLES, cut], PLAN)
     at_end, expected = [], []
     for sample in SAMPLES:
         ids = one.renderer.render(sample.conversation, str(sample.reply), stopped=False).ids

@@ -73,9 +73,9 @@ def measure(side: Side, teacher: Side | None, samples: Sequence[Sample], plan: P
     if replies:
         reference = evaluator.on_reference(replies)
         sums["bits_per_byte"] = reference.nats / math.log(2), reference.num_bytes, "bits per byte"
-        ones = np.ones(len(reference.num_bytes))
-        sums["stop/at_end"] = reference.stop_at_end, ones, "probability"
-        sums["stop/expected_per_reply"] = reference.stop_expected, ones, "stops; 1 is calibrated"
+        ended = reference.ended  # a reply that was cut has no end at which a stop could be expected
+        sums["stop/at_end"] = reference.stop_at_end * ended, ended, "probability"
+        sums["stop/expected_per_reply"] = reference.stop_expected * ended, ended, "stops; 1 is calibrated"
         sums |= _words(side, teacher, replies, plan)
     written = _write(evaluator, side, samples, plan)
     sums |= _written(written, "samples")

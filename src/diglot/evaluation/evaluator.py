@@ -55,7 +55,8 @@ class Evaluator:
                 ends, sample, num = side.stop.cpu(), sample_of(side), len(batch)
                 size = np.array([sum(map(len, r.segment_bytes)) for r in batch], dtype=np.float64)
                 sums = [sample_sums(v, sample, num) for v in (-facts.logp * ~ends, facts.stop * ends, facts.stop)]
-                columns.append((sums[0], size, sums[1], sums[2]))
+                ended = np.array([r.stopped[-1] for r in batch], dtype=np.float64)
+                columns.append((sums[0], size, sums[1], sums[2], ended))
         return ReferenceReport(*map(np.concatenate, zip(*columns, strict=True))) if columns else _nothing_read()
 
     @torch.no_grad()
@@ -127,7 +128,7 @@ def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 
 def _nothing_read() -> ReferenceReport:
-    return ReferenceReport(*(np.zeros(0) for _ in range(4)))
+    return ReferenceReport(*(np.zeros(0) for _ in range(5)))
 
 
 def _any_id(reader: PairReader) -> int:

@@ -36,6 +36,7 @@ class ReferenceReport:
     num_bytes: Sums
     stop_at_end: Sums = field(default_factory=lambda: np.zeros(0))  # probability of stop where the reply ends
     stop_expected: Sums = field(default_factory=lambda: np.zeros(0))  # sum of the probability of stop over its rows
+    ended: Sums = field(default_factory=lambda: np.zeros(0))  # 1 where the reply was read to its end, else 0
 
     @property
     def bits_per_byte(self) -> float:
