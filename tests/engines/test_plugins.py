@@ -108,10 +108,23 @@ def test_a_sample_of_slimes_without_a_response_has_no_scores_and_stops_nothing(p
 
 def test_slime_is_told_what_is_missing(pair: dict[str, str]) -> None:
     sample = SlimeSample(context(), 5, None)
-    with pytest.raises(DataError, match="0 rollout_log_probs and a response of 5 tokens"):
+    with pytest.raises(DataError, match=r"rollout_log_probs of shape \(0,\), .* a response of 5 of them"):
         asyncio.run(slime.reward_func(slime_args(pair), sample))
     with pytest.raises(ConfigError, match="diglot_teacher_tokenizer"):
         asyncio.run(slime.reward_func(slime_args(pair, diglot_teacher_tokenizer=None), sample))
+    with pytest.raises(ConfigError, match="no rm_url"):
+        asyncio.run(slime.reward_func(slime_args(pair, rm_url=None), sample))
+    longer = SlimeSample([5, 6], 3, [-1.0] * 3)
+    with pytest.raises(DataError, match="2 tokens and a response of 3 of them"):
+        asyncio.run(slime.reward_func(slime_args(pair), longer))
+    with pytest.raises(DataError, match=r"Sample 1 has the reward None, expected that of reward_func"):
+        slime.post_process_rewards(slime_args(pair), [SlimeSample(reward={"teacher_log_probs": []}), SlimeSample()])
+
+
+def test_slimes_reward_key_is_for_its_logs_and_hides_no_log_probs(pair: dict[str, str]) -> None:
+    sample = SlimeSample(reward={"teacher_log_probs": [-1.0], "coverage": 1.0})
+    slime.post_process_rewards(slime_args(pair, reward_key="coverage"), [sample])
+    assert sample.teacher_log_probs.tolist() == [-1.0]
 
 
 # ---- prime-rl ------------------------------------------------------------------------------------------------------
@@ -142,6 +155,21 @@ def test_prime_rl_gets_a_number_for_each_id_in_both_of_its_forms(pair: dict[str,
     sums_agree(result[0][LENGTH:], ids)
 
 
+def test_a_sample_of_prime_rls_without_log_probs_is_refused_by_name(pair: dict[str, str]) -> None:
+    ids = context()
+    whole = SimpleNamespace(token_ids=ids, mask=None, logprobs=None)
+    parts = SimpleNamespace(prompt_ids=ids[:LENGTH], completion_ids=ids[LENGTH:], completion_logprobs=None)
+
+    async def run(sample: Any, credit: str) -> None:
+        scorer = connect(pair["student"], pair["teacher"], pair["url"], credit=credit)
+        await prime_rl.compute_teacher_logprobs(scorer, [sample])
+
+    for sample in (whole, parts):
+        for credit in ("gap", "shared"):
+            with pytest.raises(DataError, match=f"{len(ids)} ids and student log-probs of shape"):
+                asyncio.run(run(sample, credit))
+
+
 # ---- tinker --------------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +195,7 @@ class TinkerClient:
 
 def test_tinkers_advantages_get_the_difference_to_the_teacher_where_it_was_sampled() -> None:
     ids = context()
-    own = torch.zeros(len(ids) - 1)
+    own = torch.full((len(ids) - 1,), -torch.inf)  # a prompt has none, whatever stands there
     own[LENGTH - 1 :] = torch.tensor(own_logps(len(ids) - LENGTH))
     mask = torch.zeros(len(ids) - 1)
     mask[LENGTH - 1 :] = 1.0
@@ -181,7 +209,7 @@ def test_tinkers_advantages_get_the_difference_to_the_teacher_where_it_was_sampl
     teacher = tinker.TinkerTeacher(Projector(STUDENT, TEACHER), TinkerClient(), list)
     metrics = asyncio.run(tinker.incorporate_kl_penalty([datum], [teacher], TensorData, kl_penalty_coef=0.5))
     change = inputs["advantages"].to_torch() - 1.0
-    right = sum(r for r in expected(ids, ASK, LENGTH) if r is not None) - float(own.sum())
+    right = sum(r for r in expected(ids, ASK, LENGTH) if r is not None) - float(own[LENGTH - 1 :].sum())
     assert (change[: LENGTH - 1] == 0).all() and float(change.sum()) == pytest.approx(0.5 * right, abs=1e-3)
     assert metrics["teacher_kl"] == pytest.approx(-right / (len(ids) - LENGTH), abs=1e-4)
 
@@ -360,6 +388,20 @@ def test_verl_whose_rows_stand_elsewhere_is_refused() -> None:
 
     with pytest.raises(TeacherError, match="Row 0 of verl's teacher is about id"):
         verl_rows(context(), Unshifted)
+
+    class Shorter(VerlManager):
+        async def compute_teacher_logprobs_single(self, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            ids, logps = await super().compute_teacher_logprobs_single(**more)
+            return ids[:-2], logps[:-2]
+
+    class Wider(VerlManager):
+        async def compute_teacher_logprobs_single(self, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            ids, logps = await super().compute_teacher_logprobs_single(**more)
+            return ids, logps.expand(-1, 3)
+
+    for manager in (Shorter, Wider):
+        with pytest.raises(TeacherError, match=r"for a text of \d+ tokens, expected \[\d+, 1\] of both"):
+            verl_rows(context(), manager)
     with pytest.raises(ConfigError, match="reads text alone"):
         teacher = verl.cross_tokenizer(VerlManager, Projector(STUDENT, TEACHER))()
         asyncio.run(teacher.compute_teacher_logprobs_single([1], multi_modal_data={"images": [1]}))

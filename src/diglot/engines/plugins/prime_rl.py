@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from diglot.engines.scores import as_array
 from diglot.engines.serving.scorer import Scorer
 
 
@@ -26,9 +27,11 @@ async def compute_teacher_logprobs(scorer: Scorer, samples: Sequence[Any]) -> li
 
 async def _one(scorer: Scorer, sample: Any) -> list[float]:
     if hasattr(sample, "token_ids"):
-        ids, own = sample.token_ids, np.asarray(sample.logprobs, dtype=np.float64)
+        ids, own = sample.token_ids, sample.logprobs
     else:
         ids = [*sample.prompt_ids, *sample.completion_ids]
-        own = np.asarray([*([0.0] * len(sample.prompt_ids)), *sample.completion_logprobs], dtype=np.float64)
+        written = sample.completion_logprobs
+        own = [*([0.0] * len(sample.prompt_ids)), *([] if written is None else written)]
+    own = as_array(own, np.float64)
     result = await scorer.score(np.asarray(ids), student_logps=own)
     return [float(logp) for logp in result.filled(own)]

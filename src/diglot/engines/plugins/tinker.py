@@ -55,7 +55,7 @@ async def incorporate_kl_penalty(
         ids = [*datum.model_input.to_ints(), int(inputs["target_tokens"].to_torch()[-1])]
         own = inputs["logprobs"].to_torch().double()
         result = await teacher.logps(ids, np.append(0.0, own.numpy()))
-        return (own - torch.from_numpy(result[1:])) * (inputs["mask"].to_torch() > 0)
+        return torch.where(inputs["mask"].to_torch() > 0, own - torch.from_numpy(result[1:]), 0.0)  # NaN * 0 is NaN
 
     result = await asyncio.gather(*(difference(*one) for one in zip(data, teachers, strict=True)))
     count = sum(float((datum.loss_fn_inputs["mask"].to_torch() > 0).sum()) for datum in data)

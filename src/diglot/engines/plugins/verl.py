@@ -79,6 +79,12 @@ def _own_scores(ids: Any, logps: Any, teacher_ids: Any) -> TeacherScores:
         raise ConfigError(
             f"verl gives {ids.shape[1:]} teacher ids a row, expected 1: choose loss_mode={LOSS} (use_estimator)."
         )
+    if len(ids) != len(teacher_ids) or logps.shape != ids.shape:
+        raise TeacherError(
+            f"verl's teacher gives ids of shape {ids.shape} and log-probs of shape {logps.shape} for a text of "
+            f"{len(teacher_ids)} tokens, expected [{len(teacher_ids)}, 1] of both. Its rows stand elsewhere in this "
+            "version of verl."
+        )
     wrong = np.flatnonzero(ids[:-1, 0] != teacher_ids[1:])
     if len(wrong):
         at = int(wrong[0])
