@@ -262,6 +262,34 @@ def test_channels_that_cannot_be_told_apart_are_refused_by_name() -> None:
     assert CHANNELS.vocabulary.bytes_of(whole[result.valid]).decode() == "Four.Sum.Four."
 
 
+@pytest.mark.parametrize("teacher", [TURNS, INST])
+def test_a_stray_control_token_in_a_finished_reply_of_several_parts_is_read_by_name_and_scored_behind(
+    teacher: Renderer,
+) -> None:
+    """As in the trainers; in a reply with one part it ends what is scored."""
+    ids, projector = (
+        CHANNELS.encoder.encode_markup(REPLY.replace("Four", "Fo<|start|>ur")),
+        Projector(CHANNELS, teacher),
+    )
+    reading = projector.read(Transcript.of_completion(ASK, ids))
+    result = projector.project(reading, scores_of(reading))
+    assert "Fo<|start|>ur." in teacher.tokenizer.decode(reading.teacher_ids)
+    assert CHANNELS.vocabulary.bytes_of(ids[result.valid]).decode() == "Sum.Four." and result.valid[-1]
+    assert not result.valid[:-1][CHANNELS.vocabulary.control[ids[:-1]]].any()
+
+
+@pytest.mark.parametrize("begun", ["<|start|>", "<|start|>assist", "<|start|>assistant<|channel|>fin"])
+def test_the_markup_of_a_part_that_was_cut_before_it_began_is_no_text_of_the_part_before(begun: str) -> None:
+    ids, projector = (
+        CHANNELS.encoder.encode_markup(REPLY[: REPLY.index("<|start|>")] + begun),
+        Projector(CHANNELS, TURNS),
+    )
+    reading = projector.read(Transcript.of_completion(ASK, ids))
+    result = projector.project(reading, scores_of(reading))
+    assert CHANNELS.vocabulary.bytes_of(ids[result.valid]).decode() == "Sum."
+    assert TURNS.tokenizer.decode(reading.teacher_ids).endswith("<think>\nSum.") and not reading.stop_t.any()
+
+
 def test_padding_behind_a_stop_was_not_sampled_and_may_be_any_number() -> None:
     ids = np.append(sampled(CHATML, "Say hello"), [0, -100])
     result = project_teacher_scores(CHATML, INST, ASK, ids, lambda query: np.full(len(query), -0.5))
@@ -320,6 +348,13 @@ def test_hidden_states_give_the_scores_of_the_models_own_logits() -> None:
     assert scores.top_ids[1:].tolist() == rows[:-1].topk(4).indices.tolist()
 
 
+@pytest.mark.parametrize("shape", [(1, 79, 8), (77, 8), (81, 8), (79,)])
+def test_hidden_states_of_another_text_or_a_batch_are_refused(shape: tuple[int, ...]) -> None:
+    """More of them, as of a padded text, would be read without a word."""
+    with pytest.raises(TeacherError, match=r"79 ids and hidden states of shape .*, expected \[79, H\]"):
+        score_hidden(torch.zeros(shape), torch.nn.Linear(8, 340), np.arange(79))
+
+
 def test_tensors_lists_and_arrays_are_the_same_to_it() -> None:
     ids = sampled(CHATML, TEXT)
     query: list[Any] = []
@@ -366,6 +401,19 @@ def test_a_projector_pickles_and_threads_share_it() -> None:
     assert all(text.encode() in INST.vocabulary.bytes_of(ids) for text, (ids, _) in zip(texts, alone, strict=True))
 
 
+def test_a_projector_that_has_been_used_with_likeliest_ids_pickles() -> None:
+    """Into the workers of Ray: what it found out about the tokenizers is found out again there."""
+    projector = Projector(CHATML, TURNS)
+    reading = projector.read(Transcript.of_completion(ASK, sampled(CHATML, TEXT)))
+    count = len(reading.teacher_ids)
+    scores = TeacherScores.of(np.full(count, -0.5), np.tile([100, 300], (count, 1)), np.tile([-2.0, -3.0], (count, 1)))
+    one = projector.project(reading, scores)
+    again, other = pickle.loads(pickle.dumps((projector, reading)))
+    result = again.project(other, scores)
+    assert one.likeliest is not None and result.likeliest is not None
+    assert result.likeliest.ids.tolist() == one.likeliest.ids.tolist() and result.logps.tolist() == one.logps.tolist()
+
+
 OWN = np.full(len(sampled(CHATML, TEXT)), -1.0)
 
 
@@ -377,6 +425,12 @@ OWN = np.full(len(sampled(CHATML, TEXT)), -1.0)
         (((0, 2), (2, 4)), (ASK,), "2 sampled turns and 1 runs of messages"),
         ((), (), "0 sampled turns"),
         (((0, 4),), (["Hi"],), "Message 0 is 'Hi'"),
+        (((0, 4),), (None,), "The conversation is NoneType"),
+        (((0, 4),), None, "The messages are NoneType"),
+        (((0.0, 4.0),), (ASK,), r"The sampled turns are \(\(0.0, 4.0\),\), expected pairs of whole numbers"),
+        (((0, 1, 2),), (ASK,), "expected pairs of whole numbers"),
+        ((3,), (ASK,), "expected pairs of whole numbers"),
+        (None, (ASK,), "expected pairs of whole numbers"),
     ],
 )
 def test_a_transcript_whose_parts_do_not_fit_is_refused_when_it_is_made(
@@ -461,9 +515,19 @@ def test_a_long_text_costs_at_most_20_microseconds_a_token() -> None:
         ({"ids": [1.5, 2.0]}, DataError, "float64, expected whole numbers"),
         ({"ids": [[5, 6], [7, 8]]}, DataError, "shape .2, 2., expected .n.: give the ids of one text"),
         ({"ids": [[5, 6], [7]]}, DataError, "lists of several lengths"),
-        ({"ids": [5, 420]}, VocabularyError, "Token 1 of a sampled turn has id 420, .* vocabulary of 420"),
-        ({"ids": [-100, 5]}, VocabularyError, "Token 0 of a sampled turn has id -100"),
+        ({"ids": [5, 420]}, VocabularyError, "Position 1: id 420 is not in the student's vocabulary of 420"),
+        ({"ids": [-100, 5]}, VocabularyError, "Position 0: id -100 is not in"),
         ({"scores": lambda query: [{"1": -0.5}] * len(query)}, TeacherError, "is no list, array or tensor of numbers"),
+        ({"scores": lambda query: np.zeros(len(query), dtype=bool)}, TeacherError, "no list, array or tensor of numb"),
+        ({"scores": lambda query: ["-0.5"] * len(query)}, TeacherError, "no list, array or tensor of numbers"),
+        ({"scores": lambda query: np.zeros(len(query), "M8[s]")}, TeacherError, "no list, array or tensor of numbers"),
+        ({"scores": lambda query: [-(10**400)] * len(query)}, TeacherError, "no list, array or tensor of numbers"),
+        ({"scores": lambda query: torch.zeros(len(query), device="meta")}, TeacherError, "no list, array or tensor"),
+        ({"ids": torch.ones(3).bfloat16()}, DataError, "Token ids are float64, expected whole numbers"),
+        ({"ids": torch.ones(3).to_sparse()}, DataError, "Token ids are Tensor that numpy cannot read"),
+        ({"ids": torch.ones(3, device="meta")}, DataError, "Token ids are Tensor that numpy cannot read"),
+        ({"tools": 3}, DataError, "The tools are int, expected a list"),
+        ({"ids": [], "credit": "gap"}, ConfigError, "give the student's log-probs"),
         ({"credit": ["shared"]}, ConfigError, "no credit rule"),
         ({"credit": "gap", "student_logps": OWN * np.nan}, DataError, "log-prob of token 0 .* is nan, expected a fin"),
         ({"credit": "gap", "student_logps": OWN * np.inf}, DataError, "is -inf, expected a finite number"),

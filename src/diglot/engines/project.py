@@ -73,6 +73,10 @@ class Projector:
             raise ConfigError(f"teacher_max_length is {most!r}, expected a whole number of tokens from 1, or None.")
         self.teacher_max_length = most
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was found out about the tokenizers so far: it holds functions, and is found out again."""
+        return {name: value for name, value in vars(self).items() if name != "_covering"}
+
     def read(self, transcript: Transcript) -> Reading:
         """What the teacher is to score: `teacher_ids` of the result. Errors: see `diglot.engines.reading.read`."""
         return read(transcript, self.student, self.teacher, self.teacher_max_length)
@@ -106,7 +110,7 @@ class Projector:
         own = None if student_logps is None else _student_logps(student_logps, reading, reading.place_s[inside])
         with_chunk = aligned.chunk_t >= 0
         sums = np.bincount(aligned.chunk_t[with_chunk], teacher[with_chunk], minlength=aligned.num_chunks).astype(float)
-        values = rule(sums, chunk, aligned.count_s, own) if len(chunk) else np.zeros(0)
+        values = rule(sums, chunk, aligned.count_s, own)
         likeliest, at = self._likeliest(reading, scores, teacher)
         return replace(_spread(reading, inside, values), likeliest=likeliest, at=at)
 

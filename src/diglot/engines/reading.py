@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from diglot.alignment import Alignment, Side, align, check_bytes
 from diglot.arrays import Bools, Ints
 from diglot.batches import Written, WrittenSide
-from diglot.engines.transcript import Transcript
-from diglot.errors import RenderingError, VocabularyError
+from diglot.engines.transcript import Transcript, check_ids
+from diglot.errors import RenderingError
 from diglot.rendering import Conversation, Rendered, Renderer, Role, truncate
 from diglot.rendering.markup import MARKERS, PLAIN
 from diglot.rendering.types import Reply
@@ -60,6 +60,7 @@ def read(
         VocabularyError: an id that is not the student's.
     """
     sampled = _sampled(transcript, student)
+    check_ids(transcript.ids, student.vocabulary, sampled)
     ids = [transcript.ids[low:high][sampled[low:high]] for low, high in transcript.turns]
     last = len(ids) - 1
     rendered = [_turn(student, one, k, thinking=False) for k, one in enumerate(ids[:-1])]
@@ -125,20 +126,15 @@ def _sampled(transcript: Transcript, student: Renderer) -> Bools:
 def _turn(student: Renderer, ids: Ints, number: int, thinking: bool) -> Rendered:
     """A sampled run by itself, no prompt: one segment, or one for each part where control tokens stand between them, as
     in channels. What follows a control token in no such markup, other than a stop, is left out: no text of another
-    model's holds it, and what comes after it was written behind something that nobody else reads."""
-    outside = np.flatnonzero((ids < 0) | (ids >= len(student.vocabulary)))
-    if len(outside):
-        at = int(outside[0])
-        raise VocabularyError(
-            f"Token {at} of a sampled turn has id {ids[at]}, which is not in the student's vocabulary of "
-            f"{len(student.vocabulary)}. It is a mask value such as -100, or the ids are another model's: pass the ids "
-            "that this student sampled."
-        )
+    model's holds it, and what comes after it was written behind something that nobody else reads. In a reply with
+    several parts it is left out at the end of one that was cut alone, where it may be the markup of a part to come;
+    elsewhere it is an edge, as in the trainers: the teacher reads its name, and what stands behind it is scored."""
     while True:
         written = student.from_sampled(Conversation(None), ids, prompt_ids=_NOTHING, thinking=thinking)
         reply = written.reply
         assert reply is not None
-        if reply.shape != PLAIN or not reply.slots[0].edges:
+        edges = reply.slots[-1].edges
+        if not edges or (reply.shape != PLAIN and written.stopped[-1]):
             return written
         controls = np.flatnonzero(student.vocabulary.control[ids])
         name = student.vocabulary.names.get(int(ids[controls[0]]))
@@ -148,7 +144,7 @@ def _turn(student: Renderer, ids: Ints, number: int, thinking: bool) -> Rendered
                 "student's tokenizer has no chat template, which says what the parts are. Load the tokenizer with its "
                 "template, or set tokenizer.chat_template."
             )
-        ids = ids[: controls[-len(reply.slots[0].edges)]]  # not before the first edge: a stop comes behind them
+        ids = ids[: controls[-len(edges)]]  # not before the first edge: a stop comes behind them
 
 
 def _is_text(reply: Reply) -> bool:

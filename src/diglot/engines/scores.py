@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diglot.arrays import Floats, Ints
+from diglot.engines.transcript import to_numpy
 from diglot.errors import DataError, TeacherError
 
 _ROWS = 256  # of logits that exist at a time
@@ -125,10 +126,18 @@ def score_hidden(hidden: Any, head: Callable[[Any], Any], ids: Ints, top: int = 
         head: hidden states `[R, H]` -> logits `[R, V]`, with all that the model does to them (soft caps, scales).
         ids: `[T]`, what the teacher read.
         top: how many likeliest ids of each row.
+
+    Raises:
+        TeacherError: hidden states of another text.
     """
     import torch
 
     count = len(ids)
+    if hidden.ndim != 2 or len(hidden) != count:
+        raise TeacherError(
+            f"There are {count} ids and hidden states of shape {tuple(hidden.shape)}, expected [{count}, H]: those of "
+            "the text alone, without a batch dimension or padding."
+        )
     logps, top_ids, top_logps = np.full(count, np.nan), np.full((count, top), -1), np.full((count, top), -np.inf)
     written = torch.from_numpy(np.asarray(ids, dtype=np.int64))
     with torch.no_grad():
@@ -146,13 +155,11 @@ def score_hidden(hidden: Any, head: Callable[[Any], Any], ids: Ints, top: int = 
 def as_array(values: Any, dtype: type) -> NDArray[Any]:
     """A numpy array of a list, an array or a tensor. `DataError` for what holds no such numbers."""
     kind = "whole numbers" if dtype is np.int64 else "numbers"
-    if hasattr(values, "detach"):
-        values = values.detach().to("cpu")
-        values = values.double() if values.is_floating_point() else values
     try:
-        result = np.asarray(values)
-        made: NDArray[Any] | None = None if np.iscomplexobj(result) else result.astype(dtype, copy=False)  # None is NaN
-    except (TypeError, ValueError):
+        result = to_numpy(values, "They")
+        # A mask, times and text would become numbers without a word. None is NaN.
+        made: NDArray[Any] | None = None if result.dtype.kind in "bcmMSU" else result.astype(dtype, copy=False)
+    except (TypeError, ValueError, OverflowError):
         made = None
     if made is None:
         held = f"{values!r:.60}" if isinstance(values, (list, tuple, str)) else type(values).__name__

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diglot.arrays import Ints
-from diglot.errors import DataError
+from diglot.errors import DataError, VocabularyError
+from diglot.vocabulary import Vocabulary
 
 Message = Mapping[str, Any]
 
@@ -29,10 +31,10 @@ class Transcript:
     tools: tuple[Mapping[str, Any], ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ids", as_ids(self.ids))  # the class is frozen
+        made = as_ids(self.ids), _turns(self.turns), _runs(self.messages), _tools(self.tools)
+        for name, value in zip(("ids", "turns", "messages", "tools"), made, strict=True):
+            object.__setattr__(self, name, value)  # the class is frozen
         _check_turns(self.turns, len(self.ids), len(self.messages))
-        for between in self.messages:
-            _check_messages(between)
 
     @classmethod
     def of_completion(
@@ -51,7 +53,7 @@ class Transcript:
                 "would read it and then the completion as another turn. Give the messages before the completion, or "
                 "the whole context and `sampled`."
             )
-        return cls(ids, ((0, len(ids)),), (messages,), _tools(tools))
+        return cls(ids, ((0, len(ids)),), (messages,), tools)  # type: ignore[arg-type]  # made a tuple of
 
     @classmethod
     def of_mask(
@@ -85,12 +87,23 @@ class Transcript:
             )
         places = own[-len(turns) :]
         between = [tuple(messages[low + 1 : high]) for low, high in zip([-1, *places[:-1]], places, strict=True)]
-        return cls(ids, turns, tuple(between), _tools(tools))
+        return cls(ids, turns, tuple(between), tools)  # type: ignore[arg-type]  # made a tuple of
+
+
+def check_ids(ids: Ints, vocabulary: Vocabulary, read: NDArray[np.bool_] | None = None) -> None:
+    """`VocabularyError` with the first position of `ids` `[n]`, where `read` or anywhere, that holds no token's id."""
+    outside = (ids < 0) | (ids >= len(vocabulary))
+    wrong = np.flatnonzero(outside if read is None else outside & read)
+    if len(wrong):
+        raise VocabularyError(
+            f"Position {wrong[0]}: id {ids[wrong[0]]} is not in the student's vocabulary of {len(vocabulary)}. It is a "
+            "mask value such as -100, or the ids are another model's: pass the ids that this student sampled."
+        )
 
 
 def as_ids(values: Any) -> Ints:
     """Ids of one text as a list, an array or a tensor, `[n]`. `DataError` for anything else."""
-    result = _array(values, "Token ids")
+    result = to_numpy(values, "Token ids")
     if result.size and not np.issubdtype(result.dtype, np.integer):
         raise DataError(f"Token ids are {result.dtype}, expected whole numbers: give the ids as they were sampled.")
     if result.ndim != 1:
@@ -104,7 +117,7 @@ def as_ids(values: Any) -> Ints:
 
 def _mask(values: Any) -> NDArray[np.bool_]:
     """`[n]` of what is 0 and 1: labels with -100, or weights, are no mask, and any number but 0 would count as true."""
-    result = _array(values, "The mask of sampled ids")
+    result = to_numpy(values, "The mask of sampled ids")
     known = np.issubdtype(result.dtype, np.bool_) or np.issubdtype(result.dtype, np.number)
     wrong = result[(result != 0) & (result != 1)] if known else result.reshape(-1)
     if wrong.size:
@@ -112,13 +125,19 @@ def _mask(values: Any) -> NDArray[np.bool_]:
     return result.astype(np.bool_)
 
 
-def _array(values: Any, name: str) -> NDArray[Any]:
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
+def to_numpy(values: Any, name: str) -> NDArray[Any]:
+    """A list, an array or a tensor of any device and float type. `DataError` for what none can be made of."""
     try:
+        if hasattr(values, "detach"):
+            values = values.detach().to("cpu")
+            values = values.double() if values.is_floating_point() else values  # numpy has no bfloat16
         return np.asarray(values)
-    except ValueError:  # rows of several lengths
+    except ValueError:
         raise DataError(f"{name} are lists of several lengths, expected [n]: give one text at a time.") from None
+    except (TypeError, RuntimeError):  # a sparse tensor, or one without data
+        raise DataError(
+            f"{name} are {type(values).__name__} that numpy cannot read, expected a list, an array or a dense tensor."
+        ) from None
 
 
 def _messages(messages: Any) -> tuple[Message, ...]:
@@ -139,6 +158,22 @@ def _check_messages(messages: Sequence[Any]) -> None:
             raise DataError(f"Message {at} is {message!r:.80}, expected a mapping with a role. {_AS_MESSAGES}")
 
 
+def _turns(turns: Any) -> tuple[tuple[int, int], ...]:
+    """As they are kept. `DataError` for what are no pairs of whole numbers."""
+    try:
+        return tuple((index(low), index(high)) for low, high in turns)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"The sampled turns are {turns!r:.80}, expected pairs of whole numbers: ((first, last + 1), ...)."
+        ) from None
+
+
+def _runs(messages: Any) -> tuple[tuple[Message, ...], ...]:
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
+        raise DataError(f"The messages are {type(messages).__name__}, expected a list of messages before each turn.")
+    return tuple(_messages(between) for between in messages)
+
+
 def _check_turns(turns: Sequence[tuple[int, int]], count: int, between: int) -> None:
     """`DataError` unless the turns are runs of the ids, in order, with messages before each."""
     if not turns or len(turns) != between:
@@ -156,5 +191,7 @@ def _check_turns(turns: Sequence[tuple[int, int]], count: int, between: int) -> 
         edge = high
 
 
-def _tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[Mapping[str, Any], ...] | None:
+def _tools(tools: Any) -> tuple[Mapping[str, Any], ...] | None:
+    if tools is not None and (isinstance(tools, (str, Mapping)) or not isinstance(tools, Iterable)):
+        raise DataError(f"The tools are {type(tools).__name__}, expected a list of them, or None.")
     return tuple(tools) if tools else None

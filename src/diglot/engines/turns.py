@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diglot.arrays import Ints
-from diglot.engines.transcript import Transcript, as_ids
+from diglot.engines.transcript import Transcript, as_ids, check_ids
 from diglot.errors import DataError, RenderingError
 from diglot.rendering import Conversation, Renderer
 from diglot.vocabulary import Vocabulary
@@ -75,16 +75,12 @@ class TurnFinder:
 
         Raises:
             DataError: ids that the template does not write so; the message names the position and both tokens.
+            VocabularyError: an id that is not the student's.
         """
         ids = as_ids(ids)
         if not len(ids):
             raise DataError("There are no ids: send the whole context, prompt and completion.")
-        if ids.min() < 0 or ids.max() >= len(self.renderer.vocabulary):
-            at = int(np.flatnonzero((ids < 0) | (ids >= len(self.renderer.vocabulary)))[0])
-            raise DataError(
-                f"Position {at}: id {ids[at]} is not in the student's vocabulary of {len(self.renderer.vocabulary)}. "
-                "Send ids of the student's tokenizer."
-            )
+        check_ids(ids, self.renderer.vocabulary)
         between, turns = self._cut(ids)
         self._verify(ids, between, turns)
         if len(turns) > 1 and self.renderer.opens_thinking(self._conversation(ids, between, turns)):
