@@ -129,7 +129,9 @@ class PairReader:
         """
         readers = (self, *(self.others if conversation.route is None else ()))
         known = [len(one.teacher.vocabulary) for one in readers if one.same_vocabulary]
-        unknown = np.flatnonzero(np.asarray(ids) >= min(known)) if known else []
+        if not known:
+            return ids
+        unknown = np.flatnonzero(np.asarray(ids) >= min(known))
         return ids[: unknown[0]] if len(unknown) else ids
 
     def _all_read_ids(self, conversation: Conversation) -> bool:
