@@ -127,8 +127,7 @@ class PairReader:
 
         Its rows are no tokens, but a student that samples gives them some probability.
         """
-        readers = (self, *(self.others if conversation.route is None else ()))
-        known = [len(one.teacher.vocabulary) for one in readers if one.same_vocabulary]
+        known = [len(one.teacher.vocabulary) for one in self._readers(conversation) if one.same_vocabulary]
         if not known:
             return ids
         unknown = np.flatnonzero(np.asarray(ids) >= min(known))
@@ -136,8 +135,11 @@ class PairReader:
 
     def _all_read_ids(self, conversation: Conversation) -> bool:
         """Do all teachers that compare this text read the student's very ids? They share one row of scored tokens."""
-        others = self.others if conversation.route is None else ()
-        return all(one.same_vocabulary for one in (self, *others))
+        return all(one.same_vocabulary for one in self._readers(conversation))
+
+    def _readers(self, conversation: Conversation) -> tuple[PairReader, ...]:
+        """The readers of all teachers that compare this text."""
+        return (self, *(self.others if conversation.route is None else ()))
 
     def _noncanonical(self, sampled: Rendered) -> Bools:
         """Which scored tokens of a completion the student's own tokenizer does not give for its text.

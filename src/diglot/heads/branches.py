@@ -190,10 +190,8 @@ def _one_by_one(model: nn.Module, input_ids: Tensor, branches: Branches) -> Tens
 
 def _one_mask(model: nn.Module, input_ids: Tensor, branches: Branches) -> bool:
     """Is the text so short that every layer sees all of it, and a branch its positions as the text does?"""
-    config, longest = (
-        unwrap(model).config.get_text_config(),
-        input_ids.shape[1] + int(branches.depth.max(initial=0)) + 1,
-    )
+    config = unwrap(model).config.get_text_config()
+    longest = input_ids.shape[1] + int(branches.depth.max(initial=0)) + 1
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return all(not window or longest <= window for window in windows) and rotates_alike(model, longest)
 
