@@ -71,8 +71,7 @@ class PairReader:
 
     def _sides(self, conversation: Conversation) -> tuple[Renderer, ...]:
         """All that read the text. Where one of them needs it in parts all have it so: the student is run once."""
-        others = self.others if conversation.route is None else ()
-        return (self.student, self.teacher, *(one.teacher for one in others))
+        return (self.student, *(one.teacher for one in self._readers(conversation)))
 
     def teacher_reads(self, conversation: Conversation) -> Conversation:
         """The conversation as the teacher is given it."""
