@@ -8,10 +8,13 @@ import json
 import lzma
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 
-from diglot.data import load_dataset
+from diglot.data import files, load_dataset, load_sources, to_sample
+from diglot.data.loading import with_row_numbers
 from diglot.errors import DataError
 
 ROWS = [{"prompt": "Eins?", "completion": "Ja, ça va."}, {"prompt": 'Zwei,\n"drei"?', "completion": "42"}]
@@ -131,3 +134,79 @@ def test_a_stream_that_cannot_be_read_says_why(raw: bytes, message: str, tmp_pat
     (tmp_path / "d.jsonl").write_bytes(raw)
     with pytest.raises(DataError, match=message):
         load_dataset(str(tmp_path / "d.jsonl"), streaming=True)
+
+
+def calling(arguments: object) -> dict[str, object]:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+ASK = {"role": "user", "content": "Why?"}
+NULLS = [{"a": 1, "b": None}, {"c": "x"}, {}, {"a": 2, "b": {"d": [None]}}]
+
+
+def arguments_of(data: Any) -> list[Any]:
+    samples = [to_sample(row, "row") for row in data]
+    return [json.loads(sample.answer.text[1:]) for sample in samples if sample.answer is not None]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("shape", ["messages", "completion"])
+def test_a_null_of_a_json_file_stays_and_one_that_a_table_filled_in_is_gone(
+    shape: str, streaming: bool, tmp_path: Path
+) -> None:
+    rows: list[dict[str, object]] = [{"prompt": [ASK], "completion": [calling(one)]} for one in NULLS]
+    if shape == "messages":
+        rows = [{"messages": [ASK, calling(one)]} for one in NULLS]
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "list.json").write_text(json.dumps(rows), encoding="utf-8")
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    options: dict[str, Any] = {"streaming": streaming}
+    for name in ("rows.jsonl", "list.json"):
+        assert arguments_of(load_dataset(str(tmp_path / name), **options)) == NULLS
+        mapped = load_dataset(str(tmp_path / name), columns=",".join(rows[0]), **options)
+        assert arguments_of(mapped) == NULLS
+    filled = [{"a": 1}, {"c": "x"}, {}, {"a": 2, "b": {"d": [None]}}]
+    of_parquet = str(tmp_path / "rows.parquet")
+    for data in (load_dataset(of_parquet, **options), load_dataset(of_parquet, columns=",".join(rows[0]), **options)):
+        assert arguments_of(data) == filled
+    if not streaming:
+        assert arguments_of(load_sources([of_parquet, str(lines)], split="train")) == [*filled, *NULLS]
+        assert arguments_of(with_row_numbers(table)) == filled
+
+
+def test_a_null_in_json_text_stays_in_a_table_too(tmp_path: Path) -> None:
+    value = json.dumps({"name": "f", "arguments": NULLS[0]})
+    turns = [{"from": "human", "value": "Why?"}, {"from": "function_call", "value": value}]
+    rows = [{"conversations": turns}, {"conversations": turns}]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    assert arguments_of(load_dataset(str(tmp_path / "rows.parquet"), format="sharegpt")) == [NULLS[0]] * 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_with_other_fields_late_in_a_long_file_are_read(streaming: bool, tmp_path: Path) -> None:
+    """The library fixes the columns by the first 10 MB."""
+    early = json.dumps({"messages": [ASK, calling({"a": "x" * 100_000})]})
+    late = json.dumps({"messages": [ASK, calling({"a": "y", "b": None})]})
+    path = tmp_path / "long.jsonl"
+    path.write_text(f"{early}\n" * 110 + f"{late}\n", encoding="utf-8")
+    assert arguments_of(load_dataset(str(path), streaming=streaming))[-1] == {"a": "y", "b": None}
+
+
+def test_a_list_that_is_streamed_is_looked_through_once_before_its_rows_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps(ROWS), encoding="utf-8")
+    opened: list[Path] = []
+    real = files._json_rows
+
+    def counting(path: Path) -> Any:
+        opened.append(path)
+        return real(path)
+
+    monkeypatch.setattr(files, "_json_rows", counting)
+    files.load_file(path, "train", True)
+    assert len(opened) == 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from diglot.data import Sample, load_dataset, to_sample
+from diglot.data import Sample, load_dataset, to_sample, usable_rows
 from diglot.data.formats import column_mapping
 from diglot.data.recognise import check_columns, check_routes
 from diglot.errors import ConfigError, DataError
@@ -16,6 +16,7 @@ from diglot.errors import ConfigError, DataError
 ASK, SAY = {"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four, 四."}
 BRIEF = {"role": "system", "content": "Be brief."}
 HUMAN, GPT = {"from": "human", "value": ASK["content"]}, {"from": "gpt", "value": SAY["content"]}
+THOUGHT = "It is the sum."
 Q, A = ASK["content"], SAY["content"]
 
 
@@ -74,6 +75,14 @@ ROWS: list[tuple[dict[str, Any], str, list[dict[str, str]]]] = [
      "--dataset_columns user=prompt,assistant=completion,system", [BRIEF, ASK]),
     ({"messages": [ASK, SAY], "system_prompt": "Be brief."}, "--dataset_columns messages,system=system_prompt",
      [BRIEF, ASK]),
+    ({"input": [ASK], "output": A}, "--dataset_columns prompt=input,completion=output", [ASK]),
+    ({"question": Q, "reasoning": THOUGHT, "answer": A},
+     "--dataset_columns user=question,assistant=answer,reasoning", [ASK]),
+    ({"prompt": Q, "completion": A, "cot": THOUGHT, "system": "Be brief."},
+     "--dataset_columns user=prompt,assistant=completion,system,reasoning=cot", [BRIEF, ASK]),
+    ({"messages": [ASK, SAY], "thinking": THOUGHT}, "--dataset_columns messages,reasoning=thinking", [ASK]),
+    ({"prompt": [ASK], "completion": A, "rationale": THOUGHT},
+     "--dataset_columns prompt,completion,reasoning=rationale", [ASK]),
 ]  # fmt: skip
 
 
@@ -90,6 +99,64 @@ def test_a_row_of_another_program_is_refused_with_the_option_that_reads_it(
     sample = first(name, **{names[n]: value for n, value in zip(advice[::2], advice[1::2], strict=True)})
     assert list(sample.conversation.messages or ()) == read
     assert sample.reply == A
+    thought = [] if THOUGHT not in row.values() else [THOUGHT]
+    assert [text for slot in (sample.answer.slots if sample.answer else ()) for text in slot.texts[:1]] in (
+        [[*thought, A]] if thought else [[], [A]]
+    )
+
+
+ONE_MESSAGE = r"each row is one message\. Write each conversation"
+SEVERAL = r"write the one answer to learn from, a string, into a column"
+RESPONSES = r"items of OpenAI's Responses\. Write each row as `messages`: `instructions` as a system message"
+ITEM = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": A}]}
+FUNCTION = {"name": "f", "parameters": {}}
+
+
+# A row, and what its refusal says must be written otherwise.
+@pytest.mark.parametrize(("row", "advice"), [
+    ({"input": [ASK], "output": [ITEM]}, RESPONSES),
+    ({"input": Q, "instructions": "Be brief.", "output": [{"type": "reasoning", "summary": []}, ITEM]}, RESPONSES),
+    ({"input": [{"role": "user", "content": [{"type": "input_text", "text": Q}]}]}, RESPONSES),
+    ({"messages": [ASK, {"type": "function_call", "name": "f", "arguments": "{}"}]}, RESPONSES),
+    ({"message_id": "1", "parent_id": None, "text": Q, "role": "prompter", "lang": "en"}, ONE_MESSAGE),
+    ({"conversation": "1", "role": "user", "content": Q}, ONE_MESSAGE),
+    ({"message_tree_id": "1", "prompt": {"text": Q, "role": "prompter", "replies": []}}, "they are a tree of messages"),
+    ({"messages": [ASK, SAY], "functions": [FUNCTION]}, r"OpenAI's older form.* Write them into `tools`"),
+    ({"messages": [ASK, SAY], "functions": json.dumps([FUNCTION])}, r"OpenAI's older form.*`tool_calls`"),
+    ({"messages": [ASK], "choices": [{"index": 0, "message": SAY}]}, r"answers of an API.* behind the messages of its"),
+    ({"question": Q, "choices": ["Three.", A], "answer": 1}, r"to be chosen from.* Write it into the question"),
+    ({"question": Q, "choices": {"text": ["Three.", A], "label": ["A", "B"]}, "answerKey": "B"}, r"to be chosen from"),
+    ({"prompt": Q, "responses": [A, "Five."]}, SEVERAL),
+    ({"question": Q, "generations": [A, "Five."]}, SEVERAL),
+])  # fmt: skip
+def test_a_row_that_no_option_reads_is_refused_with_how_to_write_it(
+    row: dict[str, Any], advice: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=f"rows.jsonl .*has the columns .*{advice}"):
+        load_dataset(save(tmp_path, row))
+
+
+@pytest.mark.parametrize(("column", "value", "note"), [
+    ("rejected", [SAY], "What was rejected teaches nothing here"),
+    ("responses", [A, "Five."], "Answers are read from the end of `messages`"),
+    ("reasoning", "on", "nothing reads the columns reasoning."),
+])  # fmt: skip
+def test_what_is_left_out_of_a_row_with_an_answer_is_explained_once(
+    column: str, value: Any, note: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = load_dataset(save(tmp_path, {"messages": [ASK, SAY], column: value}))
+    usable_rows(data, lambda _: True, name="train", about={}, on_bad_row="stop")
+    assert caplog.text.count(note) == 1
+
+
+def test_reasoning_beside_a_format_is_read_if_it_is_named(tmp_path: Path) -> None:
+    row = {"instruction": Q, "output": A, "thought": THOUGHT}
+    name = save(tmp_path, row)
+    with pytest.raises(DataError, match=r"`thought` looks like what is thought before .*_columns reasoning=thought"):
+        load_dataset(name, format="alpaca")
+    sample = first(name, format="alpaca", columns="reasoning=thought")
+    assert sample.answer is not None and sample.answer.text == THOUGHT + A
+    assert first(save(tmp_path, {**row, "thought": None, "reasoning": "on"}), format="alpaca").answer is None
 
 
 def test_an_instruction_with_an_input_is_one_question(tmp_path: Path) -> None:
@@ -128,6 +195,8 @@ def test_an_empty_column_of_pictures_is_no_picture(tmp_path: Path) -> None:
     ({"chosen": None, "rejected": "x"}, {"format": "preference"}, "`chosen` is None"),
     ({"q": "x", "a": "y", "label": False}, {"columns": "user=q,assistant=a"}, "`label` is False, as in KTO"),
     ({"q": "x", "h": ["y"]}, {"columns": "user=q,history=h"}, "pairs of a question and an answer"),
+    ({"q": "x", "c": "y"}, {"columns": "user=q,reasoning=c"}, "no message of the assistant's to put it into"),
+    ({"q": "x", "a": "y", "c": 3}, {"columns": "user=q,assistant=a,reasoning=c"}, "`reasoning` is 3, expected a str"),
 ])  # fmt: skip
 def test_a_row_that_a_format_cannot_read_is_named_with_what_is_in_it(
     row: dict[str, Any], options: dict[str, str], message: str, tmp_path: Path

@@ -47,7 +47,7 @@ def write(path: Path) -> str:
 
 
 def plain(dataset: Any) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "__row__"} for row in dataset]
+    return [{k: v for k, v in row.items() if not k.startswith("__")} for row in dataset]
 
 
 def test_csv_fields_are_text_whatever_they_look_like(tmp_path: Path) -> None:

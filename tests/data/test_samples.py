@@ -13,6 +13,12 @@ from diglot.errors import DataError, DiglotError
 
 ASK = {"role": "user", "content": "How many?"}
 SAY = {"role": "assistant", "content": "Two."}
+BRIEF = {"role": "system", "content": "Be brief."}
+F, G = ({"type": "function", "function": {"name": name, "parameters": {}}} for name in "fg")
+
+
+def calling(arguments):
+    return {**SAY, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}]}
 
 
 @pytest.mark.parametrize(
@@ -45,6 +51,13 @@ SAY = {"role": "assistant", "content": "Two."}
         ({"messages": [ASK, {**SAY, "prefix": True}]}, "'prefix', which says that it is unfinished"),
         ({"messages": [ASK, {**SAY, "content": "", "refusal": "No."}]}, "'refusal', which no template writes"),
         ({"messages": [ASK, {**SAY, "weight": 0.5}, ASK, SAY]}, "a message of weight 0.5, expected 0 or 1"),
+        ({"messages": [ASK, calling('{"city": "Ro')]}, """the arguments of a call of 'f' are '{"city": "Ro', which"""),
+        ({"messages": [ASK, calling("print(2)"), ASK, SAY]}, "'print(2)', which is text but not JSON"),
+        ({"messages": [ASK, calling('"{}"')]}, "'\"{}\"'. Expected an object, or JSON text of one"),
+        ({"messages": [ASK, calling(["Rome"])]}, "are '[\"Rome\"]'. Expected an object, or JSON text of one"),
+        ({"messages": [ASK, {**SAY, "tool_calls": [{"id": "1"}]}, ASK, SAY]}, "a message calls {'id': '1'}, expected"),
+        ({"messages": [{**ASK, "tools": [F]}, SAY]}, "of the role 'user' has `tools`, which no template reads there"),
+        ({"messages": [{**BRIEF, "tools": [F]}, ASK], "tools": [G]}, "offers other `tools` than the column, or than"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(row, message) -> None:
@@ -70,6 +83,24 @@ def test_fields_that_a_table_filled_with_none_are_gone_at_every_depth() -> None:
         {**call, "content": None},
         ASK,
     )
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize("tools", [[F], json.dumps([F])])
+def test_tools_in_a_system_message_are_the_tools_of_the_row(role, tools) -> None:
+    system = {**BRIEF, "role": role}
+    plain = to_sample({"messages": [system, ASK, SAY], "tools": [F]}, "row")
+    assert plain.conversation.tools == (F,) and "tools" not in plain.conversation.messages[0]
+    offering = {**system, "tools": tools}
+    for row in (
+        {"messages": [offering, ASK, SAY]},
+        {"messages": [offering, ASK, SAY], "tools": [F]},
+        {"prompt": [offering, ASK], "completion": "Two."},
+        {"prompt": [offering, ASK], "completion": [SAY]},
+    ):
+        assert to_sample(row, "row") == plain
+    view = to_sample({"prompt": [ASK], "teacher_prompt": [offering, ASK]}, "row").conversation
+    assert view.tools is None and view.teacher_view.tools == (F,)
 
 
 @pytest.mark.parametrize("label", [True, None, 1, "general", 0])

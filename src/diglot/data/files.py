@@ -53,17 +53,16 @@ def load_file(path: Path, split: str, streaming: bool) -> Any:
             options["encoding"] = "utf-8-sig"  # a mark of the byte order is no text
         data = datasets.load_dataset(builder, **options)
         if builder == "json" and data.features is None:  # the stream of a list, whose mixed columns come as JSON text
-            if (wrong := _not_json(path)) is not None:
-                raise DataError(wrong)
-            names = _names(path)
-            return _as_written(path, names, streaming) if names else data
+            return _as_written(path, _names(path), streaming)
         if builder == "json" and mixes_types(data.features):
             return _as_written(path, tuple(data.features), streaming)
         return data.filter(_has_text) if builder == "text" else data
     except DataError:
         raise
     except Exception as error:
-        raise DataError(explain(path) or f"{path} cannot be read: {first_cause(error)}") from error
+        if (reason := explain(path)) is None and builder == "json":  # rows behind the first 10 MB with other fields
+            return _as_written(path, _names(path), streaming)
+        raise DataError(reason or f"{path} cannot be read: {first_cause(error)}") from error
 
 
 def explain(path: Path) -> str | None:
@@ -140,8 +139,13 @@ def _as_written(path: Path, names: tuple[str, ...], streaming: bool) -> Any:
 
 
 def _names(path: Path) -> tuple[str, ...]:
-    """The columns of a JSON file, in the order in which they come; none where its rows are texts."""
-    return tuple(dict.fromkeys(name for _, row in _json_rows(path) if isinstance(row, dict) for name in row))
+    """The columns of a JSON file, in the order in which they come. Raises `DataError` for what is wrong with a row."""
+    names: dict[str, None] = {}
+    for number, row in _json_rows(path):
+        if (wrong := _wrong(path, number, row)) is not None:
+            raise DataError(wrong)
+        names |= dict.fromkeys(row)
+    return tuple(names)
 
 
 def _rows(path: Path, names: tuple[str, ...], encoded: bool = False, version: Any = None) -> Iterator[dict[str, Any]]:
@@ -254,15 +258,18 @@ def _no_object(path: Path, line: int, row: Any) -> str:
 
 
 def _not_json(path: Path) -> str | None:
-    for number, row in _json_rows(path):
-        if not isinstance(row, dict):
-            return _no_object(path, number, row)
-        for name, value in row.items():  # of any column: one such string and the whole file cannot be read
-            if (half := lone_surrogate(value)) is not None:
-                return (
-                    f"{path} line {number} holds the lone surrogate U+{ord(half):04X} in `{name}`, expected Unicode "
-                    "text: it was probably cut in the middle of an emoji. Mend the line, or take it out of the file."
-                )
+    return next((wrong for number, row in _json_rows(path) if (wrong := _wrong(path, number, row))), None)
+
+
+def _wrong(path: Path, line: int, row: Any) -> str | None:
+    if not isinstance(row, dict):
+        return _no_object(path, line, row)
+    for name, value in row.items():  # of any column: one such string and the whole file cannot be read
+        if (half := lone_surrogate(value)) is not None:
+            return (
+                f"{path} line {line} holds the lone surrogate U+{ord(half):04X} in `{name}`, expected Unicode text: it "
+                "was probably cut in the middle of an emoji. Mend the line, or take it out of the file."
+            )
     return None
 
 

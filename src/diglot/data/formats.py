@@ -12,13 +12,15 @@ Row = Mapping[str, Any]
 
 OWN = ("prompt", "completion", "messages", "text", "tools", "teacher_prompt", "teacher")
 # What a conversation is put together from, where a file has its parts in columns of their own.
-PARTS = ("system", "history", "user", "assistant")
+PARTS = ("system", "history", "user", "reasoning", "assistant")
 MEDIA = ("images", "image", "videos", "video", "audio", "audios")
 CONVERSATIONS = ("conversations", "conversation", "messages", "dialog", "dialogue")
 
 LABELS = ("label", "kto_tag")  # whether the answer is one to write, as in the data of KTO
 UNWEIGHED = ("loss", "train")  # what ms-swift and Axolotl call the weight of a message: true or false
 BAD = "__bad__"  # why a row could not be converted: it is refused when its turn comes, so that it can be skipped
+
+WRITTEN = "__written__"  # is what is None in a row so in its file, where a table has no other way to leave out a field?
 
 SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -84,7 +86,8 @@ def convert(row: Row, name: str | None, mapping: Mapping[str, str] | None) -> di
             raise DataError(
                 f"there is something in `{media[0]}`, and only text can be compared. Take such rows out, or the column."
             )
-        own = _with_parts(FORMATS[name](own) if name else own)
+        own = FORMATS[name](own) if name else own
+        own = _with_parts({**own, "reasoning": renamed.get("reasoning")})  # else it may be a switch: "on", "off"
         labels = {label: row.get(label) for label in LABELS if label not in (mapping or {}).values()}
         if unwanted := not_to_be_written({**own, **labels}):
             raise DataError(unwanted)
@@ -96,7 +99,7 @@ def convert(row: Row, name: str | None, mapping: Mapping[str, str] | None) -> di
 def not_to_be_written(row: Row) -> str | None:
     """Why the answer in a row must not be imitated; None if nothing says so. Fields of a table are text."""
     name = next((one for one in LABELS if str(row.get(one)).lower() == "false"), None)  # 0 may be the name of a class
-    if name is None or not _is_answered(row):
+    if name is None or not is_answered(row):
         return None
     return (
         f"`{name}` is {row[name]!r}, as in KTO's data of an answer not to write, and it would be imitated. Leave such "
@@ -104,7 +107,7 @@ def not_to_be_written(row: Row) -> str | None:
     )
 
 
-def _is_answered(row: Row) -> bool:
+def is_answered(row: Row) -> bool:
     """Has a row with Diglot's own columns an answer in it?"""
     messages = row.get("messages")
     last = messages[-1] if isinstance(messages, Sequence) and messages else None
@@ -115,7 +118,7 @@ def _is_answered(row: Row) -> bool:
 
 
 def _with_parts(row: Row) -> dict[str, Any]:
-    """`user`, `assistant`, `history` and `system` as messages."""
+    """`user`, `reasoning`, `assistant`, `history` and `system` as messages."""
     own = {name: value for name, value in row.items() if name not in PARTS}
     if row.get("user") is not None:
         question = [*_history(row.get("history")), {"role": "user", "content": _text(row["user"], "user")}]
@@ -124,7 +127,24 @@ def _with_parts(row: Row) -> dict[str, Any]:
         own["messages"] = [*question, *reply]
     elif row.get("assistant") is not None:
         raise DataError("the column that is read as `user` holds nothing, and `assistant` something.")
-    return _with_system(own, row.get("system"))
+    return _with_system(_with_reasoning(own, row.get("reasoning")), row.get("system"))
+
+
+def _with_reasoning(row: dict[str, Any], reasoning: Any) -> dict[str, Any]:
+    """What was thought before the last answer, as a field of its message."""
+    if not reasoning:
+        return row
+    name = "messages" if row.get("messages") is not None else "completion"
+    messages: Any = row.get(name)
+    if isinstance(messages, str) and not isinstance(row.get("prompt"), str):
+        messages = [{"role": "assistant", "content": messages}]
+    last = messages[-1] if isinstance(messages, Sequence) and messages and not isinstance(messages, str) else None
+    if not isinstance(last, Mapping) or last.get("role") != "assistant":
+        raise DataError(
+            "there is reasoning, and no message of the assistant's to put it into. Map the answer as `assistant`: "
+            "dataset_columns user=...,reasoning=...,assistant=..."
+        )
+    return {**row, name: [*messages[:-1], {**last, "reasoning_content": _text(reasoning, "reasoning")}]}
 
 
 def _with_system(row: dict[str, Any], system: Any) -> dict[str, Any]:

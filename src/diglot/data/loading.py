@@ -24,8 +24,8 @@ from diglot.data.files import (
     load_file,
     mixes_types,
 )
-from diglot.data.formats import BAD, FORMATS, OWN, check_mapping, column_mapping, convert
-from diglot.data.recognise import EXPECTED, check_columns, check_format
+from diglot.data.formats import BAD, FORMATS, OWN, WRITTEN, check_mapping, column_mapping, convert
+from diglot.data.recognise import EXPECTED, check_columns, check_format, unread_columns
 from diglot.data.samples import to_sample_or_stop
 from diglot.errors import ConfigError, DataError, DiglotError
 
@@ -84,6 +84,10 @@ def load_dataset(
             'it says ("42" for a number, "null" for nothing). Named one by one, its files are read as they stand.',
             where,
         )
+    # Of a JSON file `datasets` leaves objects with unlike fields as they are; one without columns is read by ourselves.
+    # Calls in these formats are JSON text.
+    as_text = format in ("json_text", "sharegpt")
+    written = as_text or data.info.builder_name == "json" or has_own_nulls(data) is not False
     try:
         first = next(iter(data), None)
         if first is None:
@@ -95,7 +99,7 @@ def load_dataset(
         else:
             unread = check_columns(list(first), first, where)
         if unread:
-            logger.warning("%s: nothing reads the columns %s.", where, ", ".join(unread))
+            logger.warning("%s", unread_columns(where, unread))
         if on_bad_row == "stop":
             check_rows(itertools.islice(data, 1 if streaming else CHECKED_ROWS), where)
     except DiglotError:
@@ -106,7 +110,7 @@ def load_dataset(
     except (pyarrow.ArrowException, ValueError) as error:  # a file that is streamed is read here first
         reason = explain(path) if path.is_file() else None
         raise DataError(reason or f"{where} cannot be read: {first_cause(error)}") from error
-    return with_row_numbers(data)
+    return with_row_numbers(data, written)
 
 
 def converted(data: Any, format: str | None, mapping: Mapping[str, str] | None) -> Any:
@@ -122,13 +126,24 @@ def mapped(data: Any, function: Callable[[Any], dict[str, Any]], names: Sequence
     return data.map(lambda row: as_json(function(row)), remove_columns=removed, features=json_features(names))
 
 
-def with_row_numbers(data: Any) -> Any:
-    """Rows with their number in `__row__`, from 0."""
+def with_row_numbers(data: Any, written: bool | None = None) -> Any:
+    """Rows with their number in `__row__`, from 0, and in `__written__` whether their nulls are their own."""
     if "__row__" in (data.column_names or ()):
         return data
+    written = has_own_nulls(data) if written is None else written
     if isinstance(data, IterableDataset):
-        return data.map(_number, with_indices=True)
-    return data.add_column("__row__", list(range(len(data))))
+        return data.map(partial(_number, written=written), with_indices=True)
+    return data.add_column("__row__", list(range(len(data)))).add_column(WRITTEN, [written] * len(data))
+
+
+def has_own_nulls(data: Any) -> bool | None:
+    """Is what is None in its rows so by itself? A table fills the fields that a row lacks. None: nothing says so."""
+    return None if data.features is None else not any(_has_fields(one) for one in data.features.values())
+
+
+def _has_fields(feature: Any) -> bool:
+    inner = getattr(feature, "feature", None)
+    return isinstance(feature, Mapping) or (inner is not None and _has_fields(inner))
 
 
 def check_rows(rows: Iterable[Mapping[str, Any]], where: str) -> None:
@@ -137,8 +152,8 @@ def check_rows(rows: Iterable[Mapping[str, Any]], where: str) -> None:
         to_sample_or_stop(row, f"{where} row {number}")
 
 
-def _number(row: dict[str, Any], index: int) -> dict[str, Any]:
-    return {**row, "__row__": index}
+def _number(row: dict[str, Any], index: int, written: bool | None) -> dict[str, Any]:
+    return {**row, "__row__": index, WRITTEN: written}
 
 
 # ---- where rows come from ----------------------------------------------------------------------------------------

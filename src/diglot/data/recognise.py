@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diglot.data.formats import CONVERSATIONS, LABELS, MEDIA, OWN, READS, SHARED
+from diglot.data.formats import BAD, CONVERSATIONS, LABELS, MEDIA, OWN, READS, SHARED, SPEAKERS, WRITTEN, is_answered
 from diglot.errors import DataError
 
 EXPECTED = "`prompt`, `prompt` and `completion`, `messages`, or `text`"
 QUESTIONS = ("question", "query", "problem", "user", "input", "instruction")
-ANSWERS = ("answer", "response", "solution", "assistant", "output", "answers", "target", "reply", "completions")
+ANSWERS = ("answer", "response", "solution", "assistant", "output", "answers", "target", "reply", "completions",
+           "responses", "outputs", "generations")  # fmt: skip
+THOUGHTS = ("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "rationale", "chain_of_thought", "cot")
 SYSTEMS = ("system", "system_prompt", "system_message")
 
 
@@ -34,7 +36,7 @@ def check_columns(columns: Sequence[str], row: Mapping[str, Any], where: str) ->
             f"{where} has the columns {_listed(columns)}, expected {EXPECTED}. {_explanation(columns, row)}"
         )
     labels = {name for name in LABELS if isinstance(row.get(name), bool)}
-    return sorted(set(columns) - _read(row) - {*MEDIA, *labels, "__row__", "__bad__"})
+    return sorted(set(columns) - _read(row) - {*MEDIA, *labels, "__row__", BAD, WRITTEN})
 
 
 def check_format(
@@ -48,13 +50,28 @@ def check_format(
     """
     read = {*READS[name], *SHARED, *(mapping or {}).values(), *MEDIA}
     unread = sorted(one for one in columns if one not in read and not one.startswith("__"))
-    if "system" not in (mapping or {}) and (system := [one for one in SYSTEMS if one in unread and row.get(one)]):
-        pairs = [*(f"{new}={old}" for new, old in (mapping or {}).items()), f"system={system[0]}"]
-        option = f"--dataset_format {name} --dataset_columns {','.join(pairs)}"
-        raise DataError(
-            f"{where}: `{system[0]}` looks like a system text, and is not read. Give {option}{_in_python(option)}."
-        )
+    beside = {"system": next((one for one in SYSTEMS if one in unread and row.get(one)), None)}
+    beside["reasoning"] = _thought(unread, row)
+    for part, column in beside.items():
+        if column is not None and part not in (mapping or {}):
+            pairs = [*(f"{new}={old}" for new, old in (mapping or {}).items()), f"{part}={column}"]
+            option = f"--dataset_format {name} --dataset_columns {','.join(pairs)}"
+            raise DataError(
+                f"{where}: `{column}` looks like {_BESIDE[part]}, and is not read. Give {option}{_in_python(option)}."
+            )
     return unread
+
+
+def unread_columns(where: str, names: Sequence[str]) -> str:
+    """That nothing reads these columns, and what that means of those that hold answers."""
+    notes = [note for column, note in _UNREAD.items() if column in names]
+    return " ".join([f"{where}: nothing reads the columns {', '.join(names)}.", *notes])
+
+
+_BESIDE = {"system": "a system text", "reasoning": "what is thought before the answer"}
+_REJECTED = "What was rejected teaches nothing here: no objective compares two answers."
+_ANSWERED = "Answers are read from the end of `messages`, or from `completion`: write the one to learn from there."
+_UNREAD = {"rejected": _REJECTED, "rejected_response": _REJECTED, "responses": _ANSWERED}
 
 
 def check_routes(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], labels: Sequence[str], where: str) -> None:
@@ -82,7 +99,16 @@ def _suggestion(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, st
 
     None where they are Diglot's own or unknown.
     """
-    looks = (_of_names, _of_conversations, _of_answers, _of_system)
+    looks = (
+        _of_names,
+        _of_responses,
+        _of_trees,
+        _of_functions,
+        _of_choices,
+        _of_conversations,
+        _of_answers,
+        _of_beside,
+    )
     suggestions = (one(columns, row) for one in looks)
     return next((suggestion for suggestion in suggestions if suggestion is not None), None)
 
@@ -97,7 +123,7 @@ def _of_names(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str]
     if any(name != name.strip() for name in meant):
         return what, f"Call them {', '.join(meant.values())} in the file."
     own = {one: one for one in OWN if one in columns and row.get(one) is not None}
-    return what, _joined({**own, **{new: old for old, new in meant.items()}}, columns)
+    return what, _joined({**own, **{new: old for old, new in meant.items()}}, columns, row)
 
 
 def _of_conversations(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -118,6 +144,11 @@ def _of_conversations(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[s
         mapping = "" if name in CONVERSATIONS else f" --dataset_columns conversations={name}"
         return f"`{name}` looks like ShareGPT's turns (`from`, `value`).", f"--dataset_format {option}{mapping}"
     if turns == "role" and name != "messages":
+        answer = next((one for one in ANSWERS if isinstance(row.get(one), str)), None)
+        if answer is not None and value[-1].get("role") != "assistant":
+            return f"`{name}` holds messages, and `{answer}` the answer.", _joined(
+                {"prompt": name, "completion": answer}, columns, row
+            )
         return f"`{name}` holds messages.", f"--dataset_columns messages={name}"
     return None
 
@@ -153,7 +184,7 @@ def _of_answers(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, st
         what = f"`{answer}` looks like the answer to `prompt`, and is not read."
         if row.get(answer) is not None and not isinstance(row[answer], str):
             return what, _to_choose(answer, row[answer])
-        return what, _joined(dict(zip(names, ("prompt", answer), strict=True)), columns)
+        return what, _joined(dict(zip(names, ("prompt", answer), strict=True)), columns, row)
     if question is None:
         return None
     if answer is not None and row.get(answer) is not None and not isinstance(row[answer], str):
@@ -167,7 +198,7 @@ def _of_answers(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, st
         if answer
         else f"`{question}` looks like questions."
     )
-    return what, _joined(parts, columns)
+    return what, _joined(parts, columns, row)
 
 
 def _of_instructions(columns: Sequence[str]) -> tuple[str, str]:
@@ -201,29 +232,111 @@ def _of_preferences(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str
     if question is None:
         return what, "--dataset_columns text=chosen (plain text, for its whole length)"
     names = ("user", "assistant") if isinstance(row.get(question), str) else ("prompt", "completion")
-    return what, _joined(dict(zip(names, (question, "chosen"), strict=True)), columns)
+    return what, _joined(dict(zip(names, (question, "chosen"), strict=True)), columns, row)
 
 
-def _of_system(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
-    """A system text in a column of its own would be read by nobody."""
-    name = next((one for one in SYSTEMS if one in columns), None)
+def _of_beside(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A system text, or what was thought before the answer, in a column of its own would be read by nobody."""
     own = [one for one in OWN if one in columns and row.get(one) is not None]
-    if name is None or not own:
+    beside = {"system": next((one for one in SYSTEMS if one in columns), None)}
+    beside["reasoning"] = _thought(columns, row) if is_answered(row) else None
+    part, name = next(((part, name) for part, name in beside.items() if name is not None), ("", ""))
+    if not name or not own:
         return None
     parts = {one: one for one in own}
     if isinstance(row.get("prompt"), str) and "messages" not in own:
         parts = {"user": "prompt", **({"assistant": "completion"} if "completion" in own else {})}
         parts |= {one: one for one in own if one not in ("prompt", "completion")}
-    return f"`{name}` looks like a system text, and is not read.", _joined({**parts, "system": name}, columns)
+    parts |= {new: old for new, old in beside.items() if old is not None}
+    return f"`{name}` looks like {_BESIDE[part]}, and is not read.", _joined(parts, columns, row)
 
 
-def _joined(parts: Mapping[str, str], columns: Sequence[str]) -> str:
-    system = next((one for one in SYSTEMS if one in columns), None)
+def _thought(columns: Sequence[str], row: Mapping[str, Any]) -> str | None:
+    """The column of what was thought before an answer: one of words, since "on" and "high" say how to think."""
+    return next((one for one in THOUGHTS if one in columns and len(str(row[one] or "").split()) > 2), None)
+
+
+def _joined(parts: Mapping[str, str], columns: Sequence[str], row: Mapping[str, Any]) -> str:
+    system, thought = next((one for one in SYSTEMS if one in columns), None), _thought(columns, row)
     extra = {"system": system} if system else {}
+    extra |= {"reasoning": thought} if thought and "assistant" in parts else {}
     extra |= {"history": "history"} if "history" in columns and "user" in parts else {}
     extra |= {one: one for one in ("tools", "teacher_prompt", "teacher") if one in columns}
     pairs = {**parts, **{new: old for new, old in extra.items() if old is not None}}
     return "--dataset_columns " + ",".join(new if new == old else f"{new}={old}" for new, old in pairs.items())
+
+
+# ---- what has to be written otherwise first ------------------------------------------------------------------------
+
+
+_ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+
+
+def _of_responses(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Items of OpenAI's Responses, and `instructions` before them."""
+    name = next((one for one in ("input", "output", "messages") if one in columns and _has_items(row.get(one))), None)
+    if name is None:
+        return None
+    return f"`{name}` holds items of OpenAI's Responses.", (
+        "Write each row as `messages`: `instructions` as a system message; an item of the type message with its text "
+        "as `content`; function_call as an assistant's message with `tool_calls` of {'type': 'function', 'function': "
+        "{'name': ..., 'arguments': ...}}; function_call_output as a message of the role 'tool'; the text of reasoning "
+        "as `reasoning_content` of the message behind it. `tools` become {'type': 'function', 'function': ...}."
+    )
+
+
+def _has_items(value: Any) -> bool:
+    items = [one for one in _list(value) if isinstance(one, Mapping)]
+    parts = [part for one in items for part in _list(one.get("content")) if isinstance(part, Mapping)]
+    return any(one.get("type") in _ITEMS for one in items) or any(
+        part.get("type") in ("input_text", "output_text") for part in parts
+    )
+
+
+def _of_trees(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A message a row, as OASST has them: `text` would be read as a text of its own."""
+    tree = row.get("prompt")
+    whole = isinstance(tree, Mapping) and "replies" in tree
+    text = next((one for one in ("text", "content", "message") if isinstance(row.get(one), str)), None)
+    alone = text is not None and str(row.get("role")).lower() in (*SPEAKERS, "prompter")
+    if not whole and not alone and not {"message_id", "parent_id"} <= set(columns):
+        return None
+    return "they are a tree of messages." if whole else "each row is one message.", (
+        "Write each conversation, as OASST's from its first message to one without a reply, as a row `messages` of "
+        "{'role': 'user' or 'assistant', 'content': ...} (prompter is 'user')."
+    )
+
+
+def _of_functions(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
+    functions = row.get("functions")
+    named = any(isinstance(one, Mapping) and "name" in one for one in _list(functions))
+    if "tools" in columns or not (named or (isinstance(functions, str) and '"name"' in functions)):
+        return None
+    return "`functions` holds tools in OpenAI's older form, and is not read.", (
+        "Write them into `tools`, each as {'type': 'function', 'function': ...}, and `function_call` of a message as "
+        "`tool_calls`, a list of the same."
+    )
+
+
+def _of_choices(columns: Sequence[str], row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Answers of an API, or what a question asks to choose from."""
+    name = next((one for one in ("choices", "options") if one in columns and row[one]), None)
+    if name is None:
+        return None
+    if any(isinstance(one, Mapping) and "message" in one for one in _list(row[name])):
+        return f"`{name}` holds answers of an API, and is not read.", (
+            "Write the `message` of the one to learn from behind the messages of its prompt, in `messages`."
+        )
+    if {"prompt", "messages", "text"} & set(columns) or isinstance(row[name], (bool, int, float)):
+        return None
+    return f"`{name}` looks like what is to be chosen from, and is not read.", (
+        "Write it into the question, and the answer in the words that it is to have, into `messages`, or into columns "
+        "`user` and `assistant` for --dataset_columns user,assistant."
+    )
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else ()
 
 
 def _explanation(columns: Sequence[str], row: Mapping[str, Any]) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diglot.data.formats import BAD, MEDIA, SPEAKERS, UNWEIGHED, not_to_be_written
+from diglot.data.formats import BAD, MEDIA, SPEAKERS, UNWEIGHED, WRITTEN, not_to_be_written
 from diglot.data.recognise import EXPECTED
 from diglot.errors import DataError, DiglotError
 from diglot.rendering import Conversation, Reply, message_reply
-from diglot.rendering.reply import REASONING_FIELDS
+from diglot.rendering.reply import REASONING_FIELDS, call_parts
 from diglot.rendering.template import content_text
 
 LONGEST = 1 << 24  # characters of a row
@@ -41,7 +41,7 @@ def to_sample(row: Mapping[str, Any], where: str) -> Sample:
     sample = _own_columns(row, where)
     if unwanted := not_to_be_written(row):
         raise DataError(f"{where}: {unwanted}")
-    view, route = _teacher_view(row.get("teacher_prompt"), sample.conversation.tools, where), row.get("teacher")
+    view, route = _teacher_view(row, sample.conversation.tools, where), row.get("teacher")
     if view is None and route is None:
         return sample
     conversation = replace(sample.conversation, teacher_view=view, route=None if route is None else str(route))
@@ -67,11 +67,11 @@ def _own_columns(row: Mapping[str, Any], where: str) -> Sample:
         )
     _check_size(row, where)
     _check_unicode(row, where)
-    tools = _tools(row.get("tools"), where)
+    tools = _tools(row.get("tools"), bool(row.get(WRITTEN)), where)
     if row.get("messages") is not None:
-        return _from_messages(_messages(row["messages"], "messages", where), tools, where)
+        return _from_messages(_messages(row, "messages", where), tools, where)
     if row.get("prompt") is not None:
-        return _from_prompt(row["prompt"], row.get("completion"), tools, where)
+        return _from_prompt(row, tools, where)
     if row.get("text") is not None:
         return Sample(Conversation(None), _string(row["text"], "text", where), where)
     raise DataError(f"{where} has nothing in its columns {_names(row)}, expected {EXPECTED}.")
@@ -81,13 +81,39 @@ def _names(row: Mapping[str, Any]) -> str:
     return ", ".join(sorted(name for name in row if not name.startswith("__")))
 
 
-def _teacher_view(prompt: Any, tools: Any, where: str) -> Conversation | None:
+def _teacher_view(row: Mapping[str, Any], tools: Any, where: str) -> Conversation | None:
     """What the teacher alone reads."""
+    prompt = row.get("teacher_prompt")
     if prompt is None:
         return None
     if isinstance(prompt, str):
         return Conversation(None, prompt)
-    return Conversation(_messages(prompt, "teacher_prompt", where), tools=tools)
+    return _conversation(_messages(row, "teacher_prompt", where), tools, where)
+
+
+def _conversation(messages: tuple[dict[str, Any], ...], tools: Any, where: str) -> Conversation:
+    """Messages and the tools that are offered, also those that stand in a system message, as GLM-4's data have them."""
+    for message in messages:
+        if (offered := _tools(message.get("tools"), True, where)) is None:
+            continue
+        if message["role"] not in ("system", "developer"):
+            raise DataError(
+                f"{where}: a message of the role {message['role']!r} has `tools`, which no template reads there. Put "
+                "them into the column `tools`."
+            )
+        if tools is not None and offered != tools:
+            raise DataError(
+                f"{where}: a {message['role']} message offers other `tools` than the column, or than one before it "
+                f"({_tool_names(offered)}; {_tool_names(tools)}). Keep one list, in the column `tools`."
+            )
+        tools = offered
+    bare = ({name: value for name, value in message.items() if name != "tools"} for message in messages)
+    return Conversation(tuple(bare), tools=tools)
+
+
+def _tool_names(tools: Sequence[Mapping[str, Any]]) -> str:
+    functions = [tool.get("function", tool) for tool in tools]
+    return ", ".join(str(one.get("name") if isinstance(one, Mapping) else one) for one in functions)
 
 
 def _check_size(row: Mapping[str, Any], where: str) -> None:
@@ -134,7 +160,7 @@ def _letters(value: Any) -> int:
 
 def _from_messages(messages: tuple[dict[str, Any], ...], tools: Any, where: str) -> Sample:
     if messages[-1]["role"] != "assistant":
-        return Sample(Conversation(messages, tools=tools), None, where)
+        return Sample(_conversation(messages, tools, where), None, where)
     if len(messages) == 1:
         raise DataError(
             f"{where}: the only message is the assistant's, so there is no prompt. Put what it answers before it."
@@ -147,19 +173,20 @@ def _from_messages(messages: tuple[dict[str, Any], ...], tools: Any, where: str)
     reply = message_reply(messages[-1], where)
     text = content_text(messages[-1], where)
     answer = None if reply.is_plain and not reply.others else reply
-    return Sample(Conversation(messages[:-1], tools=tools), text, where, answer)
+    return Sample(_conversation(messages[:-1], tools, where), text, where, answer)
 
 
-def _from_prompt(prompt: Any, completion: Any, tools: Any, where: str) -> Sample:
+def _from_prompt(row: Mapping[str, Any], tools: Any, where: str) -> Sample:
+    prompt, completion = row["prompt"], row.get("completion")
     if isinstance(prompt, str):
         if not prompt:
             raise DataError(f"{where}: `prompt` is empty. For text without a prompt use the column `text`.")
         reply = None if completion is None else _string(completion, "completion", where)
         return Sample(Conversation(None, prompt), reply, where)
-    messages = _messages(prompt, "prompt", where)
+    messages = _messages(row, "prompt", where)
     if completion is None or isinstance(completion, str):
-        return Sample(Conversation(messages, tools=tools), completion, where)
-    answer = _messages(completion, "completion", where)
+        return Sample(_conversation(messages, tools, where), completion, where)
+    answer = _messages(row, "completion", where)
     if answer[-1]["role"] != "assistant":
         raise DataError(
             f"{where}: the last message of `completion` is from {answer[-1]['role']!r}, expected 'assistant'."
@@ -167,7 +194,8 @@ def _from_prompt(prompt: Any, completion: Any, tools: Any, where: str) -> Sample
     return _from_messages(messages + answer, tools, where)
 
 
-def _messages(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...]:
+def _messages(row: Mapping[str, Any], column: str, where: str) -> tuple[dict[str, Any], ...]:
+    value = row[column]
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
         raise DataError(f"{where}: `{column}` is {value!r:.80}, expected a string or a non-empty list of messages.")
     for message in value:
@@ -181,7 +209,11 @@ def _messages(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...]
         if message.get("weight") not in (None, 0, 1):
             raise DataError(f"{where}: `{column}` has a message of weight {message['weight']!r:.40}, expected 0 or 1.")
         content_text(message, where)
-    as_written = len({frozenset(message) for message in value}) > 1  # all those of a table have the same fields
+        for call in message.get("tool_calls") or ():
+            call_parts(call, where)
+    as_written = row.get(WRITTEN)
+    if as_written is None:  # nobody says where the row is from: all messages of a table have the same fields
+        as_written = len({frozenset(message) for message in value}) > 1
     return tuple(_weighed(_without_none(message, as_written)) for message in value)
 
 
@@ -204,10 +236,14 @@ def collate_samples(rows: list[dict[str, Any]]) -> dict[str, list[Sample]]:
     return {"samples": [to_sample_or_stop(row, f"row {row.get('__row__', i)}") for i, row in enumerate(rows)]}
 
 
-def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
-    """JSON schemas, as a list or, since their shapes differ from row to row, as a string of JSON."""
-    written = isinstance(value, str)
-    if written:
+def _tools(value: Any, written: bool, where: str) -> tuple[dict[str, Any], ...] | None:
+    """JSON schemas, as a list or, since their shapes differ from row to row, as a string of JSON.
+
+    Args:
+        written: is what is None in them so in the file?
+    """
+    if isinstance(value, str):
+        written = True
         try:
             value = json.loads(value) if value.strip() else None
         except json.JSONDecodeError as error:
@@ -229,7 +265,7 @@ def _without_none(value: Any, as_written: bool = False) -> Any:
     """
     if isinstance(value, Mapping):
         fields = {
-            k: v if as_written and k == "arguments" else _without_none(v, as_written)
+            k: v if as_written and k in ("arguments", "tools") else _without_none(v, as_written)
             for k, v in value.items()
             if v is not None
         }

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, IterableDataset
 
-from diglot.data.formats import BAD, MEDIA, OWN
+from diglot.data.formats import BAD, MEDIA, OWN, WRITTEN
 from diglot.data.loading import load_dataset, mapped
 from diglot.errors import ConfigError
 
@@ -82,11 +82,11 @@ def hold_out(data: Any, size: float, seed: int) -> tuple[Dataset, Dataset]:
 
 def _alike(part: Any, name: str) -> Any:
     """The rows with the same columns whatever the dataset, and its name in their number."""
-    return mapped(part, partial(_named, name=name), (*OWN, *MEDIA, BAD, "__row__"))
+    return mapped(part, partial(_named, name=name), (*OWN, *MEDIA, BAD, WRITTEN, "__row__"))
 
 
 def _named(row: dict[str, Any], name: str) -> dict[str, Any]:
-    own = {column: row.get(column) for column in (*OWN, BAD)}
+    own = {column: row.get(column) for column in (*OWN, BAD, WRITTEN)}
     media = {column: True if row.get(column) else None for column in MEDIA}  # which is all that anybody asks
     return {**own, **media, "__row__": f"{row['__row__']} of {name}"}
 

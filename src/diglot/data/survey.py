@@ -23,7 +23,7 @@ from datasets import Dataset, IterableDataset
 from datasets.utils import tqdm
 
 from diglot.data.loading import with_row_numbers
-from diglot.data.recognise import check_columns, check_routes
+from diglot.data.recognise import check_columns, check_routes, unread_columns
 from diglot.data.samples import LEAVE_OUT, Sample, to_sample
 from diglot.disk import cache_folder, code_digest, write_whole
 from diglot.errors import DataError, DiglotError
@@ -83,7 +83,7 @@ def usable_rows(
     if isinstance(data, Dataset):
         unread = check_columns(data.column_names, data[0], name)
         if unread and "__row__" not in data.column_names:  # else `load_dataset` said so
-            logger.warning("%s: nothing reads the columns %s.", name, ", ".join(unread))
+            logger.warning("%s", unread_columns(name, unread))
         check_routes(data.column_names, [data[i] for i in range(min(len(data), _ROUTED))], labels, name)
         data = with_row_numbers(data)
     result = _surveyed(data, read, name, about)

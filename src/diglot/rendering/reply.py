@@ -21,6 +21,7 @@ _REFUSED = {
     "prefix": "says that it is unfinished, and its end would be learned. Leave the row out, or finish it",
     "partial": "says that it is unfinished, and its end would be learned. Leave the row out, or finish it",
 }
+_ARGUMENTS = "Expected an object, or JSON text of one, from the names of the parameters to their values."
 _KNOWN = ("role", "content", "tool_calls", "weight", *REASONING_FIELDS)
 
 
@@ -55,7 +56,7 @@ def message_reply(message: Mapping[str, Any], where: str) -> Reply:
         raise DataError(f"{where}: the last message has several texts of reasoning. Keep one of {REASONING_FIELDS}.")
     if reasoning:
         slots.append(Slot(Role.REASONING, (reasoning[0],)))
-    calls = [_call(call, where) for call in message.get("tool_calls") or ()]
+    calls = [call_parts(call, where) for call in message.get("tool_calls") or ()]
     content = content_text(message, where)
     if content or not calls:
         slots.append(Slot(Role.CONTENT, (content,)))
@@ -68,15 +69,31 @@ def message_reply(message: Mapping[str, Any], where: str) -> Reply:
     return Reply(tuple(slots), whole, others)
 
 
-def _call(call: Any, where: str) -> tuple[str, str]:
-    """Name and arguments of a call, the latter as they are written if they are text."""
+def call_parts(call: Any, where: str) -> tuple[str, str]:
+    """Name and arguments of a call, the latter as they are written if they are text.
+
+    Raises:
+        DataError: it has no name, or its arguments are no object; the message names the row.
+    """
     function = call.get("function", call) if isinstance(call, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
         raise DataError(
-            f"{where}: the last message calls {call!r:.80}, expected {{'function': {{'name': ..., 'arguments': ...}}}}."
+            f"{where}: a message calls {call!r:.80}, expected {{'function': {{'name': ..., 'arguments': ...}}}}."
         )
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        return name, arguments or "{}"
-    return name, json.dumps({} if arguments is None else arguments, ensure_ascii=False)
+        written = arguments or "{}"
+        try:
+            arguments = json.loads(written)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{where}: the arguments of a call of {name!r} are {written!r:.80}, which is text but not JSON: "
+                f"{error}. {_ARGUMENTS}"
+            ) from error
+    else:
+        arguments = {} if arguments is None else arguments
+        written = json.dumps(arguments, ensure_ascii=False)
+    if not isinstance(arguments, Mapping):
+        raise DataError(f"{where}: the arguments of a call of {name!r} are {written!r:.80}. {_ARGUMENTS}")
+    return name, written
