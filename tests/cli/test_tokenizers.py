@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from diglot.cli import loading, serve_teacher
 from diglot.cli.inspect import inspect
 from diglot.cli.main import main
+from diglot.errors import ConfigError
 from diglot.rendering import Renderer
 from diglot.teachers.scored import ScoredTeacher
 from diglot.vocabulary import load_tokenizer
@@ -76,6 +77,33 @@ def test_the_command_that_inspect_prints_has_them_as_train_takes_them(
     words = shlex.split(json.loads(capsys.readouterr().out)["verdict"]["command"])
     assert json.loads(words[words.index("--tokenizer_kwargs") + 1]) == FILE
     assert "--teacher_tokenizer_kwargs" not in words and loading.TOKENIZER_OPTIONS["student"] == "tokenizer_kwargs"
+
+
+def test_a_base_model_gets_the_chat_template_in_a_file_on_either_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.save_pair(tmp_path)
+    for name in ("student", "teacher"):
+        (tmp_path / name / "chat_template.jinja").unlink()
+    file = tmp_path / "mine.jinja"
+    file.write_text(TEMPLATE, encoding="utf-8")
+    pair, data = [str(tmp_path / name) for name in ("student", "teacher")], ["--data", str(tmp_path / "data.jsonl")]
+    options = {"--tokenizer_kwargs", "--teacher_tokenizer_kwargs"}
+    assert inspect([*pair, *data, "--json"]) == 1
+    advice = " ".join(json.loads(capsys.readouterr().out)["verdict"]["problems"])
+    assert all(f"({option[2:]}: {{chat_template: FILE.jinja}})" in advice for option in options)
+    words = [word for option in options for word in (option, json.dumps({"chat_template": str(file)}))]
+    assert inspect([*pair, *data, "--json", *words]) == 0
+    command = shlex.split(json.loads(capsys.readouterr().out)["verdict"]["command"])
+    assert options <= set(command)
+    run = ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--lmbda", "0", "--use_cpu", "true"]
+    train = ["--model_name_or_path", pair[0], "--teacher_model_name_or_path", pair[1], "--dataset_name", data[1]]
+    assert main(["train", *train, *run, "--disable_tqdm", "true", *words]) == 0
+    assert load_tokenizer(str(tmp_path / "run")).chat_template == TEMPLATE
+    (tmp_path / "student" / "chat_template.jinja").write_text("{{ 'another' }}")
+    assert load_tokenizer(pair[0], {"chat_template": str(file)}).chat_template == TEMPLATE
+    with pytest.raises(ConfigError, match=r"chat_template is 'absent.jinja', expected the text of a template"):
+        load_tokenizer(pair[0], {"chat_template": "absent.jinja"})
 
 
 def tekken(folder: Path) -> Path:

@@ -149,8 +149,9 @@ def _without_template(reader: PairReader, samples: Sequence[Sample]) -> list[str
     return [
         f"The {side.name} has no chat template and {talks} of {len(samples)} rows are conversations: it would read a "
         "transcript of a kind that it was not trained on, and what it says about the end of a reply means nothing. "
-        "Take an instruct model, set the tokenizer's chat_template, or give rows of plain text (`prompt`, `text`)."
-        for side in (reader.student, reader.teacher)
+        f"Take an instruct model, give this one a template ({option}: {{chat_template: FILE.jinja}}), or "
+        "give rows of plain text (`prompt`, `text`)."
+        for side, option in ((reader.student, "tokenizer_kwargs"), (reader.teacher, "teacher_tokenizer_kwargs"))
         if talks and not side.has_template
     ]
 

@@ -63,7 +63,7 @@ class DistillationConfig(TrainingArguments):
     tokenizer_kwargs: dict[str, Any] | str | None = option(
         None,
         'Arguments for `from_pretrained` of the student\'s tokenizer; {"tokenizer_class": "TokenizersBackend"} reads '
-        "its tokenizer.json as it is.",
+        'its tokenizer.json as it is, {"chat_template": "FILE.jinja"} gives it the chat template in a file.',
         "Student",
     )
     disable_dropout: bool = option(True, "Turn the student's dropout off, and the jitter of its routers.", "Student")

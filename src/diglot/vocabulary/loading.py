@@ -34,12 +34,14 @@ def load_tokenizer(place: str, arguments: Mapping[str, Any] | None = None, **opt
     Args:
         arguments: for `from_pretrained`. `tokenizer_class` among them names a class of transformers: with
             "TokenizersBackend" tokenizer.json is read as it is, whatever tokenizer_config.json declares.
+            `chat_template` is a template, or a file that holds one.
         options: the same, which `arguments` override.
 
     Raises:
-        ConfigError: there is no such class.
+        ConfigError: there is no such class, or no such file of a template.
     """
     chosen = {**options, **(arguments or {})}
+    template = _template(chosen.pop("chat_template", None))
     loader: Any = AutoTokenizer
     if (name := chosen.pop("tokenizer_class", None)) is not None:
         loader = getattr(transformers, str(name), None)
@@ -48,11 +50,26 @@ def load_tokenizer(place: str, arguments: Mapping[str, Any] | None = None, **opt
     tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(place, **chosen)
     if name is None:
         tokenizer = _readable(tokenizer, place, chosen)
+    if template is not None:  # set here, since a file beside the tokenizer would come before the argument
+        tokenizer.chat_template = template
     if Path(getattr(tokenizer, "vocab_file", None) or "").name == "tekken.json":
         for role, token in _TEKKEN_ROLES.items():
             if getattr(tokenizer, role, None) is None and tokenizer.convert_tokens_to_ids(token) is not None:
                 setattr(tokenizer, role, token)
     return tokenizer
+
+
+def _template(value: Any) -> Any:
+    """A chat template: as it is, or the text of the file that is named."""
+    if not isinstance(value, str) or "{" in value:
+        return value
+    try:
+        return Path(value).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"chat_template is {value!r:.80}, expected the text of a template, which has {{{{ in it, or the name of a "
+            f"file that holds one (looked from {Path.cwd()}): {error}."
+        ) from error
 
 
 def _readable(tokenizer: PreTrainedTokenizerBase, place: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
