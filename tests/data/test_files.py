@@ -6,6 +6,9 @@ import bz2
 import gzip
 import json
 import lzma
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,3 +213,21 @@ def test_a_list_that_is_streamed_is_looked_through_once_before_its_rows_come(
     monkeypatch.setattr(files, "_json_rows", counting)
     files.load_file(path, "train", True)
     assert len(opened) == 1
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_that_cannot_be_read_is_one_message(name: str, streaming: bool, tmp_path: Path) -> None:
+    """In a program of its own: what `datasets` writes to standard error goes past pytest's capture."""
+    (tmp_path / name).write_bytes(b'{"prompt": "a", "completion": "b"}\n{broken\n')
+    program = f"""
+from diglot.data import load_dataset
+from diglot.errors import DataError
+try:
+    load_dataset({str(tmp_path / name)!r}, streaming={streaming})
+except DataError:
+    print("refused")
+"""
+    quiet = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=quiet, check=True)
+    assert (done.stdout, done.stderr) == ("refused\n", "")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,19 @@ logger = logging.getLogger(__name__)
 CHECKED_ROWS = 10_000  # rows read at once to find mistakes early; later ones are checked when their turn comes
 
 
+@contextlib.contextmanager
+def _readers_silent() -> Iterator[None]:
+    """What stops the readers of `datasets` is logged by them and raised: here it is said once, by the error."""
+    readers = logging.getLogger("datasets.packaged_modules")
+    before = readers.level
+    readers.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        readers.setLevel(before)
+
+
+@_readers_silent()
 def load_dataset(
     name: str,
     *,
