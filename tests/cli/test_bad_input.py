@@ -11,7 +11,7 @@ from support import tiny
 
 from diglot.cli.main import main
 from diglot.cli.options import load_options
-from diglot.options.ranges import RANGES
+from diglot.ranges import RANGES
 
 OPTIONS = load_options()
 HUB = "only the hub knows which names there are"

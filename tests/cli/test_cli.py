@@ -15,6 +15,7 @@ import pytest
 import yaml
 from support import tiny
 
+from diglot.checkpoints import durable
 from diglot.cli.main import main
 from diglot.cli.options import SCHEMA, generate, load_options
 from diglot.cli.parsing import parse_train
@@ -268,14 +269,18 @@ def test_a_folder_with_a_run_is_not_overwritten(
 
 
 def test_a_run_is_resumed_from_its_last_checkpoint(
-    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    out = tmp_path / "run"
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Its files, which may be many gigabytes, are read and compared once."""
+    out, read, verify = tmp_path / "run", [], durable.verify
+    monkeypatch.setattr(durable, "verify", lambda folder: read.append(folder.name) or verify(folder))
     assert main(arguments(folders, out, "--save_strategy", "steps", "--save_steps", "1")) == 0
     again = ["--resume_from_checkpoint", "true", "--max_steps", "4", "--save_steps", "1", "--learning_rate", "2e-4"]
     assert main(arguments(folders, out, *again)) == 0
     assert re.search(r"resumed from +\S+/checkpoint-2", re.sub(r"\n {10,}", "", capsys.readouterr().out))
     assert sum("is resumed, but" in line for line in caplog.messages) == 1  # the learning rate is another
+    assert read == ["checkpoint-2"]
     state = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["global_step"] == 4
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from diglot.checkpoints import durable
-from diglot.cli import names, preflight, recipes
+from diglot.cli import early, names, recipes
+from diglot.cli.early import check_output
 from diglot.cli.failures import explain
 from diglot.cli.main import main
 from diglot.cli.names import check_model_name
-from diglot.cli.preflight import check_output
 from diglot.errors import ConfigError
 
 TRAIN = ["train", "--dataset_name", "org/rows", "--use_cpu"]
@@ -55,12 +55,37 @@ def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
     arguments: list[str], message: str, model: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(preflight, "_installed", lambda module: False)
+    monkeypatch.setattr(early, "_installed", lambda module: False)
     sides = ["--model_name_or_path", model, "--teacher_model_name_or_path", model, "--output_dir", str(tmp_path / "o")]
     assert main([*TRAIN, *sides, *arguments]) == 2
     output = message_of(capsys)
     assert message in output and "pip install" in output
     assert not (tmp_path / "o").exists()
+
+
+def test_what_needs_no_library_is_refused_before_torch_is_loaded(model: str, tmp_path: Path) -> None:
+    """Ranges, packages, the output folder and what is missing, in one program that then has loaded neither library."""
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    complete_checkpoint(tmp_path / "run", 3)
+    sides = ["--model_name_or_path", model, "--teacher_model_name_or_path", model, "--output_dir"]
+    out = str(tmp_path / "o")
+    wrong = [
+        ([out, "--learning_rate", "-1"], "learning_rate=-1.0 is not allowed"),
+        ([out, "--dtype", "float23"], "dtype is 'float23'"),
+        ([out, "--optim", "galore_adamw"], "needs the package galore-torch"),
+        ([str(tmp_path / "file")], "is a file. Choose a folder"),
+        ([str(tmp_path / "run")], "holds a run already"),
+        ([out, "--resume_from_checkpoint"], "There is no complete checkpoint"),
+    ]
+    program = f"""
+import sys
+from diglot.cli.main import main
+print([main({TRAIN!r} + {sides!r} + words) for words, _ in {wrong!r}], "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{[2] * len(wrong)} False", done.stderr
+    for (_, message), line in zip(wrong, done.stderr.splitlines(), strict=True):
+        assert message in line
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

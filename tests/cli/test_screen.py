@@ -111,3 +111,12 @@ def test_in_a_pipe_a_phase_is_named_and_timed_and_nothing_else(body: str) -> Non
 
 def test_a_terminal_without_control_sequences_is_sent_none() -> None:
     assert "\x1b" not in on_a_terminal(RUN + SLEEPS, TERM="dumb")
+
+
+def test_a_long_message_ends_its_lines_between_words_on_a_terminal_alone() -> None:
+    words = "Nothing of this sentence may be cut in the middle of a word, wherever the terminal ends, "
+    run = f"from diglot.cli.main import main\nmain(['{words}'])"
+    sent = on_a_terminal(run)
+    assert all(len(line) <= COLUMNS for line in sent.split("\r\n")) and words.strip() in " ".join(sent.split())
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
+    assert len(done.stderr.splitlines()) == 1

@@ -131,9 +131,8 @@ def fingerprint(model: torch.nn.Module) -> str | None:
     return digest.hexdigest()
 
 
-def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path, silent: bool = False) -> None:
-    """Refuse a checkpoint of another run; unless `silent`, warn of what only keeps the rest from being bit for bit the
-    same.
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a checkpoint of another run; warn of what only keeps the rest from being bit for bit the same.
 
     Raises:
         CheckpointError: student, teacher, tokenizers, templates or objective differ; says which, with both values.
@@ -145,7 +144,7 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path, s
             "checkpoint, or start a new run from its weights: model_name_or_path and another output_dir."
         )
     notes = [d for part in ("options", "versions", "world") for d in _differing(part, saved, now)]
-    if notes and not silent:
+    if notes:
         logger.warning(
             "%s is resumed, but what follows is not bit for bit what the run would have done: %s.",
             folder,

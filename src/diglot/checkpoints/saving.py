@@ -33,6 +33,10 @@ ARGS_FILE = "training_args.json"
 _LOADABLE = ("config.json", "adapter_config.json")  # without one of them a folder is no model
 
 
+class Verified(str):
+    """The path of a checkpoint whose files and whose run `Checkpoints.find` has compared."""
+
+
 class Checkpoints:
     """Where a run saves, and what it resumes from. All processes call each method at the same step."""
 
@@ -100,14 +104,16 @@ class Checkpoints:
             if self.args.should_save and any(beside.iterdir()):
                 durable.move_files(beside, target, last=_LOADABLE)
 
-    def find(self, resume: str | bool | None, silent: bool = False) -> str | None:
+    def find(self, resume: str | bool | None) -> Verified | None:
         """The folder to resume from, whole, undamaged and of this run; None to start anew.
 
-        `silent`: what keeps the rest from being bit for bit the same is not warned of.
+        What this returned is taken as it is, so that a caller can look first and then train.
 
         Raises:
             CheckpointError: no complete checkpoint, a damaged one, or one of another run; says what differs.
         """
+        if isinstance(resume, Verified):
+            return resume
         run = Path(str(self.args.output_dir))
         if self.args.should_save:
             durable.tidy(run)
@@ -116,8 +122,8 @@ class Checkpoints:
             return None
         chosen = last_whole(run) if resume is True else Path(str(resume))
         read = durable.verify if self.args.should_save else durable.read_manifest
-        check_same(read(chosen), self.described(), chosen, silent)
-        return str(chosen)
+        check_same(read(chosen), self.described(), chosen)
+        return Verified(chosen)
 
 
 def write_options(folder: Path, options: Mapping[str, Any]) -> None:
@@ -165,7 +171,7 @@ class StopOnSignal(TrainerCallback):
         self._number = number
         # Written at once and past the logger, whose lock the interrupted code may hold.
         name = SIGNALS[signal.Signals(number)]
-        text = f"\n{name}: finishing this step, saving a checkpoint, then exiting. A second signal kills at once.\n"
+        text = f"\n{name}: finishing this step, saving a checkpoint, then exiting.\nA second signal kills at once.\n"
         os.write(2, text.encode())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:

@@ -53,7 +53,7 @@ def install(function: str, rc: Path) -> str:
         return f"{rc} completes diglot already."
     with rc.open("a", encoding="utf-8") as file:
         file.write(f"{'' if text.endswith(chr(10)) or not text else chr(10)}\n# completion of diglot\n{function}")
-    return f"Written to {rc}. It works in new shells, and in this one after: source {rc}"
+    return f"Written to {rc}. It works in new shells, and in this one after:\n  source {rc}"
 
 
 def candidates(words: Sequence[str], modules: Mapping[str, str]) -> list[str]:

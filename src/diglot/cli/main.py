@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from diglot.cli.failures import ending_on_ctrl_c, explain
+from diglot.cli.screen import fitted
 
 USAGE = """usage: diglot COMMAND ...
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (Exception, KeyboardInterrupt) as error:
         message, code = explain(error)
-        print(f"diglot: {message}", file=sys.stderr)
+        print(fitted(f"diglot: {message}"), file=sys.stderr)
         return code
 
 
@@ -93,12 +94,11 @@ def _run(command: str, arguments: list[str]) -> int:
         from diglot.cli.parsing import parse_train
 
         values = parse_train(arguments)
-        from diglot.cli.names import check_paths, check_required
+        from diglot.cli.early import check_early
         from diglot.cli.screen import show_phases
         from diglot.phases import LOADING, phase
 
-        check_paths(values)
-        check_required(values)
+        check_early(values)
         show_phases()
         with phase(LOADING):
             from diglot.cli.train import train
@@ -109,7 +109,7 @@ def _run(command: str, arguments: list[str]) -> int:
     if command in ("--complete", "--show-completion", "--install-completion"):
         return _complete(command, arguments)
     known = ", ".join(["train", *COMMANDS])
-    print(f"diglot: there is no command {command!r}; commands: {known}", file=sys.stderr)
+    print(fitted(f"diglot: there is no command {command!r}; commands: {known}"), file=sys.stderr)
     return 2
 
 

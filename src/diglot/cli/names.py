@@ -42,17 +42,6 @@ def check_model_name(name: str, side: str, option: str, revision: str | None = N
         _check_hub(name, side, option, revision)
 
 
-def check_required(values: Mapping[str, Any]) -> None:
-    """`ConfigError` that names every option which `diglot train` cannot do without and which is not there."""
-    needed = ("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir")
-    missing = [name for name in needed if values.get(name) is None]
-    if missing and not values.get("dry_run"):
-        raise ConfigError(
-            f"Not given: {', '.join(missing)}. Say --{missing[0]} ... or put it into a recipe; `diglot train --help` "
-            "says what each is."
-        )
-
-
 def check_paths(values: Mapping[str, Any]) -> None:
     """`ConfigError` for a path among the options of `diglot train` that is not there, before any library is loaded.
 

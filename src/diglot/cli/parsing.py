@@ -16,6 +16,7 @@ import yaml
 
 from diglot.cli.options import GROUPS, Option, load_options, options_for
 from diglot.errors import ConfigError
+from diglot.ranges import check_ranges
 
 EXAMPLE = """example:
   diglot train --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \\
@@ -149,7 +150,8 @@ def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
     """Options that were given, on the command line or in the recipe, checked and in their own types.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or an unreadable recipe.
+        ConfigError: an unknown key (with the nearest known one), a value of the wrong type or out of its
+            range, or an unreadable recipe.
     """
     options: Mapping[str, Option] = load_options()
     parsed, unknown = train_parser(options).parse_known_args(list(arguments))
@@ -164,7 +166,9 @@ def parse_train(arguments: Sequence[str]) -> dict[str, Any]:
     if wrong := [key for key in recipe if key not in options]:
         raise ConfigError(_unknown(wrong, f"in {parsed.config}"))
     command_line = {name: value for name, value in vars(parsed).items() if name != "config"}
-    return {name: coerce(options[name], value) for name, value in {**recipe, **command_line}.items()}
+    values = {name: coerce(options[name], value) for name, value in {**recipe, **command_line}.items()}
+    check_ranges(values)
+    return values
 
 
 def _keys(unknown: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 
@@ -20,7 +21,7 @@ class _Screen(logging.Handler):
 
     def write(self, text: str) -> None:
         """As the stream of another library's handler, too."""
-        text = _erase() + text.removesuffix("\n")
+        text = _erase() + fitted(text.removesuffix("\n"))
         if "tqdm" in sys.modules:
             from tqdm.auto import tqdm
 
@@ -35,6 +36,19 @@ _SCREEN = _Screen(logging.INFO)
 def _erase() -> str:
     """What clears the rest of a terminal's line, where a bar may have been that was longer; nothing elsewhere."""
     return "\x1b[K" if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else ""
+
+
+def fitted(text: str) -> str:
+    """`text` for standard error: on a terminal its lines end between words, so that none is cut in two.
+
+    Lines that begin with a space, commands to copy, stay as they are, as do all lines elsewhere.
+    """
+    try:
+        width = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return text
+    wrap = textwrap.TextWrapper(width or 80, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if line.startswith(" ") else wrap.fill(line) for line in text.split("\n"))
 
 
 def show_phases() -> None:

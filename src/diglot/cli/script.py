@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diglot.options.config import option
-from diglot.options.ranges import check_ranges
+from diglot.ranges import check_ranges
 
 
 @dataclass

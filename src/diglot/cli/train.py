@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from diglot.cli.blocks import print_end, print_start
+from diglot.cli.early import to_resume
 from diglot.cli.failures import one_line
 from diglot.cli.options import load_options
-from diglot.cli.preflight import check_deepspeed, preflight
+from diglot.cli.preflight import preflight
 from diglot.cli.script import TrainArguments
 from diglot.data import hold_out, load_sources
 from diglot.errors import ConfigError, DiglotError
@@ -32,7 +33,7 @@ RESOLVED = "resolved_config.yaml"
 
 
 def train(values: dict[str, Any]) -> int:
-    """Train with options that `parse_train` has checked; returns the exit code.
+    """Train with options that `parse_train` and `check_early` have checked; returns the exit code.
 
     Nothing is written before models, data and options are known to fit.
     """
@@ -40,14 +41,8 @@ def train(values: dict[str, Any]) -> int:
     if script.dry_run:
         print(yaml.safe_dump(resolved(script, config), sort_keys=False, allow_unicode=True), end="")
         return 0
-    for name in ("model_name_or_path", "dataset_name"):
-        if getattr(script, name) is None:
-            raise ConfigError(f"{name} is not given. Say --{name} or put it into the recipe.")
     out = Path(str(config.output_dir))
-    resume: Any = {"true": True, "false": None}.get(
-        str(config.resume_from_checkpoint).lower(), config.resume_from_checkpoint
-    )
-    preflight(script, config, resume)
+    preflight(script, config)
     warnings.filterwarnings("ignore", message="'pin_memory' argument")  # of torch's, on every machine without a GPU
     try:
         trainer = build(script, config)
@@ -56,13 +51,14 @@ def train(values: dict[str, Any]) -> int:
     except (ValueError, TypeError, ImportError) as error:  # of the libraries: a model, an adapter, a tracker
         raise ConfigError(f"Models, data and options do not go together: {one_line(error)}") from error
     trainer.dataset_names = _names(script.dataset_name)
-    chosen = trainer.checkpoints.find(resume, silent=True)  # before anything of the run that is there is overwritten
+    # Before anything of the run that is there is overwritten.
+    chosen = trainer.checkpoints.find(to_resume(config.resume_from_checkpoint))
     if trainer.is_world_process_zero():
         out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(resolved(script, config), sort_keys=False, allow_unicode=True)
         (out / RESOLVED).write_text(text, encoding="utf-8")
         print_start(trainer, script, chosen)
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=chosen)
     with phase(f"Saving the student to {out}"):
         trainer.save_model()
     trainer.create_model_card()
@@ -91,7 +87,6 @@ def split(values: dict[str, Any]) -> tuple[TrainArguments, DistillationConfig]:
         absent = [k for k in wrong if k in options and script.trainer in options[k].trainers]
         reason = f"the installed transformers {version('transformers')}" if absent else f"--trainer {script.trainer}"
         raise ConfigError(f"{', '.join(absent or wrong)}: no option of {reason}. Drop it, or change the other.")
-    check_deepspeed(values.get("deepspeed"))
     if "output_dir" not in values:
         raise ConfigError("output_dir is not given. Say --output_dir: the student and its configuration go there.")
     try:

@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 
 from diglot.errors import ConfigError
 from diglot.http.address import checked_address, is_address
-from diglot.options.ranges import as_mapping, check_ranges, check_texts, one_of
 from diglot.options.secrets import is_secret, without_secrets
+from diglot.ranges import as_mapping, check_ranges, check_texts, one_of
 from diglot.values import check_kind
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from diglot.errors import ConfigError
 from diglot.http.address import checked_address, is_address
 from diglot.options.config import DistillationConfig
-from diglot.options.ranges import as_mapping, check_ranges
+from diglot.ranges import as_mapping, check_ranges
 
 # Key of an entry -> the option that it stands in for.
 ENTRY_OPTIONS = {

@@ -86,7 +86,7 @@ class NumbersProgress(ProgressCallback):
             return
         numbers = numbers_that_matter(logs)
         if numbers:
-            bar.set_postfix({k: v for k, v in numbers.items() if k in ("loss", "nats/byte", "coverage")})
+            bar.set_postfix({k: v for k, v in numbers.items() if k in ("loss", "nats/byte")})  # in 80 columns
             width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
             bar.write(as_text(state.global_step, numbers, width))
 
