@@ -188,6 +188,16 @@ def test_a_null_in_json_text_stays_in_a_table_too(tmp_path: Path) -> None:
     assert arguments_of(load_dataset(str(tmp_path / "rows.parquet"), format="sharegpt")) == [NULLS[0]] * 2
 
 
+def test_a_slice_is_taken_of_a_file_whose_columns_mix_texts_and_lists(tmp_path: Path) -> None:
+    prompts = [[{"role": "user", "content": "q"}] if i % 2 else "q" for i in range(6)]
+    rows = [{"prompt": prompt, "completion": str(i)} for i, prompt in enumerate(prompts)]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert [row["completion"] for row in load_dataset(str(path), split="train[1:3]")] == ["1", "2"]
+    with pytest.raises(DataError, match="Unknown split"):
+        load_dataset(str(path), split="nonsense")
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_with_other_fields_late_in_a_long_file_are_read(streaming: bool, tmp_path: Path) -> None:
     """The library fixes the columns by the first 10 MB."""

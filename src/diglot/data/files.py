@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import pyarrow
+from datasets.exceptions import DatasetGenerationError
 
 from diglot.data.recognise import EXPECTED
 from diglot.data.samples import LONGEST, lone_surrogate
@@ -53,15 +54,16 @@ def load_file(path: Path, split: str, streaming: bool) -> Any:
             options["encoding"] = "utf-8-sig"  # a mark of the byte order is no text
         data = datasets.load_dataset(builder, **options)
         if builder == "json" and data.features is None:  # the stream of a list, whose mixed columns come as JSON text
-            return _as_written(path, _names(path), streaming)
+            return _as_written(path, _names(path), split, streaming)
         if builder == "json" and mixes_types(data.features):
-            return _as_written(path, tuple(data.features), streaming)
+            return _as_written(path, tuple(data.features), split, streaming)
         return data.filter(_has_text) if builder == "text" else data
     except DataError:
         raise
     except Exception as error:
-        if (reason := explain(path)) is None and builder == "json":  # rows behind the first 10 MB with other fields
-            return _as_written(path, _names(path), streaming)
+        reason = explain(path)
+        if reason is None and builder == "json" and isinstance(error, DatasetGenerationError):
+            return _as_written(path, _names(path), split, streaming)  # rows behind the first 10 MB have other fields
         raise DataError(reason or f"{path} cannot be read: {first_cause(error)}") from error
 
 
@@ -129,13 +131,15 @@ def mixes_types(features: Any, in_list: bool = False) -> bool:
     return inner is not None and mixes_types(inner, in_list=True)
 
 
-def _as_written(path: Path, names: tuple[str, ...], streaming: bool) -> Any:
-    """The rows of a JSON file, texts as texts whatever they say."""
+def _as_written(path: Path, names: tuple[str, ...], split: str, streaming: bool) -> Any:
+    """The rows of a JSON file, texts as texts whatever they say; `split` may be sliced where they are not streamed."""
     if streaming:
         return datasets.IterableDataset.from_generator(_rows, gen_kwargs={"path": path, "names": names})
     read_at = path.stat()
     options = {"path": path, "names": names, "encoded": True, "version": (read_at.st_size, read_at.st_mtime_ns)}
-    return datasets.Dataset.from_generator(_rows, features=json_features(names), gen_kwargs=options)
+    data = datasets.Dataset.from_generator(_rows, features=json_features(names), gen_kwargs=options)
+    slices = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(data)})
+    return data.select([i for one in slices for i in range(one.from_, one.to)]) if "[" in split else data
 
 
 def _names(path: Path) -> tuple[str, ...]:
