@@ -46,7 +46,7 @@ install: .venv/.installed
 test: .venv/.installed
 	$(PYTEST) -n $(WORKERS) -m "not real and not nightly"
 
-test-real: .venv/.installed
+test-real: .venv/.installed .venv/deepspeed/.installed
 	$(BIN)/python demo/assets.py get smollm2-135m-instruct gemma-3-270m tokenizers texts
 	$(BIN)/python tests/support/browser.py
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "real and not nightly and not server"
@@ -66,6 +66,12 @@ VERL = verl==0.9.1 tensordict==0.10.0 ray==2.60.0 hydra-core==1.3.8 omegaconf==2
 	msgpack==1.2.4 orjson==3.13.0 pybind11==3.1.0 pylatexenc==2.11 pyvers==0.2.3 zipp==4.1.2
 .venv/verl/.installed: .venv/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/verl $(VERL)
+	touch $@
+
+# For the tests of ZeRO: beside the environment, since whoever has it imports it at every start.
+DEEPSPEED = deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
+.venv/deepspeed/.installed: .venv/.installed
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-deps --target .venv/deepspeed $(DEEPSPEED)
 	touch $@
 
 # Known faults of the pinned packages; asks PyPI's database, and fails where it cannot be asked about one of them.

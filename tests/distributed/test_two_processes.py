@@ -65,7 +65,15 @@ def one(root: Path) -> dict[str, Run]:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["zero1", "zero2"])
+def test_deepspeed_follows_one_process(root: Path, one: dict[str, Run], how: str) -> None:
+    """ZeRO's stages 1 and 2: optimizer and gradients in parts, both trainers, LoRA, a rank with nothing to score."""
+    names = ("jsd_data", "covering", "covering_split", "minillm", "lora", "empty_rank")
+    assert_same_and_trained(root, one, run(root, {name: cases.ALL[name] for name in names}, 2, how))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "zero2"])
 def test_a_run_on_two_processes_is_resumed(root: Path, how: str) -> None:
     """Four steps are two, a checkpoint and two more; the student loads as any other."""
     options: dict[str, Any] = dict(max_steps=4, save_strategy="steps", save_steps=2, num_iterations=2)

@@ -20,6 +20,7 @@ from support import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = Path(__file__).parent / "distributed_main.py"
+DEEPSPEED = ROOT / ".venv" / "deepspeed"
 TIMEOUT = int(os.environ.get("DIGLOT_TEST_TIMEOUT", "540"))
 
 
@@ -79,8 +80,18 @@ def arguments(root: Path, out: Path, processes: int, how: str = "ddp", **options
     result.update(options)
     if how == "fsdp":
         result.update(fsdp="full_shard auto_wrap", fsdp_config='{"version": 2}')
+    if how.startswith("zero"):
+        names = (
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+            "train_batch_size",
+        )
+        result["deepspeed"] = {"zero_optimization": {"stage": int(how[-1])}, **dict.fromkeys(names, "auto")}
+    else:
+        result["use_cpu"] = "true"
     values = ((name, json.dumps(v) if isinstance(v, (dict, list)) else str(v)) for name, v in result.items())
-    return ["train", *(part for name, value in values for part in (f"--{name}", value)), "--use_cpu"]
+    return ["train", *(part for name, value in values for part in (f"--{name}", value))]
 
 
 def launcher(processes: int) -> list[str]:
@@ -94,14 +105,22 @@ def launcher(processes: int) -> list[str]:
 def run_all(plan: Path, processes: int, commands: list[list[str]]) -> str:
     """Run command lines one after the other in the same processes; fails with the whole output, also on a hang."""
     plan.write_text(json.dumps(commands), encoding="utf-8")
-    done = start([*launcher(processes), str(MAIN), "--plan", str(plan)])
+    program = [*launcher(processes), str(MAIN), "--plan", str(plan)]
+    if not any("--deepspeed" in command for command in commands):
+        done = start(program)
+    else:
+        assert (DEEPSPEED / "deepspeed").exists(), f"no DeepSpeed in {DEEPSPEED}: `make test-real` installs it there"
+        path = os.pathsep.join((str(DEEPSPEED / "bin"), os.environ["PATH"]))  # of ninja, which it compiles with
+        done = start(program, {"DS_ACCELERATOR": "cpu", "PATH": path}, DEEPSPEED)
     assert done.returncode == 0, done.stdout[-20000:]
     return done.stdout
 
 
-def start(arguments: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run to the end or to the time limit; standard error goes with standard output."""
-    paths = os.pathsep.join(str(ROOT / folder) for folder in ("src", "tests"))
+def start(
+    arguments: list[str], environment: dict[str, str] | None = None, *places: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end or to the time limit; standard error goes with standard output. `places` hold more packages."""
+    paths = os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests", *places)))
     own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
     process = subprocess.Popen(
         arguments,
