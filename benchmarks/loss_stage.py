@@ -24,7 +24,7 @@ from cases import Case, TRLSide, check_trl_reading, fingerprint_ours, fingerprin
 from measure import BenchError, PeakMemory, alternate, check_same, resident
 from torch import Tensor
 
-from diglot.comparisons import Answers, ModelScores, Side, terms_of
+from diglot.comparisons import Answers, Entry, ModelScores, Side, terms_of
 from diglot.heads import default_chunk_rows
 
 Stage = Callable[[], tuple[float, float]]  # value and number of items
@@ -40,7 +40,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {"strict": {"beta": 1.0}, "bpm": {}, "go
 
 def our_stage(case: Case, objective: str, chunk_rows: int | None = None) -> tuple[Stage, str]:
     """The stage of one of our objectives, and what it reads."""
-    (term,) = terms_of([{"name": objective, **OBJECTIVES.get(objective, {})}], case.pair, {})
+    (term,) = terms_of([Entry(objective, 1.0, OBJECTIVES.get(objective, {}))], case.pair, {})
     sides = [Side(model.head, model.vocabulary, torch.tensor(model.stop_ids)) for model in (case.student, case.teacher)]
     sizes = case.pair.size_s, case.pair.size_t
 

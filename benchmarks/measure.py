@@ -26,7 +26,7 @@ from assets import fetch_model, fetch_texts
 from assets import fetch_tokenizer as fetch_tokenizer
 
 from diglot import GKDConfig, GKDTrainer
-from diglot.comparisons import Batch, Term, terms_of
+from diglot.comparisons import Batch, Entry, Term, terms_of
 from diglot.comparisons.projectors import make_projectors
 from diglot.teachers import local
 
@@ -109,7 +109,7 @@ def _shown(cell: Any) -> str:
 def term_for(trainer: GKDTrainer, name: str, **options: Any) -> Term:
     """The objective as the only term of a trainer's loss."""
     (compared,) = trainer.comparisons
-    (term,) = terms_of([{"name": name, **options}], compared.pair, {})
+    (term,) = terms_of([Entry(name, 1.0, options)], compared.pair, {})
     term.objective.to(trainer.args.device)
     make_projectors([term], trainer.student_head, local(compared.teacher, "A benchmark").head)
     return term

@@ -17,8 +17,8 @@ from diglot.teachers.adapter import OWN_BASE
 def preflight(script: TrainArguments, config: DistillationConfig) -> None:
     """Look at all that needs no model; `ConfigError` for the first that is wrong."""
     for entry in entries_of(config.objective):
-        if entry["name"] != "auto":
-            check_objective(entry["name"], {k: v for k, v in entry.items() if k not in ("name", "weight")})
+        if entry.name != "auto":
+            check_objective(entry.name, entry.options)
     student = str(script.model_name_or_path)
     check_model_name(student, "student", "model_name_or_path", script.model_revision)
     if script.tokenizer_name_or_path is not None:

@@ -72,7 +72,7 @@ def connect_teacher(
     model = None if is_address(options.name) else options.name_or_path
     place = options.tokenizer or model
     if tokenizer is None:
-        tokenizer = _tokenizer(tokenizer_place(options, address), address, options, args)
+        tokenizer = _tokenizer(tokenizer_place(options, address), options, args)
     renderer = Renderer(
         tokenizer,
         generation_config=_generation_config(place, options.revision),
@@ -132,7 +132,7 @@ def scored_teacher(options: TeacherOptions, tokenizer: Any, args: DistillationCo
     return ScoredTeacher(str(name), tokenizer, reading)
 
 
-def _tokenizer(place: str, address: str, options: TeacherOptions, args: DistillationConfig) -> PreTrainedTokenizerBase:
+def _tokenizer(place: str, options: TeacherOptions, args: DistillationConfig) -> PreTrainedTokenizerBase:
     try:
         trust = args.teacher_trust_remote_code
         return load_tokenizer(place, options.tokenizer_kwargs, revision=options.revision, trust_remote_code=trust)

@@ -30,46 +30,53 @@ class Term:
         return f"{self.prefix or self.name + '/'}{metric}"
 
 
-def entries_of(requested: Any) -> list[dict[str, Any]]:
-    """What `objective` asks for as a list of `{name, weight, options}`.
+@dataclass(frozen=True)
+class Entry:
+    """One objective as the configuration names it."""
+
+    name: str
+    weight: float
+    options: Mapping[str, Any]
+
+
+def entries_of(requested: Any) -> list[Entry]:
+    """What `objective` asks for: a name, a mapping of name, weight and options, or a list of those.
 
     Raises:
         ConfigError: an entry without a name, or a weight that is no number, or below 0: it would push away.
     """
-    entries: list[dict[str, Any]] = []
+    entries: list[Entry] = []
     for one in requested if isinstance(requested, (list, tuple)) else [requested]:
         if not isinstance(one, (str, Mapping)):
             raise ConfigError(
                 f"objective entry {one!r} is neither a name nor a mapping such as {{name: strict, weight: 1.0}}. "
                 "A class of your own is named by its place, package.module:Class."
             )
-        entry = {"name": one} if isinstance(one, str) else dict(one)
-        if not isinstance(entry.get("name"), str):
+        options = {"name": one} if isinstance(one, str) else dict(one)
+        name, weight = options.pop("name", None), options.pop("weight", 1.0)
+        if not isinstance(name, str):
             raise ConfigError(f"objective entry {one!r} has no name. Write {{name: strict, weight: 1.0}}.")
-        weight = entry.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise ConfigError(f"The weight of objective {entry['name']!r} is {weight!r}: give a number, 0 or more.")
-        entries.append(entry)
+            raise ConfigError(f"The weight of objective {name!r} is {weight!r}: give a number, 0 or more.")
+        entries.append(Entry(name, float(weight), options))
     if not entries:
         raise ConfigError("objective is an empty list: there would be no loss. Name at least one objective.")
     return entries
 
 
-def terms_of(entries: Sequence[Mapping[str, Any]], pair: Pair, defaults: Mapping[str, Any]) -> list[Term]:
-    """Terms for what `entries_of` gives. `defaults` reach every objective that has an option of that name, unless None:
+def terms_of(entries: Sequence[Entry], pair: Pair, defaults: Mapping[str, Any]) -> list[Term]:
+    """A term for each entry. `defaults` reach every objective that has an option of that name, unless None:
     what nobody has set is each objective's own affair."""
     terms: list[Term] = []
     for entry in entries:
-        own = dict(entry)
-        name, weight = str(own.pop("name")), float(own.pop("weight", 1.0))
-        known = options_of(name)
+        name, known = entry.name, options_of(entry.name)
         options = {k: v for k, v in defaults.items() if k in known and v is not None}
         if name == "strict" and "strict_top_k" in defaults:
             options["top_k"] = defaults["strict_top_k"]
-        made = make_objective(name, pair, **{**options, **own})
+        made = make_objective(name, pair, **{**options, **entry.options})
         shown = made.name if ":" in name else name
         taken = sum(term.name.split("#")[0] == shown for term in terms)
-        terms.append(Term(f"{shown}#{taken + 1}" if taken else shown, weight, made))
+        terms.append(Term(f"{shown}#{taken + 1}" if taken else shown, entry.weight, made))
     return terms
 
 

@@ -113,7 +113,7 @@ class DistillationTrainer(RefusingTrainer):
         own, self.student_renderer = load_student(model, processing_class, args, frozen=peft_config is not None)
         compared = prepare_comparisons(own, self.student_renderer, teacher_model, teacher_processing_class, args)
         engine = make_engine(args, self.student_renderer, self.sampler_for(self.student_renderer))
-        terms = [self.terms(one, len(compared)) for one in compared]
+        terms = [self.terms(one) for one in compared]
         check_options(args, [term for of_one in terms for term in of_one])
         self.comparisons = [complete(one, of_one, own, args) for one, of_one in zip(compared, terms, strict=True)]
         self.imitations: list[Comparison] = []  # of texts that no teacher judges
@@ -186,8 +186,8 @@ class DistillationTrainer(RefusingTrainer):
     # ---- what a method says ------------------------------------------------------------------------------------
 
     @abstractmethod
-    def terms(self, comparison: Comparison, teachers: int) -> list[Term]:
-        """The terms of the loss with one of `teachers` teachers; called before the Trainer's own setup."""
+    def terms(self, comparison: Comparison) -> list[Term]:
+        """The terms of the loss with one teacher; called before the Trainer's own setup."""
 
     @abstractmethod
     def texts(self, window: Window) -> Texts:

@@ -31,13 +31,13 @@ class GKDTrainer(DistillationTrainer):
     args: GKDConfig
     config_class = GKDConfig
 
-    def terms(self, comparison: Comparison, teachers: int) -> list[Term]:
+    def terms(self, comparison: Comparison) -> list[Term]:
         args, auto = self.args, auto_objective(comparison).name
         if args.seq_kd:
             local(comparison.teacher, "seq_kd (the teacher writes)")
         if args.teacher_cache_dir is not None:
             local(comparison.teacher, "teacher_cache_dir (hidden states)")
-        entries = [{**one, "name": auto} if one["name"] == "auto" else one for one in entries_of(args.objective)]
+        entries = [replace(one, name=auto) if one.name == "auto" else one for one in entries_of(args.objective)]
         return terms_of(entries, comparison.pair, defaults_of(args, args.beta))
 
     def _to_device(self) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     # ---- what is compared ----------------------------------------------------------------------------------------
 
-    def terms(self, comparison: Comparison, teachers: int) -> list[Term]:
+    def terms(self, comparison: Comparison) -> list[Term]:
         """The policy gradient, and the exact single step (`auto`) or what `objective` names beside it."""
         args, terms, named = self.args, [], []
         if args.rkl_advantage:
@@ -143,15 +143,15 @@ class MiniLLMTrainer(DistillationTrainer):
         if comparison.teacher.level < Level.HIDDEN:
             check_temperature(args.kd_temperature, "log-probs")
         for entry in entries_of(args.objective):
-            if entry["name"] != "auto":
+            if entry.name != "auto":
                 named.append(entry)
-            elif options := sorted(entry.keys() - {"name", "weight"}):
+            elif entry.options:
                 raise ConfigError(
-                    f"objective 'auto' of MiniLLM takes a weight alone, not {', '.join(options)}: its single step is "
-                    "the reverse KL. Drop the options, or name the objective, such as covering."
+                    f"objective 'auto' of MiniLLM takes a weight alone, not {', '.join(sorted(entry.options))}: its "
+                    "single step is the reverse KL. Drop the options, or name the objective, such as covering."
                 )
             elif self._has_single_step(comparison):
-                terms.append(Term("single_step", float(entry.get("weight", 1.0)), single_step(comparison)))
+                terms.append(Term("single_step", entry.weight, single_step(comparison)))
         terms += terms_of(named, comparison.pair, defaults_of(args, 1.0))
         if args.kd_temperature != 1 and args.num_iterations > 1 and any(isinstance(t.objective, Span) for t in terms):
             raise ConfigError(
