@@ -228,7 +228,8 @@ def test_a_character_cut_at_the_end_is_kept_but_not_scored() -> None:
 
 def test_a_cut_character_before_a_stop_leaves_the_stop_unscored() -> None:
     rendered = sampled("turns", "hi", byte_id("turns", 0xF0), R["turns"].stop_id)
-    assert rendered.stopped == (False,) and Role.STOP not in rendered.roles and rendered.ids[-1] == R["turns"].stop_id
+    assert rendered.stopped == (False,) and rendered.segment[-1] == -1 and rendered.ids[-1] == R["turns"].stop_id
+    assert rendered.ended and not sampled("turns", "hi", byte_id("turns", 0xF0)).ended
 
 
 def test_an_invalid_byte_in_the_middle_ends_what_is_scored() -> None:

@@ -35,6 +35,10 @@ def broken(renderer: Any) -> list[int]:
     return [next(i for i in range(len(table)) if not table.control[i] and table.token(i) == b"\xa9")] * 3
 
 
+def broken_to_the_end(renderer: Any) -> list[int]:
+    return [*broken(renderer), renderer.stop_id]
+
+
 def controls(renderer: Any) -> list[int]:
     """One letter behind names of speakers."""
     start = renderer.tokenizer.convert_tokens_to_ids("<|im_start|>")
@@ -56,6 +60,15 @@ def test_a_window_of_which_too_little_is_text_stops_the_run(
     assert (NOTHING in caplog.text) == (ids is broken)
     shares = trainer.metrics.take(dict)
     assert shares["completions/scored"] == batch.scored / 12 == (0 if ids is broken else 1 / 3)
+
+
+@pytest.mark.parametrize(("ids", "cut"), [(broken, 1.0), (broken_to_the_end, 0.0)])
+def test_a_reply_that_its_writer_ended_is_not_counted_as_cut_though_its_stop_cannot_be_compared(
+    ids: Any, cut: float, tmp_path: Path
+) -> None:
+    trainer, (batch,) = written(tmp_path, ids, min_coverage=0.0)
+    assert trainer.metrics.take(dict)["completions/clipped_ratio"] == cut
+    assert not batch.scored and not any(pair.student.stopped[-1] for pair in batch.pairs)
 
 
 def test_roles_that_the_user_leaves_out_do_not_stop_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

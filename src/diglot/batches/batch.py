@@ -110,11 +110,11 @@ def sampler_logps(pairs: Sequence[ReadPair]) -> Tensor | None:
 
 
 def text_sums(pairs: Sequence[ReadPair], on_policy: bool) -> dict[str, float]:
-    """Sums over the student's texts, for the log: tokens `written`, `bytes`, how many `stopped`, and `samples`."""
+    """Sums over the student's texts, for the log: tokens `written`, `bytes`, how many `ended`, and `samples`."""
     return {
         "written": float(sum(_written(p.student, on_policy) for p in pairs)),
         "bytes": float(sum(len(text) for p in pairs for text in p.student.segment_bytes)),
-        "stopped": float(sum(p.student.stopped[-1] for p in pairs)),
+        "ended": float(sum(p.student.ended for p in pairs)),
         "samples": float(len(pairs)),
     }
 

@@ -83,7 +83,7 @@ def rollouts_of(
         Rollout(
             prompt,
             "\n".join(part.decode("utf-8", "backslashreplace") for part in pair.student.segment_bytes),
-            bool(pair.student.stopped[-1]),
+            pair.student.ended,
             sum(map(len, pair.student.segment_bytes)),
             batch.on_policy,
             sample_chunks,

@@ -56,7 +56,7 @@ def compare(batch: AlignedBatch, student: RowFacts, teacher: RowFacts) -> dict[s
         "stop_either": sample_sums(torch.maximum(*both), at_pairs, num),
         "tokens": sample_sums(torch.ones_like(student.logp), sample_s, num),
         "covered": sample_sums(exact_s.to(student.logp), sample_s, num),
-        "stopped": np.array([p.student.stopped[-1] for p in batch.pairs], dtype=np.float64),
+        "stopped": np.array([p.student.ended for p in batch.pairs], dtype=np.float64),
     }
 
 

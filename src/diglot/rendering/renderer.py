@@ -396,6 +396,7 @@ class Renderer:
         reply, spans, roles = self._parts(text, opened, whole, split, conversation)
         outside = np.where(self.vocabulary.control[ids], Role.MARKUP, Role.CONTENT).astype(np.int8)
         outside[: valid if spans else 0] = Role.MARKUP
+        outside[len(written) :] = Role.STOP
         if len(ids) > len(written):
             ends = np.append(ends, ends[-1] if len(ends) else 0)
         exact = np.ones(len(ids), dtype=np.bool_)

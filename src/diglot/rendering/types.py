@@ -97,6 +97,11 @@ class Rendered:
         return np.flatnonzero(self.segment >= 0)
 
     @property
+    def ended(self) -> bool:
+        """Did the last reply end by itself, rather than at a limit of length? Its stop need not be scored."""
+        return self.stopped[-1] or bool(self.roles[-1] == Role.STOP)
+
+    @property
     def prompt_length(self) -> int:
         """Tokens before the last reply."""
         return int(np.flatnonzero(self.roles == Role.PROMPT)[-1]) + 1

@@ -17,7 +17,7 @@ Reduce = Callable[[Mapping[str, float]], dict[str, float]]
 RATIOS: dict[str, tuple[str, str]] = {
     "completions/mean_length": ("written", "samples"),
     "completions/mean_bytes": ("bytes", "samples"),
-    "completions/stopped_ratio": ("stopped", "samples"),
+    "completions/ended_ratio": ("ended", "samples"),
     "completions/repetition": ("repeated", "repeatable"),
     "completions/tokens_per_byte": ("scored", "bytes"),  # of each text once, however many teachers read it
     "completions/digit_run": ("digits", "digit_runs"),
@@ -93,7 +93,7 @@ class StepMetrics:
         }
         ours = {*known, *plain}
         logs |= {name: value for name, value in sums.items() if name not in ours and "|" not in name}
-        logs["completions/clipped_ratio"] = 1 - logs.pop("completions/stopped_ratio", 1.0)
+        logs["completions/clipped_ratio"] = 1 - logs.pop("completions/ended_ratio", 1.0)
         logs["align/dropped_samples"] = sums["dropped_samples"]
         logs["num_tokens"] = self.num_tokens
         self._sums.clear()
