@@ -1,6 +1,6 @@
 """Which objective makes the better student? One table in which the known ones meet on equal terms.
 
-    python -m benchmarks.quality run ci          # or cpu, gpu, or a file of your own
+    python -m benchmarks.quality run ci          # or exact, cpu, gpu, or a file of your own
     python -m benchmarks.quality table ci        # from the results that are there, without running anything
 
 A declaration (`ci.yaml`, read by `declaration`) names pairs, arms, budgets and seeds. `runner` makes one JSON file per

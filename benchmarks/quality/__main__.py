@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.quality", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=["run", "table"], help="run what is missing, or only show what there is")
-    parser.add_argument("declaration", help="ci, cpu, gpu, smoke, or a YAML file")
+    parser.add_argument("declaration", help="ci, exact, cpu, gpu, smoke, or a YAML file")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="results are in a folder of the name")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the arms, one thread each")
     parser.add_argument("--pairs", nargs="+", help="only these")

@@ -44,7 +44,7 @@ def changed(place: str, value: Any) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize("tier", ["ci", "cpu", "gpu"])
+@pytest.mark.parametrize("tier", ["ci", "exact", "cpu", "gpu"])
 def test_every_tier_can_be_read_and_names_objectives_that_exist(tier: str) -> None:
     got = load(tier)
     assert got.name == tier and len(got.seeds) == 3
@@ -98,10 +98,10 @@ def test_a_missing_part_is_named() -> None:
 
 
 def test_files_that_are_none_say_so(tmp_path: Path) -> None:
-    with pytest.raises(DeclarationError, match="the tiers are ci, cpu, gpu, smoke"):
+    with pytest.raises(DeclarationError, match="the tiers are ci, cpu, exact, gpu, smoke"):
         load("huge")
     broken = tmp_path / "broken.yaml"
     broken.write_text("arms: [")
     with pytest.raises(DeclarationError, match="is not YAML"):
         load(broken)
-    assert {path.stem for path in declaration.TIERS.glob("*.yaml")} == {"ci", "cpu", "gpu", "smoke"}
+    assert {path.stem for path in declaration.TIERS.glob("*.yaml")} == {"ci", "exact", "cpu", "gpu", "smoke"}
