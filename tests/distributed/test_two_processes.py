@@ -68,7 +68,9 @@ def one(root: Path) -> dict[str, Run]:
 @pytest.mark.parametrize("how", ["zero1", "zero2"])
 def test_deepspeed_follows_one_process(root: Path, one: dict[str, Run], how: str) -> None:
     """ZeRO's stages 1 and 2: optimizer and gradients in parts, both trainers, LoRA, a rank with nothing to score."""
-    names = ("jsd_data", "covering", "covering_split", "minillm", "lora", "empty_rank")
+    names = ["covering", "minillm"]
+    if how == "zero2":  # all that stage 1 does, and gradients in parts
+        names += ["jsd_data", "covering_split", "lora", "empty_rank"]
     assert_same_and_trained(root, one, run(root, {name: cases.ALL[name] for name in names}, 2, how))
 
 
