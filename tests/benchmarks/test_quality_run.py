@@ -213,7 +213,7 @@ def planned(
 
 def test_command_lines_that_cannot_be_run_end_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path)]
-    assert main(["run", "nothing", *out]) == 2 and "the tiers are ci, cpu, gpu, smoke" in capsys.readouterr().err
+    assert main(["run", "nothing", *out]) == 2 and "the tiers are ci, cpu, exact, gpu, smoke" in capsys.readouterr().err
     assert main(["run", "ci", "--arms", "nobody", *out]) == 2
     assert "There is no arm nobody; known are covering" in capsys.readouterr().err
     assert list(tmp_path.glob("*.md")) == []
