@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from diglot.cli.loading import (
@@ -28,6 +27,7 @@ from diglot.cli.options import load_options
 from diglot.cli.parsing import Parser
 from diglot.cli.screen import show_phases
 from diglot.phases import LOADING, phase
+from diglot.quiet import at_level
 
 EXAMPLE = """exit code: 0 the pair can be trained, 1 it cannot, 2 a wrong argument.
 
@@ -88,7 +88,9 @@ def inspect(arguments: Sequence[str]) -> int:
         student = load_input(options.student, "student", options.tokenizer_kwargs)
         teacher = load_input(options.teacher, "teacher", options.teacher_tokenizer_kwargs)
     floor = float(load_options()["min_coverage"].default)
-    with phase("Reading texts with both, trying every objective"), _as_verdict():
+    # What renderers warn of is part of the verdict, where it matters for the rows.
+    quiet = at_level("diglot.rendering", logging.ERROR)
+    with phase("Reading texts with both, trying every objective"), quiet:
         inspection = inspect_pair(
             student, teacher, samples, data=options.data, min_coverage=floor, **rendering_options(options)
         )
@@ -102,18 +104,6 @@ def inspect(arguments: Sequence[str]) -> int:
 
         print_inspection(inspection, details=options.details)
     return 0 if inspection.verdict.trainable else 1
-
-
-@contextlib.contextmanager
-def _as_verdict() -> Iterator[None]:
-    """What renderers warn of is part of the verdict, where it matters for the rows."""
-    renderers = logging.getLogger("diglot.rendering")
-    before = renderers.level
-    renderers.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        renderers.setLevel(before)
 
 
 def _samples(options: Any) -> list[Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from diglot.data.formats import BAD, FORMATS, OWN, WRITTEN, check_mapping, colum
 from diglot.data.recognise import EXPECTED, check_columns, check_format, unread_columns
 from diglot.data.samples import to_sample_or_stop
 from diglot.errors import ConfigError, DataError, DiglotError
+from diglot.quiet import at_level
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else reading a local file asks a server to count it
 
@@ -37,19 +37,8 @@ logger = logging.getLogger(__name__)
 CHECKED_ROWS = 10_000  # rows read at once to find mistakes early; later ones are checked when their turn comes
 
 
-@contextlib.contextmanager
-def _readers_silent() -> Iterator[None]:
-    """What stops the readers of `datasets` is logged by them and raised: here it is said once, by the error."""
-    readers = logging.getLogger("datasets.packaged_modules")
-    before = readers.level
-    readers.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        readers.setLevel(before)
-
-
-@_readers_silent()
+# What stops the readers of `datasets` is logged by them and raised: here it is said once, by the error.
+@at_level("datasets.packaged_modules", logging.CRITICAL)
 def load_dataset(
     name: str,
     *,
